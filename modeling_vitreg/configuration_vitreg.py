@@ -1,0 +1,400 @@
+"""Configuration of a Vision Transformer with registers.
+
+One configuration represents every plain ViT of the field: ViT, DeiT, DeiT-III, DINO, DINOv2, DINOv3, MAE and the CLIP
+vision towers, each with any number of registers (Darcet et al. 2024, arXiv 2309.16588). It is the only home of the
+order of tokens: class token, distillation token, registers, patches.
+
+This file travels next to the weights and runs without the package.
+"""
+
+from transformers import PretrainedConfig
+
+
+# Shim: `transformers.utils.backbone_utils` is announced for removal, `transformers.backbone_utils` exists from 5.1 on.
+try:
+    from transformers.backbone_utils import BackboneConfigMixin
+except ImportError:
+    from transformers.utils.backbone_utils import BackboneConfigMixin
+
+
+POSITION_EMBEDDINGS = ("learned", "sincos", "rope", "none")
+ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "quick_gelu", "swiglu")
+POOLINGS = ("cls", "mean", "cls_mean", "cls_distillation")
+DROP_PATH_SCHEDULES = ("linear", "constant")
+MASKED_TARGETS = ("pixels", "features")
+
+# width, depth, heads; the giant is DINOv2's, with its SwiGLU.
+SIZES = {
+    "tiny": {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3},
+    "small": {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6},
+    "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
+    "huge": {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16},
+    "giant": {"hidden_size": 1536, "num_hidden_layers": 40, "num_attention_heads": 24, "hidden_act": "swiglu"},
+}
+
+
+class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
+    """Architecture of a Vision Transformer with registers. The defaults are a ViT-B/16 with 4 registers.
+
+    Args:
+        hidden_size: width D of the tokens.
+        num_hidden_layers: depth.
+        num_attention_heads: heads H; must divide `hidden_size`.
+        intermediate_size: width of the MLP. Default 4 D, or for SwiGLU 8/3 D rounded up to a multiple of 8 (DINOv2).
+        hidden_act: "gelu" (erf), "gelu_pytorch_tanh", "quick_gelu" (OpenAI CLIP) or "swiglu" (SiLU gate; DINOv2 g).
+        layer_norm_eps: 1e-6 for ViT, DeiT, DINO, DINOv2 and MAE; 1e-5 for CLIP and DINOv3.
+        image_size: pixels, a side or (rows, columns), that the position table belongs to. Inputs may have other sizes.
+        patch_size: pixels, a side or (rows, columns); must divide `image_size`.
+        num_channels: channels of an image.
+        num_register_tokens: registers R, 0 or more.
+        has_cls_token: whether the sequence starts with a class token.
+        has_distillation_token: whether a distillation token follows the class token (DeiT).
+        position_embedding_type: "learned" table, fixed "sincos" (MAE), "rope" (DINOv3) or "none".
+        has_prefix_positions: whether a learned table has slots for class and distillation token (ViT, DeiT, DINOv2,
+            CLIP) or for patches only (DeiT-III). Registers never have a position.
+        interpolate_antialias: whether a position table is resized with antialiasing (DINOv2 with registers, timm,
+            OpenCLIP) or without (ViT, DeiT, DINO, DINOv2, MAE). Always bicubic.
+        interpolate_offset: added to the rows and columns of the target before the scale is computed. 0.1 for the
+            official code of DINO and DINOv2 without registers, 0.0 everywhere else.
+        rope_theta: base of the periods of the rotary embedding.
+        rope_shift: while training, shift each axis by a uniform value in [-rope_shift, rope_shift]; None: do not.
+        rope_jitter: while training, scale each axis by a log-uniform value in [1/rope_jitter, rope_jitter].
+        rope_rescale: while training, scale both axes by one log-uniform value in [1/rope_rescale, rope_rescale].
+        has_patch_bias: whether the patch embedding has a bias (not in CLIP).
+        has_pre_norm: whether a norm stands before the first layer (CLIP).
+        has_query_bias, has_key_bias, has_value_bias: DINOv3 has none on the keys, its 7B none at all.
+        layer_scale_init_value: initial value of LayerScale, or None for none (Touvron et al. 2021).
+        hidden_dropout_prob: dropout after the embeddings and after both branches of a layer.
+        attention_probs_dropout_prob: dropout of the attention probabilities.
+        drop_path_rate: stochastic depth of the deepest layer.
+        drop_path_schedule: "linear" from 0 to `drop_path_rate` over the depth, or "constant" (DeiT-III).
+        pooling: `pooler_output` and input of the classifier. "cls"; "mean" of patches; "cls_mean", both concatenated
+            (DINOv2's linear head); "cls_distillation", two classifiers, averaged (DeiT).
+        has_pooled_norm: the final norm is applied to the pooled vector in place of the tokens (timm's `fc_norm`, MAE
+            fine-tuning); only with pooling "mean".
+        num_classifier_layers: last layers whose class tokens enter the classifier (DINOv2's 4-layer linear head).
+        has_zero_init_classifier: start the classifier at zero, as the ViT paper does for fine-tuning.
+        out_features, out_indices: stages that a backbone, a segmentation head and a depth head read. Stage 0, "stem",
+            is the embedding, stage i the output of layer i. Default: the last.
+        reshape_hidden_states: whether a backbone returns maps (B, D, rows, columns) or, for DPT, tokens (B, 1 + P, D)
+            with the class token in front; neither has registers.
+        apply_layernorm: whether a backbone applies the final norm to its feature maps.
+        masked_target: what masked image modelling predicts: "pixels" (SimMIM) or "features" of a teacher.
+        masked_target_size: width of the teacher's features; default `hidden_size`.
+        num_depth_bins, min_depth, max_depth: bins of the depth head and their range in metres.
+        semantic_loss_ignore_index: label of pixels that do not count in segmentation.
+        has_mask_token: whether the base model owns a mask token. Only masked modelling needs one, and a parameter
+            without gradient stops distributed data parallel training.
+        initializer_range: standard deviation of the truncated normal that weights, tokens and positions start from.
+
+    Raises:
+        ValueError: a value outside its range, or values that contradict each other.
+
+    Example:
+        >>> from modeling_vitreg import ViTWithRegistersConfig
+        >>> config = ViTWithRegistersConfig.from_preset("small/14", num_register_tokens=4)
+        >>> config.num_prefix_tokens
+        5
+    """
+
+    model_type = "vitreg"
+    _auto_class = "AutoConfig"
+
+    def __init__(
+        self,
+        hidden_size=768,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        intermediate_size=None,
+        hidden_act="gelu",
+        layer_norm_eps=1e-6,
+        image_size=224,
+        patch_size=16,
+        num_channels=3,
+        num_register_tokens=4,
+        has_cls_token=True,
+        has_distillation_token=False,
+        position_embedding_type="learned",
+        has_prefix_positions=None,
+        interpolate_antialias=True,
+        interpolate_offset=0.0,
+        rope_theta=100.0,
+        rope_shift=None,
+        rope_jitter=None,
+        rope_rescale=None,
+        has_patch_bias=True,
+        has_pre_norm=False,
+        has_query_bias=True,
+        has_key_bias=True,
+        has_value_bias=True,
+        layer_scale_init_value=None,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        drop_path_rate=0.0,
+        drop_path_schedule="linear",
+        pooling="cls",
+        has_pooled_norm=False,
+        num_classifier_layers=1,
+        has_zero_init_classifier=False,
+        out_features=None,
+        out_indices=None,
+        reshape_hidden_states=True,
+        apply_layernorm=True,
+        masked_target="pixels",
+        masked_target_size=None,
+        num_depth_bins=256,
+        min_depth=1e-3,
+        max_depth=10.0,
+        semantic_loss_ignore_index=255,
+        has_mask_token=False,
+        initializer_range=0.02,
+        **kwargs,
+    ):
+        kwargs.pop("stage_names", None)  # derived from the depth, so that a stale list in a file cannot win
+        super().__init__(**kwargs)
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.hidden_act = hidden_act
+        self.layer_norm_eps = layer_norm_eps
+        self.image_size = image_size if isinstance(image_size, int) else list(image_size)
+        self.patch_size = patch_size if isinstance(patch_size, int) else list(patch_size)
+        self.num_channels = num_channels
+        self.num_register_tokens = num_register_tokens
+        self.has_cls_token = has_cls_token
+        self.has_distillation_token = has_distillation_token
+        self.position_embedding_type = position_embedding_type
+        self.interpolate_antialias = interpolate_antialias
+        self.interpolate_offset = interpolate_offset
+        self.rope_theta = rope_theta
+        self.rope_shift = rope_shift
+        self.rope_jitter = rope_jitter
+        self.rope_rescale = rope_rescale
+        self.has_patch_bias = has_patch_bias
+        self.has_pre_norm = has_pre_norm
+        self.has_query_bias = has_query_bias
+        self.has_key_bias = has_key_bias
+        self.has_value_bias = has_value_bias
+        self.layer_scale_init_value = layer_scale_init_value
+        self.hidden_dropout_prob = hidden_dropout_prob
+        self.attention_probs_dropout_prob = attention_probs_dropout_prob
+        self.drop_path_rate = drop_path_rate
+        self.drop_path_schedule = drop_path_schedule
+        self.pooling = pooling
+        self.has_pooled_norm = has_pooled_norm
+        self.num_classifier_layers = num_classifier_layers
+        self.has_zero_init_classifier = has_zero_init_classifier
+        self.reshape_hidden_states = reshape_hidden_states
+        self.apply_layernorm = apply_layernorm
+        self.masked_target = masked_target
+        self.masked_target_size = hidden_size if masked_target_size is None else masked_target_size
+        self.num_depth_bins = num_depth_bins
+        self.min_depth = min_depth
+        self.max_depth = max_depth
+        self.semantic_loss_ignore_index = semantic_loss_ignore_index
+        self.has_mask_token = has_mask_token
+        self.initializer_range = initializer_range
+
+        if has_prefix_positions is None:
+            has_prefix_positions = position_embedding_type == "learned" and has_cls_token
+        self.has_prefix_positions = has_prefix_positions
+        if intermediate_size is None:
+            is_gated = hidden_act == "swiglu"
+            intermediate_size = (int(hidden_size * 8 / 3) + 7) // 8 * 8 if is_gated else 4 * hidden_size
+        self.intermediate_size = intermediate_size
+
+        self._validate()
+        self._set_stages(out_features, out_indices)
+
+    @classmethod
+    def from_preset(cls, name, **overrides):
+        """Configuration of a size of the field: "tiny", "small", "base", "large", "huge" or "giant", as in "base/14".
+
+        Args:
+            name: a size, with the patch size behind a slash; without one the patch has 16 pixels.
+            overrides: any argument of the configuration.
+
+        Raises:
+            ValueError: there is no such size, or the patch size is not a number.
+        """
+        size, _, patch = name.partition("/")
+        if size not in SIZES or not (patch or "16").isdigit():
+            raise ValueError(f"expected a preset such as 'base/14' with a size of {', '.join(SIZES)}, got {name!r}")
+        return cls(**{**SIZES[size], "patch_size": int(patch or 16), **overrides})
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens in front of the patches: class token, distillation token and registers."""
+        return self.has_cls_token + self.has_distillation_token + self.num_register_tokens
+
+    @property
+    def token_slices(self) -> dict:
+        """Where each kind of token lies in the sequence: "cls", "distillation", "registers", "patches"."""
+        counts = {
+            "cls": int(self.has_cls_token),
+            "distillation": int(self.has_distillation_token),
+            "registers": self.num_register_tokens,
+        }
+        slices, start = {}, 0
+        for kind, count in counts.items():
+            slices[kind] = slice(start, start + count)
+            start += count
+        return {**slices, "patches": slice(start, None)}
+
+    @property
+    def patch_shape(self) -> tuple:
+        """Pixels of a patch as (rows, columns)."""
+        return _pair(self.patch_size)
+
+    @property
+    def grid_shape(self) -> tuple:
+        """Patches of an image of `image_size` as (rows, columns)."""
+        return tuple(side // patch for side, patch in zip(_pair(self.image_size), self.patch_shape))
+
+    @property
+    def num_prefix_positions(self) -> int:
+        """Slots in front of the patches in the position table."""
+        return (self.has_cls_token + self.has_distillation_token) if self.has_prefix_positions else 0
+
+    @property
+    def pooled_size(self) -> int:
+        """Width of `pooler_output`."""
+        return self.hidden_size * (2 if self.pooling == "cls_mean" else 1)
+
+    @property
+    def drop_path_rates(self) -> list:
+        """Rate of stochastic depth of each layer."""
+        if self.drop_path_schedule == "constant":
+            return [self.drop_path_rate] * self.num_hidden_layers
+        deepest = max(self.num_hidden_layers - 1, 1)
+        return [self.drop_path_rate * layer / deepest for layer in range(self.num_hidden_layers)]
+
+    def _set_stages(self, out_features, out_indices):
+        self.stage_names = ["stem"] + [f"stage{layer}" for layer in range(1, self.num_hidden_layers + 1)]
+        self._out_features = self._out_indices = None
+        if out_features is not None:
+            self.out_features = out_features
+            _require(
+                out_indices is None or [i % len(self.stage_names) for i in out_indices] == self.out_indices,
+                f"out_features {out_features} and out_indices {out_indices} name different stages: pass one of them",
+            )
+        else:
+            self.out_indices = out_indices
+        # One spelling, so that heads may index with it: -1 becomes the number of the last stage.
+        self._out_indices = [self.stage_names.index(name) for name in self._out_features]
+
+    def _validate(self):
+        self._validate_sizes()
+        self._validate_tokens()
+        self._validate_positions()
+        for name, allowed in (
+            ("hidden_act", ACTIVATIONS),
+            ("drop_path_schedule", DROP_PATH_SCHEDULES),
+            ("masked_target", MASKED_TARGETS),
+        ):
+            _require(
+                getattr(self, name) in allowed, f"{name} is one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+            )
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
+            _require(0 <= getattr(self, name) < 1, f"{name} lies in [0, 1), got {getattr(self, name)}")
+        _require(
+            0 < self.min_depth < self.max_depth,
+            f"expected 0 < min_depth < max_depth, got min_depth {self.min_depth} and max_depth {self.max_depth}",
+        )
+
+    def _validate_sizes(self):
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels"):
+            value = getattr(self, name)
+            _require(_is_count(value) and value > 0, f"{name} is a positive integer, got {value!r}")
+        _require(
+            self.hidden_size % self.num_attention_heads == 0,
+            f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}",
+        )
+        for name in ("image_size", "patch_size"):
+            value = getattr(self, name)
+            sides = _pair(value)
+            _require(
+                len(sides) == 2 and all(_is_count(side) and side > 0 for side in sides),
+                f"{name} is a positive integer or a pair (rows, columns) of them, got {value!r}",
+            )
+        _require(
+            all(side % patch == 0 for side, patch in zip(_pair(self.image_size), self.patch_shape)),
+            f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}",
+        )
+
+    def _validate_tokens(self):
+        _require(
+            _is_count(self.num_register_tokens) and self.num_register_tokens >= 0,
+            f"num_register_tokens is 0 or a positive integer, got {self.num_register_tokens!r}",
+        )
+        _require(self.pooling in POOLINGS, f"pooling is one of {', '.join(POOLINGS)}, got {self.pooling!r}")
+        _require(
+            self.has_cls_token or not self.has_distillation_token,
+            "has_distillation_token=True needs has_cls_token=True",
+        )
+        _require(
+            self.has_cls_token or self.pooling == "mean",
+            f"pooling={self.pooling!r} reads the class token, but has_cls_token=False: use pooling='mean'",
+        )
+        _require(
+            self.has_distillation_token or self.pooling != "cls_distillation",
+            "pooling='cls_distillation' needs has_distillation_token=True",
+        )
+        _require(
+            not self.has_pooled_norm or self.pooling == "mean",
+            f"has_pooled_norm=True needs pooling='mean', got {self.pooling!r}",
+        )
+        _require(
+            _is_count(self.num_classifier_layers) and 1 <= self.num_classifier_layers <= self.num_hidden_layers,
+            f"num_classifier_layers lies in 1 ... num_hidden_layers ({self.num_hidden_layers}), "
+            f"got {self.num_classifier_layers!r}",
+        )
+        _require(
+            self.num_classifier_layers == 1 or self.pooling in ("cls", "cls_mean"),
+            f"num_classifier_layers={self.num_classifier_layers} concatenates class tokens: it needs pooling='cls' or "
+            f"'cls_mean', got {self.pooling!r}",
+        )
+
+    def _validate_positions(self):
+        kind = self.position_embedding_type
+        _require(
+            kind in POSITION_EMBEDDINGS,
+            f"position_embedding_type is one of {', '.join(POSITION_EMBEDDINGS)}, got {kind!r}",
+        )
+        _require(
+            not self.has_prefix_positions or (kind == "learned" and self.has_cls_token),
+            "has_prefix_positions=True needs position_embedding_type='learned' and has_cls_token=True",
+        )
+        _require(
+            kind != "sincos" or self.hidden_size % 4 == 0,
+            f"position_embedding_type='sincos' needs a hidden_size divisible by 4, got {self.hidden_size}",
+        )
+        _require(
+            kind != "rope" or self.hidden_size // self.num_attention_heads % 4 == 0,
+            f"position_embedding_type='rope' needs a width per head divisible by 4, got hidden_size "
+            f"{self.hidden_size} with {self.num_attention_heads} heads",
+        )
+        for name in ("rope_shift", "rope_jitter", "rope_rescale"):
+            value = getattr(self, name)
+            _require(value is None or kind == "rope", f"{name}={value} needs position_embedding_type='rope'")
+        for name in ("rope_jitter", "rope_rescale"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"{name} is None or at least 1, got {value}")
+        _require(self.rope_theta > 0, f"rope_theta is positive, got {self.rope_theta}")
+
+
+def _pair(value):
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def _is_count(value):
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _require(is_true, message):
+    if not is_true:
+        raise ValueError(f"ViTWithRegistersConfig: {message}.")
+
+
+__all__ = ["ViTWithRegistersConfig"]

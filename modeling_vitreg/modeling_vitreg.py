@@ -1,0 +1,1336 @@
+"""Vision Transformer with registers: one class family for ViT, DeiT, DeiT-III, DINO, DINOv2, DINOv3, MAE and CLIP.
+
+Registers are learned tokens without a position that join the sequence behind the class token; their outputs are thrown
+away, so that the network need not store global information in background patches (Darcet et al. 2024,
+arXiv 2309.16588). Every output names its tokens, so that nobody slices a sequence by hand.
+
+Letters for shapes: B images, N tokens, P patches, R registers, D width, H heads, d = D / H, L layers.
+
+This file travels next to the weights and runs without the package, on transformers 4.56 to 5.
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BackboneOutput,
+    DepthEstimatorOutput,
+    ImageClassifierOutput,
+    MaskedImageModelingOutput,
+    SemanticSegmenterOutput,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils import ModelOutput, cached_file
+
+from .configuration_vitreg import ViTWithRegistersConfig
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Shims: everything in this file that depends on the version of transformers, each with its reason.
+# ------------------------------------------------------------------------------------------------------------------
+
+# The old home is announced for removal, the new one exists from 5.1 on.
+try:
+    from transformers.backbone_utils import BackboneMixin
+except ImportError:
+    from transformers.utils.backbone_utils import BackboneMixin
+
+
+class AttentionBackend(nn.Module):
+    """Looks up the attention function in use. Up to 5.0 the registry is a mapping, from 5.1 on it is asked by method;
+    the library looks for both texts in this file to decide whether the back end of a model may be switched."""
+
+    config: ViTWithRegistersConfig
+
+    def get_attention_function(self):
+        if self.config._attn_implementation == "eager":
+            return eager_attention_forward
+        if hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface"):
+            return ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        return ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+
+
+def set_initial(parameter: Tensor | None, initialise, *args, **kwargs) -> None:
+    """Initialise a parameter or buffer unless it came from a checkpoint: from 5.0 on the library marks loaded tensors
+    one by one and initialises a module as soon as one of its tensors is missing."""
+    if parameter is not None and not getattr(parameter, "_is_hf_initialized", False):
+        with torch.no_grad():
+            initialise(parameter, *args, **kwargs)
+
+
+def set_up_backbone(backbone: nn.Module, config: ViTWithRegistersConfig) -> None:
+    """Up to 5.0 a backbone is set up by this call, later by the constructor of the mixin."""
+    if hasattr(backbone, "_init_backbone"):
+        backbone._init_backbone(config)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Outputs
+# ------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ViTWithRegistersTokens(ModelOutput):
+    """Tokens of one layer by name.
+
+    Args:
+        hidden_state: (B, N, D), all tokens in order: class token, distillation token, registers, patches.
+        cls_token: (B, D), or None for a model without one.
+        distillation_token: (B, D), or None.
+        register_tokens: (B, R, D); R may be 0.
+        patch_tokens: (B, P, D), row by row.
+        patch_grid: (B, rows, columns, D), the same patches where they lie in the image.
+    """
+
+    hidden_state: Tensor | None = None
+    cls_token: Tensor | None = None
+    distillation_token: Tensor | None = None
+    register_tokens: Tensor | None = None
+    patch_tokens: Tensor | None = None
+    patch_grid: Tensor | None = None
+
+
+@dataclass
+class ViTWithRegistersModelOutput(ModelOutput):
+    """Output of `ViTWithRegistersModel`. Tokens are normed by the final norm; `pre_norm` has them before it.
+
+    Args:
+        last_hidden_state: (B, N, D), all tokens in order: class token, distillation token, registers, patches.
+        pooler_output: (B, D), or (B, 2 D) with pooling "cls_mean".
+        hidden_states: L + 1 tensors (B, N, D) before the final norm, the input of the first layer first; on request.
+        attentions: L tensors (B, H, N, N), probabilities; on request.
+        cls_token: (B, D), or None for a model without one.
+        distillation_token: (B, D), or None.
+        register_tokens: (B, R, D); R may be 0.
+        patch_tokens: (B, P, D), row by row.
+        patch_grid: (B, rows, columns, D), the same patches where they lie in the image.
+        pre_norm: the same tokens before the final norm, where outliers are looked for; on request.
+    """
+
+    last_hidden_state: Tensor | None = None
+    pooler_output: Tensor | None = None
+    hidden_states: tuple | None = None
+    attentions: tuple | None = None
+    cls_token: Tensor | None = None
+    distillation_token: Tensor | None = None
+    register_tokens: Tensor | None = None
+    patch_tokens: Tensor | None = None
+    patch_grid: Tensor | None = None
+    pre_norm: ViTWithRegistersTokens | None = None
+
+
+@dataclass
+class ViTWithRegistersAttentionMaps(ModelOutput):
+    """Attention of prefix tokens over the patches, folded onto the grid; M is the number of layers asked for.
+
+    Probabilities over all tokens: a map sums to one minus what its query gives to class token and registers.
+
+    Args:
+        cls: (B, M, H, rows, columns), or (B, M, rows, columns) when averaged over heads.
+        distillation: as `cls`.
+        registers: (B, M, R, H, rows, columns), or (B, M, R, rows, columns).
+    """
+
+    cls: Tensor | None = None
+    distillation: Tensor | None = None
+    registers: Tensor | None = None
+
+
+@dataclass
+class ViTWithRegistersClassifierOutput(ImageClassifierOutput):
+    """Adds to the logits, which are the mean of both, those of the two classifiers of a distilled model, (B, C)."""
+
+    cls_logits: Tensor | None = None
+    distillation_logits: Tensor | None = None
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Position embeddings
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def resize_position_table(table: Tensor, grid: tuple, *, antialias: bool, offset: float) -> Tensor:
+    """Resize a position table bicubically, in float32, as `torch.nn.functional.interpolate` does.
+
+    Bicubic resizing is linear and separable, so it is one small matrix for the rows and one for the columns. That is
+    faster than the library's kernel, and it traces and exports with dynamic sizes.
+
+    Args:
+        table: (rows, columns, D).
+        grid: rows and columns wanted.
+        antialias: widen the kernel when the table shrinks.
+        offset: added to the target when the scale is computed, unless the grid stays the same; 0.1 in the official
+            DINO and DINOv2.
+
+    Returns:
+        Table (*grid, D) in the dtype of `table`.
+    """
+    rows, columns, width = table.shape
+    # In arithmetic, for a comparison would tie a traced graph to the sizes it was traced with.
+    offset = offset * torch.sym_min(abs(grid[0] - rows) + abs(grid[1] - columns), 1)
+    row_weights = _bicubic_weights(rows, grid[0], antialias=antialias, offset=offset, device=table.device)
+    column_weights = _bicubic_weights(columns, grid[1], antialias=antialias, offset=offset, device=table.device)
+    resized = row_weights @ table.float().reshape(rows, columns * width)
+    resized = column_weights @ resized.reshape(grid[0], columns, width)  # [rows', columns, D] -> [rows', columns', D]
+    return resized.to(table.dtype)
+
+
+def _bicubic_weights(source: int, target: int, *, antialias: bool, offset: float, device) -> Tensor:
+    """Weights (target, source) of the bicubic kernel; the border is replicated, or cut off where antialiased."""
+    scale = source / (target + offset)
+    centres = (torch.arange(target, device=device, dtype=torch.float32) + 0.5) * scale
+    if antialias:
+        stretch = torch.sym_max(scale, 1.0)
+        pixels = torch.arange(source, device=device, dtype=torch.float32) + 0.5
+        weights = _cubic_kernel((pixels - centres[:, None]) / stretch, sharpness=-0.5)
+        return weights / weights.sum(dim=1, keepdim=True)
+    # The kernel ends 2 pixels from a centre, which lies at most half a pixel outside; the rest goes to the border.
+    pixels = torch.arange(-3, source + 3, device=device)
+    border = pixels.clamp(0, source - 1)[:, None] == torch.arange(source, device=device)
+    return _cubic_kernel(pixels + 0.5 - centres[:, None], sharpness=-0.75) @ border.float()
+
+
+def _cubic_kernel(distance: Tensor, *, sharpness: float) -> Tensor:
+    """Cubic convolution kernel of Keys 1981; the library's `a` is -0.75 without and -0.5 with antialiasing."""
+    a, x = sharpness, distance.abs()
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+    return torch.where(x <= 1, near, torch.where(x < 2, far, 0.0))
+
+
+def sincos_position_table(grid: tuple, width: int, *, device=None) -> Tensor:
+    """Fixed table (rows, columns, D) of MAE (He et al. 2021): first half from the column, second from the row; in each
+    sines, then cosines, of position / 10000^(i / (D/4))."""
+    frequencies = 10000.0 ** -(torch.arange(width // 4, device=device, dtype=torch.float64) / (width // 4))
+    rows, columns = (torch.arange(side, device=device, dtype=torch.float64)[:, None] * frequencies for side in grid)
+    rows, columns = (torch.cat([angles.sin(), angles.cos()], dim=1).float() for angles in (rows, columns))
+    rows, columns = rows[:, None].expand(-1, grid[1], -1), columns[None].expand(grid[0], -1, -1)
+    return torch.cat([columns, rows], dim=-1)
+
+
+def is_traced() -> bool:
+    """Whether a graph is being recorded, in which sizes are symbols and nothing may be decided or remembered."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+class ViTWithRegistersPositionEmbeddings(nn.Module):
+    """Position table of the patches, and of class and distillation token where they have slots."""
+
+    def __init__(self, config: ViTWithRegistersConfig):
+        super().__init__()
+        self.config = config
+        self.native_grid = config.grid_shape
+        self.weight = None
+        if config.position_embedding_type == "learned":
+            num_positions = config.num_prefix_positions + math.prod(self.native_grid)
+            self.weight = nn.Parameter(torch.empty(1, num_positions, config.hidden_size))
+        self._resized = {}  # grid -> table
+        self._resized_from = None  # what the weight looked like then
+
+    def forward(self, grid: tuple, device) -> tuple[Tensor | None, Tensor]:
+        """Positions of the prefix, (1, slots, D) or None, and of the patches of a grid, (1, P, D)."""
+        if self.weight is None:
+            table = sincos_position_table(self.native_grid, self.config.hidden_size, device=device)
+            return None, self._fit(table[None].flatten(1, 2), grid)
+        slots = self.config.num_prefix_positions
+        prefix = self.weight[:, :slots] if slots else None
+        if not self._may_remember() or grid == self.native_grid:
+            return prefix, self._fit(self.weight[:, slots:], grid)
+        if not self._is_unchanged() or len(self._resized) > 16:
+            self._resized = {}
+        if grid not in self._resized:
+            self._resized[grid] = self._fit(self.weight[:, slots:], grid)
+        return prefix, self._resized[grid]
+
+    def _fit(self, positions: Tensor, grid: tuple) -> Tensor:
+        if not is_traced() and grid == self.native_grid:
+            return positions
+        table = resize_position_table(
+            positions[0].unflatten(0, self.native_grid),
+            grid,
+            antialias=self.config.interpolate_antialias,
+            offset=self.config.interpolate_offset,
+        )
+        return table.flatten(0, 1)[None]
+
+    def _may_remember(self) -> bool:
+        # On an accelerator the two products cost less than finding out whether the table changed.
+        return not is_traced() and not torch.is_grad_enabled() and self.weight.device.type == "cpu"
+
+    def _is_unchanged(self) -> bool:
+        weight = self.weight.detach()
+        # The version counter misses writes through `.data`, the way DINO updates its teacher; a sample shows them.
+        state = (None if weight.is_inference() else weight._version, weight.data_ptr(), weight.dtype)
+        sample = weight.flatten()[:: max(1, weight.numel() // 1024)]
+        before, self._resized_from = self._resized_from, (state, sample.clone())
+        return before is not None and before[0] == state and torch.equal(before[1], sample)
+
+
+def rotary_tables(config: ViTWithRegistersConfig, grid: tuple, *, training: bool, device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (N, d), in float32, of the 2-D rotary embedding of DINOv3 (Simeoni et al. 2025).
+
+    Patch centres lie in [-1, 1] on each axis; a quarter of a head turns with the row, a quarter with the column, and
+    the other half repeats both. Prefix tokens are not turned: their cosine is 1, their sine 0.
+    """
+    centres = [(torch.arange(side, device=device, dtype=torch.float32) + 0.5) / side * 2 - 1 for side in grid]
+    centres = torch.stack(torch.meshgrid(*centres, indexing="ij"), dim=-1).flatten(0, 1)  # [P, 2]
+    if training:
+        centres = _augment_centres(config, centres)
+    quarter = config.hidden_size // config.num_attention_heads // 4
+    frequencies = config.rope_theta ** -(torch.arange(quarter, device=device, dtype=torch.float32) / quarter)
+    angles = (2 * math.pi * centres[:, :, None] * frequencies).flatten(1).tile(2)  # [P, 2, d/4] -> [P, d]
+    angles = F.pad(angles, (0, 0, config.num_prefix_tokens, 0))
+    return angles.cos(), angles.sin()
+
+
+def _augment_centres(config: ViTWithRegistersConfig, centres: Tensor) -> Tensor:
+    if config.rope_shift is not None:
+        centres = centres + torch.empty_like(centres[:1]).uniform_(-config.rope_shift, config.rope_shift)
+    if config.rope_jitter is not None:
+        reach = math.log(config.rope_jitter)
+        centres = centres * torch.empty_like(centres[:1]).uniform_(-reach, reach).exp()
+    if config.rope_rescale is not None:
+        reach = math.log(config.rope_rescale)
+        centres = centres * torch.empty_like(centres[:1, :1]).uniform_(-reach, reach).exp()
+    return centres
+
+
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn queries or keys (B, H, N, d) by the angles of `rotary_tables`."""
+    cos, sin = rotary
+    exact = x.float()  # bfloat16 angles move a patch by a noticeable part of its width
+    first, second = exact.chunk(2, dim=-1)
+    return (exact * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Embeddings
+# ------------------------------------------------------------------------------------------------------------------
+
+
+class ViTWithRegistersRegisterTokens(nn.Module):
+    """The registers, as a module of their own so that PEFT can train them through `modules_to_save`."""
+
+    def __init__(self, num_tokens: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_tokens, width))
+
+    def forward(self, batch_size: int) -> Tensor:
+        """Registers of each image, (B, R, D)."""
+        return self.weight.expand(batch_size, -1, -1)
+
+
+class ViTWithRegistersEmbeddings(nn.Module):
+    """Images to the sequence class token, distillation token, registers, patches."""
+
+    def __init__(self, config: ViTWithRegistersConfig, *, use_mask_token: bool):
+        super().__init__()
+        self.config = config
+        width = config.hidden_size
+        self.patch_embeddings = nn.Conv2d(
+            config.num_channels,
+            width,
+            kernel_size=config.patch_shape,
+            stride=config.patch_shape,
+            bias=config.has_patch_bias,
+        )
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width)) if config.has_cls_token else None
+        self.distillation_token = nn.Parameter(torch.empty(1, 1, width)) if config.has_distillation_token else None
+        self.register_tokens = None
+        if config.num_register_tokens:
+            self.register_tokens = ViTWithRegistersRegisterTokens(config.num_register_tokens, width)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width)) if use_mask_token else None
+        self.position_embeddings = None
+        if config.position_embedding_type in ("learned", "sincos"):
+            self.position_embeddings = ViTWithRegistersPositionEmbeddings(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None) -> Tensor:
+        """Embed images (B, C, height, width) as tokens (B, N, D)."""
+        self._check_images(pixel_values)
+        patches = self.patch_embeddings(pixel_values.to(self.patch_embeddings.weight.dtype))
+        patches = patches.flatten(2).transpose(1, 2)  # [B, D, rows, columns] -> [B, P, D]
+        if bool_masked_pos is not None:
+            patches = self._mask(patches, bool_masked_pos)
+        prefix = [token for token in (self.cls_token, self.distillation_token) if token is not None]
+        prefix = torch.cat(prefix, dim=1) if prefix else None
+        if self.position_embeddings is not None:
+            prefix_positions, positions = self.position_embeddings(self.grid_of(pixel_values), patches.device)
+            patches = patches + positions.to(patches.dtype)
+            if prefix_positions is not None:
+                prefix = prefix + prefix_positions
+        parts = [] if prefix is None else [prefix.to(patches.dtype).expand(patches.shape[0], -1, -1)]
+        if self.register_tokens is not None:
+            parts.append(self.register_tokens(patches.shape[0]).to(patches.dtype))
+        return self.dropout(torch.cat([*parts, patches], dim=1))
+
+    def grid_of(self, pixel_values: Tensor) -> tuple:
+        """Rows and columns of the patches of these images."""
+        return tuple(side // patch for side, patch in zip(pixel_values.shape[2:], self.config.patch_shape))
+
+    def _check_images(self, pixel_values: Tensor) -> None:
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels:
+            raise ValueError(
+                f"expected images (batch, {self.config.num_channels}, height, width), got a tensor of shape "
+                f"{tuple(pixel_values.shape)}; the number of channels is `config.num_channels`"
+            )
+        for axis, side, patch in zip(("height", "width"), pixel_values.shape[2:], self.config.patch_shape):
+            if side % patch or side < patch:
+                below = max(side // patch, 1) * patch
+                raise ValueError(
+                    f"an image {axis} of {side} pixels does not fit patches of {patch} pixels: the nearest sizes that "
+                    f"fit are {below} and {below + patch}; resize or pad the images"
+                )
+
+    def _mask(self, patches: Tensor, bool_masked_pos: Tensor) -> Tensor:
+        if self.mask_token is None:
+            raise ValueError(
+                "this model has no mask token, but `bool_masked_pos` was given: set has_mask_token=True in its "
+                "configuration, or use ViTWithRegistersForMaskedImageModeling"
+            )
+        mask = bool_masked_pos.flatten(1)  # [B, rows, columns] or [B, P] -> [B, P]
+        if mask.shape != patches.shape[:2]:
+            raise ValueError(
+                f"bool_masked_pos has shape {tuple(bool_masked_pos.shape)}, expected {tuple(patches.shape[:2])}: one "
+                f"value for each patch of each image"
+            )
+        return torch.where(mask.bool().unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Layers
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    scaling: float = 1.0,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[Tensor, Tensor]:
+    """Attention with its probabilities: queries, keys and values (B, H, N, d) -> (B, N, H, d) and (B, H, N, N)."""
+    scores = query @ key.transpose(-2, -1) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    probabilities = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    output = F.dropout(probabilities, p=dropout, training=module.training) @ value
+    return output.transpose(1, 2).contiguous(), probabilities
+
+
+class ViTWithRegistersQueryKeyValue(nn.Linear):
+    """Queries, keys and values in one product, (B, N, D) -> (B, N, 3 D).
+
+    The bias always has three parts, so that quantisation and adapters meet a plain linear layer; parts that the
+    architecture lacks are zero and get no gradient.
+    """
+
+    def __init__(self, config: ViTWithRegistersConfig):
+        self.has_bias = (config.has_query_bias, config.has_key_bias, config.has_value_bias)
+        super().__init__(config.hidden_size, 3 * config.hidden_size, bias=any(self.has_bias))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if self.bias is None or all(self.has_bias):
+            return super().forward(hidden_states)
+        parts = zip(self.has_bias, self.bias.chunk(3))
+        bias = torch.cat([part if is_present else torch.zeros_like(part) for is_present, part in parts])
+        return F.linear(hidden_states, self.weight, bias)
+
+
+class ViTWithRegistersAttention(AttentionBackend):
+    """Multi-head self-attention through the back end that the model was loaded with."""
+
+    def __init__(self, config: ViTWithRegistersConfig):
+        super().__init__()
+        self.config = config
+        self.num_heads = config.num_attention_heads
+        self.scaling = (config.hidden_size // config.num_attention_heads) ** -0.5
+        self.is_causal = False
+        self.qkv = ViTWithRegistersQueryKeyValue(config)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def project(self, hidden_states: Tensor, rotary: tuple | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each (B, H, N, d), with positions turned in."""
+        qkv = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1))  # [B, N, 3 D] -> [B, N, 3, H, d]
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        if rotary is not None:
+            query, key = rotate(query, rotary), rotate(key, rotary)
+        return query, key, value
+
+    def forward(
+        self, hidden_states: Tensor, rotary: tuple | None = None, output_attentions: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend among tokens (B, N, D); the second value is probabilities (B, H, N, N) if asked for."""
+        # Only the eager function has probabilities to return, whatever the back end of the model.
+        attend = eager_attention_forward if output_attentions else self.get_attention_function()
+        output, probabilities = attend(
+            self,
+            *self.project(hidden_states, rotary),
+            None,
+            scaling=self.scaling,
+            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
+            is_causal=False,
+        )
+        output = self.dropout(self.proj(output.flatten(2)))  # [B, N, H, d] -> [B, N, D]
+        return output, probabilities if output_attentions else None
+
+    def prefix_probabilities(self, hidden_states: Tensor, rotary: tuple | None, num_queries: int) -> Tensor:
+        """Probabilities (B, H, Q, N), in float32, of the first Q tokens over all; nothing of size N x N is built."""
+        query, key, _ = self.project(hidden_states, rotary)
+        return (query[:, :, :num_queries].float() @ key.float().transpose(-2, -1) * self.scaling).softmax(dim=-1)
+
+
+class ViTWithRegistersMLP(nn.Module):
+    """Two linear layers; with SwiGLU the first makes gate and value, in this order, in one product."""
+
+    def __init__(self, config: ViTWithRegistersConfig):
+        super().__init__()
+        self.is_gated = config.hidden_act == "swiglu"
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size * (2 if self.is_gated else 1))
+        self.activation = ACT2FN["silu" if self.is_gated else config.hidden_act]
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        hidden_states = self.fc1(hidden_states)
+        if self.is_gated:
+            gate, value = hidden_states.chunk(2, dim=-1)
+            hidden_states = self.activation(gate) * value
+        else:
+            hidden_states = self.activation(hidden_states)
+        return self.dropout(self.fc2(hidden_states))
+
+
+class ViTWithRegistersLayerScale(nn.Module):
+    """A learned factor for each channel of a branch (Touvron et al. 2021)."""
+
+    def __init__(self, config: ViTWithRegistersConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.hidden_size))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states * self.weight
+
+
+class ViTWithRegistersDropPath(nn.Module):
+    """Stochastic depth: while training, drop a branch for some images and scale it up for the others."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch: Tensor) -> Tensor:
+        if not self.training or self.rate == 0.0:
+            return branch
+        keep = branch.new_empty(branch.shape[0], 1, 1).bernoulli_(1 - self.rate)
+        return branch * keep / (1 - self.rate)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate}"
+
+
+class ViTWithRegistersLayer(GradientCheckpointingLayer):
+    """Attention and MLP, each behind a norm, with LayerScale and stochastic depth."""
+
+    def __init__(self, config: ViTWithRegistersConfig, drop_path_rate: float):
+        super().__init__()
+        has_scale = config.layer_scale_init_value is not None
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = ViTWithRegistersAttention(config)
+        self.layer_scale1 = ViTWithRegistersLayerScale(config) if has_scale else nn.Identity()
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = ViTWithRegistersMLP(config)
+        self.layer_scale2 = ViTWithRegistersLayerScale(config) if has_scale else nn.Identity()
+        self.drop_path = ViTWithRegistersDropPath(drop_path_rate)
+
+    def forward(
+        self, hidden_states: Tensor, rotary: tuple | None = None, output_attentions: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Tokens (B, N, D) to tokens, with the attention probabilities (B, H, N, N) beside them if asked for."""
+        branch, probabilities = self.attention(self.norm1(hidden_states), rotary, output_attentions)
+        hidden_states = hidden_states + self.drop_path(self.layer_scale1(branch))
+        branch = self.mlp(self.norm2(hidden_states))
+        hidden_states = hidden_states + self.drop_path(self.layer_scale2(branch))
+        return (hidden_states, probabilities) if output_attentions else hidden_states
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Base class
+# ------------------------------------------------------------------------------------------------------------------
+
+IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+PROCESSOR_FILE = "preprocessor_config.json"
+
+
+class ViTWithRegistersPreTrainedModel(PreTrainedModel):
+    """Initialisation, saving, and what every model of the family offers beside its forward."""
+
+    config_class = ViTWithRegistersConfig
+    base_model_prefix = "vitreg"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ViTWithRegistersEmbeddings", "ViTWithRegistersLayer"]
+    _keys_to_ignore_on_load_unexpected = [r"embeddings\.mask_token"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    # The image processor of transformers that the pipeline of this model accepts.
+    _image_processor_type = "BitImageProcessor"
+
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            if getattr(module, "is_zero_initialized", False):
+                set_initial(module.weight, nn.init.zeros_)
+            else:
+                set_initial(module.weight, nn.init.trunc_normal_, std=std)
+            set_initial(module.bias, nn.init.zeros_)
+        elif isinstance(module, (nn.LayerNorm, nn.BatchNorm2d)):
+            set_initial(module.weight, nn.init.ones_)
+            set_initial(module.bias, nn.init.zeros_)
+            if isinstance(module, nn.BatchNorm2d):
+                set_initial(module.running_mean, nn.init.zeros_)
+                set_initial(module.running_var, nn.init.ones_)
+                set_initial(module.num_batches_tracked, nn.init.zeros_)
+        elif isinstance(module, ViTWithRegistersLayerScale):
+            set_initial(module.weight, nn.init.constant_, self.config.layer_scale_init_value)
+        elif isinstance(module, (ViTWithRegistersRegisterTokens, ViTWithRegistersPositionEmbeddings)):
+            # Registers have no position: equal ones would get equal gradients and stay equal for ever.
+            set_initial(module.weight, nn.init.trunc_normal_, std=std)
+        elif isinstance(module, ViTWithRegistersEmbeddings):
+            set_initial(module.cls_token, nn.init.trunc_normal_, std=std)
+            set_initial(module.distillation_token, nn.init.trunc_normal_, std=std)
+            set_initial(module.mask_token, nn.init.zeros_)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The patch embedding."""
+        return self.base_model.embeddings.patch_embeddings
+
+    def no_weight_decay(self) -> set:
+        """Names of the parameters that are tokens or positions: decay none of them or all, registers included."""
+        kinds = ("cls_token", "distillation_token", "register_tokens", "mask_token", "position_embeddings")
+        return {name for name, _ in self.named_parameters() if any(kind in name.split(".") for kind in kinds)}
+
+    def resize_register_tokens(self, num_register_tokens: int) -> None:
+        """Change the number of registers in place. The first ones are kept, new ones start distinct.
+
+        Outputs change, for every token takes part in attention: measure before and after, or train on.
+
+        Args:
+            num_register_tokens: 0 or more.
+
+        Raises:
+            ValueError: a negative number.
+        """
+        if num_register_tokens < 0:
+            raise ValueError(f"expected 0 or more register tokens, got {num_register_tokens}")
+        embeddings = self.base_model.embeddings
+        old, weight = embeddings.register_tokens, embeddings.patch_embeddings.weight
+        new = ViTWithRegistersRegisterTokens(num_register_tokens, self.config.hidden_size).to(weight)
+        self._init_weights(new)
+        if old is not None:
+            kept = min(num_register_tokens, self.config.num_register_tokens)
+            new.weight.data[:kept] = old.weight.data[:kept]
+            new.requires_grad_(old.weight.requires_grad)
+        embeddings.register_tokens = new if num_register_tokens else None
+        self.config.num_register_tokens = num_register_tokens
+
+    def split_tokens(self, hidden_state: Tensor, grid: tuple) -> ViTWithRegistersTokens:
+        """Name the tokens of any layer.
+
+        Args:
+            hidden_state: (B, N, D), for example one of `hidden_states`.
+            grid: rows and columns of the patches.
+        """
+        kinds = self.config.token_slices
+        patches = hidden_state[:, kinds["patches"]]
+        return ViTWithRegistersTokens(
+            hidden_state=hidden_state,
+            cls_token=hidden_state[:, kinds["cls"].start] if self.config.has_cls_token else None,
+            distillation_token=(
+                hidden_state[:, kinds["distillation"].start] if self.config.has_distillation_token else None
+            ),
+            register_tokens=hidden_state[:, kinds["registers"]],
+            patch_tokens=patches,
+            patch_grid=patches.unflatten(1, tuple(grid)),
+        )
+
+    @torch.no_grad()
+    def attention_maps(
+        self,
+        pixel_values: Tensor,
+        layers: int | tuple = -1,
+        queries: str | tuple = ("cls", "registers"),
+        average_heads: bool = False,
+    ) -> ViTWithRegistersAttentionMaps:
+        """Where class token and registers look, folded onto the grid of patches, under any attention back end.
+
+        Only the layers asked for compute probabilities, and only for these queries; layers behind them do not run.
+
+        Args:
+            pixel_values: images (B, C, height, width).
+            layers: numbers of layers from 0, or from -1 backwards.
+            queries: any of "cls", "distillation", "registers"; kinds that the model lacks are left out.
+            average_heads: average over heads.
+
+        Returns:
+            Maps (B, M, [R,] [H,] rows, columns), M layers in the order asked for, in float32.
+
+        Raises:
+            ValueError: no such layer or query.
+        """
+        layers = [layers] if isinstance(layers, int) else list(layers)
+        queries = (queries,) if isinstance(queries, str) else tuple(queries)
+        depth, kinds = self.config.num_hidden_layers, self.config.token_slices
+        if not layers or any(not -depth <= layer < depth for layer in layers):
+            raise ValueError(f"expected layers from {-depth} to {depth - 1}, got {layers}")
+        kinds.pop("patches")
+        if not queries or any(query not in kinds for query in queries):
+            raise ValueError(f"expected queries out of {', '.join(kinds)}, got {queries}")
+        layers = [layer % depth for layer in layers]
+        probabilities, grid = self.base_model.prefix_attention(pixel_values, layers)
+        maps = torch.stack([probabilities[layer] for layer in layers], dim=1)  # [B, M, H, prefix, N]
+        maps = maps[..., kinds["registers"].stop :].transpose(2, 3).unflatten(-1, grid)
+        maps = maps.mean(dim=3) if average_heads else maps  # [B, M, prefix, (H,) rows, columns]
+        output = ViTWithRegistersAttentionMaps()
+        for query in queries:
+            part = maps[:, :, kinds[query]]
+            if query == "registers":
+                output["registers"] = part
+            elif part.shape[2]:
+                output[query] = part[:, :, 0]
+        return output
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> None:
+        """Save as in transformers, and with it the code, an entry for every Auto class, and an image processor.
+
+        An image processor that already lies in the folder stays. Otherwise it is the one that the model was loaded
+        with, in the class that the pipeline of this model accepts; for a new model it has ImageNet's statistics.
+        """
+        to_hub = ("repo_id", "commit_message", "commit_description", "private", "create_pr", "revision", "tags")
+        to_hub = {name: kwargs.pop(name) for name in to_hub if name in kwargs}
+        self.config.auto_map = {
+            "AutoConfig": "configuration_vitreg.ViTWithRegistersConfig",
+            **{model._auto_class: f"modeling_vitreg.{model.__name__}" for model in AUTO_MODELS},
+        }
+        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+        if is_main_process and os.path.isdir(save_directory):
+            self._save_image_processor(save_directory)
+        if push_to_hub:
+            repo_id = to_hub.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
+            self.push_to_hub(repo_id, token=kwargs.get("token"), **to_hub)
+
+    def image_processor_settings(self) -> dict:
+        """Settings of the image processor that is saved with the model, as in `preprocessor_config.json`."""
+        defaults, loaded = self._default_image_processor(), self._loaded_image_processor()
+        if loaded.get("image_processor_type", "").startswith(defaults["image_processor_type"]):
+            return loaded
+        statistics = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+        return {**defaults, **{name: loaded[name] for name in statistics if name in loaded}}
+
+    def _default_image_processor(self) -> dict:
+        channels = self.config.num_channels
+        rows, columns = (side * patch for side, patch in zip(self.config.grid_shape, self.config.patch_shape))
+        settings = {
+            "image_processor_type": self._image_processor_type,
+            "do_resize": True,
+            "resample": 3,  # bicubic
+            "size": {"height": rows, "width": columns},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": IMAGENET_MEAN if channels == 3 else [0.5] * channels,
+            "image_std": IMAGENET_STD if channels == 3 else [0.5] * channels,
+        }
+        if self._image_processor_type == "BitImageProcessor":
+            shortest_edge = round(max(rows, columns) * 256 / 224)  # the protocol of ImageNet: 256 cut to 224
+            settings["size"] = {"shortest_edge": shortest_edge}
+            settings |= {"do_center_crop": True, "crop_size": {"height": rows, "width": columns}}
+            settings |= {"do_convert_rgb": channels == 3}
+        elif self._image_processor_type == "DPTImageProcessor":
+            settings |= {"keep_aspect_ratio": False, "ensure_multiple_of": 1}
+        else:
+            settings |= {"do_reduce_labels": False}
+        return settings
+
+    def _loaded_image_processor(self) -> dict:
+        source = self.config._name_or_path
+        if not source:
+            return {}
+        try:  # from the folder or the cache, never from the network: saving works offline
+            path = cached_file(
+                source,
+                PROCESSOR_FILE,
+                revision=getattr(self.config, "_commit_hash", None),
+                local_files_only=True,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+        except OSError:  # the folder was moved or the repository is private: there is nothing to carry over
+            return {}
+        if path is None:
+            return {}
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+
+    def _save_image_processor(self, folder: str | os.PathLike) -> None:
+        path = os.path.join(folder, PROCESSOR_FILE)
+        if os.path.exists(path):
+            return
+        with open(path + ".tmp", "w", encoding="utf-8") as file:
+            json.dump(self.image_processor_settings(), file, indent=2, sort_keys=True)
+            file.write("\n")
+        os.replace(path + ".tmp", path)
+
+    def _encode(self, pixel_values, *, stages=(), output_hidden_states=None, output_attentions=None, **inputs):
+        """Run the base model for a head: its output, with only what the caller asked for, and the tokens before the
+        final norm of the stages that the head reads."""
+        wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output = self.vitreg(
+            pixel_values,
+            output_hidden_states=True if wants_states else list(stages),
+            output_attentions=output_attentions,
+            return_dict=True,
+            **inputs,
+        )
+        grid = output.patch_grid.shape[1:3]
+        tokens = [self.split_tokens(output.hidden_states[stage], grid) for stage in stages]
+        if not wants_states:
+            output.hidden_states = None
+        return output, tokens
+
+    def _answer(self, output: ModelOutput, return_dict: bool | None) -> ModelOutput | tuple:
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Models
+# ------------------------------------------------------------------------------------------------------------------
+
+
+class ViTWithRegistersModel(ViTWithRegistersPreTrainedModel):
+    """Images to named tokens.
+
+    Args:
+        config: the architecture.
+        use_mask_token: own a mask token; default `config.has_mask_token`.
+
+    Example:
+        >>> tokens = ViTWithRegistersModel(ViTWithRegistersConfig())(torch.rand(1, 3, 224, 224))
+        >>> tokens.cls_token.shape, tokens.register_tokens.shape, tokens.patch_grid.shape
+        (torch.Size([1, 768]), torch.Size([1, 4, 768]), torch.Size([1, 14, 14, 768]))
+    """
+
+    _auto_class = "AutoModel"
+
+    def __init__(self, config: ViTWithRegistersConfig, use_mask_token: bool | None = None):
+        super().__init__(config)
+        use_mask_token = config.has_mask_token if use_mask_token is None else use_mask_token
+        self.embeddings = ViTWithRegistersEmbeddings(config, use_mask_token=use_mask_token)
+        self.pre_layernorm = nn.Identity()
+        if config.has_pre_norm:
+            self.pre_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layers = nn.ModuleList(ViTWithRegistersLayer(config, rate) for rate in config.drop_path_rates)
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        bool_masked_pos: Tensor | None = None,
+        output_hidden_states: bool | int | list | None = None,
+        output_attentions: bool | None = None,
+        output_pre_norm: bool = False,
+        return_dict: bool | None = None,
+    ) -> ViTWithRegistersModelOutput | tuple:
+        """Encode images.
+
+        Args:
+            pixel_values: (B, C, height, width), normalised by the image processor; sides are multiples of the patch.
+            bool_masked_pos: (B, P) or (B, rows, columns), true where a patch is replaced by the mask token.
+            output_hidden_states: all, or the numbers of those wanted: 0 is the input of the first layer, i the output
+                of layer i, negative ones count from the end; the others are None.
+            output_attentions: return probabilities, computed eagerly whatever the attention back end.
+            output_pre_norm: return the tokens before the final norm too.
+            return_dict: False for a tuple.
+
+        Raises:
+            ValueError: images of the wrong shape or size, or a mask that does not fit.
+        """
+        if pixel_values is None:
+            raise ValueError("expected `pixel_values`, images of shape (batch, channels, height, width), got None")
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        wanted = self._wanted_states(output_hidden_states)
+        hidden_state, rotary, grid = self._embed(pixel_values, bool_masked_pos)
+        hidden_states, attentions = [hidden_state if 0 in wanted else None], []
+        for number, layer in enumerate(self.layers, start=1):
+            hidden_state = layer(hidden_state, rotary, output_attentions)
+            if output_attentions:
+                hidden_state, probabilities = hidden_state
+                attentions.append(probabilities)
+            hidden_states.append(hidden_state if number in wanted else None)
+        normed = self.norm_tokens(hidden_state)
+        tokens = self.split_tokens(normed, grid)
+        output = ViTWithRegistersModelOutput(
+            last_hidden_state=normed,
+            pooler_output=self.pool(tokens),
+            hidden_states=tuple(hidden_states) if wanted else None,
+            attentions=tuple(attentions) if output_attentions else None,
+            cls_token=tokens.cls_token,
+            distillation_token=tokens.distillation_token,
+            register_tokens=tokens.register_tokens,
+            patch_tokens=tokens.patch_tokens,
+            patch_grid=tokens.patch_grid,
+            pre_norm=self.split_tokens(hidden_state, grid) if output_pre_norm else None,
+        )
+        return self._answer(output, return_dict)
+
+    def norm_tokens(self, hidden_state: Tensor) -> Tensor:
+        """Apply the final norm, unless the model norms the pooled vector in its place."""
+        return hidden_state if self.config.has_pooled_norm else self.layernorm(hidden_state)
+
+    def pool(self, tokens: ViTWithRegistersTokens) -> Tensor:
+        """One vector an image, (B, D) or (B, 2 D), from normed tokens, the way `config.pooling` says."""
+        if self.config.pooling == "cls":
+            return tokens.cls_token
+        if self.config.pooling == "cls_distillation":
+            return (tokens.cls_token + tokens.distillation_token) / 2
+        mean = tokens.patch_tokens.mean(dim=1)
+        if self.config.pooling == "cls_mean":
+            return torch.cat([tokens.cls_token, mean], dim=-1)
+        return self.layernorm(mean) if self.config.has_pooled_norm else mean
+
+    def prefix_attention(self, pixel_values: Tensor, layers: list) -> tuple[dict, tuple]:
+        """Attention probabilities (B, H, prefix, N) of some layers by number, and the grid; see `attention_maps`."""
+        hidden_state, rotary, grid = self._embed(pixel_values)
+        probabilities = {}
+        for number, layer in enumerate(self.layers[: max(layers) + 1]):
+            if number in layers:
+                normed = layer.norm1(hidden_state)
+                probabilities[number] = layer.attention.prefix_probabilities(
+                    normed, rotary, self.config.num_prefix_tokens
+                )
+            if number < max(layers):
+                hidden_state = layer(hidden_state, rotary)
+        return probabilities, grid
+
+    def _embed(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None) -> tuple:
+        hidden_state = self.pre_layernorm(self.embeddings(pixel_values, bool_masked_pos))
+        grid = self.embeddings.grid_of(pixel_values)
+        rotary = None
+        if self.config.position_embedding_type == "rope":
+            rotary = rotary_tables(self.config, grid, training=self.training, device=hidden_state.device)
+        return hidden_state, rotary, grid
+
+    def _wanted_states(self, output_hidden_states: bool | int | list | None) -> list:
+        states = range(len(self.layers) + 1)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if isinstance(output_hidden_states, bool):
+            return list(states) if output_hidden_states else []
+        numbers = [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states
+        if any(not -len(states) <= number < len(states) for number in numbers):
+            raise ValueError(f"expected hidden states from {-len(states)} to {len(states) - 1}, got {numbers}")
+        return [states[number] for number in numbers]
+
+
+class ViTWithRegistersForImageClassification(ViTWithRegistersPreTrainedModel):
+    """One linear classifier on the pooled tokens, or DeiT's two on class and distillation token."""
+
+    _auto_class = "AutoModelForImageClassification"
+
+    def __init__(self, config: ViTWithRegistersConfig):
+        super().__init__(config)
+        self.vitreg = ViTWithRegistersModel(config, use_mask_token=False)
+        size = config.pooled_size + (config.num_classifier_layers - 1) * config.hidden_size
+        self.classifier = self._make_classifier(size)
+        self.distillation_classifier = None
+        if config.pooling == "cls_distillation":
+            self.distillation_classifier = self._make_classifier(size)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        teacher_labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> ViTWithRegistersClassifierOutput | tuple:
+        """Classify images.
+
+        Args:
+            pixel_values: (B, C, height, width).
+            labels: (B,) class numbers, or (B, classes) for `config.problem_type` "multi_label_classification" or
+                "regression". With two classifiers the loss is the mean of theirs.
+            teacher_labels: (B,) classes that a teacher predicts; in a distilled model they take the place of `labels`
+                for the second classifier (Touvron et al. 2021, hard distillation).
+            output_hidden_states, output_attentions, return_dict: as in `ViTWithRegistersModel`.
+
+        Raises:
+            ValueError: labels that do not fit the batch or the number of classes.
+        """
+        depth, num_layers = self.config.num_hidden_layers, self.config.num_classifier_layers
+        output, earlier = self._encode(
+            pixel_values,
+            stages=range(depth - num_layers + 1, depth),  # stages before the last, which the pooled vector has
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+        )
+        loss = cls_logits = distillation_logits = None
+        if self.distillation_classifier is None:
+            cls_tokens = [self.vitreg.norm_tokens(tokens.cls_token) for tokens in earlier]
+            logits = self.classifier(torch.cat([*cls_tokens, output.pooler_output], dim=-1))
+            if teacher_labels is not None:
+                raise ValueError("teacher_labels need a second classifier: set pooling='cls_distillation'")
+        else:
+            cls_logits = self.classifier(output.cls_token)
+            distillation_logits = self.distillation_classifier(output.distillation_token)
+            logits = (cls_logits + distillation_logits) / 2
+        if labels is not None:
+            self._check_labels(labels, logits)
+            loss = self.loss_function(labels, logits if cls_logits is None else cls_logits, self.config)
+            if distillation_logits is not None:
+                teacher_labels = labels if teacher_labels is None else teacher_labels
+                loss = (loss + self.loss_function(teacher_labels, distillation_logits, self.config)) / 2
+        output = ViTWithRegistersClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+            cls_logits=cls_logits,
+            distillation_logits=distillation_logits,
+        )
+        return self._answer(output, return_dict)
+
+    def _make_classifier(self, size: int) -> nn.Module:
+        if self.config.num_labels == 0:
+            return nn.Identity()
+        classifier = nn.Linear(size, self.config.num_labels)
+        classifier.is_zero_initialized = self.config.has_zero_init_classifier
+        return classifier
+
+    def _check_labels(self, labels: Tensor, logits: Tensor) -> None:
+        if labels.shape not in (logits.shape[:1], logits.shape):
+            raise ValueError(
+                f"labels have shape {tuple(labels.shape)}, expected {tuple(logits.shape[:1])} class numbers or "
+                f"{tuple(logits.shape)} targets: {self.config.num_labels} is `config.num_labels`"
+            )
+
+
+class ViTWithRegistersForMaskedImageModeling(ViTWithRegistersPreTrainedModel):
+    """Predict masked patches with one linear layer: their pixels (SimMIM, Xie et al. 2021) or a teacher's features."""
+
+    _auto_class = "AutoModelForMaskedImageModeling"
+
+    def __init__(self, config: ViTWithRegistersConfig):
+        super().__init__(config)
+        self.vitreg = ViTWithRegistersModel(config, use_mask_token=True)
+        size = config.masked_target_size
+        if config.masked_target == "pixels":
+            size = config.num_channels * math.prod(config.patch_shape)
+        self.decoder = nn.Linear(config.hidden_size, size)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        bool_masked_pos: Tensor | None = None,
+        target_features: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> MaskedImageModelingOutput | tuple:
+        """Reconstruct what is masked.
+
+        Args:
+            pixel_values: (B, C, height, width).
+            bool_masked_pos: (B, P) or (B, rows, columns), true where a patch is masked.
+            target_features: (B, P, target width), for masked_target "features".
+            output_hidden_states, output_attentions, return_dict: as in `ViTWithRegistersModel`.
+
+        Returns:
+            `reconstruction` is images (B, C, height, width) or features (B, P, target width). `loss`, over masked
+            patches, is the mean absolute error of pixels, or one minus the cosine to the target features; these count
+            everywhere if there is no mask.
+
+        Raises:
+            ValueError: a mask or target that does not fit.
+        """
+        output, _ = self._encode(
+            pixel_values,
+            bool_masked_pos=bool_masked_pos,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+        )
+        predicted = self.decoder(output.patch_tokens)
+        if self.config.masked_target == "pixels":
+            if target_features is not None:
+                raise ValueError("target_features need masked_target='features' in the configuration")
+            errors = None if bool_masked_pos is None else (predicted - self.patchify(pixel_values)).abs().mean(-1)
+            reconstruction = self.unpatchify(predicted, output.patch_grid.shape[1:3])
+        else:
+            errors = None if target_features is None else self._feature_errors(predicted, target_features)
+            reconstruction = predicted
+        loss = None
+        if errors is not None:
+            mask = errors.new_ones(errors.shape) if bool_masked_pos is None else bool_masked_pos.flatten(1)
+            loss = (errors * mask).sum() / mask.sum().clamp(min=1)
+        output = MaskedImageModelingOutput(
+            loss=loss,
+            reconstruction=reconstruction,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+        return self._answer(output, return_dict)
+
+    def patchify(self, images: Tensor) -> Tensor:
+        """Images (B, C, height, width) to patches (B, P, C x rows x columns of a patch)."""
+        return F.unfold(images, self.config.patch_shape, stride=self.config.patch_shape).transpose(1, 2)
+
+    def unpatchify(self, patches: Tensor, grid: tuple) -> Tensor:
+        """Undo `patchify`."""
+        sizes = tuple(side * patch for side, patch in zip(grid, self.config.patch_shape))
+        return F.fold(patches.transpose(1, 2), sizes, self.config.patch_shape, stride=self.config.patch_shape)
+
+    def _feature_errors(self, predicted: Tensor, target: Tensor) -> Tensor:
+        if target.shape != predicted.shape:
+            raise ValueError(
+                f"target_features have shape {tuple(target.shape)}, expected {tuple(predicted.shape)}: the width is "
+                f"`config.masked_target_size`"
+            )
+        return 1 - F.cosine_similarity(predicted.float(), target.float(), dim=-1)
+
+
+class ViTWithRegistersForSemanticSegmentation(ViTWithRegistersPreTrainedModel):
+    """DINOv2's linear head: batch norm and a 1 x 1 convolution on the normed patches of `config.out_indices`."""
+
+    _auto_class = "AutoModelForSemanticSegmentation"
+    _image_processor_type = "SegformerImageProcessor"
+
+    def __init__(self, config: ViTWithRegistersConfig):
+        super().__init__(config)
+        self.vitreg = ViTWithRegistersModel(config, use_mask_token=False)
+        size = config.hidden_size * len(config.out_indices)
+        self.batch_norm = nn.BatchNorm2d(size)
+        self.classifier = nn.Conv2d(size, config.num_labels, kernel_size=1)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> SemanticSegmenterOutput | tuple:
+        """Classify every patch.
+
+        Args:
+            pixel_values: (B, C, height, width).
+            labels: (B, height, width) class numbers, `config.semantic_loss_ignore_index` where there is none.
+            output_hidden_states, output_attentions, return_dict: as in `ViTWithRegistersModel`.
+
+        Returns:
+            `logits` (B, classes, rows, columns), one a patch; the processor's `post_process_semantic_segmentation`
+            brings them to the size of the image, as the loss does.
+
+        Raises:
+            ValueError: labels of another size than the images.
+        """
+        output, stages = self._encode(
+            pixel_values,
+            stages=self.config.out_indices,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+        )
+        grids = [self.vitreg.norm_tokens(tokens.patch_grid) for tokens in stages]
+        features = torch.cat(grids, dim=-1).permute(0, 3, 1, 2)  # [B, rows, columns, D] -> [B, D, rows, columns]
+        logits = self.classifier(self.batch_norm(features))
+        loss = None
+        if labels is not None:
+            _check_map("labels", labels, pixel_values)
+            pixel_logits = F.interpolate(logits.float(), size=labels.shape[1:], mode="bilinear", align_corners=False)
+            loss = F.cross_entropy(pixel_logits, labels, ignore_index=self.config.semantic_loss_ignore_index)
+        output = SemanticSegmenterOutput(
+            loss=loss, logits=logits, hidden_states=output.hidden_states, attentions=output.attentions
+        )
+        return self._answer(output, return_dict)
+
+
+class ViTWithRegistersForDepthEstimation(ViTWithRegistersPreTrainedModel):
+    """DINOv2's linear depth head: patches, before the final norm, and class token of `config.out_indices` choose among
+    bins of depth; the prediction is the expected depth."""
+
+    _auto_class = "AutoModelForDepthEstimation"
+    _image_processor_type = "DPTImageProcessor"
+    upsampling = 4
+
+    def __init__(self, config: ViTWithRegistersConfig):
+        super().__init__(config)
+        self.vitreg = ViTWithRegistersModel(config, use_mask_token=False)
+        size = config.hidden_size * (1 + config.has_cls_token) * len(config.out_indices)
+        self.classifier = nn.Conv2d(size, config.num_depth_bins, kernel_size=1)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> DepthEstimatorOutput | tuple:
+        """Estimate depth.
+
+        Args:
+            pixel_values: (B, C, height, width).
+            labels: (B, height, width) depth in metres; values outside (0, `config.max_depth`] do not count.
+            output_hidden_states, output_attentions, return_dict: as in `ViTWithRegistersModel`.
+
+        Returns:
+            `predicted_depth` (B, height, width) in metres, in float32.
+
+        Raises:
+            ValueError: labels of another size than the images.
+        """
+        output, stages = self._encode(
+            pixel_values,
+            stages=self.config.out_indices,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+        )
+        features = torch.cat([self._features(tokens) for tokens in stages], dim=-1).permute(0, 3, 1, 2)
+        # DINOv2 enlarges the features and then convolves; the two commute, and 256 bins are fewer than the channels.
+        scores = self.classifier(features).float()
+        scores = F.interpolate(scores, scale_factor=self.upsampling, mode="bilinear", align_corners=False)
+        scores = scores.relu() + 0.1
+        bins = torch.linspace(
+            self.config.min_depth, self.config.max_depth, self.config.num_depth_bins, device=scores.device
+        )
+        depth = torch.einsum("bkhw,k->bhw", scores / scores.sum(dim=1, keepdim=True), bins)
+        depth = F.interpolate(depth[:, None], size=pixel_values.shape[2:], mode="bilinear", align_corners=False)[:, 0]
+        loss = None
+        if labels is not None:
+            _check_map("labels", labels, pixel_values)
+            loss = scale_invariant_loss(depth, labels, max_depth=self.config.max_depth)
+        output = DepthEstimatorOutput(
+            loss=loss, predicted_depth=depth, hidden_states=output.hidden_states, attentions=output.attentions
+        )
+        return self._answer(output, return_dict)
+
+    def _features(self, tokens: ViTWithRegistersTokens) -> Tensor:
+        grid = tokens.patch_grid
+        if tokens.cls_token is None:
+            return grid
+        return torch.cat([grid, tokens.cls_token[:, None, None].expand_as(grid)], dim=-1)
+
+
+def scale_invariant_loss(depth: Tensor, target: Tensor, *, max_depth: float) -> Tensor:
+    """Scale-invariant loss of depth (Eigen et al. 2014; AdaBins, DINOv2), over pixels 0 < target <= max_depth.
+
+    sqrt(variance of g + 0.15 (mean of g)^2), g = log(depth + 0.001) - log(target + 0.001), unbiased variance
+    """
+    is_valid = (target > 0) & (target <= max_depth)
+    count = is_valid.sum()
+    error = torch.log(depth.float() + 1e-3) - torch.log(target.float().clamp(min=0) + 1e-3)
+    error = torch.where(is_valid, error, 0.0)
+    mean = error.sum() / count.clamp(min=1)
+    variance = torch.where(is_valid, (error - mean).square(), 0.0).sum() / (count - 1).clamp(min=1)
+    return (variance + 0.15 * mean.square()).clamp(min=1e-12).sqrt()  # the root of zero has no gradient
+
+
+class ViTWithRegistersBackbone(BackboneMixin, ViTWithRegistersPreTrainedModel):
+    """Feature maps for detection and segmentation frameworks. Registers never appear in them."""
+
+    _auto_class = "AutoBackbone"
+
+    def __init__(self, config: ViTWithRegistersConfig):
+        super().__init__(config)
+        set_up_backbone(self, config)
+        self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
+        self.vitreg = ViTWithRegistersModel(config, use_mask_token=False)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BackboneOutput | tuple:
+        """Feature maps of the stages in `out_features`, each (B, D, rows, columns), or with
+        `config.reshape_hidden_states` false (B, 1 + P, D), class token and patches, as DPT reads them."""
+        output, stages = self._encode(
+            pixel_values,
+            stages=[self.stage_names.index(name) for name in self.out_features],
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+        )
+        output = BackboneOutput(
+            feature_maps=tuple(self._feature_map(tokens) for tokens in stages),
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+        return self._answer(output, return_dict)
+
+    def _feature_map(self, tokens: ViTWithRegistersTokens) -> Tensor:
+        norm = self.vitreg.norm_tokens if self.config.apply_layernorm else nn.Identity()
+        if self.config.reshape_hidden_states:
+            return norm(tokens.patch_grid).permute(0, 3, 1, 2).contiguous()
+        prefix = [] if tokens.cls_token is None else [tokens.cls_token[:, None]]
+        return norm(torch.cat([*prefix, tokens.patch_tokens], dim=1))
+
+
+def _check_map(name: str, values: Tensor, pixel_values: Tensor) -> None:
+    expected = (pixel_values.shape[0], *pixel_values.shape[2:])
+    if values.shape != expected:
+        raise ValueError(f"{name} have shape {tuple(values.shape)}, expected {tuple(expected)} like the images")
+
+
+AUTO_MODELS = (
+    ViTWithRegistersModel,
+    ViTWithRegistersForImageClassification,
+    ViTWithRegistersForMaskedImageModeling,
+    ViTWithRegistersForSemanticSegmentation,
+    ViTWithRegistersForDepthEstimation,
+    ViTWithRegistersBackbone,
+)
+
+__all__ = [
+    "ViTWithRegistersAttentionMaps",
+    "ViTWithRegistersBackbone",
+    "ViTWithRegistersClassifierOutput",
+    "ViTWithRegistersForDepthEstimation",
+    "ViTWithRegistersForImageClassification",
+    "ViTWithRegistersForMaskedImageModeling",
+    "ViTWithRegistersForSemanticSegmentation",
+    "ViTWithRegistersModel",
+    "ViTWithRegistersModelOutput",
+    "ViTWithRegistersPreTrainedModel",
+    "ViTWithRegistersTokens",
+]
