@@ -305,7 +305,7 @@ def _augment_centres(config: ViTWithRegistersConfig, centres: Tensor) -> Tensor:
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Turn queries or keys (B, H, N, d) by the angles of `rotary_tables`."""
     cos, sin = rotary
-    exact = x.float()  # bfloat16 angles move a patch by a noticeable part of its width
+    exact = x.float()  # products and sums in half precision make the error half as large again
     first, second = exact.chunk(2, dim=-1)
     return (exact * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
@@ -363,12 +363,13 @@ class ViTWithRegistersEmbeddings(nn.Module):
         prefix = torch.cat(prefix, dim=1) if prefix else None
         if self.position_embeddings is not None:
             prefix_positions, positions = self.position_embeddings(self.grid_of(pixel_values), patches.device)
-            patches = patches + positions.to(patches.dtype)
+            # No cast to the patches' dtype: under autocast float32 positions keep the residual stream in float32.
+            patches = patches + positions.to(self.patch_embeddings.weight.dtype)
             if prefix_positions is not None:
                 prefix = prefix + prefix_positions
-        parts = [] if prefix is None else [prefix.to(patches.dtype).expand(patches.shape[0], -1, -1)]
+        parts = [] if prefix is None else [prefix.expand(patches.shape[0], -1, -1)]
         if self.register_tokens is not None:
-            parts.append(self.register_tokens(patches.shape[0]).to(patches.dtype))
+            parts.append(self.register_tokens(patches.shape[0]))
         return self.dropout(torch.cat([*parts, patches], dim=1))
 
     def grid_of(self, pixel_values: Tensor) -> tuple:
@@ -1040,6 +1041,15 @@ class ViTWithRegistersForImageClassification(ViTWithRegistersPreTrainedModel):
                 f"labels have shape {tuple(labels.shape)}, expected {tuple(logits.shape[:1])} class numbers or "
                 f"{tuple(logits.shape)} targets: {self.config.num_labels} is `config.num_labels`"
             )
+        # On an accelerator a look at the values would wait for it; there the loss itself stops the program.
+        is_class_number = labels.ndim == 1 and not labels.is_floating_point() and self.config.num_labels > 1
+        if is_class_number and labels.device.type == "cpu" and not is_traced():
+            numbers = labels[labels != -100]  # the number that cross-entropy leaves out
+            if numbers.numel() and not 0 <= numbers.min() <= numbers.max() < self.config.num_labels:
+                raise ValueError(
+                    f"labels lie between {numbers.min()} and {numbers.max()}, expected 0 to "
+                    f"{self.config.num_labels - 1}: {self.config.num_labels} is `config.num_labels`"
+                )
 
 
 class ViTWithRegistersForMaskedImageModeling(ViTWithRegistersPreTrainedModel):
@@ -1136,8 +1146,8 @@ class ViTWithRegistersForSemanticSegmentation(ViTWithRegistersPreTrainedModel):
         super().__init__(config)
         self.vitreg = ViTWithRegistersModel(config, use_mask_token=False)
         size = config.hidden_size * len(config.out_indices)
-        self.batch_norm = nn.BatchNorm2d(size)
-        self.classifier = nn.Conv2d(size, config.num_labels, kernel_size=1)
+        self.segmentation_norm = nn.BatchNorm2d(size)
+        self.segmentation_classifier = nn.Conv2d(size, config.num_labels, kernel_size=1)
         self.post_init()
 
     def forward(
@@ -1170,7 +1180,7 @@ class ViTWithRegistersForSemanticSegmentation(ViTWithRegistersPreTrainedModel):
         )
         grids = [self.vitreg.norm_tokens(tokens.patch_grid) for tokens in stages]
         features = torch.cat(grids, dim=-1).permute(0, 3, 1, 2)  # [B, rows, columns, D] -> [B, D, rows, columns]
-        logits = self.classifier(self.batch_norm(features))
+        logits = self.segmentation_classifier(self.segmentation_norm(features))
         loss = None
         if labels is not None:
             _check_map("labels", labels, pixel_values)
@@ -1194,7 +1204,9 @@ class ViTWithRegistersForDepthEstimation(ViTWithRegistersPreTrainedModel):
         super().__init__(config)
         self.vitreg = ViTWithRegistersModel(config, use_mask_token=False)
         size = config.hidden_size * (1 + config.has_cls_token) * len(config.out_indices)
-        self.classifier = nn.Conv2d(size, config.num_depth_bins, kernel_size=1)
+        self.depth_classifier = nn.Conv2d(size, config.num_depth_bins, kernel_size=1)
+        # Nothing reads the final norm, and a trained parameter without gradient stops distributed training.
+        self.vitreg.layernorm.requires_grad_(False)
         self.post_init()
 
     def forward(
@@ -1226,7 +1238,7 @@ class ViTWithRegistersForDepthEstimation(ViTWithRegistersPreTrainedModel):
         )
         features = torch.cat([self._features(tokens) for tokens in stages], dim=-1).permute(0, 3, 1, 2)
         # DINOv2 enlarges the features and then convolves; the two commute, and 256 bins are fewer than the channels.
-        scores = self.classifier(features).float()
+        scores = self.depth_classifier(features).float()
         scores = F.interpolate(scores, scale_factor=self.upsampling, mode="bilinear", align_corners=False)
         scores = scores.relu() + 0.1
         bins = torch.linspace(

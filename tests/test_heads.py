@@ -1,0 +1,243 @@
+"""The heads, each against a plain program of its published definition."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from modeling_vitreg import (
+    ViTWithRegistersBackbone,
+    ViTWithRegistersForDepthEstimation,
+    ViTWithRegistersForImageClassification,
+    ViTWithRegistersForMaskedImageModeling,
+    ViTWithRegistersForSemanticSegmentation,
+)
+
+
+@pytest.fixture
+def images():
+    return torch.randn(2, 3, 32, 48)
+
+
+# Classification ----------------------------------------------------------------------------------------------------
+
+
+def test_a_zero_classifier_starts_at_chance_and_only_when_asked(tiny, images):
+    model = ViTWithRegistersForImageClassification(tiny(num_labels=5, has_zero_init_classifier=True))
+    output = model(images, labels=torch.tensor([1, 4]))
+    assert (output.logits == 0).all()
+    assert output.loss.item() == pytest.approx(torch.tensor(5.0).log().item())
+    assert ViTWithRegistersForImageClassification(tiny(num_labels=5))(images).logits.abs().min() > 0
+
+
+def test_the_distilled_form_averages_two_classifiers(tiny, randomise, images):
+    config = tiny(num_labels=5, has_distillation_token=True, pooling="cls_distillation")
+    model = randomise(ViTWithRegistersForImageClassification(config))
+    labels, teacher = torch.tensor([1, 4]), torch.tensor([0, 2])
+    output = model(images, labels=labels, teacher_labels=teacher)
+    tokens = model.vitreg(images)
+    torch.testing.assert_close(output.cls_logits, model.classifier(tokens.cls_token))
+    torch.testing.assert_close(output.distillation_logits, model.distillation_classifier(tokens.distillation_token))
+    torch.testing.assert_close(output.logits, (output.cls_logits + output.distillation_logits) / 2)
+    hard = F.cross_entropy(output.cls_logits, labels) / 2 + F.cross_entropy(output.distillation_logits, teacher) / 2
+    torch.testing.assert_close(output.loss, hard)
+    alone = model(images, labels=labels).loss
+    torch.testing.assert_close(
+        alone, F.cross_entropy(output.cls_logits, labels) / 2 + F.cross_entropy(output.distillation_logits, labels) / 2
+    )
+
+
+def test_a_linear_head_over_several_layers_reads_class_tokens_in_order_then_the_mean(tiny, randomise, images):
+    # DINOv2's 4-layer linear head: [class tokens of the last layers, earliest first; mean of the last patches].
+    config = tiny(num_labels=5, pooling="cls_mean", num_classifier_layers=3)
+    model = randomise(ViTWithRegistersForImageClassification(config))
+    assert model.classifier.in_features == 4 * 32
+    states = model.vitreg(images, output_hidden_states=True).hidden_states
+    normed = [model.vitreg.layernorm(state) for state in states[1:]]
+    features = torch.cat([*(state[:, 0] for state in normed), normed[-1][:, 5:].mean(1)], dim=1)
+    torch.testing.assert_close(model(images).logits, model.classifier(features))
+    assert model(images).hidden_states is None
+
+
+def test_multi_label_and_regression_losses_follow_the_problem_type(tiny, images):
+    targets = torch.rand(2, 5)
+    model = ViTWithRegistersForImageClassification(tiny(num_labels=5, problem_type="multi_label_classification"))
+    output = model(images, labels=targets)
+    torch.testing.assert_close(output.loss, F.binary_cross_entropy_with_logits(output.logits, targets))
+    model = ViTWithRegistersForImageClassification(tiny(num_labels=5, problem_type="regression"))
+    output = model(images, labels=targets)
+    torch.testing.assert_close(output.loss, F.mse_loss(output.logits, targets))
+
+
+def test_labels_that_do_not_fit_are_refused(tiny, images):
+    model = ViTWithRegistersForImageClassification(tiny(num_labels=5))
+    with pytest.raises(
+        ValueError, match=r"labels have shape \(3,\), expected \(2,\) class numbers or \(2, 5\) targets"
+    ):
+        model(images, labels=torch.tensor([1, 2, 3]))
+    with pytest.raises(ValueError, match=r"teacher_labels need a second classifier: set pooling='cls_distillation'"):
+        model(images, labels=torch.tensor([1, 2]), teacher_labels=torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match=r"labels lie between 0 and 7, expected 0 to 4: 5 is `config.num_labels`"):
+        model(images, labels=torch.tensor([0, 7]))
+
+
+# Masked image modelling --------------------------------------------------------------------------------------------
+
+
+def test_masked_pixels_are_scored_by_mean_absolute_error(tiny, randomise, images):
+    model = randomise(ViTWithRegistersForMaskedImageModeling(tiny(patch_size=(8, 16))))
+    mask = torch.rand(2, 4, 3) < 0.5
+    output = model(images, bool_masked_pos=mask)
+    assert output.reconstruction.shape == images.shape
+    pixels = mask.repeat_interleave(8, 1).repeat_interleave(16, 2)[:, None].expand_as(images)
+    torch.testing.assert_close(output.loss, (output.reconstruction - images)[pixels].abs().mean())
+    assert model(images).loss is None
+
+
+def test_patches_of_pixels_fold_back_into_the_image(tiny, images):
+    model = ViTWithRegistersForMaskedImageModeling(tiny(patch_size=(8, 16)))
+    patches = model.patchify(images)
+    assert torch.equal(patches[1, 4].view(3, 8, 16), images[1, :, 8:16, 16:32])
+    assert torch.equal(model.unpatchify(patches, (4, 3)), images)
+
+
+def test_teacher_features_are_scored_by_cosine(tiny, randomise, images):
+    model = randomise(ViTWithRegistersForMaskedImageModeling(tiny(masked_target="features", masked_target_size=12)))
+    target, mask = torch.randn(2, 24, 12), torch.rand(2, 24) < 0.5
+    output = model(images, bool_masked_pos=mask, target_features=target)
+    assert output.reconstruction.shape == (2, 24, 12)
+    errors = 1 - F.cosine_similarity(output.reconstruction, target, dim=-1)
+    torch.testing.assert_close(output.loss, errors[mask].mean())
+    everywhere = model(images, target_features=target)
+    torch.testing.assert_close(
+        everywhere.loss, 1 - F.cosine_similarity(everywhere.reconstruction, target, dim=-1).mean()
+    )
+
+
+def test_targets_of_masked_modelling_that_do_not_fit_are_refused(tiny, images):
+    model = ViTWithRegistersForMaskedImageModeling(tiny(masked_target="features", masked_target_size=12))
+    with pytest.raises(ValueError, match=r"target_features have shape \(2, 24, 9\), expected \(2, 24, 12\)"):
+        model(images, target_features=torch.randn(2, 24, 9))
+    with pytest.raises(ValueError, match=r"target_features need masked_target='features'"):
+        ViTWithRegistersForMaskedImageModeling(tiny())(images, target_features=torch.randn(2, 24, 32))
+
+
+# Segmentation ------------------------------------------------------------------------------------------------------
+
+
+def test_segmentation_is_batch_norm_and_one_linear_map_a_patch(tiny, randomise, images):
+    model = randomise(ViTWithRegistersForSemanticSegmentation(tiny(num_labels=4, out_indices=[1, 3]))).train()
+    states = model.vitreg(images, output_hidden_states=True).hidden_states
+    features = torch.cat([model.vitreg.layernorm(states[i])[:, 5:] for i in (1, 3)], dim=-1)
+    flat = features.flatten(0, 1)
+    normed = (flat - flat.mean(0)) / (flat.var(0, unbiased=False) + 1e-5).sqrt()
+    normed = normed * model.segmentation_norm.weight + model.segmentation_norm.bias
+    expected = normed @ model.segmentation_classifier.weight[:, :, 0, 0].T + model.segmentation_classifier.bias
+    labels = torch.randint(0, 4, (2, 32, 48))
+    labels[:, :5] = 255
+    output = model(images, labels=labels)
+    torch.testing.assert_close(output.logits, expected.view(2, 4, 6, 4).permute(0, 3, 1, 2), rtol=1e-4, atol=1e-4)
+    large = F.interpolate(output.logits, size=(32, 48), mode="bilinear").permute(0, 2, 3, 1)
+    torch.testing.assert_close(output.loss, F.cross_entropy(large[labels != 255], labels[labels != 255]))
+
+
+def test_maps_of_labels_have_the_size_of_the_images(tiny, images):
+    for cls in (ViTWithRegistersForSemanticSegmentation, ViTWithRegistersForDepthEstimation):
+        with pytest.raises(
+            ValueError, match=r"labels have shape \(2, 32, 32\), expected \(2, 32, 48\) like the images"
+        ):
+            cls(tiny())(images, labels=torch.zeros(2, 32, 32, dtype=torch.long))
+
+
+# Depth -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("has_cls_token", [True, False])
+def test_depth_is_the_expectation_over_bins(tiny, randomise, images, has_cls_token):
+    # The order of DINOv2: class token beside every patch, enlarge four times, then convolve, over un-normed layers.
+    config = tiny(out_indices=[2, 3], max_depth=80.0, has_cls_token=has_cls_token, pooling="mean")
+    model = randomise(ViTWithRegistersForDepthEstimation(config))
+    states = model.vitreg(images, output_hidden_states=True).hidden_states
+    parts = []
+    for state in (states[2], states[3]):
+        patches = state[:, config.num_prefix_tokens :].unflatten(1, (4, 6))
+        parts += [patches, *([state[:, 0, None, None].expand_as(patches)] if has_cls_token else [])]
+    features = torch.cat(parts, dim=-1).permute(0, 3, 1, 2)
+    enlarged = F.interpolate(features, size=(16, 24), mode="bilinear", align_corners=False)
+    scores = model.depth_classifier(enlarged).relu() + 0.1
+    bins = torch.linspace(1e-3, 80.0, 256)[:, None, None]
+    depth = (scores / scores.sum(1, keepdim=True) * bins).sum(1, keepdim=True)
+    expected = F.interpolate(depth, size=(32, 48), mode="bilinear", align_corners=False)[:, 0]
+    torch.testing.assert_close(model(images).predicted_depth, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_depth_loss_is_the_scale_invariant_loss_over_valid_pixels(tiny, randomise, images):
+    model = randomise(ViTWithRegistersForDepthEstimation(tiny()))
+    labels = torch.rand(2, 32, 48) * 12 - 1
+    output = model(images, labels=labels)
+    valid = (labels > 0) & (labels <= 10)
+    error = torch.log(output.predicted_depth[valid] + 1e-3) - torch.log(labels[valid] + 1e-3)
+    torch.testing.assert_close(output.loss, (error.var() + 0.15 * error.mean() ** 2).sqrt())
+
+
+def test_depth_without_a_valid_pixel_trains_on_nothing(tiny, images):
+    model = ViTWithRegistersForDepthEstimation(tiny())
+    loss = model(images, labels=torch.zeros(2, 32, 48)).loss
+    loss.backward()
+    assert loss.item() < 1e-5
+    assert all(p.grad is None or (p.grad == 0).all() for p in model.parameters())
+
+
+def test_every_trained_parameter_of_a_head_gets_a_gradient(tiny, images):
+    # Distributed data parallel training stops at the first parameter that does not.
+    inputs = {
+        ViTWithRegistersForImageClassification: {"labels": torch.tensor([0, 1])},
+        ViTWithRegistersForMaskedImageModeling: {"bool_masked_pos": torch.rand(2, 24) < 0.5},
+        ViTWithRegistersForSemanticSegmentation: {"labels": torch.zeros(2, 32, 48, dtype=torch.long)},
+        ViTWithRegistersForDepthEstimation: {"labels": torch.rand(2, 32, 48)},
+    }
+    for cls, extra in inputs.items():
+        model = cls(tiny(has_mask_token=True))
+        model(images, **extra).loss.backward()
+        without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        assert not without, cls.__name__
+
+
+# Backbone ----------------------------------------------------------------------------------------------------------
+
+
+def test_feature_maps_are_normed_patches_without_registers(tiny, randomise, images):
+    model = randomise(ViTWithRegistersBackbone(tiny(out_features=["stem", "stage2", "stage3"])))
+    assert model.channels == [32, 32, 32]
+    output = model(images)
+    states = model.vitreg(images, output_hidden_states=True).hidden_states
+    for feature_map, stage in zip(output.feature_maps, (0, 2, 3)):
+        expected = model.vitreg.layernorm(states[stage])[:, 5:].transpose(1, 2).unflatten(2, (4, 6))
+        torch.testing.assert_close(feature_map, expected)
+    assert output.hidden_states is None
+    model.config.apply_layernorm = False
+    torch.testing.assert_close(model(images).feature_maps[1], states[2][:, 5:].transpose(1, 2).unflatten(2, (4, 6)))
+
+
+def test_feature_maps_as_tokens_are_class_token_and_patches(tiny, randomise, images):
+    model = randomise(ViTWithRegistersBackbone(tiny(reshape_hidden_states=False)))
+    tokens = model.vitreg(images)
+    expected = torch.cat([tokens.cls_token[:, None], tokens.patch_tokens], dim=1)
+    torch.testing.assert_close(model(images).feature_maps[0], expected)
+
+
+def test_upernet_and_dpt_run_on_the_backbone(tiny, images):
+    # DPT expects exactly class token and patches: transformers' own register backbones fail there.
+    from transformers import DPTConfig, DPTForDepthEstimation, UperNetConfig, UperNetForSemanticSegmentation
+
+    backbone = tiny(out_indices=[0, 1, 2, 3])
+    upernet = UperNetForSemanticSegmentation(
+        UperNetConfig(backbone_config=backbone, hidden_size=16, num_labels=4, use_auxiliary_head=False)
+    )
+    assert upernet.eval()(images).logits.shape == (2, 4, 32, 48)
+    dpt = DPTConfig(
+        backbone_config=tiny(out_indices=[0, 1, 2, 3], reshape_hidden_states=False),
+        neck_hidden_sizes=[8, 8, 8, 8],
+        fusion_hidden_size=8,
+        reassemble_factors=[4, 2, 1, 0.5],
+    )
+    assert DPTForDepthEstimation(dpt).eval()(torch.randn(1, 3, 32, 32)).predicted_depth.shape[1:] == (64, 64)
