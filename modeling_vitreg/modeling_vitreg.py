@@ -9,6 +9,7 @@ Letters for shapes: B images, N tokens, P patches, R registers, D width, H heads
 This file travels next to the weights and runs without the package, on transformers 4.56 to 5.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -177,9 +178,17 @@ def resize_position_table(table: Tensor, grid: tuple, *, antialias: bool, offset
     offset = offset * torch.sym_min(abs(grid[0] - rows) + abs(grid[1] - columns), 1)
     row_weights = _bicubic_weights(rows, grid[0], antialias=antialias, offset=offset, device=table.device)
     column_weights = _bicubic_weights(columns, grid[1], antialias=antialias, offset=offset, device=table.device)
-    resized = row_weights @ table.float().reshape(rows, columns * width)
-    resized = column_weights @ resized.reshape(grid[0], columns, width)  # [rows', columns, D] -> [rows', columns', D]
+    with _without_autocast(table.device):
+        resized = row_weights @ table.float().reshape(rows, columns * width)
+        resized = column_weights @ resized.reshape(grid[0], columns, width)  # [rows', columns', D]
     return resized.to(table.dtype)
+
+
+def _without_autocast(device: torch.device):
+    """Keep float32 products in float32; a device without autocast, such as meta, refuses even to be asked."""
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _bicubic_weights(source: int, target: int, *, antialias: bool, offset: float, device) -> Tensor:
@@ -205,14 +214,14 @@ def _cubic_kernel(distance: Tensor, *, sharpness: float) -> Tensor:
     return torch.where(x <= 1, near, torch.where(x < 2, far, 0.0))
 
 
-def sincos_position_table(grid: tuple, width: int, *, device=None) -> Tensor:
+def sincos_position_table(grid: tuple, width: int) -> Tensor:
     """Fixed table (rows, columns, D) of MAE (He et al. 2021): first half from the column, second from the row; in each
-    sines, then cosines, of position / 10000^(i / (D/4))."""
-    frequencies = 10000.0 ** -(torch.arange(width // 4, device=device, dtype=torch.float64) / (width // 4))
-    rows, columns = (torch.arange(side, device=device, dtype=torch.float64)[:, None] * frequencies for side in grid)
-    rows, columns = (torch.cat([angles.sin(), angles.cos()], dim=1).float() for angles in (rows, columns))
-    rows, columns = rows[:, None].expand(-1, grid[1], -1), columns[None].expand(grid[0], -1, -1)
-    return torch.cat([columns, rows], dim=-1)
+    sines, then cosines, of position / 10000^(i / (D/4)). Computed in float64, as there."""
+    wide = {"dtype": torch.float64, "device": "cpu"}
+    frequencies = 10000.0 ** -(torch.arange(width // 4, **wide) / (width // 4))
+    angles = [torch.arange(side, **wide)[:, None] * frequencies for side in grid]
+    rows, columns = (torch.cat([part.sin(), part.cos()], dim=1).float() for part in angles)
+    return torch.cat([columns[None].expand(grid[0], -1, -1), rows[:, None].expand(-1, grid[1], -1)], dim=-1)
 
 
 def is_traced() -> bool:
@@ -221,24 +230,31 @@ def is_traced() -> bool:
 
 
 class ViTWithRegistersPositionEmbeddings(nn.Module):
-    """Position table of the patches, and of class and distillation token where they have slots."""
+    """Position table of the patches, and of class and distillation token where they have slots; learned, or fixed and
+    then saved too, so that a converted file keeps its bytes."""
 
     def __init__(self, config: ViTWithRegistersConfig):
         super().__init__()
         self.config = config
         self.native_grid = config.grid_shape
-        self.weight = None
+        weight = torch.empty(1, config.num_prefix_positions + math.prod(self.native_grid), config.hidden_size)
         if config.position_embedding_type == "learned":
-            num_positions = config.num_prefix_positions + math.prod(self.native_grid)
-            self.weight = nn.Parameter(torch.empty(1, num_positions, config.hidden_size))
+            self.weight = nn.Parameter(weight)
+        else:
+            self.register_buffer("weight", weight)
         self._resized = {}  # grid -> table
         self._resized_from = None  # what the weight looked like then
 
-    def forward(self, grid: tuple, device) -> tuple[Tensor | None, Tensor]:
+    def initialise(self) -> None:
+        """Initial values: random for a learned table, sines and cosines for a fixed one."""
+        if isinstance(self.weight, nn.Parameter):
+            set_initial(self.weight, nn.init.trunc_normal_, std=self.config.initializer_range)
+        else:
+            table = sincos_position_table(self.native_grid, self.config.hidden_size)
+            set_initial(self.weight, lambda weight: weight.copy_(table.flatten(0, 1)))
+
+    def forward(self, grid: tuple) -> tuple[Tensor | None, Tensor]:
         """Positions of the prefix, (1, slots, D) or None, and of the patches of a grid, (1, P, D)."""
-        if self.weight is None:
-            table = sincos_position_table(self.native_grid, self.config.hidden_size, device=device)
-            return None, self._fit(table[None].flatten(1, 2), grid)
         slots = self.config.num_prefix_positions
         prefix = self.weight[:, :slots] if slots else None
         if not self._may_remember() or grid == self.native_grid:
@@ -362,8 +378,8 @@ class ViTWithRegistersEmbeddings(nn.Module):
         prefix = [token for token in (self.cls_token, self.distillation_token) if token is not None]
         prefix = torch.cat(prefix, dim=1) if prefix else None
         if self.position_embeddings is not None:
-            prefix_positions, positions = self.position_embeddings(self.grid_of(pixel_values), patches.device)
-            # No cast to the patches' dtype: under autocast float32 positions keep the residual stream in float32.
+            prefix_positions, positions = self.position_embeddings(self.grid_of(pixel_values))
+            # In the dtype of the weights, not of the patches: under autocast that keeps the residual stream in float32.
             patches = patches + positions.to(self.patch_embeddings.weight.dtype)
             if prefix_positions is not None:
                 prefix = prefix + prefix_positions
@@ -609,9 +625,11 @@ class ViTWithRegistersPreTrainedModel(PreTrainedModel):
                 set_initial(module.num_batches_tracked, nn.init.zeros_)
         elif isinstance(module, ViTWithRegistersLayerScale):
             set_initial(module.weight, nn.init.constant_, self.config.layer_scale_init_value)
-        elif isinstance(module, (ViTWithRegistersRegisterTokens, ViTWithRegistersPositionEmbeddings)):
-            # Registers have no position: equal ones would get equal gradients and stay equal for ever.
+        elif isinstance(module, ViTWithRegistersRegisterTokens):
+            # They have no position: equal ones would get equal gradients and stay equal for ever.
             set_initial(module.weight, nn.init.trunc_normal_, std=std)
+        elif isinstance(module, ViTWithRegistersPositionEmbeddings):
+            module.initialise()
         elif isinstance(module, ViTWithRegistersEmbeddings):
             set_initial(module.cls_token, nn.init.trunc_normal_, std=std)
             set_initial(module.distillation_token, nn.init.trunc_normal_, std=std)

@@ -292,6 +292,14 @@ def test_inference_mode_leaves_nothing_behind_that_breaks_training(tiny):
         model(torch.randn(1, 3, 48, 40)).pooler_output.sum().backward()
 
 
+def test_positions_are_resized_in_float32_under_autocast(tiny):
+    model = ViTWithRegistersModel(tiny()).eval()
+    positions = model.embeddings.position_embeddings
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        reduced = positions((6, 5))[1]
+    assert torch.equal(reduced, positions((6, 5))[1])
+
+
 def test_many_image_sizes_do_not_fill_the_memory(tiny):
     model = ViTWithRegistersModel(tiny()).eval()
     with torch.no_grad():

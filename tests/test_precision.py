@@ -46,6 +46,14 @@ def test_half_precision_stays_within_its_rounding_of_float32(tiny, dtype, positi
 
 
 @pytest.mark.parametrize("position", ["learned", "sincos", "rope", "none"])
+def test_a_model_loaded_in_half_precision_computes_in_it(tiny, position, tmp_path):
+    ViTWithRegistersModel(tiny(position_embedding_type=position)).save_pretrained(tmp_path)
+    model = ViTWithRegistersModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    states = model(torch.randn(1, 3, 48, 32), output_hidden_states=True).hidden_states
+    assert {state.dtype for state in states} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("position", ["learned", "sincos", "rope", "none"])
 def test_autocast_keeps_the_residual_stream_in_float32(tiny, position):
     model = ViTWithRegistersModel(tiny(position_embedding_type=position)).eval()
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -1,0 +1,30 @@
+.PHONY: style check test test-slow test-transformers wheel
+
+TRANSFORMERS_SOURCE := build/transformers-5.23.0
+
+style:  ## format the code
+	ruff check --fix .
+	ruff format .
+
+check:  ## what style would change
+	ruff check .
+	ruff format --check .
+
+test:  ## minutes; no network
+	python -m pytest
+
+test-slow: $(TRANSFORMERS_SOURCE)  ## other versions of transformers, and its own test suite; uses the package index
+	python -m pytest -m slow
+
+test-transformers: $(TRANSFORMERS_SOURCE)  ## transformers' own tests on our classes, with every skip and its reason
+	python tests/transformers_suite/run.py --source $(TRANSFORMERS_SOURCE)
+	python tests/transformers_suite/run.py --source $(TRANSFORMERS_SOURCE) --remote-code
+
+build/transformers-%:
+	mkdir -p build
+	python -m pip download --quiet --no-deps --no-binary :all: --no-build-isolation --dest build transformers==$*
+	tar --extract --file build/transformers-$*.tar.gz --directory build
+	touch $@
+
+wheel:  ## the distribution
+	python -m build

@@ -1,0 +1,142 @@
+"""The rules of the house: who imports whom, what travels to the Hub, what a wheel holds, what the public names are."""
+
+import ast
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+import modeling_vitreg
+
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / "modeling_vitreg"
+HUB_FILES = [PACKAGE / "configuration_vitreg.py", PACKAGE / "modeling_vitreg.py"]
+
+# Layer of each module or subpackage; a module imports from lower layers and from its own subpackage only.
+LAYERS = {
+    "configuration_vitreg": 0,
+    "modeling_vitreg": 0,
+    "__init__": 0,
+}
+# What each layer may import from others, beside the standard library.
+ALLOWED = {0: {"torch", "transformers", "huggingface_hub"}}
+ROOTS = ("benchmarks", "examples", "tests")
+
+
+def _imports(path: pathlib.Path):
+    """Modules that a file imports, anywhere in it; a relative one as its dotted text."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield "." * node.level + (node.module or "")
+
+
+def test_every_module_has_a_layer_and_imports_only_what_its_layer_may():
+    for path in PACKAGE.rglob("*.py"):
+        name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        assert name in LAYERS, f"{path} has no layer: add it to LAYERS"
+        for module in _imports(path):
+            top = module.split(".")[0]
+            if module.startswith("."):
+                assert path in HUB_FILES or len(path.relative_to(PACKAGE).parts) > 1, f"{path}: {module} is relative"
+            elif top == "modeling_vitreg":
+                imported = module.split(".")[1] if "." in module else "__init__"
+                assert imported == name or LAYERS[imported] <= LAYERS[name], f"{path} imports {module}"
+            else:
+                assert top in sys.stdlib_module_names or top in ALLOWED[LAYERS[name]], f"{path} imports {module}"
+
+
+def test_roots_import_public_names_only_and_never_each_other():
+    hidden = re.compile(r"from modeling_vitreg(\.\w+)* import .*\b_[a-z]")
+    for root in ROOTS:
+        for path in (ROOT / root).rglob("*.py"):
+            assert not hidden.search(path.read_text()), f"{path} imports a private name"
+            others = {other for other in ROOTS if other != root}
+            assert not {module.split(".")[0] for module in _imports(path)} & others, path
+
+
+@pytest.mark.parametrize("path", HUB_FILES, ids=lambda path: path.name)
+def test_the_library_sees_the_imports_of_a_hub_file_as_they_are(path):
+    # The library finds relative imports with a regular expression, over docstrings too, and copies what they name.
+    from transformers.dynamic_module_utils import get_imports, get_relative_imports
+
+    true = {module for module in _imports(path) if module.startswith(".")}
+    assert {f".{name}" for name in get_relative_imports(path)} == true <= {".configuration_vitreg"}
+    assert set(get_imports(path)) - set(sys.stdlib_module_names) <= {"torch", "transformers", "huggingface_hub"}
+
+
+def test_the_modeling_file_holds_the_texts_that_let_the_back_end_be_switched():
+    text = HUB_FILES[1].read_text()
+    assert "eager_attention_forward" in text
+    assert "ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]" in text  # up to 5.0
+    assert "ALL_ATTENTION_FUNCTIONS.get_interface(" in text  # from 5.1 on
+
+
+def test_importing_the_package_loads_only_layer_0_and_what_transformers_loads_itself():
+    # transformers' own modeling base imports accelerate, scikit-learn and others where they are installed.
+    def loaded_by(statement: str) -> set:
+        program = f"import sys; {statement}; print(*sys.modules)"
+        run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+        return set(run.stdout.split())
+
+    library = loaded_by("import torch; from transformers import AutoBackbone, BitImageProcessor, ViTModel")
+    ours = loaded_by("import modeling_vitreg")
+    assert {name for name in ours if name.startswith("modeling_vitreg")} == {
+        "modeling_vitreg",
+        "modeling_vitreg.configuration_vitreg",
+        "modeling_vitreg.modeling_vitreg",
+    }
+    tops = {name.split(".")[0] for name in ours - library}
+    assert not tops - {"modeling_vitreg"} - sys.stdlib_module_names
+
+
+def test_public_names_are_a_list_that_changes_on_purpose():
+    names = """
+        ViTWithRegistersAttentionMaps ViTWithRegistersBackbone ViTWithRegistersClassifierOutput ViTWithRegistersConfig
+        ViTWithRegistersForDepthEstimation ViTWithRegistersForImageClassification
+        ViTWithRegistersForMaskedImageModeling ViTWithRegistersForSemanticSegmentation ViTWithRegistersModel
+        ViTWithRegistersModelOutput ViTWithRegistersPreTrainedModel ViTWithRegistersTokens
+    """
+    assert sorted(modeling_vitreg.__all__) == names.split()
+    for name in names.split():
+        assert getattr(modeling_vitreg, name).__doc__, f"{name} has no docstring"
+
+
+def test_public_functions_have_docstrings_and_annotations():
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{path.name}: {node.name} has no docstring"
+
+
+def test_no_file_is_a_drawer_and_no_script_hides_a_package():
+    installed = {"timm", "torch", "transformers", "datasets", "accelerate", "evaluate", "peft", "ssl"}
+    for path in ROOT.rglob("*.py"):
+        if path.relative_to(ROOT).parts[0] not in ("modeling_vitreg", *ROOTS):
+            continue
+        assert path.stem not in {"utils", "common", "helpers", "misc"}, path
+        assert path.stem not in installed, path
+
+
+def test_a_wheel_from_a_clean_copy_holds_one_package(tmp_path):
+    copy = tmp_path / "copy"
+    ignored = shutil.ignore_patterns(".git", "build", "dist", "*.egg-info", "__pycache__", "outputs", ".venv")
+    shutil.copytree(ROOT, copy, ignore=ignored)
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(copy)],
+        check=True,
+        capture_output=True,
+        env=os.environ | {"PIP_NO_INDEX": "1"},
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"modeling_vitreg"}
+    assert {"modeling_vitreg/configuration_vitreg.py", "modeling_vitreg/py.typed"} <= set(names)
