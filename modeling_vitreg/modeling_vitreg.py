@@ -379,7 +379,7 @@ class ViTWithRegistersEmbeddings(nn.Module):
         prefix = torch.cat(prefix, dim=1) if prefix else None
         if self.position_embeddings is not None:
             prefix_positions, positions = self.position_embeddings(self.grid_of(pixel_values))
-            # In the dtype of the weights, not of the patches: under autocast that keeps the residual stream in float32.
+            # In the dtype of the weights, not of the patches: autocast then keeps the residual stream in float32.
             patches = patches + positions.to(self.patch_embeddings.weight.dtype)
             if prefix_positions is not None:
                 prefix = prefix + prefix_positions
@@ -605,7 +605,7 @@ class ViTWithRegistersPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    # The image processor of transformers that the pipeline of this model accepts.
+    # The image processor for a new model; the pipelines of dense tasks accept no other, the rest accept any.
     _image_processor_type = "BitImageProcessor"
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -763,7 +763,8 @@ class ViTWithRegistersPreTrainedModel(PreTrainedModel):
     def image_processor_settings(self) -> dict:
         """Settings of the image processor that is saved with the model, as in `preprocessor_config.json`."""
         defaults, loaded = self._default_image_processor(), self._loaded_image_processor()
-        if loaded.get("image_processor_type", "").startswith(defaults["image_processor_type"]):
+        kind = self._image_processor_type
+        if loaded and (kind == "BitImageProcessor" or loaded["image_processor_type"].startswith(kind)):
             return loaded
         statistics = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
         return {**defaults, **{name: loaded[name] for name in statistics if name in loaded}}

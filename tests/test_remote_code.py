@@ -176,6 +176,27 @@ def test_a_remote_model_saves_again_with_code_and_processor(folders, tmp_path):
     assert processor["image_mean"] == [0.1, 0.2, 0.3]
 
 
+def test_any_model_loads_from_the_folder_of_any_other(folders):
+    images = torch.randn(1, 3, 32, 32)
+    for source in AUTO_MODELS:
+        folder = folders / f"learned-{source.__name__}"
+        expected = ViTWithRegistersModel.from_pretrained(folder)(images).last_hidden_state
+        for cls in AUTO_MODELS:
+            model = cls.from_pretrained(folder)
+            assert torch.equal(model.base_model(images).last_hidden_state, expected), (source, cls)
+
+
+def test_saving_to_the_hub_saves_first_and_then_uploads_everything(tiny, tmp_path, monkeypatch):
+    uploads = []
+    monkeypatch.setattr(
+        ViTWithRegistersModel, "push_to_hub", lambda self, *args, **kwargs: uploads.append((args, kwargs))
+    )
+    folder = tmp_path / "name"
+    ViTWithRegistersModel(tiny()).save_pretrained(folder, push_to_hub=True, private=True, token="t")
+    assert (folder / "preprocessor_config.json").exists()
+    assert uploads == [(("name",), {"private": True, "token": "t"})]
+
+
 @pytest.fixture(scope="module")
 def task_folders(tmp_path_factory, photograph):
     """One model a pipeline, and a photograph."""
