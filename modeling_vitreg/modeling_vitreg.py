@@ -176,9 +176,9 @@ def resize_position_table(table: Tensor, grid: tuple, *, antialias: bool, offset
     rows, columns, width = table.shape
     # In arithmetic, for a comparison would tie a traced graph to the sizes it was traced with.
     offset = offset * torch.sym_min(abs(grid[0] - rows) + abs(grid[1] - columns), 1)
-    row_weights = _bicubic_weights(rows, grid[0], antialias=antialias, offset=offset, device=table.device)
-    column_weights = _bicubic_weights(columns, grid[1], antialias=antialias, offset=offset, device=table.device)
     with _without_autocast(table.device):
+        row_weights = _bicubic_weights(rows, grid[0], antialias=antialias, offset=offset, device=table.device)
+        column_weights = _bicubic_weights(columns, grid[1], antialias=antialias, offset=offset, device=table.device)
         resized = row_weights @ table.float().reshape(rows, columns * width)
         resized = column_weights @ resized.reshape(grid[0], columns, width)  # [rows', columns', D]
     return resized.to(table.dtype)
@@ -237,11 +237,12 @@ class ViTWithRegistersPositionEmbeddings(nn.Module):
         super().__init__()
         self.config = config
         self.native_grid = config.grid_shape
-        weight = torch.empty(1, config.num_prefix_positions + math.prod(self.native_grid), config.hidden_size)
         if config.position_embedding_type == "learned":
-            self.weight = nn.Parameter(weight)
+            num_positions = config.num_prefix_positions + math.prod(self.native_grid)
+            self.weight = nn.Parameter(torch.empty(1, num_positions, config.hidden_size))
         else:
-            self.register_buffer("weight", weight)
+            table = sincos_position_table(self.native_grid, config.hidden_size)
+            self.register_buffer("weight", table.flatten(0, 1)[None])
         self._resized = {}  # grid -> table
         self._resized_from = None  # what the weight looked like then
 
@@ -639,6 +640,10 @@ class ViTWithRegistersPreTrainedModel(PreTrainedModel):
         """The patch embedding."""
         return self.base_model.embeddings.patch_embeddings
 
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the patch embedding, for example by one for other channels."""
+        self.base_model.embeddings.patch_embeddings = value
+
     def no_weight_decay(self) -> set:
         """Names of the parameters that are tokens or positions: decay none of them or all, registers included."""
         kinds = ("cls_token", "distillation_token", "register_tokens", "mask_token", "position_embeddings")
@@ -839,6 +844,11 @@ class ViTWithRegistersPreTrainedModel(PreTrainedModel):
         if not wants_states:
             output.hidden_states = None
         return output, tokens
+
+    def _leave_final_norm_untrained(self) -> None:
+        """Keep distributed data parallel training from waiting for a gradient of the final norm, which this head does
+        not read. It stays for other models of the checkpoint, and `requires_grad` is lost on loading from 5.0 on."""
+        self._ddp_params_and_buffers_to_ignore = [f"vitreg.layernorm.{name}" for name in ("weight", "bias")]
 
     def _answer(self, output: ModelOutput, return_dict: bool | None) -> ModelOutput | tuple:
         return_dict = self.config.return_dict if return_dict is None else return_dict
@@ -1083,6 +1093,8 @@ class ViTWithRegistersForMaskedImageModeling(ViTWithRegistersPreTrainedModel):
         if config.masked_target == "pixels":
             size = config.num_channels * math.prod(config.patch_shape)
         self.decoder = nn.Linear(config.hidden_size, size)
+        if config.has_pooled_norm:
+            self._leave_final_norm_untrained()
         self.post_init()
 
     def forward(
@@ -1167,6 +1179,8 @@ class ViTWithRegistersForSemanticSegmentation(ViTWithRegistersPreTrainedModel):
         size = config.hidden_size * len(config.out_indices)
         self.segmentation_norm = nn.BatchNorm2d(size)
         self.segmentation_classifier = nn.Conv2d(size, config.num_labels, kernel_size=1)
+        if config.has_pooled_norm:
+            self._leave_final_norm_untrained()
         self.post_init()
 
     def forward(
@@ -1224,8 +1238,7 @@ class ViTWithRegistersForDepthEstimation(ViTWithRegistersPreTrainedModel):
         self.vitreg = ViTWithRegistersModel(config, use_mask_token=False)
         size = config.hidden_size * (1 + config.has_cls_token) * len(config.out_indices)
         self.depth_classifier = nn.Conv2d(size, config.num_depth_bins, kernel_size=1)
-        # Nothing reads the final norm, and a trained parameter without gradient stops distributed training.
-        self.vitreg.layernorm.requires_grad_(False)
+        self._leave_final_norm_untrained()
         self.post_init()
 
     def forward(

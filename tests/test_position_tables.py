@@ -71,6 +71,14 @@ def test_a_table_in_half_precision_is_resized_in_float32():
     torch.testing.assert_close(ours.float(), exact, rtol=2**-8, atol=1e-5)  # one rounding, at the end
 
 
+@pytest.mark.parametrize("antialias", [False, True])
+def test_autocast_does_not_touch_the_resizing(antialias):
+    table = torch.randn(16, 16, 8)
+    exact = resize_position_table(table, (24, 40), antialias=antialias, offset=0.1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(resize_position_table(table, (24, 40), antialias=antialias, offset=0.1), exact)
+
+
 @pytest.mark.parametrize("grid", [(1, 1), (4, 4), (3, 5)])
 def test_the_fixed_table_is_the_plain_loop_of_mae(grid):
     width = 16
