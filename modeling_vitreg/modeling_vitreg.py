@@ -1006,7 +1006,7 @@ class ViTWithRegistersForImageClassification(ViTWithRegistersPreTrainedModel):
         self,
         pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
-        teacher_labels: Tensor | None = None,
+        teacher_classes: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
@@ -1017,7 +1017,7 @@ class ViTWithRegistersForImageClassification(ViTWithRegistersPreTrainedModel):
             pixel_values: (B, C, height, width).
             labels: (B,) class numbers, or (B, classes) for `config.problem_type` "multi_label_classification" or
                 "regression". With two classifiers the loss is the mean of theirs.
-            teacher_labels: (B,) classes that a teacher predicts; in a distilled model they take the place of `labels`
+            teacher_classes: (B,) classes that a teacher predicts; in a distilled model they take the place of `labels`
                 for the second classifier (Touvron et al. 2021, hard distillation).
             output_hidden_states, output_attentions, return_dict: as in `ViTWithRegistersModel`.
 
@@ -1035,8 +1035,8 @@ class ViTWithRegistersForImageClassification(ViTWithRegistersPreTrainedModel):
         if self.distillation_classifier is None:
             cls_tokens = [self.vitreg.norm_tokens(tokens.cls_token) for tokens in earlier]
             logits = self.classifier(torch.cat([*cls_tokens, output.pooler_output], dim=-1))
-            if teacher_labels is not None:
-                raise ValueError("teacher_labels need a second classifier: set pooling='cls_distillation'")
+            if teacher_classes is not None:
+                raise ValueError("teacher_classes need a second classifier: set pooling='cls_distillation'")
         else:
             cls_logits = self.classifier(output.cls_token)
             distillation_logits = self.distillation_classifier(output.distillation_token)
@@ -1045,8 +1045,8 @@ class ViTWithRegistersForImageClassification(ViTWithRegistersPreTrainedModel):
             self._check_labels(labels, logits)
             loss = self.loss_function(labels, logits if cls_logits is None else cls_logits, self.config)
             if distillation_logits is not None:
-                teacher_labels = labels if teacher_labels is None else teacher_labels
-                loss = (loss + self.loss_function(teacher_labels, distillation_logits, self.config)) / 2
+                teacher_classes = labels if teacher_classes is None else teacher_classes
+                loss = (loss + self.loss_function(teacher_classes, distillation_logits, self.config)) / 2
         output = ViTWithRegistersClassifierOutput(
             loss=loss,
             logits=logits,

@@ -33,7 +33,7 @@ def test_the_distilled_form_averages_two_classifiers(tiny, randomise, images):
     config = tiny(num_labels=5, has_distillation_token=True, pooling="cls_distillation")
     model = randomise(ViTWithRegistersForImageClassification(config))
     labels, teacher = torch.tensor([1, 4]), torch.tensor([0, 2])
-    output = model(images, labels=labels, teacher_labels=teacher)
+    output = model(images, labels=labels, teacher_classes=teacher)
     tokens = model.vitreg(images)
     torch.testing.assert_close(output.cls_logits, model.classifier(tokens.cls_token))
     torch.testing.assert_close(output.distillation_logits, model.distillation_classifier(tokens.distillation_token))
@@ -74,8 +74,8 @@ def test_labels_that_do_not_fit_are_refused(tiny, images):
         ValueError, match=r"labels have shape \(3,\), expected \(2,\) class numbers or \(2, 5\) targets"
     ):
         model(images, labels=torch.tensor([1, 2, 3]))
-    with pytest.raises(ValueError, match=r"teacher_labels need a second classifier: set pooling='cls_distillation'"):
-        model(images, labels=torch.tensor([1, 2]), teacher_labels=torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match=r"teacher_classes need a second classifier: set pooling='cls_distillation'"):
+        model(images, labels=torch.tensor([1, 2]), teacher_classes=torch.tensor([1, 2]))
     with pytest.raises(ValueError, match=r"labels lie between 0 and 7, expected 0 to 4: 5 is `config.num_labels`"):
         model(images, labels=torch.tensor([0, 7]))
 
@@ -185,6 +185,18 @@ def test_depth_without_a_valid_pixel_trains_on_nothing(tiny, images):
     loss.backward()
     assert loss.item() < 1e-5
     assert all(p.grad is None or (p.grad == 0).all() for p in model.parameters())
+
+
+def test_the_trainer_finds_the_labels_of_every_head_and_nothing_else():
+    # It evaluates without loss unless a batch has every argument with "label" in its name.
+    from transformers.utils import find_labels
+
+    for cls in (
+        ViTWithRegistersForImageClassification,
+        ViTWithRegistersForSemanticSegmentation,
+        ViTWithRegistersForDepthEstimation,
+    ):
+        assert find_labels(cls) == ["labels"]
 
 
 @pytest.fixture
