@@ -13,7 +13,7 @@ check:  ## what style would change
 test:  ## minutes; no network
 	python -m pytest
 
-test-slow: $(TRANSFORMERS_SOURCE)  ## other versions of transformers, and its own test suite; uses the package index
+test-slow: test-transformers  ## and the folders of four versions of transformers in one another; uses the package index
 	python -m pytest -m slow
 
 test-transformers: $(TRANSFORMERS_SOURCE)  ## transformers' own tests on our classes, with every skip and its reason
