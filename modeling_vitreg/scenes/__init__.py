@@ -1,0 +1,31 @@
+"""Rendered scenes with exact truth: data that needs no download.
+
+A scene is one to several solids on the floor of a room or under the open sky. A class is a shape with a texture;
+colour, material, size, pose, light, camera and background are chance. Colour says next to nothing about the class, and
+shape alone or texture alone leaves three classes. Floor, wall, ground and sky are the large areas of like patches in
+which artifacts of Vision Transformers appear. Truth: label, caption, boxes, instance mask, semantic mask, depth.
+
+A scene is a function of (settings, index): no order, process or number of workers changes its bytes on one machine.
+Another size of the same proportions renders the same arrangement. Splits are ranges of indices, or other seeds.
+
+Letters: N samples of the image (4 to a pixel). Vectors are columns, x right, y up, z away from the camera, in metres;
+a solid has a space of its own, in which its shape has unit size.
+"""
+
+from .data import make_scenes_dataset, stream_scenes
+from .render import render_scene
+from .settings import CLASS_NAMES, FARTHEST, SEMANTIC_NAMES, SHAPE_NAMES, TEXTURE_NAMES, Scene, SceneSettings
+
+
+__all__ = [
+    "CLASS_NAMES",
+    "FARTHEST",
+    "SEMANTIC_NAMES",
+    "SHAPE_NAMES",
+    "TEXTURE_NAMES",
+    "Scene",
+    "SceneSettings",
+    "make_scenes_dataset",
+    "render_scene",
+    "stream_scenes",
+]

@@ -1,0 +1,104 @@
+"""What a scene is: the names of its parts, the settings of a dataset, the truth that comes with an image."""
+
+import dataclasses
+
+import numpy as np
+
+
+SHAPE_NAMES = ("ball", "cube", "cylinder", "cone", "ring", "lens", "pyramid", "dome")
+TEXTURE_NAMES = ("striped", "checkered", "dotted", "bricked", "zigzag", "marbled", "grained", "mosaic")
+# Each shape has three textures and each texture three shapes, so that neither alone names the class.
+CLASSES = tuple((SHAPE_NAMES[n], TEXTURE_NAMES[(n + step) % 8]) for n in range(8) for step in (0, 1, 3))
+CLASS_NAMES = tuple(f"{texture} {shape}" for shape, texture in CLASSES)
+# Ids of the semantic mask: first the classes, then the background. 255 does not occur: every pixel has a meaning.
+SEMANTIC_NAMES = (*CLASS_NAMES, "floor", "wall", "grass", "sand", "sky")
+FARTHEST = 10.0  # metres: the depth of the sky, and of ground beyond
+
+
+@dataclasses.dataclass(frozen=True)
+class SceneSettings:
+    """What all scenes of a dataset have in common.
+
+    Args:
+        image_size: pixels, a side or (rows, columns), at least 16; one side is at most 4 times the other.
+        max_objects: a scene has 1 to `max_objects` solids; at most 8.
+        seed: 0 or a positive integer; another seed gives other scenes.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    image_size: int | tuple[int, int] = 224
+    max_objects: int = 4
+    seed: int = 0
+
+    def __post_init__(self):
+        require(
+            len(self.shape) == 2 and all(is_count(side) and side >= 16 for side in self.shape),
+            f"image_size is a side or a pair (rows, columns) of at least 16 pixels, got {self.image_size!r}",
+        )
+        require(
+            max(self.shape) <= 4 * min(self.shape),
+            f"the longer side of image_size is at most 4 times the shorter, got {self.image_size!r}",
+        )
+        require(
+            is_count(self.max_objects) and 1 <= self.max_objects <= 8,
+            f"max_objects is an integer in 1 ... 8, got {self.max_objects!r}",
+        )
+        require(is_count(self.seed), f"seed is 0 or a positive integer, got {self.seed!r}")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Pixels of an image as (rows, columns)."""
+        return tuple(self.image_size) if isinstance(self.image_size, (tuple, list)) else (self.image_size,) * 2
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scene:
+    """An image and what is true of it. Objects are sorted by visible area; the first is the main object.
+
+    Args:
+        image: uint8 (rows, columns, 3).
+        label: class of the main object, an index into `CLASS_NAMES`.
+        caption: one or two sentences.
+        boxes: float32 (objects, 4): xmin, ymin, xmax, ymax of the visible part in pixels. The pixel in column x spans
+            x ... x + 1, so a box is as wide as xmax - xmin.
+        categories: int64 (objects,), indices into `CLASS_NAMES`.
+        instance_mask: uint8 (rows, columns): 0 is background, 1 the main object, 2 the next.
+        semantic_mask: uint8 (rows, columns), indices into `SEMANTIC_NAMES`.
+        depth: float32 (rows, columns): metres along the optical axis, at most `FARTHEST`.
+    """
+
+    image: np.ndarray
+    label: int
+    caption: str
+    boxes: np.ndarray
+    categories: np.ndarray
+    instance_mask: np.ndarray
+    semantic_mask: np.ndarray
+    depth: np.ndarray
+
+
+def is_count(value: object) -> bool:
+    """Whether a value is 0 or a positive integer."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= 0
+
+
+def require(is_true: bool, message: str) -> None:
+    """Raise a ValueError with `message` unless `is_true`."""
+    if not is_true:
+        raise ValueError(f"scenes: {message}.")
+
+
+__all__ = [
+    "CLASSES",
+    "CLASS_NAMES",
+    "FARTHEST",
+    "SEMANTIC_NAMES",
+    "SHAPE_NAMES",
+    "TEXTURE_NAMES",
+    "Scene",
+    "SceneSettings",
+    "is_count",
+    "require",
+]
