@@ -44,7 +44,7 @@ def test_the_snippets_of_the_readme_run(tmp_path, photograph):
     config = ViTWithRegistersConfig.from_preset("tiny/16", num_hidden_layers=2, image_size=64)
     ViTWithRegistersModel(config).save_pretrained(tmp_path / "outputs" / "first_look" / "model")
     remote = 'import sys; sys.modules["modeling_vitreg"] = None\n' + _snippet("remote")
-    for program in (remote, _snippet("package")):
+    for program in (remote, _snippet("package"), _snippet("scenes")):
         run = subprocess.run(
             [sys.executable, "-c", program],
             cwd=tmp_path,
