@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
@@ -24,7 +25,6 @@ from modeling_vitreg.scenes import (
 )
 
 
-datasets = pytest.importorskip("datasets")
 SMALL = SceneSettings(image_size=48)
 DENSE = ("image", "instance_mask", "semantic_mask", "depth")
 
