@@ -2,9 +2,9 @@
 
     accelerate launch examples/first_look.py
 
-A ViT with 4 registers learns for about a minute on 2 CPU cores to fill in masked patches (SimMIM) of photographs that
-scikit-image and scikit-learn ship; nothing is downloaded. The folder it saves is then loaded by a new process in which
-this package cannot be imported, the way anyone loads it from the Hub. Pictures and model land in `--output`.
+A ViT with 4 registers learns to fill in masked patches (SimMIM) of photographs that scikit-image and scikit-learn
+ship, for a minute and a half on 2 CPU cores; nothing is downloaded. The folder it saves is then loaded by a process in
+which this package cannot be imported, the way anyone loads it from the Hub. Pictures and model land in `--output`.
 """
 
 import argparse
