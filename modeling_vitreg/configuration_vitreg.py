@@ -21,6 +21,7 @@ POSITION_EMBEDDINGS = ("learned", "sincos", "rope", "none")
 ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "quick_gelu", "swiglu")
 POOLINGS = ("cls", "mean", "cls_mean", "cls_distillation")
 DROP_PATH_SCHEDULES = ("linear", "constant")
+DROP_PATH_MODES = ("sample", "batch_subset")
 MASKED_TARGETS = ("pixels", "features")
 
 # width, depth, heads; the giant is DINOv2's, with its SwiGLU.
@@ -69,6 +70,8 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
         attention_probs_dropout_prob: dropout of the attention probabilities.
         drop_path_rate: stochastic depth of the deepest layer.
         drop_path_schedule: "linear" from 0 to `drop_path_rate` over the depth, or "constant" (DeiT-III).
+        drop_path_mode: "sample" drops a branch for each image on its own; "batch_subset" runs it on a subset of the
+            batch, whose size is fixed, and so saves its cost too (DINOv2).
         pooling: `pooler_output` and input of the classifier. "cls"; "mean" of patches; "cls_mean", both concatenated
             (DINOv2's linear head); "cls_distillation", two classifiers, averaged (DeiT).
         has_pooled_norm: the final norm is applied to the pooled vector in place of the tokens (timm's `fc_norm`, MAE
@@ -133,6 +136,7 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
         attention_probs_dropout_prob=0.0,
         drop_path_rate=0.0,
         drop_path_schedule="linear",
+        drop_path_mode="sample",
         pooling="cls",
         has_pooled_norm=False,
         num_classifier_layers=1,
@@ -181,6 +185,7 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
         self.attention_probs_dropout_prob = attention_probs_dropout_prob
         self.drop_path_rate = drop_path_rate
         self.drop_path_schedule = drop_path_schedule
+        self.drop_path_mode = drop_path_mode
         self.pooling = pooling
         self.has_pooled_norm = has_pooled_norm
         self.num_classifier_layers = num_classifier_layers
@@ -291,6 +296,7 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
         for name, allowed in (
             ("hidden_act", ACTIVATIONS),
             ("drop_path_schedule", DROP_PATH_SCHEDULES),
+            ("drop_path_mode", DROP_PATH_MODES),
             ("masked_target", MASKED_TARGETS),
         ):
             _require(

@@ -266,6 +266,17 @@ class ViTWithRegistersPositionEmbeddings(nn.Module):
             self._resized[grid] = self._fit(self.weight[:, slots:], grid)
         return prefix, self._resized[grid]
 
+    @torch.no_grad()
+    def resize(self, grid: tuple) -> None:
+        """Replace the table by the one for another grid; the slots of the prefix are kept."""
+        slots = self.config.num_prefix_positions
+        table = torch.cat([self.weight[:, :slots], self._fit(self.weight[:, slots:], grid)], dim=1).clone()
+        if isinstance(self.weight, nn.Parameter):
+            self.weight = nn.Parameter(table, requires_grad=self.weight.requires_grad)
+        else:
+            self.weight = table
+        self.native_grid, self._resized, self._resized_from = grid, {}, None
+
     def _fit(self, positions: Tensor, grid: tuple) -> Tensor:
         if not is_traced() and grid == self.native_grid:
             return positions
@@ -478,35 +489,45 @@ class ViTWithRegistersAttention(AttentionBackend):
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def project(self, hidden_states: Tensor, rotary: tuple | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each (B, H, N, d), with positions turned in."""
-        # In three parts and not by an axis of three: the gradient is then one concatenation, without another copy.
-        parts = self.qkv(hidden_states).chunk(3, dim=-1)  # [B, N, 3 D] -> 3 x [B, N, D]
-        query, key, value = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
-        if rotary is not None:
-            query, key = rotate(query, rotary), rotate(key, rotary)
-        return query, key, value
-
     def forward(
         self, hidden_states: Tensor, rotary: tuple | None = None, output_attentions: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Attend among tokens (B, N, D); the second value is probabilities (B, H, N, N) if asked for."""
+        output, probabilities = self.attend(self.qkv(hidden_states), rotary, output_attentions)
+        return self.mix(output), probabilities
+
+    def mix(self, attended: Tensor) -> Tensor:
+        """The output layer, on what the heads found (..., D)."""
+        return self.dropout(self.proj(attended))
+
+    def split_heads(self, packed: Tensor, rotary: tuple | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each (B, H, N, d), of (B, N, 3 D), with positions turned in."""
+        # In three parts and not by an axis of three: the gradient is then one concatenation, without another copy.
+        parts = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in packed.chunk(3, dim=-1))
+        query, key, value = parts
+        if rotary is not None:
+            query, key = rotate(query, rotary), rotate(key, rotary)
+        return query, key, value
+
+    def attend(
+        self, packed: Tensor, rotary: tuple | None = None, output_attentions: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the heads find (B, N, D), from queries, keys and values (B, N, 3 D); and probabilities if asked for."""
         # Only the eager function has probabilities to return, whatever the back end of the model.
         attend = eager_attention_forward if output_attentions else self.get_attention_function()
         output, probabilities = attend(
             self,
-            *self.project(hidden_states, rotary),
+            *self.split_heads(packed, rotary),
             None,
             scaling=self.scaling,
             dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
             is_causal=False,
         )
-        output = self.dropout(self.proj(output.flatten(2)))  # [B, N, H, d] -> [B, N, D]
-        return output, probabilities if output_attentions else None
+        return output.flatten(2), probabilities if output_attentions else None  # [B, N, H, d] -> [B, N, D]
 
     def prefix_probabilities(self, hidden_states: Tensor, rotary: tuple | None, num_queries: int) -> Tensor:
         """Probabilities (B, H, Q, N), in float32, of the first Q tokens over all; nothing of size N x N is built."""
-        query, key, _ = self.project(hidden_states, rotary)
+        query, key, _ = self.split_heads(self.qkv(hidden_states), rotary)
         return (query[:, :, :num_queries].float() @ key.float().transpose(-2, -1) * self.scaling).softmax(dim=-1)
 
 
@@ -543,20 +564,43 @@ class ViTWithRegistersLayerScale(nn.Module):
 
 
 class ViTWithRegistersDropPath(nn.Module):
-    """Stochastic depth: while training, drop a branch for some images and scale it up for the others."""
+    """Stochastic depth: while training, leave a branch out for some images and scale it up for the others.
 
-    def __init__(self, rate: float):
+    A choice is None for all images, factors (B, 1, 1), or the indices of the images that the branch is run on.
+    """
+
+    def __init__(self, config: ViTWithRegistersConfig, rate: float):
         super().__init__()
         self.rate = rate
+        self.mode = config.drop_path_mode
 
-    def forward(self, branch: Tensor) -> Tensor:
+    def choose(self, hidden_states: Tensor, *, needs_all: bool = False) -> Tensor | None:
+        """Draw which images go through a branch; `needs_all` runs the branch on all of them nevertheless."""
         if not self.training or self.rate == 0.0:
-            return branch
-        keep = branch.new_empty(branch.shape[0], 1, 1).bernoulli_(1 - self.rate)
-        return branch * keep / (1 - self.rate)
+            return None
+        num_images = hidden_states.shape[0]
+        if self.mode == "batch_subset" and not needs_all:
+            num_kept = max(int(num_images * (1 - self.rate)), 1)
+            return torch.randperm(num_images, device=hidden_states.device)[:num_kept]
+        return hidden_states.new_empty(num_images, 1, 1).bernoulli_(1 - self.rate) / (1 - self.rate)
+
+    @staticmethod
+    def select(hidden_states: Tensor, choice: Tensor | None) -> Tensor:
+        """The images that the branch is run on."""
+        return hidden_states if choice is None or choice.is_floating_point() else hidden_states[choice]
+
+    @staticmethod
+    def add(hidden_states: Tensor, branch: Tensor, choice: Tensor | None) -> Tensor:
+        """The residual sum, with the branch of what was selected."""
+        if choice is None:
+            return hidden_states + branch
+        if choice.is_floating_point():
+            return hidden_states + branch * choice
+        scale = hidden_states.shape[0] / choice.shape[0]
+        return hidden_states.index_add(0, choice, branch.to(hidden_states.dtype), alpha=scale)
 
     def extra_repr(self) -> str:
-        return f"rate={self.rate}"
+        return f"rate={self.rate}, mode={self.mode}"
 
 
 class ViTWithRegistersLayer(GradientCheckpointingLayer):
@@ -571,16 +615,19 @@ class ViTWithRegistersLayer(GradientCheckpointingLayer):
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = ViTWithRegistersMLP(config)
         self.layer_scale2 = ViTWithRegistersLayerScale(config) if has_scale else nn.Identity()
-        self.drop_path = ViTWithRegistersDropPath(drop_path_rate)
+        self.drop_path = ViTWithRegistersDropPath(config, drop_path_rate)
 
     def forward(
         self, hidden_states: Tensor, rotary: tuple | None = None, output_attentions: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Tokens (B, N, D) to tokens, with the attention probabilities (B, H, N, N) beside them if asked for."""
-        branch, probabilities = self.attention(self.norm1(hidden_states), rotary, output_attentions)
-        hidden_states = hidden_states + self.drop_path(self.layer_scale1(branch))
-        branch = self.mlp(self.norm2(hidden_states))
-        hidden_states = hidden_states + self.drop_path(self.layer_scale2(branch))
+        choice = self.drop_path.choose(hidden_states, needs_all=output_attentions)
+        inputs = self.norm1(self.drop_path.select(hidden_states, choice))
+        branch, probabilities = self.attention(inputs, rotary, output_attentions)
+        hidden_states = self.drop_path.add(hidden_states, self.layer_scale1(branch), choice)
+        choice = self.drop_path.choose(hidden_states)
+        branch = self.mlp(self.norm2(self.drop_path.select(hidden_states, choice)))
+        hidden_states = self.drop_path.add(hidden_states, self.layer_scale2(branch), choice)
         return (hidden_states, probabilities) if output_attentions else hidden_states
 
 
@@ -673,6 +720,22 @@ class ViTWithRegistersPreTrainedModel(PreTrainedModel):
             new.requires_grad_(old.weight.requires_grad)
         embeddings.register_tokens = new if num_register_tokens else None
         self.config.num_register_tokens = num_register_tokens
+
+    def resize_position_embeddings(self, image_size: int | tuple) -> None:
+        """Make a position table for images of another size, in place, by the interpolation of the configuration.
+
+        Images of any size work without it; it fixes the table that further training learns. Nothing changes for
+        models without a table but `config.image_size`.
+
+        Args:
+            image_size: side in pixels, or (rows, columns); multiples of the patch.
+        """
+        # A new configuration checks the size before anything changes.
+        fitting = type(self.config).from_dict({**self.config.to_dict(), "image_size": image_size})
+        self.config.image_size = image_size
+        positions = self.base_model.embeddings.position_embeddings
+        if positions is not None:
+            positions.resize(fitting.grid_shape)
 
     def split_tokens(self, hidden_state: Tensor, grid: tuple) -> ViTWithRegistersTokens:
         """Name the tokens of any layer.
@@ -915,7 +978,7 @@ class ViTWithRegistersModel(ViTWithRegistersPreTrainedModel):
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         wanted = self._wanted_states(output_hidden_states)
-        hidden_state, rotary, grid = self._embed(pixel_values, bool_masked_pos)
+        hidden_state, rotary, grid = self.embed(pixel_values, bool_masked_pos)
         hidden_states, attentions = [hidden_state if 0 in wanted else None], []
         for number, layer in enumerate(self.layers, start=1):
             hidden_state = layer(hidden_state, rotary, output_attentions)
@@ -939,6 +1002,15 @@ class ViTWithRegistersModel(ViTWithRegistersPreTrainedModel):
         )
         return self._answer(output, return_dict)
 
+    def embed(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None) -> tuple:
+        """The input of the first layer (B, N, D), the tables of rotary positions or None, and the grid."""
+        hidden_state = self.pre_layernorm(self.embeddings(pixel_values, bool_masked_pos))
+        grid = self.embeddings.grid_of(pixel_values)
+        rotary = None
+        if self.config.position_embedding_type == "rope":
+            rotary = rotary_tables(self.config, grid, training=self.training, device=hidden_state.device)
+        return hidden_state, rotary, grid
+
     def norm_tokens(self, hidden_state: Tensor) -> Tensor:
         """Apply the final norm, unless the model norms the pooled vector in its place."""
         return hidden_state if self.config.has_pooled_norm else self.layernorm(hidden_state)
@@ -956,7 +1028,7 @@ class ViTWithRegistersModel(ViTWithRegistersPreTrainedModel):
 
     def prefix_attention(self, pixel_values: Tensor, layers: list) -> tuple[dict, tuple]:
         """Attention probabilities (B, H, prefix, N) of some layers by number, and the grid; see `attention_maps`."""
-        hidden_state, rotary, grid = self._embed(pixel_values)
+        hidden_state, rotary, grid = self.embed(pixel_values)
         probabilities = {}
         for number, layer in enumerate(self.layers[: max(layers) + 1]):
             if number in layers:
@@ -967,14 +1039,6 @@ class ViTWithRegistersModel(ViTWithRegistersPreTrainedModel):
             if number < max(layers):
                 hidden_state = layer(hidden_state, rotary)
         return probabilities, grid
-
-    def _embed(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None) -> tuple:
-        hidden_state = self.pre_layernorm(self.embeddings(pixel_values, bool_masked_pos))
-        grid = self.embeddings.grid_of(pixel_values)
-        rotary = None
-        if self.config.position_embedding_type == "rope":
-            rotary = rotary_tables(self.config, grid, training=self.training, device=hidden_state.device)
-        return hidden_state, rotary, grid
 
     def _wanted_states(self, output_hidden_states: bool | int | list | None) -> list:
         states = range(len(self.layers) + 1)

@@ -103,6 +103,7 @@ CONTRADICTIONS = [
     ({"rope_jitter": 0.5, "position_embedding_type": "rope"}, "rope_jitter is None or at least 1, got 0.5"),
     ({"drop_path_rate": 1.0}, r"drop_path_rate lies in \[0, 1\), got 1.0"),
     ({"drop_path_schedule": "cosine"}, "drop_path_schedule is one of linear, constant"),
+    ({"drop_path_mode": "batch"}, "drop_path_mode is one of sample, batch_subset"),
     ({"masked_target": "codes"}, "masked_target is one of pixels, features"),
     ({"min_depth": 10.0}, "expected 0 < min_depth < max_depth, got min_depth 10.0 and max_depth 10.0"),
     ({"out_features": ["stage1"], "out_indices": [2]}, "name different stages: pass one of them"),

@@ -366,12 +366,29 @@ def test_an_absent_key_bias_stays_zero_under_training(tiny):
 
 def test_stochastic_depth_drops_whole_branches_and_keeps_the_mean(tiny):
     model = ViTWithRegistersModel(tiny(drop_path_rate=0.5, drop_path_schedule="constant"))
-    drop_path = model.layers[0].drop_path
-    branch = torch.ones(10_000, 1, 1)
-    dropped = drop_path.train()(branch)
+    drop_path = model.layers[0].drop_path.train()
+    state, branch = torch.zeros(10_000, 1, 1), torch.ones(10_000, 1, 1)
+    dropped = drop_path.add(state, branch, drop_path.choose(state))
     assert set(dropped.unique().tolist()) == {0.0, 2.0}
     assert dropped.mean().item() == pytest.approx(1.0, abs=0.05)
-    assert drop_path.eval()(branch) is branch
+    assert drop_path.eval().choose(state) is None
+
+
+def test_stochastic_depth_on_a_subset_runs_the_branch_on_it_alone_and_keeps_the_mean(tiny):
+    settings = {"drop_path_rate": 0.4, "drop_path_schedule": "constant", "drop_path_mode": "batch_subset"}
+    model = ViTWithRegistersModel(tiny(**settings)).train()
+    seen = []
+    model.layers[0].mlp.register_forward_hook(lambda mlp, inputs, output: seen.append(len(inputs[0])))
+    model(torch.randn(10, 3, 32, 32))
+    assert seen == [6]
+    drop_path, state = model.layers[0].drop_path, torch.zeros(10, 1, 1)
+    choice = drop_path.choose(state)
+    added = drop_path.add(state, torch.ones(len(choice), 1, 1), choice)
+    assert (added != 0).sum() == 6
+    assert added.mean().item() == pytest.approx(1.0)
+    # Of one image something is kept; attention maps are of all images.
+    assert len(drop_path.choose(torch.zeros(1, 1, 1))) == 1
+    assert model(torch.randn(3, 3, 32, 32), output_attentions=True).attentions[0].shape[0] == 3
 
 
 # Bad input ---------------------------------------------------------------------------------------------------------

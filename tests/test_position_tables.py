@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from reference_models import assert_small, relative_error
 
+from modeling_vitreg import ViTWithRegistersModel
 from modeling_vitreg.modeling_vitreg import resize_position_table, sincos_position_table
 
 
@@ -90,3 +91,34 @@ def test_the_fixed_table_is_the_plain_loop_of_mae(grid):
         table[row, column, i + width // 2] = math.sin(row * frequency)
         table[row, column, i + width // 2 + width // 4] = math.cos(row * frequency)
     torch.testing.assert_close(sincos_position_table(grid, width), table.float(), rtol=0.0, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["learned", "sincos"])
+def test_a_table_made_for_another_size_gives_what_interpolation_gave(tiny, kind):
+    model = ViTWithRegistersModel(tiny(position_embedding_type=kind)).eval()
+    images = torch.randn(1, 3, 48, 40)
+    with torch.no_grad():
+        before = model(images).last_hidden_state
+        model.resize_position_embeddings((48, 40))
+        after = model(images).last_hidden_state
+    torch.testing.assert_close(after, before)
+    assert model.config.image_size == (48, 40)
+    assert model.embeddings.position_embeddings.weight.shape[1] == model.config.num_prefix_positions + 6 * 5
+    assert isinstance(model.embeddings.position_embeddings.weight, torch.nn.Parameter) == (kind == "learned")
+
+
+def test_a_resized_table_is_saved_and_loaded(tiny, tmp_path):
+    model = ViTWithRegistersModel(tiny()).eval()
+    model.resize_position_embeddings(64)
+    model.save_pretrained(tmp_path)
+    again = ViTWithRegistersModel.from_pretrained(tmp_path)
+    assert torch.equal(again.embeddings.position_embeddings.weight, model.embeddings.position_embeddings.weight)
+
+
+def test_a_table_is_not_made_for_a_size_that_does_not_fit(tiny):
+    model = ViTWithRegistersModel(tiny())
+    before = model.embeddings.position_embeddings.weight
+    with pytest.raises(ValueError, match="image_size 33 is not a multiple of patch_size 8"):
+        model.resize_position_embeddings(33)
+    assert model.config.image_size == 32
+    assert model.embeddings.position_embeddings.weight is before
