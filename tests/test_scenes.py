@@ -46,6 +46,14 @@ def _digest(scene) -> str:
     return digest.hexdigest()
 
 
+def test_zoom_makes_the_main_object_larger_and_leaves_the_scene_alone(scenes):
+    near = [render_scene(index, settings=SceneSettings(image_size=48, zoom=1.6)) for index in range(20)]
+    areas = [[(scene.instance_mask == 1).mean() for scene in part] for part in (scenes[:20], near)]
+    assert 1.8 < np.mean(areas[1]) / np.mean(areas[0]) < 2.56  # 1.6 squared, less what is cut off
+    captions = [[scene.caption for scene in part if len(scene.boxes) == 1] for part in (scenes[:20], near)]
+    assert set(captions[0]) <= set(captions[1])
+
+
 # Determinism -------------------------------------------------------------------------------------------------------
 
 
@@ -249,6 +257,7 @@ def test_images_may_be_small_or_not_square(size):
         ({"image_size": (16, 128)}, "at most 4 times the shorter"),
         ({"max_objects": 0}, r"max_objects is an integer in 1 \.\.\. 8, got 0"),
         ({"max_objects": 9}, "got 9"),
+        ({"zoom": 3}, r"zoom is a number in 0.5 \.\.\. 2, got 3"),
         ({"seed": -1}, "seed is 0 or a positive integer, got -1"),
     ],
 )

@@ -22,6 +22,7 @@ class SceneSettings:
     Args:
         image_size: pixels, a side or (rows, columns), at least 16; one side is at most 4 times the other.
         max_objects: a scene has 1 to `max_objects` solids; at most 8.
+        zoom: 1 shows the main object in its surroundings, 2 fills the image with it; from 0.5 to 2.
         seed: 0 or a positive integer; another seed gives other scenes.
 
     Raises:
@@ -30,6 +31,7 @@ class SceneSettings:
 
     image_size: int | tuple[int, int] = 224
     max_objects: int = 4
+    zoom: float = 1.0
     seed: int = 0
 
     def __post_init__(self):
@@ -45,6 +47,7 @@ class SceneSettings:
             is_count(self.max_objects) and 1 <= self.max_objects <= 8,
             f"max_objects is an integer in 1 ... 8, got {self.max_objects!r}",
         )
+        require(0.5 <= self.zoom <= 2, f"zoom is a number in 0.5 ... 2, got {self.zoom!r}")
         require(is_count(self.seed), f"seed is 0 or a positive integer, got {self.seed!r}")
 
     @property

@@ -72,12 +72,13 @@ def arrange(rng: np.random.Generator, settings: SceneSettings) -> World:
     rows, columns = settings.shape
     pitch = np.arctan2(height - rng.uniform(0.2, 0.4), distance)
     axes = rotation(0, pitch, rng.normal(0, 0.04)) * (1, -1, 1)
-    camera = Camera(column(0, height, 0), axes, 2.5 * (rows * columns) ** 0.5, (2 * rows, 2 * columns))
+    camera = Camera(column(0, height, 0), axes, 2.5 * settings.zoom * (rows * columns) ** 0.5, (2 * rows, 2 * columns))
     warmth, azimuth, elevation = rng.uniform(-0.12, 0.16), rng.uniform(-2.0, 2.0), rng.uniform(0.5, 1.2)
     zenith = column(0.12, 0.25, 0.60) * rng.uniform(0.5, 1.2) + rng.uniform(0, 0.25)
     planes = build_planes(rng, distance)
     num_solids = int(rng.integers(1, settings.max_objects + 1))
-    solids = place_solids(rng, planes, num_solids=num_solids, distance=distance, width=(columns / rows) ** 0.5)
+    width = (columns / rows) ** 0.5 / settings.zoom
+    solids = place_solids(rng, planes, num_solids=num_solids, distance=distance, width=width)
     return World(
         camera=camera,
         planes=planes,
