@@ -1,0 +1,373 @@
+"""Opening images by one string, decoding them late, and reading a stream that can be stopped anywhere."""
+
+import io
+import itertools
+import json
+import pickle
+import shutil
+import tarfile
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from modeling_vitreg.images import (
+    ImageSource,
+    ImageStream,
+    UnreadableImage,
+    decode_image,
+    derive_seed,
+    open_images,
+)
+from modeling_vitreg.scenes import SceneSettings
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+
+def _image(number: int) -> Image.Image:
+    return Image.fromarray(np.full((8, 8, 3), number, np.uint8))
+
+
+def _encode(image: Image.Image, kind: str = "png", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def _raw(content: bytes | None, path: str | None = None) -> dict:
+    return {"bytes": content, "path": path, "label": None, "name": "the image"}
+
+
+def _write_folder(folder, names, *, first: int = 0) -> str:
+    for number, name in enumerate(names, start=first):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        _image(number).save(folder / name)
+    return str(folder)
+
+
+def _write_shards(folder, *, num_shards: int = 3, images_per_shard: int = 4, prefix: str = "train") -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    for shard in range(num_shards):
+        with tarfile.open(folder / f"{prefix}-{shard:03}.tar", "w") as archive:
+            for number in range(shard * images_per_shard, (shard + 1) * images_per_shard):
+                for suffix, content in (("png", _encode(_image(number))), ("cls", str(number % 5).encode())):
+                    entry = tarfile.TarInfo(f"{number:04}.{suffix}")
+                    entry.size = len(content)
+                    archive.addfile(entry, io.BytesIO(content))
+    return str(folder)
+
+
+def _make_dataset(numbers) -> datasets.Dataset:
+    features = datasets.Features({"picture": datasets.Image(), "kind": datasets.ClassLabel(names=["even", "odd"])})
+    rows = {"picture": [_image(number) for number in numbers], "kind": [number % 2 for number in numbers]}
+    return datasets.Dataset.from_dict(rows, features=features)
+
+
+def _write_parquet(folder, *, num_shards: int = 3, images_per_shard: int = 4) -> str:
+    for shard in range(num_shards):
+        numbers = range(shard * images_per_shard, (shard + 1) * images_per_shard)
+        _make_dataset(numbers).to_parquet(folder / f"train-{shard}-of-{num_shards}.parquet", batch_size=2)
+    return str(folder)
+
+
+def _number_of(image: Image.Image) -> int:
+    """The images of these tests are of one grey, which is their number."""
+    return int(np.asarray(image)[0, 0, 0])
+
+
+def _numbers_of(source: ImageSource) -> list[int]:
+    return [_number_of(source.read(index)[0]) for index in range(len(source))]
+
+
+def _first_numbers(stream: ImageStream, count: int, **keywords) -> list[int]:
+    examples = itertools.islice(stream.examples(**keywords), count)
+    return [_number_of(decode_image(raw)) for raw, _ in examples]
+
+
+# Decoding
+
+
+def test_every_mode_becomes_rgb_with_the_same_colour():
+    grey = Image.fromarray(np.full((4, 6), 100, np.uint8))
+    red = Image.new("RGB", (6, 4), (200, 10, 20))
+    palette = red.quantize(4)
+    cases = {
+        "grey": (_encode(grey), (100, 100, 100)),
+        "grey with alpha": (_encode(grey.convert("LA")), (100, 100, 100)),
+        "one bit": (_encode(grey.convert("1", dither=Image.Dither.NONE)), (0, 0, 0)),
+        "grey of 16 bits": (_encode(Image.fromarray(np.full((4, 6), 25607, np.uint16))), (100, 100, 100)),
+        "big-endian grey of 16 bits": (_encode(Image.fromarray(np.full((4, 6), 25607, ">u2")), "tiff"), (100,) * 3),
+        "transparent": (_encode(Image.new("RGBA", (6, 4), (200, 10, 20, 0))), (200, 10, 20)),
+        "palette": (_encode(palette), (200, 10, 20)),
+        "transparent palette": (_encode(palette, transparency=bytes([7] * 4)), (200, 10, 20)),
+        "four inks": (_encode(Image.new("CMYK", (6, 4), (55, 245, 235, 0)), "tiff"), (200, 10, 20)),
+    }
+    for name, (content, colour) in cases.items():
+        image = decode_image(_raw(content))
+        assert (image.mode, image.size) == ("RGB", (6, 4)), name
+        assert image.getpixel((5, 3)) == colour, name
+
+
+def test_an_image_is_turned_upright():
+    pixels = np.zeros((4, 6, 3), np.uint8)
+    pixels[:, 0] = 255  # the left column
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: upright is a quarter turn clockwise
+    image = decode_image(_raw(_encode(Image.fromarray(pixels), exif=exif)))
+    assert image.size == (4, 6)
+    assert np.asarray(image)[:, :, 0].tolist() == [[255] * 4] + [[0] * 4] * 5  # left became top
+
+
+def test_what_cannot_be_decoded_is_reported_with_its_name_and_a_reason(tmp_path, monkeypatch):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8))
+    jpeg, png = _encode(noise, "jpeg"), _encode(noise)
+    damaged = bytearray(png)
+    damaged[len(png) // 2] ^= 255
+    cases = {
+        "empty": _raw(b""),
+        "identify": _raw(b"<html>404</html>"),
+        "truncated": _raw(jpeg[: len(jpeg) // 2]),
+        "OSError": _raw(png[: len(png) // 2]),
+        "Error": _raw(bytes(damaged)),
+        "No such file": _raw(None, str(tmp_path / "gone.png")),
+        "no image in this place": _raw(None),
+    }
+    for reason, raw in cases.items():
+        with pytest.raises(UnreadableImage, match=rf"the image: .*{reason}"):
+            decode_image(raw)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 700)
+    with pytest.raises(UnreadableImage, match="bomb"):
+        decode_image(_raw(png))
+
+
+def test_an_unreadable_image_travels_between_processes():
+    copy = pickle.loads(pickle.dumps(UnreadableImage("a.png", "empty")))
+    assert (copy.name, copy.reason, str(copy)) == ("a.png", "empty", "a.png: empty")
+
+
+# Sources with an index
+
+
+def test_a_folder_of_class_folders_has_labels(tmp_path):
+    source = open_images(_write_folder(tmp_path / "animals", ["cat/a.png", "cat/b.png", "dog/a.png"]))
+    assert source.class_names == ("cat", "dog")
+    assert [source.read(index)[1] for index in range(3)] == [0, 0, 1]
+    assert _numbers_of(source) == [0, 1, 2]
+    assert source.name_of(2) == str(tmp_path / "animals" / "dog" / "a.png")
+
+
+def test_a_flat_folder_has_no_labels(tmp_path):
+    source = open_images(_write_folder(tmp_path / "flat", ["a.png", "b.jpg"]))
+    assert (len(source), source.class_names, source.read(0)[1]) == (2, None, None)
+
+
+def test_folders_named_like_splits_are_splits(tmp_path):
+    folder = _write_folder(tmp_path / "set", ["train/x/a.png", "train/y/a.png", "val/x/a.png", "val/y/a.png"])
+    assert _numbers_of(open_images(folder)) == [0, 1]
+    validation = open_images(folder, split="validation")
+    assert _numbers_of(validation) == [2, 3]
+    assert validation.class_names == ("x", "y")
+    with pytest.raises(ValueError, match="no split 'test'; it has 'train', 'validation'"):
+        open_images(folder, split="test")
+
+
+def test_a_class_whose_name_holds_the_word_train_is_a_class(tmp_path):
+    for name, other in (("bullet train", "car"), ("train", "car")):
+        source = open_images(
+            _write_folder(tmp_path / f"{name} [0]", [f"{name}/a.png", f"{other}/a.png", "ship [1]/a.png"])
+        )
+        assert source.class_names == tuple(sorted([name, other, "ship [1]"]))
+        assert len(source) == 3
+
+
+def test_splits_beside_classes_are_refused(tmp_path):
+    folder = _write_folder(tmp_path / "set", ["train/a.png", "val/a.png", "extra/a.png"])
+    with pytest.raises(ValueError, match="holds the splits 'train', 'val' and beside them 'extra'"):
+        open_images(folder)
+
+
+def test_parquet_files_and_saved_datasets_are_opened(tmp_path):
+    (tmp_path / "parquet").mkdir()
+    saved = _make_dataset(range(12))
+    saved.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": saved, "test": saved.select([3])}).save_to_disk(tmp_path / "splits")
+    for folder in (_write_parquet(tmp_path / "parquet"), str(tmp_path / "saved"), str(tmp_path / "splits")):
+        source = open_images(folder)
+        assert source.class_names == ("even", "odd")
+        assert _numbers_of(source) == list(range(12))
+        assert source.read(3)[1] == 1
+        assert source.name_of(3) == "image 3"
+        assert sorted(_first_numbers(open_images(folder, is_streaming=True), 12, seed=0)) == list(range(12))
+    assert _numbers_of(open_images(str(tmp_path / "splits"), split="test")) == [3]
+
+
+def test_scenes_are_a_source():
+    settings = SceneSettings(image_size=16, max_objects=1)
+    source = open_images("scenes", scenes=range(2, 5), scene_settings=settings)
+    image, label = source.read(0)
+    assert (len(source), image.size, len(source.class_names)) == (3, (16, 16), 24)
+    assert label == open_images("scenes", scenes=range(1, 3), scene_settings=settings).read(1)[1]
+    for keywords in ({"split": "test"}, {"is_streaming": True}, {"scenes": range(0, 9, 2)}):
+        with pytest.raises(ValueError, match="For other images give another range"):
+            open_images("scenes", **keywords)
+
+
+def test_a_fingerprint_follows_the_data_and_not_the_place(tmp_path):
+    names = ["cat/a.png", "cat/b.png", "dog/a.png"]
+    folder = _write_folder(tmp_path / "one", names)
+    first = open_images(folder).fingerprint
+    assert open_images(shutil.copytree(folder, tmp_path / "copy" / "deep")).fingerprint == first
+    assert open_images(_write_folder(tmp_path / "renamed", [*names[:2], "dog/b.png"])).fingerprint != first
+    assert open_images(_write_folder(tmp_path / "more", [*names, "dog/b.png"])).fingerprint != first
+    Image.new("RGB", (9, 30)).save(tmp_path / "one" / "cat" / "a.png")
+    assert open_images(folder).fingerprint != first
+
+    first = ImageSource(_make_dataset([1, 2, 3])).fingerprint
+    assert ImageSource(_make_dataset([1, 2, 3])).fingerprint == first
+    assert ImageSource(_make_dataset([1, 4, 3])).fingerprint != first
+    relabelled = _make_dataset([1, 2, 3]).cast_column("kind", datasets.ClassLabel(names=["even", "strange"]))
+    assert ImageSource(relabelled).fingerprint != first
+
+
+def test_columns_are_found_by_type_or_asked_for():
+    both = _make_dataset(range(3)).add_column("label", [7, 8, 9]).add_column("caption", ["a", "b", "c"])
+    assert ImageSource(both).read(1)[1] == 8  # the usual name wins over the type
+    assert ImageSource(both, label_column="kind").read(1)[1] == 1
+    two = both.add_column("mask", [{"path": "a.png", "bytes": None}] * 3, feature=datasets.Image())
+    with pytest.raises(ValueError, match="'mask', 'picture'; choose one with image_column"):
+        ImageSource(two)
+    assert len(ImageSource(two, image_column="mask")) == 3
+    with pytest.raises(ValueError, match="no column 'pixels'; the columns are 'caption', 'kind', 'label', 'picture'"):
+        ImageSource(both, image_column="pixels")
+    with pytest.raises(ValueError, match="'caption' holds no classes"):
+        ImageSource(both, label_column="caption")
+    with pytest.raises(ValueError, match="expected a column of type Image, got 'caption'"):
+        ImageSource(both.select_columns("caption"))
+
+
+def test_a_hidden_label_is_none():
+    assert ImageSource(_make_dataset([4]).map(lambda row: {"kind": -1})).read(0)[1] is None
+
+
+# Streams
+
+
+def test_shards_are_named_in_many_ways(tmp_path):
+    folder = _write_shards(tmp_path / "shards")
+    first = _first_numbers(open_images(folder), 12, seed=0)
+    assert sorted(first) == list(range(12))
+    for source in (f"{folder}/*.tar", f"{folder}/train-{{000..002}}.tar", f"{folder}/train-{{000,001,002}}.tar"):
+        assert _first_numbers(open_images(source), 12, seed=0) == first
+    assert sorted(_first_numbers(open_images(f"{folder}/train-001.tar", split="any"), 4, seed=0)) == [4, 5, 6, 7]
+    raw, _ = next(open_images(folder).examples(seed=0))
+    assert raw["label"] == int(raw["name"][:4]) % 5
+
+
+@pytest.mark.parametrize("write", [_write_shards, _write_parquet])
+@pytest.mark.parametrize("num_processes", [1, 2, 3])
+def test_every_image_comes_once_in_a_pass_and_in_another_order_in_the_next(tmp_path, write, num_processes):
+    (tmp_path / "data").mkdir()
+    folder = write(tmp_path / "data", num_shards=4, images_per_shard=3)  # 4 shards: 2 processes share them, 3 do not
+    count = 12 // num_processes
+    shares = []
+    for rank in range(num_processes):
+        stream = open_images(folder, is_streaming=True, block_size=5)
+        numbers = _first_numbers(stream, 2 * count, seed=3, rank=rank, num_processes=num_processes)
+        shares.append((numbers[:count], numbers[count:]))
+    passes = [list(itertools.chain(*parts)) for parts in zip(*shares)]
+    assert sorted(passes[0]) == sorted(passes[1]) == list(range(12))
+    assert passes[0] != passes[1] != sorted(passes[1])
+
+
+@pytest.mark.parametrize("write", [_write_shards, _write_parquet])
+@pytest.mark.parametrize("num_processes", [1, 2, 3])
+def test_a_stream_goes_on_after_any_image(tmp_path, write, num_processes):
+    (tmp_path / "data").mkdir()
+    folder = write(tmp_path / "data", num_shards=4, images_per_shard=3)
+
+    def open_again() -> ImageStream:
+        return open_images(folder, is_streaming=True, block_size=4)
+
+    owner = {"seed": 1, "rank": num_processes - 1, "num_processes": num_processes}
+    examples = list(itertools.islice(open_again().examples(**owner), 30))
+    expected = [_number_of(decode_image(raw)) for raw, _ in examples]
+    stream = open_again()
+    for taken, (_, state) in enumerate(examples[:25], start=1):
+        state = json.loads(json.dumps(state))
+        assert _first_numbers(stream, 5, **owner, state=state) == expected[taken : taken + 5], taken
+
+
+def test_the_order_of_a_stream_follows_the_seed(tmp_path):
+    folder = _write_shards(tmp_path / "shards")
+    stream = open_images(folder)
+    assert _first_numbers(stream, 12, seed=0) == _first_numbers(stream, 12, seed=0)
+    assert _first_numbers(stream, 12, seed=0) != _first_numbers(stream, 12, seed=1)
+    single = open_images(folder, block_size=1)  # only the order of the shards is left to chance
+    orders = {tuple(_first_numbers(single, 12, seed=seed)[::4]) for seed in range(8)}
+    assert len(orders) > 1 and all(sorted(order) == [0, 4, 8] for order in orders)
+
+
+def test_a_stream_refuses_what_it_cannot_do(tmp_path):
+    folder = _write_shards(tmp_path / "shards")
+    stream = open_images(folder)
+    _, state = next(stream.examples(seed=0))
+    with pytest.raises(ValueError, match=r"expected the state of \{'seed': 0, 'rank': 0, 'num_processes': 2\}"):
+        stream.examples(seed=0, num_processes=2, state=state)
+    with pytest.raises(ValueError, match=r"rank is in 0 \.\.\. 1, got 2"):
+        stream.examples(seed=0, rank=2, num_processes=2)
+    with pytest.raises(RuntimeError, match="process 12 of 13 found no image"):
+        next(stream.examples(seed=0, rank=12, num_processes=13))
+    with pytest.raises(ValueError, match="block_size is a positive integer, got 0"):
+        open_images(folder, block_size=0)
+
+
+def test_the_fingerprint_of_a_stream_follows_its_files(tmp_path):
+    first = open_images(_write_shards(tmp_path / "one")).fingerprint
+    assert open_images(_write_shards(tmp_path / "two")).fingerprint == first
+    assert open_images(_write_shards(tmp_path / "three", images_per_shard=40)).fingerprint != first
+    assert open_images(_write_shards(tmp_path / "four", num_shards=4)).fingerprint != first
+
+
+# Sources that are none
+
+
+def test_a_source_that_does_not_exist_is_explained(tmp_path):
+    _write_folder(tmp_path / "images", ["a.png"])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "readme.md").write_text("")
+    cases = {
+        "image": r'expected "scenes", a folder of images.*Did you mean .*images',
+        "nothing_like_it": "which does not exist. The nearest folder is",
+        "images/a.png": "got the file .*Give the folder that holds it",
+        "imagess/*.tar": r"got shards of which 1 of 1 do not exist.*Did you mean .*images",
+        "images/{0..2}.tar": "got shards of which 3 of 3 do not exist: .*0.tar.*1.tar.*2.tar",
+        "empty": "got no files",
+        "notes": r"got 1 \.md",
+    }
+    for source, message in cases.items():
+        with pytest.raises(ValueError, match=message):
+            open_images(str(tmp_path / source))
+    with pytest.raises(ValueError, match="got ''"):
+        open_images("")
+
+
+def test_a_name_that_the_hub_does_not_answer_for_is_explained():
+    with pytest.raises(RuntimeError, match="'nobody/nothing' is no path here, and the Hub did not answer"):
+        open_images("nobody/nothing")
+
+
+def test_an_unknown_split_of_shards_is_explained(tmp_path):
+    with pytest.raises(ValueError, match="has no split 'test'; it has 'train'"):
+        open_images(_write_shards(tmp_path / "shards"), split="test")
+
+
+def test_seeds_differ_in_every_word():
+    seeds = {derive_seed(*words) for words in itertools.product(range(4), repeat=3)}
+    assert len(seeds) == 64
+    assert all(0 < seed < 2**63 for seed in seeds)
