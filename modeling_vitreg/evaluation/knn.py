@@ -1,0 +1,102 @@
+"""Accuracy of a k-nearest-neighbour vote on frozen features, as DINO and DINOv2 report it.
+
+Letters for shapes: B rows that vote, M rows of a chunk that are voted on, k neighbours, C classes, D width.
+
+Source: Wu et al. 2018, arXiv 1805.01978, section 3.4; Oquab et al. 2023, arXiv 2304.07193 (facebookresearch/dinov2,
+`dinov2/eval/knn.py`).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@torch.no_grad()
+def knn_accuracy(
+    features: Tensor,
+    labels: Tensor,
+    held_out_features: Tensor,
+    held_out_labels: Tensor,
+    *,
+    num_neighbours: int = 20,
+    temperature: float = 0.07,
+    max_neighbours: int = 200,
+    chunk: int = 256,
+) -> float:
+    """Share of held-out rows whose class wins the vote of the most similar rows.
+
+    for each held-out row:
+        neighbours = the `max_neighbours` rows of largest cosine, most similar first
+        weights = softmax of cosine / `temperature` over all these neighbours
+        add the weights of the first `num_neighbours` to the classes of their rows; the class with the most wins
+
+    The softmax runs over more neighbours than vote, which scales all votes of a row alike and changes no winner.
+    Among equal votes the smallest label wins. With fewer rows than neighbours all rows are neighbours.
+
+    Args:
+        features: (B, D), of any scale, for example normed class tokens; the vote is computed on their device.
+        labels: (B,) whole numbers, which need not be consecutive.
+        held_out_features: (rows, D), on any device.
+        held_out_labels: (rows,) whole numbers; a class that no row of `labels` has is never right.
+        num_neighbours: rows that vote.
+        temperature: of the softmax, in units of the cosine.
+        max_neighbours: rows that the softmax runs over.
+        chunk: held-out rows a time; the memory is chunk x B float32 numbers.
+
+    Returns:
+        Accuracy from 0 to 1.
+
+    Raises:
+        ValueError: shapes that do not fit, no rows, labels that are no whole numbers, features that are not finite, or
+            numbers out of range.
+    """
+    _check_numbers(num_neighbours, temperature, max_neighbours, chunk)
+    _check_rows("features", features, labels)
+    _check_rows("held_out_features", held_out_features, held_out_labels)
+    if features.shape[1] != held_out_features.shape[1]:
+        raise ValueError(
+            f"expected features of one width, got {features.shape[1]} and held-out {held_out_features.shape[1]}: take "
+            "both from the same encoder"
+        )
+    classes, positions = labels.to(features.device).unique(return_inverse=True)
+    features = F.normalize(features.float(), dim=1)
+    depth = min(max_neighbours, len(features))
+    num_right = 0
+    for rows, truth in zip(held_out_features.split(chunk), held_out_labels.split(chunk)):
+        # A loop that trains in bfloat16 evaluates under autocast too, where near neighbours would tie.
+        with torch.autocast(features.device.type, enabled=False):
+            rows = F.normalize(rows.to(features.device).float(), dim=1)
+            similarity, neighbours = (rows @ features.T).topk(depth, dim=1)  # [M, B] -> [M, depth]
+        weights = (similarity / temperature).softmax(dim=1)[:, :num_neighbours]
+        voted = positions[neighbours[:, :num_neighbours]]
+        votes = weights.new_zeros(len(rows), len(classes)).scatter_add(1, voted, weights)  # [M, k] -> [M, C]
+        num_right += (classes[votes.argmax(dim=1)] == truth.to(classes.device)).sum().item()
+    return num_right / len(held_out_features)
+
+
+def _check_numbers(num_neighbours: int, temperature: float, max_neighbours: int, chunk: int) -> None:
+    if not 1 <= num_neighbours <= max_neighbours:
+        raise ValueError(
+            f"expected 1 <= num_neighbours <= max_neighbours, got {num_neighbours} and {max_neighbours}: raise "
+            "max_neighbours with num_neighbours"
+        )
+    if not temperature > 0:
+        raise ValueError(f"expected a temperature above 0, got {temperature}; the published one is 0.07")
+    if chunk < 1:
+        raise ValueError(f"expected chunks of 1 or more rows, got {chunk}; chunk only bounds the memory")
+
+
+def _check_rows(name: str, features: Tensor, labels: Tensor) -> None:
+    if features.ndim != 2 or not features.numel():
+        raise ValueError(f"expected {name} (rows, width) with at least one row, got shape {tuple(features.shape)}")
+    if labels.shape != features.shape[:1]:
+        raise ValueError(
+            f"expected one label for each of the {len(features)} rows of {name}, got shape {tuple(labels.shape)}"
+        )
+    if labels.is_floating_point() or labels.is_complex():
+        raise ValueError(f"expected labels of {name} as whole numbers, got {labels.dtype}: convert them by `.long()`")
+    if not features.isfinite().all():
+        raise ValueError(f"expected finite {name}, got NaN or infinity: the encoder diverged, look at its loss first")
+
+
+__all__ = ["knn_accuracy"]
