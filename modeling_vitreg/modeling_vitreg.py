@@ -620,7 +620,12 @@ class ViTWithRegistersLayer(GradientCheckpointingLayer):
     def forward(
         self, hidden_states: Tensor, rotary: tuple | None = None, output_attentions: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Tokens (B, N, D) to tokens, with the attention probabilities (B, H, N, N) beside them if asked for."""
+        """Tokens (B, N, D) to tokens, with the attention probabilities (B, H, N, N) beside them if asked for.
+
+        Given tuples, groups of images of different sizes and their rotary tables, it runs all groups at once.
+        """
+        if isinstance(hidden_states, tuple):
+            return self._forward_groups(hidden_states, rotary)
         choice = self.drop_path.choose(hidden_states, needs_all=output_attentions)
         inputs = self.norm1(self.drop_path.select(hidden_states, choice))
         branch, probabilities = self.attention(inputs, rotary, output_attentions)
@@ -629,6 +634,34 @@ class ViTWithRegistersLayer(GradientCheckpointingLayer):
         branch = self.mlp(self.norm2(self.drop_path.select(hidden_states, choice)))
         hidden_states = self.drop_path.add(hidden_states, self.layer_scale2(branch), choice)
         return (hidden_states, probabilities) if output_attentions else hidden_states
+
+    def _forward_groups(self, groups: tuple, rotaries: tuple) -> tuple:
+        """Norms and products see the tokens of all groups in one sequence; attention stays within an image."""
+
+        def attend(inputs: list) -> list:
+            packed = unpack_tokens(self.attention.qkv(self.norm1(pack_tokens(inputs))), inputs)
+            attended = [self.attention.attend(part, rotary)[0] for part, rotary in zip(packed, rotaries)]
+            return unpack_tokens(self.layer_scale1(self.attention.mix(pack_tokens(attended))), inputs)
+
+        def transform(inputs: list) -> list:
+            return unpack_tokens(self.layer_scale2(self.mlp(self.norm2(pack_tokens(inputs)))), inputs)
+
+        for branch in (attend, transform):
+            choices = [self.drop_path.choose(group) for group in groups]
+            outputs = branch([self.drop_path.select(group, choice) for group, choice in zip(groups, choices)])
+            groups = tuple(map(self.drop_path.add, groups, outputs, choices))
+        return groups
+
+
+def pack_tokens(groups: list) -> Tensor:
+    """Tokens of groups of images, (B, N, D) each, as one sequence (sum of B N, D)."""
+    return torch.cat([group.flatten(0, 1) for group in groups])
+
+
+def unpack_tokens(packed: Tensor, like: list) -> list:
+    """Undo `pack_tokens`, for tokens of any width."""
+    parts = packed.split([group.shape[0] * group.shape[1] for group in like])
+    return [part.unflatten(0, group.shape[:2]) for part, group in zip(parts, like)]
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,119 @@
+"""Views of an image: multi-crop with colours, blur and solarisation (Caron et al. 2020; DINO, DINOv2), torchvision v2.
+
+Letters: V views. Views are bytes; they are normalised on the device, so that a quarter of the memory travels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+
+
+@dataclasses.dataclass(frozen=True)
+class CropSettings:
+    """What is cut from an image, and how it is coloured. Defaults are those of DINOv2 at patch 14.
+
+    Args:
+        num_global, num_local: views of each kind; MAE and SimMIM take one global view.
+        global_size, local_size: side in pixels, a multiple of the patch.
+        global_scale, local_scale: smallest and largest share of the image's area.
+        flip: probability of a horizontal flip.
+        jitter: brightness, contrast, saturation, hue; with probability `jitter_probability`.
+        gray: probability of losing the colours.
+        blur: probability of a Gaussian blur (kernel 9, sigma 0.1 to 2 pixels) of the first global view, the other
+            global views, and local views. DINO means (1.0, 0.1, 0.5); the released code of DINOv2 inverts what it
+            was told and runs (0.0, 0.9, 0.5).
+        solarize: probability of solarisation, of global views but the first.
+    """
+
+    num_global: int = 2
+    num_local: int = 8
+    global_size: int = 224
+    local_size: int = 98
+    global_scale: tuple[float, float] = (0.32, 1.0)
+    local_scale: tuple[float, float] = (0.05, 0.32)
+    flip: float = 0.5
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    jitter_probability: float = 0.8
+    gray: float = 0.2
+    blur: tuple[float, float, float] = (1.0, 0.1, 0.5)
+    solarize: float = 0.2
+
+    def __post_init__(self):
+        for name in ("global_scale", "local_scale"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= 1:
+                raise ValueError(f"crops: {name} is two shares of an area, 0 < low <= high <= 1, got {(low, high)}")
+        if self.num_global < 1 or self.num_local < 0:
+            raise ValueError(
+                f"crops: expected at least one global view and no negative number of local ones, got num_global="
+                f"{self.num_global}, num_local={self.num_local}"
+            )
+        for name in ("global_size", "local_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"crops: {name} is a side in pixels, 1 or more, got {getattr(self, name)}")
+        if len(self.jitter) != 4 or len(self.blur) != 3:
+            raise ValueError(
+                f"crops: jitter has 4 values (brightness, contrast, saturation, hue) and blur 3 (first global view, "
+                f"other global views, local views), got {self.jitter} and {self.blur}"
+            )
+        for name in ("flip", "jitter_probability", "gray", "solarize"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"crops: {name} is a probability, got {getattr(self, name)}")
+        if not all(0 <= probability <= 1 for probability in self.blur):
+            raise ValueError(f"crops: blur is three probabilities, got {self.blur}")
+
+
+class MultiCrop:
+    """Cut the views of one image; draws from torch's global generator, as torchvision does."""
+
+    def __init__(self, settings: CropSettings):
+        self.settings = settings
+        blur_first, blur_others, blur_local = settings.blur
+        cut = (_cutter(settings.global_size, settings), _cutter(settings.local_size, settings, is_local=True))
+        first = (cut[0], _painter(settings, blur=blur_first, solarize=0.0))
+        others = (cut[0], _painter(settings, blur=blur_others, solarize=settings.solarize))
+        local = (cut[1], _painter(settings, blur=blur_local, solarize=0.0))
+        self._global = [first] + [others] * (settings.num_global - 1)
+        self._local = [local] * settings.num_local
+
+    def __call__(self, image: Image.Image) -> dict[str, Tensor]:
+        """Views of an image.
+
+        Returns:
+            `global_views`, uint8 (V, 3, global_size, global_size), and, if there are any, `local_views`.
+        """
+        pixels = v2.functional.pil_to_tensor(image.convert("RGB"))
+        views = {"global_views": torch.stack([paint(cut(pixels)) for cut, paint in self._global])}
+        if self._local:
+            views["local_views"] = torch.stack([paint(cut(pixels)) for cut, paint in self._local])
+        return views
+
+
+def _cutter(size: int, settings: CropSettings, *, is_local: bool = False) -> v2.Transform:
+    scale = settings.local_scale if is_local else settings.global_scale
+    # On a tensor of bytes: three to four times as fast as on a PIL image.
+    crop = v2.RandomResizedCrop(size, scale=scale, interpolation=InterpolationMode.BICUBIC, antialias=True)
+    return v2.Compose([crop, v2.RandomHorizontalFlip(settings.flip)])
+
+
+def _painter(settings: CropSettings, *, blur: float, solarize: float) -> v2.Transform:
+    steps = []
+    if settings.jitter_probability and any(settings.jitter):
+        # Through PIL, whose HSV is a third faster than that of a tensor.
+        jitter = v2.Compose([v2.ToPILImage(), v2.ColorJitter(*settings.jitter), v2.PILToTensor()])
+        steps.append(v2.RandomApply([jitter], p=settings.jitter_probability))
+    if settings.gray:
+        steps.append(v2.RandomGrayscale(settings.gray))
+    if blur:
+        steps.append(v2.RandomApply([v2.GaussianBlur(9, sigma=(0.1, 2.0))], p=blur))
+    if solarize:
+        steps.append(v2.RandomSolarize(threshold=128, p=solarize))
+    return v2.Compose(steps) if steps else v2.Identity()
+
+
+__all__ = ["CropSettings", "MultiCrop"]

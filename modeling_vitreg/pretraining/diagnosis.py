@@ -1,0 +1,247 @@
+"""The reading of a log: what is wrong with a run, in plain words, from its numbers alone.
+
+A joint-embedding loss has two trivial ends, which `instruments` describes. Steps and values are those of the records
+that `Journal` writes.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import statistics
+
+from .instruments import collapse_line
+
+
+MIN_RECORDS = 20  # of one quantity; before, a reading is chance
+MIN_EVALUATIONS = 4
+
+
+def read_series(records: list[dict], *, key: str) -> tuple[list, list]:
+    """The finite values of one quantity and their steps, in order.
+
+    A run that was killed and resumed writes some steps twice: what it wrote beyond the step that it went back to is
+    left out, and of one step the last value counts.
+
+    Args:
+        records: lines of a log, each with `step` and any numbers by name; absent or None means not measured.
+        key: name of the quantity.
+
+    Returns:
+        Steps and values, two lists of one length; both empty if there are none.
+
+    Raises:
+        ValueError: a record without a step.
+    """
+    series = {}
+    for record in _kept(records):
+        value = record.get(key)
+        if _is_number(value) and math.isfinite(value):
+            series[record["step"]] = float(value)
+    return list(series), list(series.values())
+
+
+def _kept(records: list[dict]) -> list[dict]:
+    kept = []
+    for number, record in enumerate(records):
+        if not _is_number(record.get("step")):
+            raise ValueError(
+                f"expected a step in every record, got none in record {number} with {', '.join(record) or 'no keys'}: "
+                "write each record as {'step': ..., 'total': ...}"
+            )
+        while kept and kept[-1]["step"] > record["step"]:
+            kept.pop()
+        kept.append(record)
+    return kept
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def diagnose(records: list[dict], *, num_prototypes: int | None) -> list[str]:
+    """Say in plain words what is wrong with a run, from its log alone; nothing for a healthy or a very young run.
+
+    Read are `total` (loss), `dino` (mean cross-entropy of a pair of views), `teacher_entropy` (`entropy` of the
+    targets), `mean_entropy` (`entropy_of_mean`), `learning_rate`, and at evaluations `rank` (`effective_rank`) and
+    `knn` (accuracy from 0 to 1). Any of them may be missing, in some records or in all; then what needs it is not
+    looked for. Every other number is only checked for being finite.
+
+    What is looked for, in this order:
+        a value that is not finite
+        the median of `dino` within 1 % of ln K in the last quarter of the steps: uniform collapse
+        targets that do not tell images apart in the last quarter: `teacher_entropy` within 1 % of ln K, or
+            `mean_entropy` within 1 % of ln K (0.1 nats without K) of it, or both near 0: constant collapse
+        `total` that moved by less than 1 %, beyond its noise, in the last third of the steps; not after a collapse,
+            which explains it, nor while k-NN rises, nor where the loss fell and the learning rate has since ended
+        `rank` below half of its best, in two evaluations running
+        `knn` below its best by more than a tenth of it and 0.02, in two evaluations running
+
+    Args:
+        records: as for `read_series`.
+        num_prototypes: K of the class-token head; None leaves out what needs ln K.
+
+    Returns:
+        For each alarm what is seen, with numbers, and what to do: one sentence each.
+
+    Raises:
+        ValueError: a record without a step, or fewer than 2 prototypes.
+    """
+    line = None if num_prototypes is None else collapse_line(num_prototypes)
+    collapses = [_uniform_collapse(records, line), _constant_collapse(records, line)]
+    is_collapsed = any(collapses)
+    alarms = [
+        _not_finite(records),
+        *collapses,
+        None if is_collapsed else _stuck(records),
+        _falling_rank(records),
+        _falling_accuracy(records),
+    ]
+    return [alarm for alarm in alarms if alarm]
+
+
+def _not_finite(records: list[dict]) -> str | None:
+    found = [
+        (record["step"], key, value)
+        for record in _kept(records)
+        for key, value in record.items()
+        if _is_number(value) and not math.isfinite(value)
+    ]
+    if not found:
+        return None
+    step = found[0][0]
+    terms = ", ".join(f"{key} = {value}" for at, key, value in found if at == step)
+    later = sum(at != step for at, _, _ in found)
+    return (
+        f"At step {step} {terms}, and {later} later values are not finite either. Go back to a checkpoint before step "
+        f"{step} and lower the learning rate or the limit on the gradient norm; keep heads and losses in float32."
+    )
+
+
+def _uniform_collapse(records: list[dict], line: float | None) -> str | None:
+    recent = _last_quarter(records, "dino")
+    if line is None or recent is None or abs(recent - line) > 0.01 * line:
+        return None
+    return (
+        f"The class-token loss is {recent:.4g} over the last quarter of the steps, and a uniform answer costs "
+        f"ln K = {line:.4g}: uniform collapse, or a start that is not over. Lower the teacher temperature, check that "
+        "the targets are centred (or assigned by Sinkhorn) once and not twice, and that the learning rate has passed "
+        "its warm-up."
+    )
+
+
+def _constant_collapse(records: list[dict], line: float | None) -> str | None:
+    each, mean = _last_quarter(records, "teacher_entropy"), _last_quarter(records, "mean_entropy")
+    if each is None:
+        return None
+    if line is not None and each > 0.99 * line:
+        return (
+            f"The teacher's targets have an entropy of {each:.4g} over the last quarter of the steps, and uniform "
+            f"ones have ln K = {line:.4g}: they teach nothing. Lower the teacher temperature and check the centring, "
+            "then raise the weight of KoLeo or the momentum of the teacher."
+        )
+    if mean is not None and _is_constant(each, mean, line):
+        return (
+            f"The teacher's targets have an entropy of {each:.4g} and their mean has {mean:.4g} over the last quarter "
+            "of the steps: nearly every image gets the same target, constant collapse. Raise the momentum of the "
+            "teacher and the weight of KoLeo, and check that the targets are centred or assigned by Sinkhorn."
+        )
+    return None
+
+
+def _is_constant(each: float, mean: float, line: float | None) -> bool:
+    if line is None:
+        return mean - each < 0.1
+    are_both_near_zero = each < 0.05 * line and mean < 0.1 * line
+    return mean - each < 0.01 * line or are_both_near_zero
+
+
+def _last_quarter(records: list[dict], key: str) -> float | None:
+    """Median over the last quarter of the steps, which one odd batch does not move; None where too little is known."""
+    steps, values = read_series(records, key=key)
+    if len(steps) < MIN_RECORDS:
+        return None
+    start = steps[-1] - (steps[-1] - steps[0]) / 4
+    return statistics.median(value for step, value in zip(steps, values) if step >= start)
+
+
+def _stuck(records: list[dict]) -> str | None:
+    steps, values = read_series(records, key="total")
+    if len(steps) < MIN_RECORDS:
+        return None
+    start = steps[-1] - (steps[-1] - steps[0]) / 3
+    late = [(step, value) for step, value in zip(steps, values) if step >= start]
+    if len(late) < 5:
+        return None
+    level = statistics.median(value for _, value in late)
+    change, doubt = _linear_change(*zip(*late))
+    if abs(change) + 2 * doubt > 0.01 * abs(level):
+        return None
+    early = statistics.median(values[: max(1, len(values) // 10)])
+    has_fallen = early - level > 0.02 * abs(early)
+    if (has_fallen and _has_rate_ended(records, start)) or _is_accuracy_rising(records, start):
+        return None
+    return (
+        f"The loss moved by {change:+.2g} around {level:.4g} since step {start:.0f}, a third of the run: it is stuck. "
+        "If the learning rate has passed its warm-up, change it by a factor of 3 in either direction, and check that "
+        "the optimizer holds the parameters of the student."
+    )
+
+
+def _linear_change(steps: tuple, values: tuple) -> tuple[float, float]:
+    """Change of a straight line through the values from the first step to the last, and its standard error."""
+    middle, level = statistics.fmean(steps), statistics.fmean(values)
+    spread = sum((step - middle) ** 2 for step in steps)
+    slope = sum((step - middle) * (value - level) for step, value in zip(steps, values)) / spread
+    rest = sum((value - level - slope * (step - middle)) ** 2 for step, value in zip(steps, values))
+    length = steps[-1] - steps[0]
+    return slope * length, math.sqrt(rest / (len(steps) - 2) / spread) * length
+
+
+def _has_rate_ended(records: list[dict], start: float) -> bool:
+    steps, rates = read_series(records, key="learning_rate")
+    late = [rate for step, rate in zip(steps, rates) if step >= start]
+    return bool(late) and statistics.median(late) < 0.1 * max(rates)
+
+
+def _is_accuracy_rising(records: list[dict], start: float) -> bool:
+    steps, accuracies = read_series(records, key="knn")
+    late = [accuracy for step, accuracy in zip(steps, accuracies) if step >= start]
+    early = [accuracy for step, accuracy in zip(steps, accuracies) if step < start]
+    return bool(late and early) and max(late) > max(early) + 0.01
+
+
+def _falling_rank(records: list[dict]) -> str | None:
+    best_step, best, now = _best_and_now(records, "rank")
+    if best_step is None or now >= best / 2:
+        return None
+    return (
+        f"The effective rank of the features fell from {best:.4g} at step {best_step} to {now:.4g}: the images share "
+        "ever fewer directions. Raise the weight of KoLeo or lower the learning rate, and go back to the checkpoint "
+        f"of step {best_step}."
+    )
+
+
+def _falling_accuracy(records: list[dict]) -> str | None:
+    best_step, best, now = _best_and_now(records, "knn")
+    if best_step is None or best - now <= max(0.02, 0.1 * best):
+        return None
+    return (
+        f"The k-NN accuracy fell from {best:.1%} at step {best_step} to {now:.1%}: the features get worse. Keep "
+        f"the checkpoint of step {best_step}, and lower the learning rate or raise the momentum of the teacher."
+    )
+
+
+def _best_and_now(records: list[dict], key: str) -> tuple[int | None, float, float]:
+    """Step and value of the best evaluation, and the better of the last two, so that one odd evaluation is no fall.
+
+    The first tenth of the steps does not count: features of random weights can beat those of the first steps."""
+    steps, values = read_series(records, key=key)
+    known = [(step, value) for step, value in zip(steps, values) if step - steps[0] >= (steps[-1] - steps[0]) / 10]
+    if len(known) < MIN_EVALUATIONS:
+        return None, 0.0, 0.0
+    best_step, best = max(known, key=lambda point: point[1])
+    return best_step, best, max(known[-1][1], known[-2][1])
+
+
+__all__ = ["MIN_EVALUATIONS", "MIN_RECORDS", "diagnose", "read_series"]

@@ -1,0 +1,188 @@
+"""Targets and losses of DINO, iBOT and DINOv2. Everything is computed in float32, whatever the precision around it.
+
+Letters: B images, G global views, V local views, K prototypes, M masked patches of this process, D width.
+Sums over processes come in as `processes`; means of equal parts agree with the mean of the whole.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .processes import ALONE, Processes
+
+
+@torch.no_grad()
+def sinkhorn(logits: Tensor, *, temperature: float, num_iterations: int = 3, processes: Processes = ALONE) -> Tensor:
+    """Assign rows to prototypes so that every prototype gets nearly the same mass (Sinkhorn-Knopp).
+
+    Q = exp(logits / temperature), divided by its sum; then, `num_iterations` times:
+        divide each column by K times its sum over all rows, each row by the number of rows times its sum
+    times the number of rows
+
+    Args:
+        logits: (rows, K); the number of rows may differ between processes, and may be 0.
+        temperature: of the teacher.
+        num_iterations: 3 in SwAV, DINOv2 and DINOv3.
+        processes: rows of all of them are assigned together.
+
+    Returns:
+        float32 (rows, K), rows sum to one.
+
+    Source: Cuturi 2013; Caron et al. 2020, arXiv 2006.09882, section 3.1.
+    """
+    scaled = logits.float() / temperature
+    num_rows, num_prototypes = scaled.shape
+    # The largest value of each column, then of each row, is taken out of exp(): nothing overflows, and neither a
+    # prototype nor a row vanishes. What a column loses cancels; what a row loses comes back as its first factor.
+    highest = scaled.amax(dim=0) if num_rows else scaled.new_full((num_prototypes,), -torch.inf)
+    scaled.sub_(processes.largest(highest))
+    rest = scaled.amax(dim=1)
+    kernel, row = scaled.sub_(rest.unsqueeze(1)).exp_(), rest.exp()
+    total_rows = processes.total(scaled.new_tensor(float(num_rows)))
+    # Q stays diag(row) kernel diag(column): two products with vectors in place of three passes over the matrix.
+    with _without_autocast(kernel):
+        for _ in range(num_iterations):
+            column = 1 / (num_prototypes * processes.total(row @ kernel))
+            row = 1 / (total_rows * (kernel @ column))
+    return kernel.mul_(column).mul_((total_rows * row).unsqueeze(1))
+
+
+class MovingCentre(nn.Module):
+    """Targets as a softmax of logits minus their moving mean over all processes (DINO).
+
+    Args:
+        num_prototypes: K.
+        momentum: of the mean; 0.9 in DINO.
+
+    Source: Caron et al. 2021, arXiv 2104.14294, equation 4.
+    """
+
+    def __init__(self, num_prototypes: int, *, momentum: float = 0.9):
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("centre", torch.zeros(num_prototypes))
+
+    @torch.no_grad()
+    def forward(self, logits: Tensor, *, temperature: float, processes: Processes = ALONE) -> Tensor:
+        """Targets float32 (rows, K) with the centre of the rows before these, which then moves the centre."""
+        logits = logits.float()
+        targets = ((logits - self.centre) / temperature).softmax(dim=-1)
+        total = processes.total(torch.cat([logits.sum(dim=0), logits.new_tensor([float(len(logits))])]))
+        if total[-1] > 0:
+            self.centre.lerp_(total[:-1] / total[-1], 1 - self.momentum)
+        return targets
+
+
+def cross_view_loss(
+    global_logits: Tensor, local_logits: Tensor | None, targets: Tensor, *, temperature: float = 0.1
+) -> Tensor:
+    """Cross-entropy between views of the same image, never of a view with itself.
+
+    for each student view s (global, then local), teacher view t with s != t, image b:
+        add  -sum_k targets[t, b, k] * log softmax(logits[s, b] / temperature)[k]
+    divide by the number of pairs of views and by the number of images
+
+    Args:
+        global_logits: of the student, (G, B, K).
+        local_logits: of the student, (V, B, K), or None.
+        targets: of the teacher, (G, B, K), rows sum to one.
+        temperature: of the student.
+
+    Source: Caron et al. 2021, arXiv 2104.14294, equation 3.
+    """
+    num_global, num_images = targets.shape[:2]
+    num_local = 0 if local_logits is None else len(local_logits)
+    num_pairs = num_global * (num_global - 1 + num_local)
+    if num_pairs == 0:
+        raise ValueError("cross_view_loss: one global view and no local one leave nothing to compare; cut more views")
+    of_all = targets.sum(dim=0)
+    total = _cross_entropy(global_logits, of_all - targets, temperature).sum()
+    if local_logits is not None:
+        # A local view meets every teacher view: the targets are the same for all, so they are summed once.
+        total = total + _cross_entropy(local_logits, of_all, temperature).sum()
+    return total / (num_pairs * num_images)
+
+
+def masked_patch_loss(
+    logits: Tensor, targets: Tensor, *, weights: Tensor, num_views: int, temperature: float = 0.1
+) -> Tensor:
+    """Cross-entropy of masked patches of the student with the same patches as the teacher sees them.
+
+    for each masked patch i:  add  -weights[i] * sum_k targets[i, k] * log softmax(logits[i] / temperature)[k]
+    divide by `num_views`
+
+    Args:
+        logits: of the student, (M, K); M may be 0.
+        targets: of the teacher, (M, K), rows sum to one.
+        weights: one over the number of masked patches in the view of each patch, (M,).
+        num_views: views of this process, masked or not.
+        temperature: of the student.
+
+    Source: Zhou et al. 2021, arXiv 2111.07832, equation 2; divided as in DINOv2.
+    """
+    return (_cross_entropy(logits, targets, temperature) * weights).sum() / num_views
+
+
+def koleo_loss(features: Tensor, *, processes: Processes = ALONE) -> Tensor:
+    """Spread features: minus the mean log of the distance of each to its nearest neighbour (Kozachenko-Leonenko).
+
+    divide each row by its norm
+    for each row i:  add  -log(|x_i - x_j + 1e-8| + 1e-8), j the row of all processes nearest to i but not i
+    divide by the number of rows
+
+    Args:
+        features: (B, D), class tokens of one view.
+        processes: neighbours are looked for among the rows of all of them.
+
+    Returns:
+        A scalar; zero if there is no other row.
+
+    Source: Sablayrolles et al. 2018, arXiv 1806.03198; Oquab et al. 2023, arXiv 2304.07193.
+    """
+    rows = F.normalize(features.float(), dim=-1, eps=1e-8)
+    everyone = processes.gather(rows)
+    if len(everyone) == 1:
+        return rows.sum() * 0
+    with torch.no_grad(), _without_autocast(rows):
+        similarities = rows @ everyone.T  # [B, D] -> [B, all]
+        own = torch.arange(len(rows), device=rows.device)
+        similarities[own, own + processes.rank * len(rows)] = -torch.inf
+        nearest = similarities.argmax(dim=1)
+    distances = F.pairwise_distance(rows, everyone[nearest], eps=1e-8)
+    return -(distances + 1e-8).log().mean()
+
+
+def _without_autocast(values: Tensor):
+    """Products in float32: autocast would round them to 8 bits."""
+    return torch.autocast(values.device.type, enabled=False)
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """-sum_k targets * log softmax(logits / temperature), over the last axis, in float32; no gradient to targets."""
+    with _without_autocast(logits):
+        return _CrossEntropy.apply(logits, targets, temperature)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    # With 65,536 prototypes each pass over the logits counts; autograd's own way makes twice as many.
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        logs = (logits.float() / temperature).log_softmax(dim=-1)
+        loss = -torch.linalg.vecdot(targets.float(), logs)
+        ctx.save_for_backward(logs.exp_(), targets)
+        ctx.temperature, ctx.dtype = temperature, logits.dtype
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor):
+        probabilities, targets = ctx.saved_tensors
+        mass = targets.sum(dim=-1, keepdim=True)
+        difference = (probabilities * mass).sub_(targets)
+        return difference.mul_(gradient.unsqueeze(-1) / ctx.temperature).to(ctx.dtype), None, None
+
+
+__all__ = ["MovingCentre", "cross_view_loss", "koleo_loss", "masked_patch_loss", "sinkhorn"]

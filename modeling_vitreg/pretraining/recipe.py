@@ -1,0 +1,211 @@
+"""A recipe: everything that decides the numbers of a run, in one frozen dataclass, from a YAML file.
+
+What a run needs beside it (where to write, how many workers) does not change a number and is not part of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import json
+import math
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import yaml
+
+from .crops import CropSettings
+from .masking import MaskSettings
+from .schedules import scale_learning_rate
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A training run.
+
+    Args:
+        objective: "dinov2", "mae", "simmim" or "distill".
+        model: keywords of `ViTWithRegistersConfig`, or `preset` and what differs from it.
+        num_register_tokens: registers of the model.
+        crops: `CropSettings`.
+        masks: `MaskSettings`.
+        settings: of the objective, for example `SelfDistillationSettings`.
+        mean, std: of the pixels in [0, 1], saved with the model.
+        num_steps: steps of the optimiser.
+        batch_size: images a step, over all processes and accumulations.
+        learning_rate: for the batch size that `learning_rate_rule` names.
+        learning_rate_rule: see `scale_learning_rate`.
+        last_learning_rate: at the end of the cosine.
+        warmup: share of the steps with a rising learning rate.
+        weight_decay: first and last value, along half a cosine.
+        decays_tokens: decay class token, registers, mask token and positions too, as DINOv2 does.
+        layer_decay: factor of the learning rate from a layer to the one before it.
+        patch_multiplier: factor of the learning rate of the patch embedding.
+        betas: of AdamW.
+        clip: largest norm of the gradient of each part; 0 for none.
+        freeze_last_layer: share of the steps in which the prototypes do not learn.
+        seed: of everything that is drawn.
+    """
+
+    objective: str = "dinov2"
+    model: dict = dataclasses.field(default_factory=lambda: {"preset": "small/16"})
+    num_register_tokens: int = 4
+    crops: CropSettings = dataclasses.field(default_factory=CropSettings)
+    masks: MaskSettings = dataclasses.field(default_factory=MaskSettings)
+    settings: dict = dataclasses.field(default_factory=dict)
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    num_steps: int = 125_000
+    batch_size: int = 1024
+    learning_rate: float = 4e-3
+    learning_rate_rule: str = "sqrt1024"
+    last_learning_rate: float = 1e-6
+    warmup: float = 0.1
+    weight_decay: tuple[float, float] = (0.04, 0.4)
+    decays_tokens: bool = True
+    layer_decay: float = 0.9
+    patch_multiplier: float = 0.2
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float = 3.0
+    freeze_last_layer: float = 0.01
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("num_steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"recipe: {name} is a positive integer, got {getattr(self, name)!r}")
+        for name in ("warmup", "freeze_last_layer"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"recipe: {name} is a share of the steps in [0, 1], got {getattr(self, name)!r}")
+        if self.num_register_tokens < 0:
+            raise ValueError(f"recipe: num_register_tokens is 0 or more, got {self.num_register_tokens!r}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"recipe: learning_rate is positive, got {self.learning_rate!r}")
+        self.peak_learning_rate  # noqa: B018 - refuses an unknown rule now
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """Learning rate after the warm-up."""
+        return scale_learning_rate(self.learning_rate, batch_size=self.batch_size, rule=self.learning_rate_rule)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Nested dictionaries and lists, for YAML and JSON."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def with_changes(self, changes: dict[str, Any]) -> Recipe:
+        """The recipe with other values; a key may name a value inside another as "crops.num_local".
+
+        Raises:
+            ValueError: a name that does not exist, or a value of the wrong type.
+        """
+        values = self.as_dict()
+        for name, value in changes.items():
+            *path, last = name.split(".")
+            inner = values
+            for part in path:
+                inner = inner.get(part) if isinstance(inner, dict) else None
+                if not isinstance(inner, dict):
+                    raise ValueError(f"recipe: {name}: {part} has no values of its own; {_nearest(part, values)}")
+            if inner is values and last not in values:
+                raise ValueError(f"recipe: no value is called {last!r}; {_nearest(last, values)}")
+            inner[last] = value
+        return make_recipe(values)
+
+
+def read_recipe(path: str | pathlib.Path) -> Recipe:
+    """Read a recipe from a YAML file.
+
+    Raises:
+        ValueError: the file is not a mapping, or a name or value in it does not fit.
+    """
+    values = yaml.safe_load(pathlib.Path(path).read_text())
+    if not isinstance(values, dict):
+        raise ValueError(f"recipe: {path} holds no mapping of names to values")
+    try:
+        return make_recipe(values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def make_recipe(values: dict[str, Any]) -> Recipe:
+    """A recipe from nested dictionaries; the inverse of `Recipe.as_dict`."""
+    values = dict(values)
+    for name, kind in (("crops", CropSettings), ("masks", MaskSettings)):
+        if isinstance(values.get(name), dict):
+            values[name] = make_settings(kind, values[name], of=name)
+    return make_settings(Recipe, values, of="recipe")
+
+
+def make_settings(kind: type, values: dict[str, Any], *, of: str) -> Any:
+    """A frozen dataclass from a dictionary, with lists as tuples and numbers as the type of the default.
+
+    Raises:
+        ValueError: an unknown name, with the nearest known one, or a value of another type.
+    """
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    checked = {}
+    for name, value in values.items():
+        if name not in fields:
+            raise ValueError(f"{of}: no value is called {name!r}; {_nearest(name, fields)}")
+        field = fields[name]
+        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        checked[name] = _fit(value, default, f"{of}: {name}")
+    return kind(**checked)
+
+
+def make_keywords(function: Callable, values: dict[str, Any], *, of: str) -> dict[str, Any]:
+    """Keywords of a function from a dictionary, with numbers that YAML took for text as numbers.
+
+    Raises:
+        ValueError: a name that the function does not know, with the nearest that it does, or text for a number.
+    """
+    known = {
+        name: parameter.default
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    }
+    unknown = [name for name in values if name not in known]
+    if unknown:
+        raise ValueError(f"{of}: no value is called {unknown[0]!r}; {_nearest(unknown[0], known)}")
+    is_text = {name: isinstance(value, str) and not isinstance(known[name], str) for name, value in values.items()}
+    return {name: _number(value, f"{of}: {name}") if is_text[name] else value for name, value in values.items()}
+
+
+def _fit(value: Any, default: Any, name: str) -> Any:
+    if default is None:
+        return _number(value, name) if isinstance(value, str) else value
+    if isinstance(default, tuple):
+        if not isinstance(value, (list, tuple)) or len(value) != len(default):
+            raise ValueError(f"{name} has {len(default)} values such as {list(default)}, got {value!r}")
+        return tuple(_fit(part, like, name) for part, like in zip(value, default))
+    # YAML 1.1 reads 1e-4 as text: the number is what is meant.
+    if isinstance(default, (int, float)) and not isinstance(default, bool) and isinstance(value, str):
+        value = _number(value, name)
+    if isinstance(default, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise ValueError(f"{name} is a finite number, got {value!r}")
+        return float(value)
+    if isinstance(default, int) and not isinstance(default, bool) and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if type(value) is not type(default):
+        example = "" if dataclasses.is_dataclass(default) else f" such as {default!r}"
+        raise ValueError(f"{name} is {type(default).__name__}{example}, got {value!r}")
+    return value
+
+
+def _number(text: str, name: str) -> int | float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise ValueError(f"{name} is a number, got {text!r}") from None
+    return int(value) if value.is_integer() else value
+
+
+def _nearest(name: str, known) -> str:
+    matches = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {matches[0]!r}?" if matches else f"expected one of {', '.join(sorted(known))}"
+
+
+__all__ = ["Recipe", "make_keywords", "make_recipe", "make_settings", "read_recipe"]

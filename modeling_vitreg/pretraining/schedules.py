@@ -1,0 +1,40 @@
+"""Values that change with the step, as pure functions of it: nothing to save, nothing to advance."""
+
+from __future__ import annotations
+
+import math
+
+
+def cosine(step: int, *, base: float, final: float, num_steps: int, num_warmup: int = 0, start: float = 0.0) -> float:
+    """Linear warm-up from `start` to `base`, then half a cosine to `final`, then `final`.
+
+    The warm-up is inclusive, as in DINOv2: step num_warmup - 1 already has the base value.
+    """
+    if step < num_warmup:
+        return start + (base - start) * step / max(num_warmup - 1, 1) if num_warmup > 1 else base
+    if step >= num_steps:
+        return final
+    progress = (step - num_warmup) / (num_steps - num_warmup)
+    return final + (base - final) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def linear(step: int, *, start: float, final: float, num_steps: int) -> float:
+    """A straight line from `start`, inclusive at both ends, then `final`."""
+    return final if step >= num_steps - 1 else start + (final - start) * step / (num_steps - 1)
+
+
+def scale_learning_rate(base: float, *, batch_size: int, rule: str) -> float:
+    """Learning rate for a batch.
+
+    Args:
+        base: for the batch size that the rule names.
+        batch_size: images a step, over all processes and accumulations; views do not count.
+        rule: "sqrt1024" is base x sqrt(batch / 1024) (DINOv2); "linear256" is base x batch / 256 (DINO, MAE); "none".
+    """
+    rules = {"sqrt1024": math.sqrt(batch_size / 1024), "linear256": batch_size / 256, "none": 1.0}
+    if rule not in rules:
+        raise ValueError(f"learning rate: expected the rule to be one of {', '.join(rules)}, got {rule!r}")
+    return base * rules[rule]
+
+
+__all__ = ["cosine", "linear", "scale_learning_rate"]

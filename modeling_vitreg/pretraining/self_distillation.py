@@ -1,0 +1,239 @@
+"""DINOv2: class tokens and masked patches of a student learn from a teacher that follows it.
+
+Letters: B images, G global views, V local views, K prototypes, M masked patches, P patches, D width.
+Registers take part in every forward pass and in no loss.
+Source: Oquab et al. 2023, arXiv 2304.07193; Zhou et al. 2021, arXiv 2111.07832; Caron et al. 2021, arXiv 2104.14294.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from modeling_vitreg.configuration_vitreg import ViTWithRegistersConfig
+from modeling_vitreg.modeling_vitreg import ViTWithRegistersModel
+
+from .crops import CropSettings
+from .heads import PrototypeHead
+from .instruments import entropy, entropy_of_mean
+from .losses import MovingCentre, cross_view_loss, koleo_loss, masked_patch_loss, sinkhorn
+from .masking import MaskSettings
+from .objective import Objective
+from .packing import encode_views
+from .processes import ALONE, Processes
+from .schedules import cosine, linear
+from .teacher import follow, make_teacher
+
+
+@dataclasses.dataclass(frozen=True)
+class SelfDistillationSettings:
+    """What is particular to the DINOv2 objective. Defaults are those of its ViT-L/16 recipe.
+
+    Args:
+        num_prototypes: of the head for class tokens.
+        num_patch_prototypes: of a head of its own for patches; None shares one head.
+        hidden_width, bottleneck_width, patch_bottleneck_width: of the heads.
+        centring: "sinkhorn" or "moving_mean".
+        student_temperature: of the student.
+        teacher_temperature: first and last value, over `temperature_warmup` of the run.
+        temperature_warmup: share of the steps.
+        momentum: of the teacher, first and last value, along half a cosine.
+        dino_weight, ibot_weight, koleo_weight: of the terms; KoLeo is summed over the global views.
+        is_packed: send global and local views through the linear layers of the student together; None decides by
+            the device.
+    """
+
+    num_prototypes: int = 65536
+    num_patch_prototypes: int | None = None
+    hidden_width: int = 2048
+    bottleneck_width: int = 256
+    patch_bottleneck_width: int = 256
+    centring: str = "sinkhorn"
+    student_temperature: float = 0.1
+    teacher_temperature: tuple[float, float] = (0.04, 0.07)
+    temperature_warmup: float = 0.3
+    momentum: tuple[float, float] = (0.992, 1.0)
+    dino_weight: float = 1.0
+    ibot_weight: float = 1.0
+    koleo_weight: float = 0.1
+    is_packed: bool | None = None
+
+    def __post_init__(self):
+        if self.centring not in ("sinkhorn", "moving_mean"):
+            raise ValueError(f"objective: centring is 'sinkhorn' or 'moving_mean', got {self.centring!r}")
+        for name in ("student_temperature", "num_prototypes", "hidden_width", "bottleneck_width"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"objective: {name} is positive, got {getattr(self, name)!r}")
+        if self.num_patch_prototypes is not None and not self.num_patch_prototypes > 0:
+            raise ValueError(f"objective: num_patch_prototypes is positive or None, got {self.num_patch_prototypes!r}")
+        if not all(value > 0 for value in self.teacher_temperature):
+            raise ValueError(f"objective: teacher_temperature is two positive values, got {self.teacher_temperature}")
+        if not all(0 <= value <= 1 for value in self.momentum):
+            raise ValueError(f"objective: momentum is two values in [0, 1], got {self.momentum}")
+
+
+class SelfDistillation(Objective):
+    """Student and teacher, each a backbone with one or two heads.
+
+    Args:
+        backbone: the student's, with class token and mask token.
+        settings: of the objective.
+        crops: at least two global views, or one and local ones.
+        masks: of the student's global views.
+        num_steps, processes: see `Objective`.
+
+    Raises:
+        ValueError: the backbone lacks a class token or a mask token.
+    """
+
+    def __init__(
+        self,
+        backbone: ViTWithRegistersModel,
+        *,
+        settings: SelfDistillationSettings,
+        crops: CropSettings,
+        masks: MaskSettings,
+        num_steps: int,
+        processes: Processes = ALONE,
+    ):
+        super().__init__(num_steps=num_steps, processes=processes)
+        _check_backbone(backbone)
+        self.settings, self.crops, self.masks = settings, crops, masks
+        self.num_prototypes = settings.num_prototypes
+        width = backbone.config.hidden_size
+        heads = {
+            "class_head": PrototypeHead(
+                width,
+                num_prototypes=settings.num_prototypes,
+                hidden_width=settings.hidden_width,
+                bottleneck_width=settings.bottleneck_width,
+            )
+        }
+        if settings.num_patch_prototypes is not None:
+            heads["patch_head"] = PrototypeHead(
+                width,
+                num_prototypes=settings.num_patch_prototypes,
+                hidden_width=settings.hidden_width,
+                bottleneck_width=settings.patch_bottleneck_width,
+            )
+        self.student = nn.ModuleDict({"backbone": backbone, **heads})
+        self.teacher = make_teacher(self.student)
+        self.class_centre = self.patch_centre = None
+        if settings.centring == "moving_mean":
+            self.class_centre = MovingCentre(settings.num_prototypes)
+            self.patch_centre = MovingCentre(settings.num_patch_prototypes or settings.num_prototypes)
+
+    @property
+    def encoder(self) -> ViTWithRegistersModel:
+        """The backbone of the teacher."""
+        return self.teacher["backbone"]
+
+    @property
+    def trained(self) -> dict[str, nn.Module]:
+        """Backbone and heads of the student."""
+        return dict(self.student.items())
+
+    def train(self, mode: bool = True) -> SelfDistillation:
+        """Set the mode of the student; the teacher always evaluates."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def follow(self, *, step: int) -> None:
+        """Move the teacher towards the student."""
+        follow(self.teacher, self.student, momentum=self.rates(step=step)["momentum"])
+
+    def rates(self, *, step: int) -> dict[str, float]:
+        """Momentum and temperature of the teacher at a step."""
+        first, last = self.settings.momentum
+        coldest, warmest = self.settings.teacher_temperature
+        num_warmup = int(self.settings.temperature_warmup * self.num_steps)
+        return {
+            "momentum": cosine(step, base=first, final=last, num_steps=self.num_steps),
+            "teacher_temperature": linear(step, start=coldest, final=warmest, num_steps=num_warmup),
+        }
+
+    def forward(self, batch: dict[str, Tensor], *, step: int) -> dict[str, Tensor]:
+        """Losses `dino`, `ibot`, `koleo` and their weighted sum `total`; entropies of the teacher's targets.
+
+        Args:
+            batch: `global_views` (G, B, 3, h, w), `local_views` (V, B, 3, h', w') or absent, `masks` (G B, P) and
+                `masked_patches` (M,), indices into (G B P).
+            step: number of the step.
+        """
+        settings = self.settings
+        num_global, num_images = batch["global_views"].shape[:2]
+        num_local = len(batch["local_views"]) if "local_views" in batch else 0
+        class_targets, patch_targets = self._targets(batch, self.rates(step=step)["teacher_temperature"])
+
+        views = [(batch["global_views"].flatten(0, 1), batch["masks"])]  # [G, B, ...] -> [G B, ...]
+        if num_local:
+            views.append((batch["local_views"].flatten(0, 1), None))
+        tokens = encode_views(self.student["backbone"], views, is_packed=settings.is_packed)
+        cls_tokens = torch.cat([view_tokens.cls_token for view_tokens in tokens])  # [G B + V B, D]
+        patches = tokens[0].patch_tokens.flatten(0, 1)[batch["masked_patches"]]  # [G B, P, D] -> [M, D]
+        class_logits, patch_logits = self._project(self.student, cls_tokens, patches)
+        class_logits = class_logits.unflatten(0, (num_global + num_local, num_images))
+
+        losses = {
+            "dino": cross_view_loss(
+                class_logits[:num_global],
+                class_logits[num_global:] if num_local else None,
+                class_targets.unflatten(0, (num_global, num_images)),
+                temperature=settings.student_temperature,
+            ),
+            "ibot": masked_patch_loss(
+                patch_logits,
+                patch_targets,
+                weights=_patch_weights(batch["masks"], batch["masked_patches"]),
+                num_views=num_global * num_images,
+                temperature=settings.student_temperature,
+            ),
+            "koleo": sum(koleo_loss(view, processes=self.processes) for view in tokens[0].cls_token.chunk(num_global)),
+        }
+        losses["total"] = sum(getattr(settings, f"{name}_weight") * term for name, term in losses.items())
+        with torch.no_grad():
+            losses["teacher_entropy"] = entropy(class_targets)
+            losses["mean_entropy"] = entropy_of_mean(class_targets, processes=self.processes)
+        return losses
+
+    @torch.no_grad()
+    def _targets(self, batch: dict[str, Tensor], temperature: float) -> tuple[Tensor, Tensor]:
+        """Targets of class tokens (G B, K) and of the masked patches (M, K), as the teacher sees them unmasked."""
+        tokens = self.teacher["backbone"](batch["global_views"].flatten(0, 1))
+        patches = tokens.patch_tokens.flatten(0, 1)[batch["masked_patches"]]
+        logits = self._project(self.teacher, tokens.cls_token, patches)
+        if self.settings.centring == "sinkhorn":
+            return tuple(sinkhorn(part, temperature=temperature, processes=self.processes) for part in logits)
+        centres = self.class_centre, self.patch_centre
+        return tuple(
+            centre(part, temperature=temperature, processes=self.processes) for centre, part in zip(centres, logits)
+        )
+
+    def _project(self, network: nn.ModuleDict, cls_tokens: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """Class tokens and patches through their heads; a shared head is called once."""
+        if "patch_head" in network:
+            return network["class_head"](cls_tokens), network["patch_head"](patches)
+        logits = network["class_head"](torch.cat([cls_tokens, patches]))
+        return logits[: len(cls_tokens)], logits[len(cls_tokens) :]
+
+
+def _patch_weights(masks: Tensor, masked_patches: Tensor) -> Tensor:
+    """One over the number of masked patches in the view of each masked patch, (M,)."""
+    per_view = 1 / masks.sum(dim=1).clamp(min=1)
+    return per_view[masked_patches // masks.shape[1]]
+
+
+def _check_backbone(backbone: ViTWithRegistersModel) -> None:
+    config: ViTWithRegistersConfig = backbone.config
+    if not config.has_cls_token:
+        raise ValueError("the DINOv2 objective needs a class token: set has_cls_token=True in the model")
+    if backbone.embeddings.mask_token is None:
+        raise ValueError("the DINOv2 objective needs a mask token: set has_mask_token=True in the model")
+    if config.has_pooled_norm:
+        raise ValueError("the DINOv2 objective reads normed tokens: set has_pooled_norm=False in the model")
+
+
+__all__ = ["SelfDistillation", "SelfDistillationSettings"]
