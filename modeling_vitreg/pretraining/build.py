@@ -1,0 +1,179 @@
+"""From a recipe to what learns: a backbone, new or loaded, inside the objective that the recipe names."""
+
+from __future__ import annotations
+
+import pathlib
+
+import torch
+from transformers import PretrainedConfig
+
+from modeling_vitreg.configuration_vitreg import ViTWithRegistersConfig
+from modeling_vitreg.modeling_vitreg import ViTWithRegistersModel
+
+from .distillation import Distillation, DistillationSettings
+from .masked_autoencoder import MaskedAutoencoder, MaskedAutoencoderSettings
+from .masked_pixels import MaskedPixels
+from .masking import MaskSettings
+from .objective import Objective
+from .processes import ALONE, Processes
+from .recipe import Recipe, make_keywords, make_settings
+from .self_distillation import SelfDistillation, SelfDistillationSettings
+from .state import last_state, load_objective
+
+
+WITH_MASK_TOKEN = ("dinov2", "simmim")  # with other objectives a mask token would never learn
+
+
+def make_config(recipe: Recipe) -> ViTWithRegistersConfig:
+    """The configuration of the backbone of a recipe.
+
+    Raises:
+        ValueError: a value of `model` that the configuration does not know, or does not allow.
+    """
+    has_mask_token = recipe.objective in WITH_MASK_TOKEN
+    keywords = {"has_mask_token": has_mask_token, "image_size": recipe.crops.global_size} | _model_keywords(recipe)
+    keywords["num_register_tokens"] = recipe.num_register_tokens
+    if "preset" in recipe.model:
+        return ViTWithRegistersConfig.from_preset(recipe.model["preset"], **keywords)
+    return ViTWithRegistersConfig(**keywords)
+
+
+def make_objective(
+    recipe: Recipe, *, init: str | pathlib.Path | None = None, processes: Processes = ALONE
+) -> Objective:
+    """Everything that learns, in one module.
+
+    Args:
+        recipe: of the run. With `init`, the architecture is that of the loaded model; of the recipe's, stochastic
+            depth and the number of registers hold, and positions are resized to the views of the recipe.
+        init: a folder or a name on the Hub to start from; of the output folder of another run, heads and teacher
+            are taken too.
+        processes: that share a batch.
+
+    Raises:
+        ValueError: the recipe contradicts itself, or `init` does not fit it.
+    """
+    torch.manual_seed(recipe.seed)  # also of what a checkpoint lacks, such as a mask token
+    if init is None:
+        return _wrap(ViTWithRegistersModel(make_config(recipe)), recipe, processes)
+    folder = pathlib.Path(init)
+    kept = {name: value for name, value in _model_keywords(recipe).items() if name.startswith("drop_path")}
+    kept["has_mask_token"] = recipe.objective in WITH_MASK_TOKEN
+    backbone = ViTWithRegistersModel.from_pretrained(_model_in(init), dtype=torch.float32, **kept)
+    objective = _wrap(backbone, recipe, processes)
+    state = last_state(folder / "state") if folder.is_dir() else None
+    if state is not None:
+        _take_over(objective, load_objective(state))
+    for network in {objective.encoder, objective.trained["backbone"]}:
+        torch.manual_seed(recipe.seed)  # student and teacher get the same new registers
+        network.resize_register_tokens(recipe.num_register_tokens)
+        network.resize_position_embeddings(recipe.crops.global_size)
+    if objective.encoder is not objective.trained["backbone"]:
+        objective.encoder.requires_grad_(False)  # registers where there were none before are new parameters
+    return objective
+
+
+def _model_keywords(recipe: Recipe) -> dict:
+    """What `model` changes of the defaults; the configuration itself would accept any name."""
+    if "num_register_tokens" in recipe.model:
+        raise ValueError("model: num_register_tokens is a value of the recipe itself: move it out of model")
+    values = {name: value for name, value in recipe.model.items() if name != "preset"}
+    return make_keywords(ViTWithRegistersConfig, values, of="model")
+
+
+def _take_over(objective: Objective, weights: dict[str, torch.Tensor]) -> None:
+    """Take what another run learned: heads, student, teacher, means."""
+    own = objective.state_dict()
+    wrong = sorted(
+        name
+        for name in own.keys() | weights.keys()
+        if name not in own or name not in weights or own[name].shape != weights[name].shape
+    )
+    if wrong:
+        raise ValueError(
+            f"init: the run to start from has another objective or other sizes of heads; {len(wrong)} tensors do not "
+            f"fit, for example {', '.join(wrong[:3])}. Give the settings of that run, or its model folder, to start "
+            f"from its model alone"
+        )
+    objective.load_state_dict(weights)
+
+
+def _model_in(source: str | pathlib.Path) -> str | pathlib.Path:
+    """The model of the output folder of a run; any other folder or name is one of a model itself."""
+    folder = pathlib.Path(source)
+    return folder / "model" if (folder / "model" / "config.json").exists() else source
+
+
+def _wrap(backbone: ViTWithRegistersModel, recipe: Recipe, processes: Processes) -> Objective:
+    common = {"num_steps": recipe.num_steps, "processes": processes, "crops": recipe.crops}
+    if recipe.objective not in _MAKERS:
+        raise ValueError(f"recipe: objective is one of {', '.join(OBJECTIVES)}, got {recipe.objective!r}")
+    return _MAKERS[recipe.objective](backbone, recipe, common)
+
+
+def _make_self_distillation(backbone: ViTWithRegistersModel, recipe: Recipe, common: dict) -> Objective:
+    settings = make_settings(SelfDistillationSettings, recipe.settings, of="settings")
+    return SelfDistillation(backbone, settings=settings, masks=recipe.masks, **common)
+
+
+def _make_masked_autoencoder(backbone: ViTWithRegistersModel, recipe: Recipe, common: dict) -> Objective:
+    settings = make_settings(MaskedAutoencoderSettings, recipe.settings, of="settings")
+    return MaskedAutoencoder(backbone, settings=settings, masks=recipe.masks, **common)
+
+
+def _make_masked_pixels(backbone: ViTWithRegistersModel, recipe: Recipe, common: dict) -> Objective:
+    if recipe.settings:
+        raise ValueError(
+            f"settings: the objective 'simmim' has none, got {', '.join(recipe.settings)}: leave them out"
+        )
+    return MaskedPixels(backbone, masks=recipe.masks, **common)
+
+
+def _make_distillation(backbone: ViTWithRegistersModel, recipe: Recipe, common: dict) -> Objective:
+    if recipe.masks != MaskSettings():
+        raise ValueError(f"masks: the objective 'distill' hides no patch, got {recipe.masks}: leave them out")
+    settings = make_settings(DistillationSettings, recipe.settings, of="settings")
+    return Distillation(backbone, teacher=_load_teacher(settings.teacher, recipe), settings=settings, **common)
+
+
+def _load_teacher(name: str, recipe: Recipe) -> ViTWithRegistersModel:
+    """The teacher of a recipe, whole, of this family, and made for the pixels of the recipe."""
+    if not name:
+        raise ValueError("settings: teacher is the folder or the name on the Hub of the model to learn from, got none")
+    source = _model_in(name)
+    try:
+        kind = PretrainedConfig.get_config_dict(source)[0].get("model_type")
+    except OSError as error:
+        raise ValueError(f"settings: teacher {name} is neither a folder of a model nor on the Hub: {error}") from None
+    if kind != ViTWithRegistersConfig.model_type:
+        raise ValueError(
+            f"settings: expected a teacher of model_type {ViTWithRegistersConfig.model_type!r}, got {kind!r} in "
+            f"{name}: convert it first"
+        )
+    teacher, report = ViTWithRegistersModel.from_pretrained(
+        source, dtype=torch.float32, has_mask_token=False, output_loading_info=True
+    )
+    if report["missing_keys"]:
+        raise ValueError(
+            f"settings: teacher {name} lacks {len(report['missing_keys'])} tensors, for example "
+            f"{min(report['missing_keys'])}: it would teach noise"
+        )
+    pixels = teacher.image_processor_settings()
+    for key, own in (("image_mean", recipe.mean), ("image_std", recipe.std)):
+        if any(abs(theirs - ours) > 1e-3 for theirs, ours in zip(pixels[key], own)):
+            raise ValueError(
+                f"recipe: student and teacher see the same pixels, but {key} of {name} is {pixels[key]} and that of "
+                f"the recipe {list(own)}: give the recipe the mean and std of the teacher"
+            )
+    return teacher
+
+
+_MAKERS = {
+    "dinov2": _make_self_distillation,
+    "mae": _make_masked_autoencoder,
+    "simmim": _make_masked_pixels,
+    "distill": _make_distillation,
+}
+OBJECTIVES = tuple(_MAKERS)
+
+__all__ = ["OBJECTIVES", "make_config", "make_objective"]
