@@ -1,0 +1,374 @@
+"""The training loader: order and augmentation depend on nothing but the seed and the number of an image.
+
+A run consumes images 0, 1, 2, ... without end. So it can be killed anywhere and goes on with the same bytes, with any
+number of workers; if the source can be indexed, also with another number of processes. Workers decode and augment; the
+main process decides what comes next, counts what was unreadable and knows the state of a stream.
+
+Letters: B images of a micro-batch, V views, P patches, G images of a step in all processes.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import itertools
+import signal
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from modeling_vitreg.images import ImageSource, ImageStream, UnreadableImage, decode_image, derive_seed
+
+
+# First words of seeds, so that order, views and masks are independent of each other.
+_ORDER, _VIEWS, _MASKS = range(3)
+_NUM_TRIES = 100  # images that may stand in for an unreadable one
+_NUM_CANDIDATES = 8  # of a stream's micro-batch, so that a broken image has a substitute even in one of one image
+_NUM_SEEN = 200  # images before a share of unreadable ones says something
+_NUM_STATES = 16  # steps whose states are kept
+_DEAD_WORKER = ("exited unexpectedly", "is killed by signal")
+
+
+class ViewLoader:
+    """Endless micro-batches of views: of step s the images number s * G ... (s + 1) * G - 1.
+
+    for step s, micro-batch m, process r, place i of B:
+        number = s * G + (m * num_processes + r) * B + i
+        pass, position = divmod(number, len(source))
+        image = source[permutation(seed, pass)[position]]
+        views[:, i] = make_views(image), with torch's generator seeded by (seed, number)
+        masks = make_masks(num_processes * B, generator seeded by (seed, s, m))[:, r * B : (r + 1) * B]
+
+    Of a stream each process takes its own next images instead; a number then only seeds the views.
+
+    A batch is a dictionary: what `make_views` returns with the images along axis 1, (V, B, ...); `masks` (V, B, P) if
+    there are any; `labels` int64 (B,), -1 for none; `numbers` int64 (B,); `unreadable`, a list of (name, reason). An
+    unreadable image is replaced by the next readable one, of the source or, of a stream, of those read with it; the
+    substitute is cut as the original would have been.
+
+    Args:
+        source: what `open_images` returns.
+        make_views: cuts an RGB image into tensors (V, ...), by name, of the same shapes for all images. It draws from
+            torch's global generator only. With workers that are not forked it has to be picklable.
+        make_masks: called as make_masks(num_images, generator=generator), returns bool (V, num_images, P); or None.
+        micro_batch_size: B.
+        num_accumulations: micro-batches of a step.
+        rank: of this process.
+        num_processes: that share the images.
+        seed: 0 or a positive integer, the same in all processes.
+        num_workers: processes that decode; 0: this one.
+        first_step: of the first batch.
+        state: what `state_after(first_step - 1)` returned in this process; needed to resume a stream, and for other
+            sources a check that the data and the settings are the same.
+        max_unreadable_share: of the images seen, at least 200 of them; above it the loader stops. 0: it stops at the
+            first.
+        pin_memory: see `torch.utils.data.DataLoader`.
+
+    Raises:
+        ValueError: a number outside its range; a state of other data, another seed or another step.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource | ImageStream,
+        *,
+        make_views: Callable[[Image.Image], dict[str, Tensor]],
+        make_masks: Callable[..., Tensor] | None,
+        micro_batch_size: int,
+        num_accumulations: int = 1,
+        rank: int = 0,
+        num_processes: int = 1,
+        seed: int,
+        num_workers: int = 0,
+        first_step: int = 0,
+        state: dict | None = None,
+        max_unreadable_share: float = 0.05,
+        pin_memory: bool = False,
+    ):
+        counts = {"micro_batch_size": micro_batch_size, "num_accumulations": num_accumulations}
+        for name, count in (counts | {"num_processes": num_processes}).items():
+            _require(_is_count(count) and count > 0, f"{name} is a positive integer, got {count!r}")
+        for name, count in {"seed": seed, "num_workers": num_workers, "first_step": first_step}.items():
+            _require(_is_count(count), f"{name} is 0 or a positive integer, got {count!r}")
+        _require(_is_count(rank) and rank < num_processes, f"rank is in 0 ... {num_processes - 1}, got {rank!r}")
+        _require(0 <= max_unreadable_share <= 1, f"max_unreadable_share is in 0 ... 1, got {max_unreadable_share!r}")
+        self._stream = source if isinstance(source, ImageStream) else None
+        _require(self._stream is not None or len(source) > 0, "the source holds no images")
+        self._source = source
+        self._recipe = _Recipe(
+            source=None if self._stream else source,
+            make_views=make_views,
+            make_masks=make_masks,
+            micro_batch_size=micro_batch_size,
+            rank=rank,
+            num_processes=num_processes,
+            seed=seed,
+        )
+        self._num_accumulations = num_accumulations
+        self._num_workers = num_workers
+        self._first_step = first_step
+        self._max_unreadable_share = max_unreadable_share
+        self._pin_memory = pin_memory
+        self._first_state = self._check(state)
+        self._states = {first_step - 1: self._first_state}
+
+    @property
+    def images_per_step(self) -> int:
+        """G: the images of a step in all processes and micro-batches."""
+        return self._num_accumulations * self._recipe.num_processes * self._recipe.micro_batch_size
+
+    def __iter__(self) -> Iterator[dict]:
+        """Micro-batches from `first_step` on, without end; `num_accumulations` of them are a step.
+
+        Raises:
+            RuntimeError: too many images are unreadable, `make_views` failed, or a worker died.
+            ValueError: the views or masks have an unexpected shape.
+        """
+        loader = DataLoader(
+            self._recipe,
+            sampler=self._plan(),
+            batch_size=None,
+            num_workers=self._num_workers,
+            collate_fn=_keep,
+            pin_memory=self._pin_memory,
+            worker_init_fn=_ignore_interrupts,
+            generator=torch.Generator().manual_seed(self._recipe.seed),  # or it would draw from torch's global one
+        )
+        self._states = {self._first_step - 1: self._first_state}
+        tally = _Tally(self._max_unreadable_share)
+        batches = iter(loader)
+        for place in itertools.count():
+            batch = _take(batches)
+            tally.add(batch)
+            step = self._first_step + place // self._num_accumulations
+            for old in [known for known in self._states if known < step - _NUM_STATES]:
+                del self._states[old]
+            yield batch
+
+    def state_after(self, step: int) -> dict:
+        """What this process needs to go on after a step; it can be stored as JSON.
+
+        Give it back as `state`, with `first_step=step + 1`.
+
+        Raises:
+            ValueError: the source is a stream and the step is not among the last ones.
+        """
+        if self._stream and step not in self._states:
+            raise ValueError(
+                f"ViewLoader: expected a step whose state is known, {min(self._states)} ... {max(self._states)}, "
+                f"got {step!r}. Ask for it when all micro-batches of the step were taken."
+            )
+        return {"step": step, **self._settings(), "stream": self._states[step] if self._stream else None}
+
+    def _settings(self) -> dict:
+        """What has to be the same when a run resumes."""
+        settings = {"seed": self._recipe.seed, "images_per_step": self.images_per_step}
+        return {**settings, "source": self._source.fingerprint}
+
+    def _check(self, state: dict | None) -> dict | None:
+        """The stream's part of a state."""
+        if state is None:
+            is_lost = self._stream is not None and self._first_step > 0
+            _require(
+                not is_lost, f"first_step={self._first_step} of a stream needs the state after step first_step - 1"
+            )
+            return None
+        expected = {"step": self._first_step - 1, **self._settings()}
+        found = {name: state.get(name) for name in expected}
+        differing = ", ".join(f"{name} {expected[name]!r}, got {found[name]!r}" for name in expected)
+        _require(
+            found == expected,
+            f"the state belongs to another run: expected {differing}. Resume with the same data and settings, at the "
+            "step after the one that was saved",
+        )
+        return state["stream"]
+
+    def _plan(self) -> Iterator[_Plan]:
+        """What each micro-batch consists of; runs ahead of the batches that were taken."""
+        recipe, size = self._recipe, self._recipe.micro_batch_size
+        images = self._read_stream() if self._stream else None
+        for step in itertools.count(self._first_step):
+            for micro in range(self._num_accumulations):
+                first = step * self.images_per_step + (micro * recipe.num_processes + recipe.rank) * size
+                numbers = range(first, first + size)
+                if images:
+                    keys, state = next(images)
+                else:
+                    keys, state = [self._index_of(number) for number in numbers], None
+                if micro + 1 == self._num_accumulations:
+                    self._states[step] = state
+                yield _Plan(step, micro, numbers, keys)
+
+    def _index_of(self, number: int) -> int:
+        turn, position = divmod(number, len(self._source))
+        return int(_permute(len(self._source), self._recipe.seed, turn)[position])
+
+    def _read_stream(self) -> Iterator[tuple[list[dict], dict]]:
+        """The raw images of each micro-batch, candidates to stand in for them, and the state after the micro-batch."""
+        recipe, size = self._recipe, self._recipe.micro_batch_size
+        owner = {"seed": recipe.seed, "rank": recipe.rank, "num_processes": recipe.num_processes}
+        examples = self._stream.examples(**owner, state=self._first_state)
+        ahead = collections.deque()
+        while True:
+            ahead.extend(itertools.islice(examples, max(size, _NUM_CANDIDATES) - len(ahead)))
+            yield [raw for raw, _ in ahead], ahead[size - 1][1]
+            for _ in range(size):
+                ahead.popleft()
+
+
+class _Plan(NamedTuple):
+    step: int
+    micro: int
+    numbers: range
+    keys: list  # indices, or raw images
+
+
+@dataclasses.dataclass(frozen=True)
+class _Recipe:
+    """Turns a plan into a batch; this is what a worker holds."""
+
+    source: ImageSource | None
+    make_views: Callable[[Image.Image], dict[str, Tensor]]
+    make_masks: Callable[..., Tensor] | None
+    micro_batch_size: int
+    rank: int
+    num_processes: int
+    seed: int
+
+    def __getitem__(self, plan: _Plan) -> dict:
+        batch, labels, unreadable = {}, [], []
+        for place, number in enumerate(plan.numbers):
+            image, label, problems = self._read(plan.keys, place)
+            views = self._cut(image, number)
+            if not batch:
+                shapes = {
+                    name: (view.shape[0], self.micro_batch_size, *view.shape[1:]) for name, view in views.items()
+                }
+                batch = {name: torch.empty(shape, dtype=views[name].dtype) for name, shape in shapes.items()}
+            found = {name: tuple(view.shape) for name, view in views.items()}
+            expected = {name: (*view.shape[:1], *view.shape[2:]) for name, view in batch.items()}
+            _require(
+                found == expected, f"make_views returned {found} after {expected}; all images need the same shapes"
+            )
+            for name, view in views.items():
+                batch[name][:, place] = view  # [V, ...] -> [V, B, ...]
+            labels.append(-1 if label is None else label)
+            unreadable += [(problem.name, problem.reason) for problem in problems[:1]]
+        masks = {} if self.make_masks is None else {"masks": self._mask(plan)}
+        counts = {"labels": torch.tensor(labels), "numbers": torch.tensor(plan.numbers)}
+        return {**batch, **masks, **counts, "unreadable": unreadable}
+
+    def _read(self, keys: list, place: int) -> tuple[Image.Image, int | None, list[UnreadableImage]]:
+        problems = []
+        for key in self._candidates(keys, place):
+            try:
+                image, label = (decode_image(key), key["label"]) if self.source is None else self.source.read(key)
+            except UnreadableImage as problem:
+                problems.append(problem)
+            else:
+                return image, label, problems
+        raise RuntimeError(
+            f"ViewLoader: none of {len(problems)} images in a row can be read; the first: {problems[0]}. "
+            "Check that the source is complete and that this process may read it."
+        )
+
+    def _candidates(self, keys: list, place: int) -> Iterator:
+        if self.source is None:
+            return iter(keys[place:] + keys[:place])
+        num_tries = min(_NUM_TRIES, len(self.source))
+        return ((keys[place] + step) % len(self.source) for step in range(num_tries))
+
+    def _cut(self, image: Image.Image, number: int) -> dict[str, Tensor]:
+        with torch.random.fork_rng(devices=[]):
+            # Not torch.manual_seed, which would also reset the generators of the accelerators, on which models run.
+            torch.default_generator.manual_seed(derive_seed(_VIEWS, self.seed, number))
+            try:
+                return self.make_views(image)
+            except Exception as error:
+                raise RuntimeError(
+                    f"ViewLoader: make_views failed on image number {number}, {image.width} x {image.height} pixels: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
+
+    def _mask(self, plan: _Plan) -> Tensor:
+        num_images = self.num_processes * self.micro_batch_size
+        generator = torch.Generator().manual_seed(derive_seed(_MASKS, self.seed, plan.step, plan.micro))
+        masks = self.make_masks(num_images, generator=generator)
+        _require(
+            masks.ndim == 3 and masks.shape[1] == num_images and masks.dtype == torch.bool,
+            f"make_masks returned {masks.dtype} {tuple(masks.shape)}; expected bool (views, {num_images}, patches)",
+        )
+        first = self.rank * self.micro_batch_size
+        return masks[:, first : first + self.micro_batch_size].clone()  # [V, num_images, P] -> [V, B, P]
+
+
+class _Tally:
+    """Counts images that were seen and those of them that were unreadable."""
+
+    def __init__(self, limit: float):
+        self._limit = limit
+        self._num_seen = 0
+        self._num_unreadable = 0
+        self._examples = []
+
+    def add(self, batch: dict) -> None:
+        """Count a batch.
+
+        Raises:
+            RuntimeError: the share of unreadable images is above the limit.
+        """
+        self._num_seen += len(batch["numbers"])
+        self._num_unreadable += len(batch["unreadable"])
+        self._examples = [*self._examples, *batch["unreadable"]][:3]
+        share = self._num_unreadable / self._num_seen
+        if share > self._limit and (self._num_seen >= _NUM_SEEN or self._limit == 0):
+            examples = "; ".join(f"{name}: {reason}" for name, reason in self._examples)
+            raise RuntimeError(
+                f"ViewLoader: {self._num_unreadable} of {self._num_seen} images ({share:.1%}) are unreadable, "
+                f"expected at most {self._limit:.1%}. The first: {examples}. Repair or remove them, or raise "
+                "max_unreadable_share."
+            )
+
+
+def _take(batches: Iterator[dict]) -> dict:
+    try:
+        return next(batches)
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _DEAD_WORKER):
+            raise
+        raise RuntimeError(
+            f"ViewLoader: a worker process died: {error}. Most often memory or shared memory ran out: take fewer "
+            "workers or a smaller micro-batch. num_workers=0 shows errors of the decoding itself."
+        ) from error
+
+
+@functools.lru_cache(maxsize=2)
+def _permute(length: int, seed: int, turn: int) -> np.ndarray:
+    return np.random.default_rng([_ORDER, seed, turn]).permutation(length)
+
+
+def _keep(batch: dict) -> dict:
+    return batch
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the main one decides, and may want another batch before it stops."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _require(is_true: bool, message: str) -> None:
+    if not is_true:
+        raise ValueError(f"ViewLoader: {message}.")
+
+
+__all__ = ["ViewLoader"]

@@ -1,0 +1,57 @@
+"""FSDP2: the parameters of one module spread over the processes, layer by layer, by torch's own `fully_shard`."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from modeling_vitreg.modeling_vitreg import ViTWithRegistersLayer, ViTWithRegistersModel
+
+from .heads import PrototypeHead
+from .objective import Objective
+
+
+def shard(objective: Objective, *, precision: str = "no") -> Objective:
+    """Shard an objective in place, on the device it lies on: each layer, each head, and the rest.
+
+    Student and teacher are cut alike, so that the teacher follows shard by shard.
+
+    Args:
+        objective: before its optimiser is made.
+        precision: "no", "bf16" or "fp16": of what is gathered and computed with; sums of gradients stay float32.
+
+    Raises:
+        RuntimeError: there is only one process.
+    """
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        raise RuntimeError(
+            "sharding needs several processes, got one: start them with `accelerate launch --num_processes ...`, or "
+            "on CPUs with `python -m torch.distributed.run --nproc_per_node ...`"
+        )
+    device = next(objective.parameters()).device.type
+    mesh = init_device_mesh(device, (distributed.get_world_size(),))
+    kind = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    policy = MixedPrecisionPolicy(param_dtype=kind, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for module in list(objective.modules()):
+        if isinstance(module, (ViTWithRegistersLayer, PrototypeHead)):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    return fully_shard(objective, mesh=mesh, mp_policy=policy)
+
+
+def gather_encoder(objective: Objective) -> ViTWithRegistersModel:
+    """The encoder of a sharded objective as a whole, on its device; all processes call it together."""
+    encoder = objective.encoder
+    weights = get_model_state_dict(encoder, options=StateDictOptions(full_state_dict=True))
+    with torch.device("meta"):
+        whole = ViTWithRegistersModel(copy.deepcopy(encoder.config))
+    whole.to_empty(device=next(encoder.parameters()).device)
+    whole.load_state_dict(weights)
+    return whole.eval()
+
+
+__all__ = ["gather_encoder", "shard"]

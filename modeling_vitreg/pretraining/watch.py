@@ -1,0 +1,53 @@
+"""Finds the first value that is not finite, without making the device wait for every step."""
+
+from __future__ import annotations
+
+import pathlib
+
+import torch
+from torch import Tensor
+
+from .state import last_state
+
+
+class FiniteWatch:
+    """Remembers, on the device, the first step at which each term was not finite."""
+
+    def __init__(self):
+        self._first: dict[str, Tensor] = {}
+
+    def see(self, terms: dict[str, Tensor], *, step: int) -> None:
+        """Look at the values of a step."""
+        for name, value in terms.items():
+            value = value.detach()
+            first = self._first.setdefault(name, torch.full((), -1, device=value.device))
+            is_new = (first < 0) & ~value.isfinite().all()
+            self._first[name] = torch.where(is_new, step, first)
+
+    def check(self, states: pathlib.Path) -> None:
+        """Stop a run that has seen such a value.
+
+        Args:
+            states: folder of states, to name the last good one.
+
+        Raises:
+            RuntimeError: names the step, the terms and what to do.
+        """
+        found = {name: int(first) for name, first in self._first.items() if int(first) >= 0}
+        if not found:
+            return
+        step = min(found.values())
+        # `total` breaks with its terms: it is named only if no term is.
+        names = [name for name, first in found.items() if first == step]
+        names = [name for name in names if name != "total"] or names
+        good = last_state(states)
+        raise RuntimeError(
+            f"step {step}: {', '.join(names)} is not finite. "
+            + (f"The last good state, {good}, is kept. " if good else "No state was saved before. ")
+            + "The same command would meet the same numbers: lower learning_rate, lengthen warmup or lower clip "
+            "(--set ...), or use bf16 or no mixed precision in place of fp16, and start in another output folder with "
+            "--init naming this one."
+        )
+
+
+__all__ = ["FiniteWatch"]
