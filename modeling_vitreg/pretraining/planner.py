@@ -1,0 +1,471 @@
+"""What a run will cost, before there is a machine to run it: memory, work, traffic, and the size of its states.
+
+No formula is written down here for the layers. One micro-batch of the objective goes forward and backward on tensors
+that have shapes and no contents; what stays alive and what is multiplied on the way is counted. What cannot be counted
+so is an assumption: the rate of the device, what torch holds of a sharded layer, and that checkpoints make one layer
+at a time anew.
+
+Not counted: the context of the device and of the communication library (1 to 2 GiB), fragmentation, and what
+`--compile` saves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import weakref
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import FlopCounterMode
+
+from modeling_vitreg.modeling_vitreg import ViTWithRegistersLayer
+
+from .build import make_objective
+from .heads import PrototypeHead
+from .masking import draw_masks
+from .objective import Objective
+from .recipe import Recipe
+
+
+PRECISIONS = ("no", "bf16", "fp16")
+# Dense products in bfloat16 a second, from the data sheets.
+DEVICES = {"A100": 312e12, "H100": 989e12}
+UTILISATION = 0.4  # an assumption: well-tuned runs of large ViTs reach 0.3 to 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Cost of a run. Bytes are those of one process, work and traffic those of one step of the optimiser.
+
+    Args:
+        objective: its name.
+        num_processes, micro_batch, precision, is_sharded, checkpoints_activations: as asked.
+        num_accumulations: micro-batches of a process in a step.
+        num_steps: of the run.
+        images_per_step: over all processes.
+        tokens_per_step: of all views that the student sees, over all processes, before any are left out.
+        parameters: of each part that learns, and of `teacher`, all that follows.
+        memory: bytes of
+            weights - what learns, float32; sharded: the share of this process
+            gradients - of it
+            moments - two of AdamW
+            teacher - what does not learn: the moving average and its heads, and buffers
+            gathered - sharded only: see `_gathered_bytes`
+            images - views of a micro-batch, float32
+            copies - weights in half precision that autocast keeps for the backward pass
+            logits - of the heads, with their targets: what is kept whose last axis is the number of prototypes
+            activations - everything else that is kept for the backward pass
+            working - what the step needs for a moment beyond that, at its highest
+        flops: of a step over all processes: `teacher`, `student` (forward; `heads` is the part of its heads) and
+            `backward`, which includes what is computed again with checkpoints.
+        reduced_bytes: what one process sends in a step, in rings; sums of a few vectors are not counted.
+        state_bytes: of a state on disk.
+        host_bytes: of the process that writes it, beyond its usual memory.
+    """
+
+    objective: str
+    num_processes: int
+    micro_batch: int
+    num_accumulations: int
+    precision: str
+    is_sharded: bool
+    checkpoints_activations: bool
+    num_steps: int
+    images_per_step: int
+    tokens_per_step: int
+    parameters: dict[str, int]
+    memory: dict[str, int]
+    flops: dict[str, int]
+    reduced_bytes: int
+    state_bytes: int
+    host_bytes: int
+
+    @property
+    def total_memory(self) -> int:
+        """Bytes that one process needs at the highest point of a step."""
+        return sum(self.memory.values())
+
+    @property
+    def flops_per_step(self) -> int:
+        """Floating-point operations of a step over all processes; a product and its sum are two."""
+        return sum(self.flops[name] for name in ("teacher", "student", "backward"))
+
+    @property
+    def total_flops(self) -> int:
+        """Of the whole run."""
+        return self.flops_per_step * self.num_steps
+
+    def hours(self, *, flops_per_second: float = DEVICES["A100"], utilisation: float = UTILISATION) -> float:
+        """Length of the run if products alone decide it.
+
+        Args:
+            flops_per_second: of one device, as its data sheet says.
+            utilisation: share of it that the run reaches; an assumption, the data and the network permitting.
+        """
+        return self.total_flops / (flops_per_second * utilisation * self.num_processes) / 3600
+
+    def as_dict(self) -> dict:
+        """All fields, for JSON."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def __str__(self) -> str:
+        how = ["sharded" if self.is_sharded else "not sharded"]
+        how += ["activations checkpointed"] if self.checkpoints_activations else []
+        accumulated = f" x {self.num_accumulations} accumulations" if self.num_accumulations > 1 else ""
+        rows = [
+            f"{self.objective} on {self.num_processes} processes x {self.micro_batch} images{accumulated}, "
+            f"{self.precision}, {', '.join(how)}",
+            "",
+            "parameters",
+            *(f"  {name:<14}{_million(count):>12}" for name, count in self.parameters.items()),
+            "memory of a process",
+            *(f"  {name:<14}{_size(size):>12}" for name, size in self.memory.items() if size),
+            f"  {'total':<14}{_size(self.total_memory):>12}  and 1 to 2 GiB for the device's own libraries",
+            "step",
+            f"  {'images':<14}{self.images_per_step:>12,}",
+            f"  {'tokens':<14}{self.tokens_per_step:>12,}",
+            f"  {'operations':<14}{_scaled(self.flops_per_step):>12}  teacher {self._share('teacher')}, student "
+            f"{self._share('student')} (its heads {self._share('heads')}), backward {self._share('backward')}",
+            f"  {'sent':<14}{_size(self.reduced_bytes):>12}  by each process",
+            "state",
+            f"  {'on disk':<14}{_size(self.state_bytes):>12}",
+            f"  {'host memory':<14}{_size(self.host_bytes):>12}  of the process that writes it",
+            "run",
+            f"  {'steps':<14}{self.num_steps:>12,}",
+            f"  {'operations':<14}{self.total_flops:>12.3g}",
+            *(
+                f"  {'hours':<14}{self.hours(flops_per_second=rate):>12,.1f}  if {self.num_processes} {name} reach "
+                f"{UTILISATION:.0%} of {rate / 1e12:.0f} T/s, an assumption"
+                for name, rate in DEVICES.items()
+            ),
+        ]
+        return "\n".join(rows)
+
+    def _share(self, name: str) -> str:
+        return f"{self.flops[name] / self.flops_per_step:.0%}"
+
+
+def plan(
+    recipe: Recipe,
+    *,
+    num_processes: int,
+    micro_batch: int,
+    precision: str = "bf16",
+    is_sharded: bool = False,
+    checkpoints_activations: bool = False,
+) -> Plan:
+    """Count what a run of a recipe needs; takes seconds and hardly any memory, also for a giant.
+
+    The way of a GPU is followed, where views of different sizes share the products of a layer; a flash kernel of
+    attention is taken for granted, which keeps nothing of size N x N.
+
+    Args:
+        recipe: of the run.
+        num_processes: that share a batch.
+        micro_batch: images that go through the network at once, in one process.
+        precision: "no", "bf16" or "fp16".
+        is_sharded: as with `--shard`.
+        checkpoints_activations: as with `--checkpoint-activations`.
+
+    Raises:
+        ValueError: a number below one, an unknown precision, or a batch that cannot be divided so.
+    """
+    if num_processes < 1 or micro_batch < 1:
+        raise ValueError(f"plan: expected one or more processes and images, got {num_processes} and {micro_batch}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"plan: precision is one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if recipe.batch_size % (num_processes * micro_batch):
+        raise ValueError(
+            f"plan: batch_size {recipe.batch_size} is not a multiple of {num_processes} processes x {micro_batch} "
+            f"images: change one of them"
+        )
+    num_accumulations = recipe.batch_size // (num_processes * micro_batch)
+    objective = _make_shapes(recipe)
+    learned = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    learned_bytes, weight_bytes = _bytes(learned), _bytes(objective.parameters())
+    trace = _trace(recipe, micro_batch, precision, is_sharded, checkpoints_activations)
+    kept, half = trace.kept, 4 if precision == "no" else 2
+    working = trace.peak - sum(kept.values())
+    if checkpoints_activations:
+        # What Python holds of a recomputed layer lives longer in this count than on a device: take a layer's share.
+        plain = _trace(recipe, micro_batch, precision, is_sharded, False)
+        of_layers = sum(plain.kept.values()) - sum(kept.values())
+        working = plain.peak - sum(plain.kept.values()) + of_layers // len(objective.trained["backbone"].layers)
+    share = num_processes if is_sharded else 1
+    saved_bytes = _bytes(objective.state_dict().values())
+    reduced = learned_bytes * 2
+    if is_sharded:
+        # Of each micro-batch: the student's weights twice and the teacher's once, and a float32 sum of the gradients.
+        reduced = num_accumulations * ((learned_bytes + weight_bytes) * half // 4 + learned_bytes)
+    return Plan(
+        objective=recipe.objective,
+        num_processes=num_processes,
+        micro_batch=micro_batch,
+        num_accumulations=num_accumulations,
+        precision=precision,
+        is_sharded=is_sharded,
+        checkpoints_activations=checkpoints_activations,
+        num_steps=recipe.num_steps,
+        images_per_step=recipe.batch_size,
+        tokens_per_step=recipe.batch_size * _tokens_per_image(recipe, objective),
+        parameters={name: _count(part.parameters()) for name, part in objective.trained.items()}
+        | {"teacher": (weight_bytes - learned_bytes + trace.outside) // 4},
+        memory={
+            "weights": math.ceil(learned_bytes / share),
+            "gradients": math.ceil(learned_bytes / share),
+            "moments": math.ceil(2 * learned_bytes / share),
+            # A teacher that is no part of the objective is not sharded either, and neither are buffers.
+            "teacher": math.ceil((weight_bytes - learned_bytes) / share) + trace.outside + _bytes(objective.buffers()),
+            "gathered": _gathered_bytes(objective, half) if is_sharded else 0,
+            "images": trace.images,
+            "copies": kept["copies"],
+            "logits": kept["logits"],
+            "activations": kept["activations"],
+            "working": working,
+        },
+        flops={name: count * num_accumulations * num_processes for name, count in trace.flops.items()},
+        reduced_bytes=reduced * (num_processes - 1) // num_processes,
+        state_bytes=saved_bytes + 2 * learned_bytes + 4 * len(learned),
+        # Weights and moments as gathered.
+        host_bytes=saved_bytes + 2 * learned_bytes,
+    )
+
+
+# Counting ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Trace:
+    """Of one micro-batch: bytes kept after the forward pass by kind, the highest of all, and operations by phase."""
+
+    kept: dict[str, int]
+    peak: int
+    images: int
+    outside: int
+    flops: dict[str, int]
+
+
+def _make_shapes(recipe: Recipe) -> Objective:
+    """The objective without contents; one whose teacher has to be loaded is made on the CPU."""
+    with contextlib.nullcontext() if recipe.objective == "distill" else torch.device("meta"):
+        return make_objective(recipe)
+
+
+def _trace(
+    recipe: Recipe, micro_batch: int, precision: str, is_sharded: bool, checkpoints_activations: bool
+) -> _Trace:
+    objective = _make_shapes(_as_on_a_device(recipe)).train()
+    backbone = objective.trained["backbone"]
+    if checkpoints_activations:
+        backbone.gradient_checkpointing_enable()
+    num_masked = _mean_masked(recipe, objective, micro_batch)
+    num_prototypes = {
+        len(head.last_layer.direction) for head in objective.modules() if isinstance(head, PrototypeHead)
+    }
+    with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as products:
+        # Sharded weights are gathered in half precision; otherwise autocast makes the copies, one by one.
+        kind = torch.bfloat16 if is_sharded and precision != "no" else torch.float32
+        _fill(objective, kind)
+        batch = _make_batch(recipe, objective, micro_batch, num_masked)
+        known = [*objective.parameters(), *objective.buffers(), *batch.values()]
+        ledger = _Ledger(products, known=known, num_prototypes=num_prototypes)
+        heads = [part for name, part in objective.trained.items() if name != "backbone"]
+        with ledger, _count_in(heads, products) as of_heads:
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision != "no"):
+                losses = objective(batch, step=0)
+            kept = ledger.kept()
+            ledger.is_backward = True
+            losses["total"].backward()
+    images = _bytes([batch[name] for name in ("global_views", "local_views") if name in batch])
+    flops = ledger.flops | {"heads": sum(of_heads)}
+    return _Trace(kept=kept, peak=ledger.peak, images=images, outside=ledger.outside, flops=flops)
+
+
+def _as_on_a_device(recipe: Recipe) -> Recipe:
+    """Views packed, as on a GPU; targets by Sinkhorn, for a moving mean asks for a number, which shapes do not have.
+    Both kinds of targets have the same sizes and no products of matrices but with vectors."""
+    changes = {}
+    if recipe.objective in ("dinov2", "distill"):
+        changes["settings.is_packed"] = True
+    if recipe.settings.get("centring") == "moving_mean":
+        changes["settings.centring"] = "sinkhorn"
+    return recipe.with_changes(changes)
+
+
+def _fill(objective: Objective, kind: torch.dtype) -> None:
+    """Replace the parameters by ones of shapes alone, whose gradients are dropped: they are counted elsewhere."""
+    for module in objective.modules():
+        is_norm = isinstance(module, nn.LayerNorm)
+        if is_norm:
+            # On a GPU autocast raises what enters a norm to float32; on a CPU it does not.
+            module.register_forward_pre_hook(lambda _, inputs: inputs[0].float())
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            dtype = torch.float32 if is_norm else kind
+            shapes = nn.Parameter(torch.empty(parameter.shape, dtype=dtype), requires_grad=parameter.requires_grad)
+            if shapes.requires_grad:
+                shapes.register_post_accumulate_grad_hook(_drop_gradient)
+            setattr(module, name, shapes)
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _make_batch(recipe: Recipe, objective: Objective, micro_batch: int, num_masked: int) -> dict[str, Tensor]:
+    """What `to_device` returns."""
+    crops, shape = recipe.crops, (micro_batch, 3)
+    batch = {"global_views": torch.empty(crops.num_global, *shape, crops.global_size, crops.global_size)}
+    if crops.num_local:
+        batch["local_views"] = torch.empty(crops.num_local, *shape, crops.local_size, crops.local_size)
+    if objective.masks is not None:
+        num_patches = _num_patches(objective, crops.global_size)
+        batch["masks"] = torch.empty(crops.num_global * micro_batch, num_patches, dtype=torch.bool)
+        batch["masked_patches"] = torch.empty(num_masked, dtype=torch.long)
+    return batch
+
+
+def _mean_masked(recipe: Recipe, objective: Objective, micro_batch: int) -> int:
+    """Masked patches of a micro-batch, the mean of many draws, for block masks are random."""
+    if objective.masks is None:
+        return 0
+    num_batches = math.ceil(1024 / micro_batch)
+    masks = draw_masks(
+        num_batches * micro_batch,
+        num_views=recipe.crops.num_global,
+        grid=_grid(objective, recipe.crops.global_size),
+        settings=objective.masks,
+        generator=torch.Generator().manual_seed(0),
+    )
+    return round(int(masks.sum()) / num_batches)
+
+
+def _grid(objective: Objective, side: int) -> tuple[int, int]:
+    rows, columns = objective.encoder.config.patch_shape
+    return side // rows, side // columns
+
+
+def _num_patches(objective: Objective, side: int) -> int:
+    return math.prod(_grid(objective, side))
+
+
+def _tokens_per_image(recipe: Recipe, objective: Objective) -> int:
+    crops, num_prefix = recipe.crops, objective.encoder.config.num_prefix_tokens
+    views = [(crops.num_global, crops.global_size), (crops.num_local, crops.local_size)]
+    return sum(number * (num_prefix + _num_patches(objective, side)) for number, side in views if number)
+
+
+class _Ledger(TorchDispatchMode):
+    """Bytes that are alive, the most that ever were, and products by phase, operation by operation.
+
+    Args:
+        products: counts the operations; read after each.
+        known: tensors that are counted elsewhere.
+        num_prototypes: sizes of the last axis of logits.
+    """
+
+    def __init__(self, products: FlopCounterMode, *, known: list[Tensor], num_prototypes: set[int]):
+        super().__init__()
+        self._products, self._num_prototypes = products, num_prototypes
+        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+        self._outside: dict[int, int] = {}
+        self._alive: dict[int, tuple[str, int]] = {}
+        self.now = self.peak = 0
+        self.is_backward = False
+        self.flops = {"teacher": 0, "student": 0, "backward": 0}
+
+    def kept(self) -> dict[str, int]:
+        """Bytes alive by kind."""
+        sizes = {"copies": 0, "logits": 0, "activations": 0}
+        for kind, size in self._alive.values():
+            sizes[kind] += size
+        return sizes
+
+    @property
+    def outside(self) -> int:
+        """Bytes of weights that are no part of the objective, such as those of a frozen teacher."""
+        return sum(self._outside.values())
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        before = self._products.get_total_flops()
+        result = operation(*args, **(kwargs or {}))
+        phase = "backward" if self.is_backward else "student" if torch.is_grad_enabled() else "teacher"
+        self.flops[phase] += self._products.get_total_flops() - before
+        weights = [value for value in tree_iter(args) if isinstance(value, nn.Parameter)]
+        is_copy = bool(weights) and operation is torch.ops.aten._to_copy.default
+        for weight in weights:
+            storage = weight.untyped_storage()
+            if storage._cdata not in self._known:
+                self._outside[storage._cdata] = storage.nbytes()
+        for tensor in tree_iter(result):
+            if isinstance(tensor, Tensor):
+                self._see(tensor, is_copy)
+        return result
+
+    def _see(self, tensor: Tensor, is_copy: bool) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive or key in self._known or key in self._outside:
+            return
+        is_logits = tensor.ndim > 1 and tensor.shape[-1] in self._num_prototypes
+        self._alive[key] = ("copies" if is_copy else "logits" if is_logits else "activations", size)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._free, key)
+
+    def _free(self, key: int) -> None:
+        self.now -= self._alive.pop(key)[1]
+
+
+@contextlib.contextmanager
+def _count_in(modules: list[nn.Module], products: FlopCounterMode) -> Iterator[list[int]]:
+    """Products within the forward passes of some modules."""
+    counts: list[int] = []
+    hooks = []
+    for module in modules:
+        hooks.append(module.register_forward_pre_hook(lambda *_: counts.append(-products.get_total_flops())))
+        hooks.append(module.register_forward_hook(lambda *_: counts.append(products.get_total_flops())))
+    yield counts
+    for hook in hooks:
+        hook.remove()
+
+
+def _gathered_bytes(objective: Objective, half: int) -> int:
+    """What a process holds of others' shards at most, by the order in which `fully_shard` works: the layer in use and
+    the next one, what belongs to no layer, and the gradients of a layer, as computed and in float32 to be summed."""
+    units = [module for module in objective.modules() if isinstance(module, (ViTWithRegistersLayer, PrototypeHead))]
+    sizes = [_count(unit.parameters()) for unit in units]
+    rest = _count(objective.parameters()) - sum(sizes)
+    return 2 * max(sizes) * half + rest * half + max(sizes) * (half + 4)
+
+
+def _bytes(tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _count(parameters) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def _size(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB" if size < 2**30 else f"{size / 2**30:,.2f} GiB"
+
+
+def _scaled(number: float) -> str:
+    power = max(0, min(int(math.log10(max(number, 1))) // 3, 4))
+    return f"{number / 1000**power:,.1f} {' KMGT'[power]}"
+
+
+def _million(count: int) -> str:
+    return f"{count / 1e6:,.2f} M"
+
+
+__all__ = ["DEVICES", "PRECISIONS", "UTILISATION", "Plan", "plan"]
