@@ -201,7 +201,11 @@ def parse_options() -> argparse.Namespace:
     data.add_argument("--held-out", help="split whose labels k-NN accuracy is measured on (default: found)")
     data.add_argument("--streaming", action="store_true", help="read the data while training instead of preparing it")
     data.add_argument("--image-column", help="default: found by its type")
-    data.add_argument("--label-column", help="default: found by its type; only k-NN accuracy reads labels")
+    data.add_argument(
+        "--label-column",
+        help="default: found by its type; only k-NN accuracy reads labels. Of scenes: colours (of the main object, "
+        "default) or label (its shape and texture, which takes far longer to learn)",
+    )
     data.add_argument("--num-scenes", type=int, default=4096, help="of the built-in data (default: 4096)")
     data.add_argument("--max-unreadable", type=float, default=0.05, help="share at which to stop (default: 0.05)")
     how = parser.add_argument_group("how (changes no number, but for rounding)")
@@ -275,6 +279,8 @@ def open_output(run: Run) -> pathlib.Path | None:
 def open_source(options: argparse.Namespace, recipe: Recipe, *, split: str | None = None):
     """The images to learn from, or those of another split."""
     scenes = range(options.num_scenes)
+    # Larger than a view, and filled by one object, as photographs of objects are.
+    looks = SceneSettings(image_size=recipe.crops.global_size * 4 // 3, max_objects=1, zoom=1.6)
     if split == "held-out scenes":
         scenes, split = range(HELD_OUT_SCENES, HELD_OUT_SCENES + options.num_looked_at // 4), "train"
     try:
@@ -283,9 +289,9 @@ def open_source(options: argparse.Namespace, recipe: Recipe, *, split: str | Non
             split=split or options.split,
             is_streaming=options.streaming,
             image_column=options.image_column,
-            label_column=options.label_column,
+            label_column=options.label_column or ("colours" if options.data == "scenes" else None),
             scenes=scenes,
-            scene_settings=SceneSettings(image_size=recipe.crops.global_size),
+            scene_settings=looks,
         )
     except (ValueError, RuntimeError) as error:
         raise SystemExit(str(error)) from None

@@ -198,7 +198,10 @@ def without_depth(folder):
     return folder / "one"
 
 
-@pytest.mark.parametrize("options", [(), ("--shard",)], ids=["ddp", "fsdp2"])
+PACKED = ("--set", "settings.is_packed=true")  # as on a GPU
+
+
+@pytest.mark.parametrize("options", [(), ("--shard",), ("--shard", *PACKED)], ids=["ddp", "fsdp2", "fsdp2 packed"])
 def test_two_processes_with_half_the_batch_equal_one(folder, without_depth, options):
     name = "-".join(["two", *options])
     _run(folder, "--set", "model.drop_path_rate=0", *options, output=name, processes=2)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from modeling_vitreg.scenes import (
     CLASS_NAMES,
+    COLOUR_NAMES,
     FARTHEST,
     SEMANTIC_NAMES,
     SHAPE_NAMES,
@@ -52,6 +53,12 @@ def test_zoom_makes_the_main_object_larger_and_leaves_the_scene_alone(scenes):
     assert 1.8 < np.mean(areas[1]) / np.mean(areas[0]) < 2.56  # 1.6 squared, less what is cut off
     captions = [[scene.caption for scene in part if len(scene.boxes) == 1] for part in (scenes[:20], near)]
     assert set(captions[0]) <= set(captions[1])
+
+
+def test_colours_are_those_that_the_caption_names(scenes):
+    assert len(COLOUR_NAMES) == 60
+    for scene in scenes:
+        assert COLOUR_NAMES[scene.colours] in scene.caption
 
 
 # Determinism -------------------------------------------------------------------------------------------------------

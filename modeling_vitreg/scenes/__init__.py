@@ -15,10 +15,12 @@ a solid has a space of its own, in which its shape has unit size.
 from .data import make_scenes_dataset, stream_scenes
 from .render import render_scene
 from .settings import CLASS_NAMES, FARTHEST, SEMANTIC_NAMES, SHAPE_NAMES, TEXTURE_NAMES, Scene, SceneSettings
+from .solids import COLOUR_NAMES
 
 
 __all__ = [
     "CLASS_NAMES",
+    "COLOUR_NAMES",
     "FARTHEST",
     "SEMANTIC_NAMES",
     "SHAPE_NAMES",

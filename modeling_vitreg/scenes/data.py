@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import os
 import pathlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from PIL import Image
 
 from .render import render_scene
 from .settings import CLASS_NAMES, SceneSettings, is_count, require
+from .solids import COLOUR_NAMES
 
 
 if TYPE_CHECKING:
@@ -41,7 +43,10 @@ def make_scenes_dataset(num_scenes: int, *, settings: SceneSettings, start: int 
     files = sorted(pathlib.Path(__file__).parent.glob("*.py"))
     source = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
     keywords = {"blocks": blocks, "settings": settings, "source": source}
-    return datasets.Dataset.from_generator(_render_blocks, features=_features(), gen_kwargs=keywords)
+    num_processes = min(os.cpu_count() or 1, 8) if num_scenes >= 500 else None  # starting them takes a while too
+    return datasets.Dataset.from_generator(
+        _render_blocks, features=_features(), gen_kwargs=keywords, num_proc=num_processes
+    )
 
 
 def stream_scenes(
@@ -106,6 +111,7 @@ def _features() -> datasets.Features:
             "index": Value("int64"),
             "image": Image(),
             "label": ClassLabel(names=list(CLASS_NAMES)),
+            "colours": ClassLabel(names=list(COLOUR_NAMES)),
             "caption": Value("string"),
             "boxes": Sequence(Sequence(Value("float32"), length=4)),
             "categories": Sequence(ClassLabel(names=list(CLASS_NAMES))),

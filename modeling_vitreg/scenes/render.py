@@ -5,6 +5,7 @@ import numpy as np
 from .captions import write_caption
 from .light import paint
 from .settings import FARTHEST, SEMANTIC_NAMES, Scene, SceneSettings, is_count, require
+from .solids import COLOUR_NAMES
 from .vectors import dot
 from .world import World, arrange
 
@@ -68,6 +69,7 @@ def _describe(
     return Scene(
         image=image,
         label=solids[0].category,
+        colours=COLOUR_NAMES.index(" and ".join(solids[0].colours)),
         caption=write_caption(rng, world, solids, boxes),
         boxes=boxes,
         categories=np.array([solid.category for solid in solids]),

@@ -63,6 +63,7 @@ class Scene:
     Args:
         image: uint8 (rows, columns, 3).
         label: class of the main object, an index into `CLASS_NAMES`.
+        colours: the two colours of the main object, an index into `COLOUR_NAMES`.
         caption: one or two sentences.
         boxes: float32 (objects, 4): xmin, ymin, xmax, ymax of the visible part in pixels. The pixel in column x spans
             x ... x + 1, so a box is as wide as xmax - xmin.
@@ -74,6 +75,7 @@ class Scene:
 
     image: np.ndarray
     label: int
+    colours: int
     caption: str
     boxes: np.ndarray
     categories: np.ndarray

@@ -26,6 +26,13 @@ _COLOURS = {  # linear RGB
     "black": (0.025, 0.025, 0.03),
 }
 _MATERIALS = ("matte", "glossy", "metallic")
+_BRIGHTNESS = {name: np.log(np.dot(tint, (0.3, 0.6, 0.1))) for name, tint in _COLOURS.items()}
+# Pairs that one can tell apart under any light.
+_SECOND = {
+    first: [name for name in _COLOURS if abs(_BRIGHTNESS[name] - brightness) > 0.9]
+    for first, brightness in _BRIGHTNESS.items()
+}
+COLOUR_NAMES = tuple(f"{first} and {second}" for first, others in _SECOND.items() for second in others)
 
 
 class Solid(NamedTuple):
@@ -109,11 +116,8 @@ def _cast_solid(rng: np.random.Generator, *, size: float) -> Solid:
 
 
 def _choose_colours(rng: np.random.Generator) -> tuple[str, str]:
-    """Two colours that one can tell apart under any light."""
-    brightness = {name: np.log(np.dot(tint, (0.3, 0.6, 0.1))) for name, tint in _COLOURS.items()}
     first = str(rng.choice(list(_COLOURS)))
-    others = [name for name in _COLOURS if abs(brightness[name] - brightness[first]) > 0.9]
-    return first, str(rng.choice(others))
+    return first, str(rng.choice(_SECOND[first]))
 
 
-__all__ = ["Solid", "place_solids"]
+__all__ = ["COLOUR_NAMES", "Solid", "place_solids"]
