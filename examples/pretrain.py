@@ -26,6 +26,9 @@ import shutil
 import signal
 import time
 
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait for work leave the cores to the data workers
+
 import accelerate
 import torch
 import transformers
