@@ -1,4 +1,4 @@
-"""Write two folders of real images that need no download, to point `--data` at.
+"""Write two folders of real images that need no download, to point `--data` at; needs `pip install -e ".[analysis]"`.
 
     python examples/real_images.py --output real_images
     accelerate launch examples/pretrain.py --data real_images/digits --output outputs/digits
