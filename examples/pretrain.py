@@ -30,6 +30,7 @@ import time
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait for work leave the cores to the data workers
 
 import accelerate
+import psutil
 import torch
 import transformers
 import yaml
@@ -531,6 +532,8 @@ class Monitor:
         }
         if device.type == "cuda":
             record["memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        else:
+            record["memory_gib"] = psutil.Process().memory_info().rss / 2**30  # without the workers
         self._last_time, self._last_step = time.monotonic(), step
         self.journal.write(record)
         self._track(record)
