@@ -68,7 +68,7 @@ class MovingCentre(nn.Module):
     def forward(self, logits: Tensor, *, temperature: float, processes: Processes = ALONE) -> Tensor:
         """Targets float32 (rows, K) with the centre of the rows before these, which then moves the centre."""
         logits = logits.float()
-        targets = ((logits - self.centre) / temperature).softmax(dim=-1)
+        targets = (logits - self.centre).div_(temperature).softmax(dim=-1)
         total = processes.total(torch.cat([logits.sum(dim=0), logits.new_tensor([float(len(logits))])]))
         if total[-1] > 0:
             self.centre.lerp_(total[:-1] / total[-1], 1 - self.momentum)
@@ -181,7 +181,8 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         probabilities, targets = ctx.saved_tensors
         mass = targets.sum(dim=-1, keepdim=True)
-        difference = (probabilities * mass).sub_(targets)
+        # In place: at this size to ask for fresh memory costs as much as the arithmetic.
+        difference = probabilities.mul_(mass).sub_(targets)
         return difference.mul_(gradient.unsqueeze(-1) / ctx.temperature).to(ctx.dtype), None, None
 
 
