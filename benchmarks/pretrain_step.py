@@ -24,6 +24,7 @@ What each program is:
 A peer that is not at hand is left out. Needs `pip install "modeling-vitreg[test]"`.
 """
 
+import abc
 import argparse
 import contextlib
 import copy
@@ -190,35 +191,39 @@ def make_programs(options: argparse.Namespace, config: ViTWithRegistersConfig) -
     return programs
 
 
-class Program(nn.Module):
+class Program(nn.Module, abc.ABC):
     """A student with its teacher, its losses and its optimiser."""
 
     extra_parameters, reason = 0, ""
     optimizer: torch.optim.Optimizer
 
+    @abc.abstractmethod
     def backbone(self) -> nn.Module:
-        raise NotImplementedError
+        """The student's."""
 
+    @abc.abstractmethod
     def load(self, backbone: dict[str, Tensor], head: dict[str, Tensor]) -> None:
         """Take over our weights, for student and teacher."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def make_optimizer(self) -> torch.optim.Optimizer:
-        raise NotImplementedError
+        """As the program makes it."""
 
+    @abc.abstractmethod
     def compile_layers(self) -> None:
-        raise NotImplementedError
+        """Those of student and teacher."""
 
+    @abc.abstractmethod
     def count_masked(self, batch: dict) -> int:
-        raise NotImplementedError
+        """Patches that the program takes for masked."""
 
+    @abc.abstractmethod
     def losses(self, batch: dict) -> dict[str, Tensor]:
         """Terms `dino`, `ibot`, `koleo`, and their weighted sum `total`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def update(self) -> None:
         """All that follows the backward pass."""
-        raise NotImplementedError
 
     def bytes_held(self) -> int:
         """Of parameters, buffers and the state of the optimiser."""
