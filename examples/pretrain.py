@@ -44,11 +44,12 @@ from modeling_vitreg import ViTWithRegistersModel
 from modeling_vitreg.analysis import summarise_norms, token_norms
 from modeling_vitreg.evaluation import knn_accuracy
 from modeling_vitreg.images import ImageSource, UnreadableImage, decode_image, derive_seed, open_images
+from modeling_vitreg.modes import evaluation_mode
 from modeling_vitreg.pretraining.build import make_objective
 from modeling_vitreg.pretraining.crops import MultiCrop
 from modeling_vitreg.pretraining.diagnosis import diagnose
 from modeling_vitreg.pretraining.figures import draw_attention, draw_curves, draw_norms
-from modeling_vitreg.pretraining.instruments import effective_rank, register_similarity
+from modeling_vitreg.pretraining.instruments import collapse_line, effective_rank, register_similarity
 from modeling_vitreg.pretraining.journal import Journal
 from modeling_vitreg.pretraining.loader import ViewLoader
 from modeling_vitreg.pretraining.masking import MaskMaker
@@ -539,7 +540,7 @@ class Monitor:
         self._track(record)
         line = f"loss {record['total']:.3f}"
         if self.objective.num_prototypes and "dino" in record:
-            line += f" (class {record['dino']:.3f}, ln K {math.log(self.objective.num_prototypes):.3f})"
+            line += f" (class {record['dino']:.3f}, ln K {collapse_line(self.objective.num_prototypes):.3f})"
         line += "" if self._accuracy is None else f", k-NN {self._accuracy:.1%}"
         self.bar.set_postfix_str(f"{line}, {record['images_per_second']:.0f} images/s", refresh=False)
 
@@ -554,10 +555,8 @@ class Monitor:
         """Measure features and norms, draw, and name what is wrong."""
         encoder = whole_encoder(self.run, self.objective)
         if self.run.is_main:
-            was_training = encoder.training
-            encoder.eval()
-            self._measure(encoder, step)
-            encoder.train(was_training)
+            with evaluation_mode(encoder):
+                self._measure(encoder, step)
         self.run.accelerator.wait_for_everyone()
         self._last_time = time.monotonic()
 

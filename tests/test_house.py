@@ -24,6 +24,7 @@ LAYERS = {
     "modeling_vitreg": 0,
     "__init__": 0,
     "images": 1,
+    "modes": 1,
     "scenes": 1,
     "analysis": 2,
     "evaluation": 2,

@@ -10,15 +10,14 @@ Letters for shapes: L layers, B images, P patches, R registers, D width.
 Source: Darcet et al. 2024, arXiv 2309.16588, section 2.1: artifacts are tokens of large norm at the output.
 """
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from modeling_vitreg import ViTWithRegistersPreTrainedModel
+from modeling_vitreg.modes import evaluation_mode
 
 
 OUTLIER_MULTIPLE = 3.0  # of the median
@@ -55,7 +54,7 @@ def token_norms(model: ViTWithRegistersPreTrainedModel, pixel_values: Tensor) ->
         ValueError: images that do not fit the model.
     """
     encoder = model.base_model
-    with _evaluation_mode(model):
+    with evaluation_mode(model):
         output = encoder(pixel_values, output_hidden_states=True, return_dict=True)
     grid = output.patch_grid.shape[1:3]
     layers = [encoder.split_tokens(state, grid) for state in output.hidden_states[1:]]
@@ -65,18 +64,6 @@ def token_norms(model: ViTWithRegistersPreTrainedModel, pixel_values: Tensor) ->
         registers=_norms([layer.register_tokens for layer in layers]) if has_registers else None,
         cls=_norms([layer.cls_token for layer in layers]) if has_cls else None,
     )
-
-
-@contextlib.contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    # Module by module, for a part may be frozen in evaluation mode while the rest trains.
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, is_training in modes:
-            module.training = is_training
 
 
 def _norms(layers: list) -> Tensor:

@@ -8,11 +8,10 @@ Letters for shapes: B images, P patches, R registers, D width.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
@@ -25,6 +24,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor, nn
 
 from modeling_vitreg import ViTWithRegistersPreTrainedModel
+from modeling_vitreg.modes import evaluation_mode
 
 from .diagnosis import read_series
 from .instruments import collapse_line
@@ -266,7 +266,7 @@ def draw_attention(
             f"{len(mean)} and {len(std)}: take the statistics from the image processor of the model"
         )
     images = images.to(model.device)
-    with _evaluation_mode(model):
+    with evaluation_mode(model):
         maps = model.attention_maps(images, layers=-1, average_heads=True)
         tokens = model.base_model(images, output_pre_norm=True, return_dict=True)
     attention = {} if maps.cls is None else {"class token": maps.cls[:, 0]}
@@ -291,18 +291,6 @@ def draw_attention(
     for ax, title in zip(axes[0], titles):
         ax.set_title(title, fontsize=9, color=INK)
     return _save(figure, path)
-
-
-@contextlib.contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    # Module by module, for a part may be frozen in evaluation mode while the rest trains.
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, is_training in modes:
-            module.training = is_training
 
 
 def _principal_colours(patch_grid: Tensor) -> Tensor:

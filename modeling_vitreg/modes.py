@@ -1,0 +1,24 @@
+"""Looking at a model that trains, without leaving a trace in it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import nn
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluate inside the block; every module then returns to the mode that it was in."""
+    # Module by module, for a part may be frozen in evaluation mode while the rest trains.
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, is_training in modes:
+            module.training = is_training
+
+
+__all__ = ["evaluation_mode"]
