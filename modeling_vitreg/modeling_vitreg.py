@@ -618,14 +618,19 @@ class ViTWithRegistersLayer(GradientCheckpointingLayer):
         self.drop_path = ViTWithRegistersDropPath(config, drop_path_rate)
 
     def forward(
-        self, hidden_states: Tensor, rotary: tuple | None = None, output_attentions: bool = False
+        self,
+        hidden_states: Tensor,
+        rotary: tuple | None = None,
+        output_attentions: bool = False,
+        reads: tuple | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Tokens (B, N, D) to tokens, with the attention probabilities (B, H, N, N) beside them if asked for.
 
-        Given tuples, groups of images of different sizes and their rotary tables, it runs all groups at once.
+        Given tuples, groups of images of different sizes and their rotary tables, it runs all groups at once; with
+        `reads`, indices (M,) into the (B N) tokens of each group, only these are finished, as (M, 1, D).
         """
         if isinstance(hidden_states, tuple):
-            return self._forward_groups(hidden_states, rotary)
+            return self._forward_groups(hidden_states, rotary, reads)
         choice = self.drop_path.choose(hidden_states, needs_all=output_attentions)
         inputs = self.norm1(self.drop_path.select(hidden_states, choice))
         branch, probabilities = self.attention(inputs, rotary, output_attentions)
@@ -635,27 +640,33 @@ class ViTWithRegistersLayer(GradientCheckpointingLayer):
         hidden_states = self.drop_path.add(hidden_states, self.layer_scale2(branch), choice)
         return (hidden_states, probabilities) if output_attentions else hidden_states
 
-    def _forward_groups(self, groups: tuple, rotaries: tuple) -> tuple:
+    def _forward_groups(self, groups: tuple, rotaries: tuple, reads: tuple | None = None) -> tuple:
         """Norms and products see the tokens of all groups in one sequence; attention stays within an image."""
+        # A choice of whole images would leave tokens to read without a branch: then all images run, with factors.
+        choices = [[self.drop_path.choose(group, needs_all=reads is not None) for group in groups] for _ in range(2)]
+        inputs = list(map(self.drop_path.select, groups, choices[0]))
+        packed = unpack_tokens(self.attention.qkv(self.norm1(pack_tokens(inputs))), inputs)
+        branches = [self.attention.attend(part, rotary)[0] for part, rotary in zip(packed, rotaries)]
+        if reads is not None:
+            images = [read // group.shape[1] for group, read in zip(groups, reads)]
+            groups, branches = (list(map(read_tokens, part, reads)) for part in (groups, branches))
+            choices = [[c if c is None else c[image] for c, image in zip(part, images)] for part in choices]
+        branches = unpack_tokens(self.layer_scale1(self.attention.mix(pack_tokens(branches))), branches)
+        groups = list(map(self.drop_path.add, groups, branches, choices[0]))
+        inputs = list(map(self.drop_path.select, groups, choices[1]))
+        branches = unpack_tokens(self.layer_scale2(self.mlp(self.norm2(pack_tokens(inputs)))), inputs)
+        return tuple(map(self.drop_path.add, groups, branches, choices[1]))
 
-        def attend(inputs: list) -> list:
-            packed = unpack_tokens(self.attention.qkv(self.norm1(pack_tokens(inputs))), inputs)
-            attended = [self.attention.attend(part, rotary)[0] for part, rotary in zip(packed, rotaries)]
-            return unpack_tokens(self.layer_scale1(self.attention.mix(pack_tokens(attended))), inputs)
 
-        def transform(inputs: list) -> list:
-            return unpack_tokens(self.layer_scale2(self.mlp(self.norm2(pack_tokens(inputs)))), inputs)
-
-        for branch in (attend, transform):
-            choices = [self.drop_path.choose(group) for group in groups]
-            outputs = branch([self.drop_path.select(group, choice) for group, choice in zip(groups, choices)])
-            groups = tuple(map(self.drop_path.add, groups, outputs, choices))
-        return groups
+def read_tokens(tokens: Tensor, read: Tensor) -> Tensor:
+    """Tokens (M, 1, D) at the indices (M,) into the (B N) tokens of a group (B, N, D)."""
+    return tokens.flatten(0, 1)[read].unsqueeze(1)
 
 
 def pack_tokens(groups: list) -> Tensor:
     """Tokens of groups of images, (B, N, D) each, as one sequence (sum of B N, D)."""
-    return torch.cat([group.flatten(0, 1) for group in groups])
+    sequences = [group.flatten(0, 1) for group in groups]
+    return torch.cat(sequences) if len(sequences) > 1 else sequences[0]
 
 
 def unpack_tokens(packed: Tensor, like: list) -> list:

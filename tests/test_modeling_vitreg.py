@@ -394,6 +394,22 @@ def test_stochastic_depth_on_a_subset_runs_the_branch_on_it_alone_and_keeps_the_
 # Bad input ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("mode", ["sample", "batch_subset"])
+@pytest.mark.parametrize("is_training", [False, True])
+def test_a_layer_that_finishes_some_tokens_finishes_them_as_it_would_all(tiny, randomise, mode, is_training):
+    model = randomise(ViTWithRegistersModel(tiny(drop_path_rate=0.5, layer_scale_init_value=0.5)))
+    layer = model.layers[-1].train(is_training)
+    group = torch.randn(6, 21, model.config.hidden_size)
+    read = torch.tensor([0, 21, 25, 60, 125, 3])
+    torch.manual_seed(3)
+    expected = layer(group).flatten(0, 1)[read]
+    layer.drop_path.mode = mode  # all images take part, so both modes draw factors
+    torch.manual_seed(3)
+    (found,) = layer((group,), (None,), False, (read,))
+    torch.testing.assert_close(found.squeeze(1), expected, rtol=1e-5, atol=1e-5)
+    assert is_training == (not torch.allclose(expected, layer.eval()(group).flatten(0, 1)[read]))
+
+
 def test_images_that_do_not_fit_are_refused_with_the_sizes_that_do(tiny):
     model = ViTWithRegistersModel(tiny())
     with pytest.raises(ValueError, match=r"height of 36 pixels does not fit patches of 8 pixels: .* 32 and 40"):

@@ -152,14 +152,16 @@ class Distillation(Objective):
         views = [(batch["global_views"].flatten(0, 1), None)]  # [G, B, ...] -> [G B, ...]
         if "local_views" in batch:
             views.append((batch["local_views"].flatten(0, 1), None))
-        tokens = encode_views(self.student["backbone"], views, is_packed=self.settings.is_packed)
-        class_targets, patch_targets = self._targets(views[0][0], grid=tokens[0].patch_grid.shape[1:3])
+        backbone, (images, _) = self.student["backbone"], views[0]
+        class_targets, patch_targets = self._targets(images, grid=backbone.embeddings.grid_of(images))
+        patches = [torch.arange(len(patch_targets), device=images.device), None][: len(views)]
+        tokens = encode_views(backbone, views, patches=patches, is_packed=self.settings.is_packed)
 
-        cls_tokens = torch.cat([view_tokens.cls_token for view_tokens in tokens])  # [G B + V B, D]
+        cls_tokens = torch.cat([view_tokens for view_tokens, _ in tokens])  # [G B + V B, D]
         cls_tokens = self.student["class_head"](cls_tokens).unflatten(0, (-1, num_images))  # [G + V, B, T]
         losses = {
             "class_distance": class_distance(cls_tokens, class_targets.unflatten(0, (num_global, num_images))),
-            "patch_distance": patch_distance(self.student["patch_head"](tokens[0].patch_tokens), patch_targets),
+            "patch_distance": patch_distance(self.student["patch_head"](tokens[0][1]), patch_targets),
         }
         losses["total"] = (
             self.settings.class_weight * losses["class_distance"]
@@ -169,12 +171,12 @@ class Distillation(Objective):
 
     @torch.no_grad()
     def _targets(self, images: Tensor, *, grid: tuple) -> tuple[Tensor, Tensor]:
-        """Class tokens (G B, T) and patches (G B, P, T) of the teacher, the latter on the grid of the student."""
+        """Class tokens (G B, T) and patches (G B P, T) of the teacher, the latter on the grid of the student."""
         (teacher,) = self._teacher
         if teacher.device != images.device:
             teacher.to(images.device)
         tokens = teacher(images)
-        return tokens.cls_token, resize_patches(tokens.patch_grid, grid=grid).flatten(1, 2)
+        return tokens.cls_token, resize_patches(tokens.patch_grid, grid=grid).flatten(0, 2)
 
 
 def class_distance(student: Tensor, targets: Tensor) -> Tensor:

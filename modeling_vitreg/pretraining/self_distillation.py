@@ -171,9 +171,10 @@ class SelfDistillation(Objective):
         views = [(batch["global_views"].flatten(0, 1), batch["masks"])]  # [G, B, ...] -> [G B, ...]
         if num_local:
             views.append((batch["local_views"].flatten(0, 1), None))
-        tokens = encode_views(self.student["backbone"], views, is_packed=settings.is_packed)
-        cls_tokens = torch.cat([view_tokens.cls_token for view_tokens in tokens])  # [G B + V B, D]
-        patches = tokens[0].patch_tokens.flatten(0, 1)[batch["masked_patches"]]  # [G B, P, D] -> [M, D]
+        patches = [batch["masked_patches"], None][: len(views)]
+        tokens = encode_views(self.student["backbone"], views, patches=patches, is_packed=settings.is_packed)
+        global_tokens, patches = tokens[0]  # [G B, D], [M, D]
+        cls_tokens = torch.cat([view_tokens for view_tokens, _ in tokens])  # [G B + V B, D]
         class_logits, patch_logits = self._project(self.student, cls_tokens, patches)
         class_logits = class_logits.unflatten(0, (num_global + num_local, num_images))
 
@@ -191,7 +192,7 @@ class SelfDistillation(Objective):
                 num_views=num_global * num_images,
                 temperature=settings.student_temperature,
             ),
-            "koleo": sum(koleo_loss(view, processes=self.processes) for view in tokens[0].cls_token.chunk(num_global)),
+            "koleo": sum(koleo_loss(view, processes=self.processes) for view in global_tokens.chunk(num_global)),
         }
         losses["total"] = sum(getattr(settings, f"{name}_weight") * term for name, term in losses.items())
         with torch.no_grad():
@@ -202,9 +203,9 @@ class SelfDistillation(Objective):
     @torch.no_grad()
     def _targets(self, batch: dict[str, Tensor], temperature: float) -> tuple[Tensor, Tensor]:
         """Targets of class tokens (G B, K) and of the masked patches (M, K), as the teacher sees them unmasked."""
-        tokens = self.teacher["backbone"](batch["global_views"].flatten(0, 1))
-        patches = tokens.patch_tokens.flatten(0, 1)[batch["masked_patches"]]
-        logits = self._project(self.teacher, tokens.cls_token, patches)
+        views = [(batch["global_views"].flatten(0, 1), None)]
+        (tokens,) = encode_views(self.teacher["backbone"], views, patches=[batch["masked_patches"]])
+        logits = self._project(self.teacher, *tokens)
         if self.settings.centring == "sinkhorn":
             return tuple(sinkhorn(part, temperature=temperature, processes=self.processes) for part in logits)
         centres = self.class_centre, self.patch_centre
