@@ -23,6 +23,8 @@ POOLINGS = ("cls", "mean", "cls_mean", "cls_distillation")
 DROP_PATH_SCHEDULES = ("linear", "constant")
 DROP_PATH_MODES = ("sample", "batch_subset")
 MASKED_TARGETS = ("pixels", "features")
+NORMS = ("layernorm", "rmsnorm")
+ROPE_STYLES = ("dinov3", "capi")
 
 # width, depth, heads; the giant is DINOv2's, with its SwiGLU.
 SIZES = {
@@ -44,7 +46,8 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
         num_attention_heads: heads H; must divide `hidden_size`.
         intermediate_size: width of the MLP. Default 4 D, or for SwiGLU 8/3 D rounded up to a multiple of 8 (DINOv2).
         hidden_act: "gelu" (erf), "gelu_pytorch_tanh", "quick_gelu" (OpenAI CLIP) or "swiglu" (SiLU gate; DINOv2 g).
-        layer_norm_eps: 1e-6 for ViT, DeiT, DINO, DINOv2 and MAE; 1e-5 for CLIP and DINOv3.
+        norm_type: "layernorm", or "rmsnorm", without mean and bias (CAPI).
+        layer_norm_eps: 1e-6 for ViT, DeiT, DINO, DINOv2 and MAE; 1e-5 for CLIP, DINOv3 and CAPI.
         image_size: pixels, a side or (rows, columns), that the position table belongs to. Inputs may have other sizes.
         patch_size: pixels, a side or (rows, columns); must divide `image_size`.
         num_channels: channels of an image.
@@ -58,6 +61,9 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
             OpenCLIP) or without (ViT, DeiT, DINO, DINOv2, MAE). Always bicubic.
         interpolate_offset: added to the rows and columns of the target before the scale is computed. 0.1 for the
             official code of DINO and DINOv2 without registers, 0.0 everywhere else.
+        rope_style: "dinov3" turns patches by where their centres lie, and no prefix token; "capi" puts the first and
+            the last patch on the edge and the registers, a multiple of four, on the border of the image, and its
+            frequencies do not depend on `rope_theta`.
         rope_theta: base of the periods of the rotary embedding.
         rope_shift: while training, shift each axis by a uniform value in [-rope_shift, rope_shift]; None: do not.
         rope_jitter: while training, scale each axis by a log-uniform value in [1/rope_jitter, rope_jitter].
@@ -74,6 +80,7 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
             batch, whose size is fixed, and so saves its cost too (DINOv2).
         pooling: `pooler_output` and input of the classifier. "cls"; "mean" of patches; "cls_mean", both concatenated
             (DINOv2's linear head); "cls_distillation", two classifiers, averaged (DeiT).
+        projection_size: width of `image_embeds`, a product of the pooled vector without bias (CLIP), or None.
         has_pooled_norm: the final norm is applied to the pooled vector in place of the tokens (timm's `fc_norm`, MAE
             fine-tuning); only with pooling "mean".
         num_classifier_layers: last layers whose class tokens enter the classifier (DINOv2's 4-layer linear head).
@@ -111,6 +118,7 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
         num_attention_heads=12,
         intermediate_size=None,
         hidden_act="gelu",
+        norm_type="layernorm",
         layer_norm_eps=1e-6,
         image_size=224,
         patch_size=16,
@@ -122,6 +130,7 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
         has_prefix_positions=None,
         interpolate_antialias=True,
         interpolate_offset=0.0,
+        rope_style="dinov3",
         rope_theta=100.0,
         rope_shift=None,
         rope_jitter=None,
@@ -138,6 +147,7 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
         drop_path_schedule="linear",
         drop_path_mode="sample",
         pooling="cls",
+        projection_size=None,
         has_pooled_norm=False,
         num_classifier_layers=1,
         has_zero_init_classifier=False,
@@ -161,6 +171,7 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
         self.hidden_act = hidden_act
+        self.norm_type = norm_type
         self.layer_norm_eps = layer_norm_eps
         self.image_size = image_size if isinstance(image_size, int) else list(image_size)
         self.patch_size = patch_size if isinstance(patch_size, int) else list(patch_size)
@@ -171,6 +182,7 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
         self.position_embedding_type = position_embedding_type
         self.interpolate_antialias = interpolate_antialias
         self.interpolate_offset = interpolate_offset
+        self.rope_style = rope_style
         self.rope_theta = rope_theta
         self.rope_shift = rope_shift
         self.rope_jitter = rope_jitter
@@ -187,6 +199,7 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
         self.drop_path_schedule = drop_path_schedule
         self.drop_path_mode = drop_path_mode
         self.pooling = pooling
+        self.projection_size = projection_size
         self.has_pooled_norm = has_pooled_norm
         self.num_classifier_layers = num_classifier_layers
         self.has_zero_init_classifier = has_zero_init_classifier
@@ -295,6 +308,8 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
         self._validate_positions()
         for name, allowed in (
             ("hidden_act", ACTIVATIONS),
+            ("norm_type", NORMS),
+            ("rope_style", ROPE_STYLES),
             ("drop_path_schedule", DROP_PATH_SCHEDULES),
             ("drop_path_mode", DROP_PATH_MODES),
             ("masked_target", MASKED_TARGETS),
@@ -348,6 +363,10 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
             "pooling='cls_distillation' needs has_distillation_token=True",
         )
         _require(
+            self.projection_size is None or (_is_count(self.projection_size) and self.projection_size > 0),
+            f"projection_size is None or a positive integer, got {self.projection_size!r}",
+        )
+        _require(
             not self.has_pooled_norm or self.pooling == "mean",
             f"has_pooled_norm=True needs pooling='mean', got {self.pooling!r}",
         )
@@ -384,9 +403,17 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
         for name in ("rope_shift", "rope_jitter", "rope_rescale"):
             value = getattr(self, name)
             _require(value is None or kind == "rope", f"{name}={value} needs position_embedding_type='rope'")
+            _require(value is None or self.rope_style == "dinov3", f"{name}={value} needs rope_style='dinov3'")
         for name in ("rope_jitter", "rope_rescale"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name} is None or at least 1, got {value}")
+        is_capi = self.rope_style == "capi"
+        _require(not is_capi or kind == "rope", "rope_style='capi' needs position_embedding_type='rope'")
+        _require(
+            not is_capi or self.num_register_tokens % 4 == 0,
+            f"rope_style='capi' puts a quarter of the registers on each side of the image: num_register_tokens is a "
+            f"multiple of 4, got {self.num_register_tokens}",
+        )
         _require(self.rope_theta > 0, f"rope_theta is positive, got {self.rope_theta}")
 
 

@@ -113,6 +113,7 @@ class ViTWithRegistersModelOutput(ModelOutput):
         patch_tokens: (B, P, D), row by row.
         patch_grid: (B, rows, columns, D), the same patches where they lie in the image.
         pre_norm: the same tokens before the final norm, where outliers are looked for; on request.
+        image_embeds: (B, `config.projection_size`), or None for a model without projection.
     """
 
     last_hidden_state: Tensor | None = None
@@ -125,6 +126,7 @@ class ViTWithRegistersModelOutput(ModelOutput):
     patch_tokens: Tensor | None = None
     patch_grid: Tensor | None = None
     pre_norm: ViTWithRegistersTokens | None = None
+    image_embeds: Tensor | None = None
 
 
 @dataclass
@@ -302,20 +304,45 @@ class ViTWithRegistersPositionEmbeddings(nn.Module):
 
 
 def rotary_tables(config: ViTWithRegistersConfig, grid: tuple, *, training: bool, device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (N, d), in float32, of the 2-D rotary embedding of DINOv3 (Simeoni et al. 2025).
+    """Cosines and sines (N, d), in float32, of a 2-D rotary embedding; class and distillation token are not turned.
 
-    Patch centres lie in [-1, 1] on each axis; a quarter of a head turns with the row, a quarter with the column, and
-    the other half repeats both. Prefix tokens are not turned: their cosine is 1, their sine 0.
+    DINOv3 (Simeoni et al. 2025): patch centres lie in [-1, 1] on each axis; a quarter of a head turns with the row, a
+    quarter with the column, and the other half repeats both. Registers are not turned.
+    CAPI (Darcet et al. 2025): the first patch lies at 0 on each axis, the last at 1, and registers lie around the
+    border; one half of a head turns with the row, the other with the column.
     """
+    make_angles = _capi_angles if config.rope_style == "capi" else _dinov3_angles
+    angles = make_angles(config, grid, training=training, device=device)
+    angles = F.pad(angles, (0, 0, config.num_prefix_tokens + math.prod(grid) - angles.shape[0], 0))
+    return angles.cos(), angles.sin()
+
+
+def _dinov3_angles(config: ViTWithRegistersConfig, grid: tuple, *, training: bool, device) -> Tensor:
     centres = [(torch.arange(side, device=device, dtype=torch.float32) + 0.5) / side * 2 - 1 for side in grid]
     centres = torch.stack(torch.meshgrid(*centres, indexing="ij"), dim=-1).flatten(0, 1)  # [P, 2]
     if training:
         centres = _augment_centres(config, centres)
     quarter = config.hidden_size // config.num_attention_heads // 4
     frequencies = config.rope_theta ** -(torch.arange(quarter, device=device, dtype=torch.float32) / quarter)
-    angles = (2 * math.pi * centres[:, :, None] * frequencies).flatten(1).tile(2)  # [P, 2, d/4] -> [P, d]
-    angles = F.pad(angles, (0, 0, config.num_prefix_tokens, 0))
-    return angles.cos(), angles.sin()
+    return (2 * math.pi * centres[:, :, None] * frequencies).flatten(1).tile(2)  # [P, 2, d/4] -> [P, d]
+
+
+def _capi_angles(config: ViTWithRegistersConfig, grid: tuple, *, training: bool, device) -> Tensor:
+    sides = [torch.linspace(0, 1, side, device=device) for side in grid]
+    patches = torch.stack(torch.meshgrid(*sides, indexing="ij"), dim=-1).flatten(0, 1)  # [P, 2]
+    quarter = config.num_register_tokens // 4
+    way = torch.arange(quarter, device=device, dtype=torch.float32) / max(quarter, 1)
+    rows = torch.cat([way, torch.ones_like(way), 1 - way, torch.zeros_like(way)])
+    registers = torch.stack([rows, torch.cat([rows[3 * quarter :], rows[: 3 * quarter]])], dim=-1)  # [R, 2]
+    registers = registers * patches.amax(dim=0)  # a grid of one row has all its patches at 0
+    positions = torch.cat([registers, patches])
+    return (positions[:, :, None] * capi_frequencies(config, device=device).tile(2)).flatten(1)  # [R + P, 2, d/2]
+
+
+def capi_frequencies(config: ViTWithRegistersConfig, *, device=None) -> Tensor:
+    """Radians (d / 4,) by which the way across an image turns a pair of channels, from 7 turns to 7e-4."""
+    quarter = config.hidden_size // config.num_attention_heads // 4
+    return 2 * math.pi * 7 * 1e4 ** torch.linspace(0, -1, quarter, device=device)
 
 
 def _augment_centres(config: ViTWithRegistersConfig, centres: Tensor) -> Tensor:
@@ -455,6 +482,12 @@ def eager_attention_forward(
     probabilities = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     output = F.dropout(probabilities, p=dropout, training=module.training) @ value
     return output.transpose(1, 2).contiguous(), probabilities
+
+
+def make_norm(config: ViTWithRegistersConfig) -> nn.Module:
+    """The norm of tokens."""
+    kind = nn.RMSNorm if config.norm_type == "rmsnorm" else nn.LayerNorm
+    return kind(config.hidden_size, eps=config.layer_norm_eps)
 
 
 class ViTWithRegistersQueryKeyValue(nn.Linear):
@@ -609,10 +642,10 @@ class ViTWithRegistersLayer(GradientCheckpointingLayer):
     def __init__(self, config: ViTWithRegistersConfig, drop_path_rate: float):
         super().__init__()
         has_scale = config.layer_scale_init_value is not None
-        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm1 = make_norm(config)
         self.attention = ViTWithRegistersAttention(config)
         self.layer_scale1 = ViTWithRegistersLayerScale(config) if has_scale else nn.Identity()
-        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm2 = make_norm(config)
         self.mlp = ViTWithRegistersMLP(config)
         self.layer_scale2 = ViTWithRegistersLayerScale(config) if has_scale else nn.Identity()
         self.drop_path = ViTWithRegistersDropPath(config, drop_path_rate)
@@ -692,7 +725,7 @@ class ViTWithRegistersPreTrainedModel(PreTrainedModel):
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     _no_split_modules = ["ViTWithRegistersEmbeddings", "ViTWithRegistersLayer"]
-    _keys_to_ignore_on_load_unexpected = [r"embeddings\.mask_token"]
+    _keys_to_ignore_on_load_unexpected = [r"embeddings\.mask_token", r"(^|\.)projection\.weight"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -709,9 +742,9 @@ class ViTWithRegistersPreTrainedModel(PreTrainedModel):
             else:
                 set_initial(module.weight, nn.init.trunc_normal_, std=std)
             set_initial(module.bias, nn.init.zeros_)
-        elif isinstance(module, (nn.LayerNorm, nn.BatchNorm2d)):
+        elif isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.BatchNorm2d)):
             set_initial(module.weight, nn.init.ones_)
-            set_initial(module.bias, nn.init.zeros_)
+            set_initial(getattr(module, "bias", None), nn.init.zeros_)
             if isinstance(module, nn.BatchNorm2d):
                 set_initial(module.running_mean, nn.init.zeros_)
                 set_initial(module.running_var, nn.init.ones_)
@@ -974,6 +1007,7 @@ class ViTWithRegistersModel(ViTWithRegistersPreTrainedModel):
     Args:
         config: the architecture.
         use_mask_token: own a mask token; default `config.has_mask_token`.
+        use_projection: own the projection of `config.projection_size`. Heads do not read it.
 
     Example:
         >>> tokens = ViTWithRegistersModel(ViTWithRegistersConfig())(torch.rand(1, 3, 224, 224))
@@ -983,15 +1017,20 @@ class ViTWithRegistersModel(ViTWithRegistersPreTrainedModel):
 
     _auto_class = "AutoModel"
 
-    def __init__(self, config: ViTWithRegistersConfig, use_mask_token: bool | None = None):
+    def __init__(
+        self, config: ViTWithRegistersConfig, use_mask_token: bool | None = None, use_projection: bool = True
+    ):
         super().__init__(config)
         use_mask_token = config.has_mask_token if use_mask_token is None else use_mask_token
         self.embeddings = ViTWithRegistersEmbeddings(config, use_mask_token=use_mask_token)
         self.pre_layernorm = nn.Identity()
         if config.has_pre_norm:
-            self.pre_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+            self.pre_layernorm = make_norm(config)
         self.layers = nn.ModuleList(ViTWithRegistersLayer(config, rate) for rate in config.drop_path_rates)
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layernorm = make_norm(config)
+        self.projection = None
+        if use_projection and config.projection_size is not None:
+            self.projection = nn.Linear(config.pooled_size, config.projection_size, bias=False)
         self.post_init()
 
     def forward(
@@ -1032,9 +1071,11 @@ class ViTWithRegistersModel(ViTWithRegistersPreTrainedModel):
             hidden_states.append(hidden_state if number in wanted else None)
         normed = self.norm_tokens(hidden_state)
         tokens = self.split_tokens(normed, grid)
+        pooled = self.pool(tokens)
         output = ViTWithRegistersModelOutput(
             last_hidden_state=normed,
-            pooler_output=self.pool(tokens),
+            pooler_output=pooled,
+            image_embeds=None if self.projection is None else self.projection(pooled),
             hidden_states=tuple(hidden_states) if wanted else None,
             attentions=tuple(attentions) if output_attentions else None,
             cls_token=tokens.cls_token,
@@ -1103,7 +1144,7 @@ class ViTWithRegistersForImageClassification(ViTWithRegistersPreTrainedModel):
 
     def __init__(self, config: ViTWithRegistersConfig):
         super().__init__(config)
-        self.vitreg = ViTWithRegistersModel(config, use_mask_token=False)
+        self.vitreg = ViTWithRegistersModel(config, use_mask_token=False, use_projection=False)
         size = config.pooled_size + (config.num_classifier_layers - 1) * config.hidden_size
         self.classifier = self._make_classifier(size)
         self.distillation_classifier = None
@@ -1197,7 +1238,7 @@ class ViTWithRegistersForMaskedImageModeling(ViTWithRegistersPreTrainedModel):
 
     def __init__(self, config: ViTWithRegistersConfig):
         super().__init__(config)
-        self.vitreg = ViTWithRegistersModel(config, use_mask_token=True)
+        self.vitreg = ViTWithRegistersModel(config, use_mask_token=True, use_projection=False)
         size = config.masked_target_size
         if config.masked_target == "pixels":
             size = config.num_channels * math.prod(config.patch_shape)
@@ -1284,7 +1325,7 @@ class ViTWithRegistersForSemanticSegmentation(ViTWithRegistersPreTrainedModel):
 
     def __init__(self, config: ViTWithRegistersConfig):
         super().__init__(config)
-        self.vitreg = ViTWithRegistersModel(config, use_mask_token=False)
+        self.vitreg = ViTWithRegistersModel(config, use_mask_token=False, use_projection=False)
         size = config.hidden_size * len(config.out_indices)
         self.segmentation_norm = nn.BatchNorm2d(size)
         self.segmentation_classifier = nn.Conv2d(size, config.num_labels, kernel_size=1)
@@ -1344,7 +1385,7 @@ class ViTWithRegistersForDepthEstimation(ViTWithRegistersPreTrainedModel):
 
     def __init__(self, config: ViTWithRegistersConfig):
         super().__init__(config)
-        self.vitreg = ViTWithRegistersModel(config, use_mask_token=False)
+        self.vitreg = ViTWithRegistersModel(config, use_mask_token=False, use_projection=False)
         size = config.hidden_size * (1 + config.has_cls_token) * len(config.out_indices)
         self.depth_classifier = nn.Conv2d(size, config.num_depth_bins, kernel_size=1)
         self._leave_final_norm_untrained()
@@ -1426,7 +1467,7 @@ class ViTWithRegistersBackbone(BackboneMixin, ViTWithRegistersPreTrainedModel):
         super().__init__(config)
         set_up_backbone(self, config)
         self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
-        self.vitreg = ViTWithRegistersModel(config, use_mask_token=False)
+        self.vitreg = ViTWithRegistersModel(config, use_mask_token=False, use_projection=False)
         self.post_init()
 
     def forward(

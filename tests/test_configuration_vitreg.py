@@ -73,6 +73,17 @@ def test_a_stale_list_of_stages_in_a_file_does_not_win(tiny):
 
 
 CONTRADICTIONS = [
+    ({"rope_style": "capi"}, "rope_style='capi' needs position_embedding_type='rope'"),
+    (
+        {"rope_style": "capi", "position_embedding_type": "rope", "num_register_tokens": 6},
+        "num_register_tokens is a multiple of 4, got 6",
+    ),
+    (
+        {"rope_style": "capi", "position_embedding_type": "rope", "rope_shift": 0.1},
+        "rope_shift=0.1 needs rope_style='dinov3'",
+    ),
+    ({"norm_type": "batchnorm"}, "norm_type is one of layernorm, rmsnorm, got 'batchnorm'"),
+    ({"projection_size": 0}, "projection_size is None or a positive integer, got 0"),
     ({"num_attention_heads": 5}, "hidden_size 32 is not divisible by num_attention_heads 5"),
     ({"hidden_size": "32"}, "hidden_size is a positive integer, got '32'"),
     ({"num_hidden_layers": 0}, "num_hidden_layers is a positive integer, got 0"),

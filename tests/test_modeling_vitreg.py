@@ -1,6 +1,7 @@
 """The model: tokens by name, registers, positions, masks, initial values, and what it says to bad input."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from modeling_vitreg import (
     ViTWithRegistersForImageClassification,
     ViTWithRegistersModel,
 )
-from modeling_vitreg.modeling_vitreg import AUTO_MODELS
+from modeling_vitreg.modeling_vitreg import AUTO_MODELS, rotary_tables
 
 
 POSITIONS = ("learned", "sincos", "rope", "none")
@@ -315,6 +316,39 @@ def test_rotary_positions_are_augmented_only_while_training(tiny, randomise):
     assert torch.equal(model(images).patch_tokens, model(images).patch_tokens)
     model.train()
     assert not torch.allclose(model(images).patch_tokens, model(images).patch_tokens, atol=1e-3)
+
+
+def test_rotary_positions_of_capi_put_registers_around_the_border_by_a_plain_loop(tiny):
+    config = tiny(position_embedding_type="rope", rope_style="capi", num_register_tokens=8, has_cls_token=True)
+    cos, sin = rotary_tables(config, (3, 4), training=True, device="cpu")
+    border = [(0, 0), (0.5, 0), (1, 0), (1, 0.5), (1, 1), (0.5, 1), (0, 1), (0, 0.5)]
+    places = [*border, *((row / 2, column / 3) for row in range(3) for column in range(4))]
+    turns = [7 * 10000 ** -(pair / 3) for pair in range(4)]  # heads have 16 channels
+    for token, (row, column) in enumerate(places, start=1):
+        angles = torch.tensor([2 * math.pi * turn * way for way in (row, column) for turn in turns * 2])
+        torch.testing.assert_close(cos[token], angles.cos(), rtol=0, atol=1e-4)
+        torch.testing.assert_close(sin[token], angles.sin(), rtol=0, atol=1e-4)
+    assert torch.equal(cos[0], torch.ones(16)) and not sin[0].any()
+
+
+def test_a_norm_may_be_without_mean_and_bias(tiny, randomise):
+    model = randomise(ViTWithRegistersModel(tiny(norm_type="rmsnorm", layer_norm_eps=1e-5)))
+    assert not [name for name, _ in model.named_parameters() if "norm" in name and name.endswith("bias")]
+    tokens = model(torch.randn(1, 3, 32, 32), output_pre_norm=True)
+    before = tokens.pre_norm.patch_tokens
+    expected = before / (before.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt() * model.layernorm.weight
+    torch.testing.assert_close(tokens.patch_tokens, expected)
+
+
+def test_a_projection_makes_image_embeddings_of_the_pooled_vector(tiny, randomise, tmp_path):
+    model = randomise(ViTWithRegistersModel(tiny(projection_size=5)))
+    images = torch.randn(2, 3, 32, 32)
+    output = model(images)
+    torch.testing.assert_close(output.image_embeds, output.pooler_output @ model.projection.weight.T)
+    assert ViTWithRegistersModel(tiny())(images).image_embeds is None
+    model.save_pretrained(tmp_path)
+    head, info = ViTWithRegistersForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["unexpected_keys"] and not [name for name in head.state_dict() if "projection" in name]
 
 
 # Initial values ----------------------------------------------------------------------------------------------------
