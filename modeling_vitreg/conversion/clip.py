@@ -1,0 +1,85 @@
+"""Image towers of OpenCLIP and of OpenAI's CLIP, alone or beside their text tower; the projection is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from .layout import CLIP, Evidence, Layout, heads_of, image_size_of, prepare_crop
+from .rules import Drop, Rename, Rule, add_axes, add_axis, drop_axes, drop_axis, transpose
+
+
+BLOCK = "transformer.resblocks.{i}"
+RULES: list[Rule] = [
+    Rename("class_embedding", "embeddings.cls_token", add_axes, drop_axes),
+    Rename("positional_embedding", "embeddings.position_embeddings.weight", add_axis, drop_axis),
+    Rename("conv1.weight", "embeddings.patch_embeddings.weight"),
+    Rename("ln_pre.{leaf}", "pre_layernorm.{leaf}"),
+    Rename(f"{BLOCK}.ln_1.{{leaf}}", "layers.{i}.norm1.{leaf}"),
+    Rename(f"{BLOCK}.attn.in_proj_{{leaf}}", "layers.{i}.attention.qkv.{leaf}"),
+    Rename(f"{BLOCK}.attn.out_proj.{{leaf}}", "layers.{i}.attention.proj.{leaf}"),
+    Rename(f"{BLOCK}.ls_1.gamma", "layers.{i}.layer_scale1.weight"),
+    Rename(f"{BLOCK}.ln_2.{{leaf}}", "layers.{i}.norm2.{leaf}"),
+    Rename(f"{BLOCK}.mlp.c_fc.{{leaf}}", "layers.{i}.mlp.fc1.{leaf}"),
+    Rename(f"{BLOCK}.mlp.c_proj.{{leaf}}", "layers.{i}.mlp.fc2.{leaf}"),
+    Rename(f"{BLOCK}.ls_2.gamma", "layers.{i}.layer_scale2.weight"),
+    Rename("ln_post.{leaf}", "layernorm.{leaf}"),
+    Rename("proj", "projection.weight", transpose, transpose),
+    Drop("outside.{rest}", why="not of the image tower"),
+]
+
+
+def _canonical(names: Iterable[str]) -> dict[str, str]:
+    names = {name: name.removeprefix("module.") for name in names}
+    if not any(name.startswith("visual.") for name in names.values()):
+        return names
+    # Beside an image tower the names at the top, which are the same, belong to the text tower.
+    return {
+        old: name.removeprefix("visual.") if name.startswith("visual.") else f"outside.{name}"
+        for old, name in names.items()
+    }
+
+
+def _configure(evidence: Evidence) -> dict:
+    width, patch = evidence.size("conv1.weight", 0), evidence.size("conv1.weight", -1)
+    settings = (evidence.settings or {}).get("model_cfg", {})
+    vision = settings.get("vision_cfg", {})
+    is_quick = settings.get("quick_gelu", is_openai(evidence) or "quickgelu" in evidence.file_name.lower())
+    heads = width // vision["head_width"] if "head_width" in vision else heads_of(evidence, width)
+    fields = {
+        "hidden_size": width,
+        "num_hidden_layers": evidence.depth("transformer.resblocks.*."),
+        "num_attention_heads": heads,
+        "intermediate_size": evidence.size("transformer.resblocks.*.mlp.c_proj.weight", 1),
+        "hidden_act": "quick_gelu" if is_quick else "gelu",
+        "patch_size": patch,
+        "image_size": image_size_of(evidence, evidence.size("positional_embedding", 0) - 1, (patch, patch)),
+        "num_channels": evidence.size("conv1.weight", 1),
+        "num_register_tokens": 0,
+        "has_pre_norm": True,
+        "has_patch_bias": False,
+        "layer_norm_eps": 1e-5,
+        "layer_scale_init_value": 1e-5 if evidence.has("transformer.resblocks.*.ls_1.gamma") else None,
+        # OpenCLIP resizes a table with antialiasing when it loads one; OpenAI's code does not resize.
+        "interpolate_antialias": not is_openai(evidence),
+    }
+    if evidence.has("proj"):
+        fields["projection_size"] = evidence.size("proj", 1)
+    return fields
+
+
+def is_openai(evidence: Evidence) -> bool:
+    """Whether a file is one of OpenAI's: its archives carry the resolution as a tensor."""
+    return evidence.has("outside.input_resolution") or "openai" in evidence.file_name.lower()
+
+
+LAYOUT = Layout(
+    name="clip",
+    title="OpenCLIP or OpenAI's CLIP",
+    licence=None,
+    rules=lambda config: list(RULES),
+    configure=_configure,
+    prepare=lambda evidence, config: prepare_crop(config.image_size, resize=config.image_size, **CLIP),
+    canonical=_canonical,
+)
+
+__all__ = ["LAYOUT", "is_openai"]

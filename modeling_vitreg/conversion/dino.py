@@ -1,0 +1,40 @@
+"""facebookresearch/dino: `dino_{deitsmall,vitbase}{16,8}_pretrain.pth`, and checkpoints with teacher and student."""
+
+from __future__ import annotations
+
+from modeling_vitreg import ViTWithRegistersConfig
+
+from .blocks import LAYERS, MLP, POSITIONS, STEM, read_sizes
+from .layout import IMAGENET, Evidence, Layout, each, prepare_crop
+from .rules import Drop, Rule
+
+
+def _rules(config: ViTWithRegistersConfig | None) -> list[Rule]:
+    heads = [Drop(f"{part}.{{rest}}", why="projection head of training") for part in ("head.mlp", "head.last_layer")]
+    return [*STEM, *POSITIONS, *LAYERS, *MLP, *heads]
+
+
+def _configure(evidence: Evidence) -> dict:
+    return {
+        **read_sizes(evidence),
+        "intermediate_size": evidence.size("blocks.*.mlp.fc2.weight", 1),
+        "interpolate_antialias": False,
+        "interpolate_offset": 0.1,
+    }
+
+
+LAYOUT = Layout(
+    name="dino",
+    title="facebookresearch/dino",
+    licence="apache-2.0",
+    rules=_rules,
+    configure=_configure,
+    prepare=lambda evidence, config: prepare_crop(config.image_size, **IMAGENET),
+    canonical=each(lambda name: name.removeprefix("module.").removeprefix("backbone.")),
+    is_hinted=lambda evidence: (
+        evidence.container in ("teacher", "student")
+        or ("dino" in evidence.file_name.lower() and "dinov" not in evidence.file_name.lower())
+    ),
+)
+
+__all__ = ["LAYOUT"]

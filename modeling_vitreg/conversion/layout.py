@@ -1,0 +1,187 @@
+"""What a layout is: names, an architecture that can be read from them, and how its images are prepared."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable, Iterable, Iterator
+
+from torch import Tensor
+
+from modeling_vitreg import ViTWithRegistersConfig
+
+from .rules import ConversionError, Drop, Rule, matches
+
+
+IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+INCEPTION = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+CLIP = {
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+BILINEAR, BICUBIC = 2, 3
+_HEADS = {192: 3, 384: 6, 512: 8, 768: 12, 1024: 16, 1152: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+    """What is known of a checkpoint before it is converted.
+
+    Args:
+        shapes: of its tensors, under the names of the layout.
+        read: returns a tensor by name.
+        file_name: of the file or folder.
+        container: word under which the tensors stood in the file, or None.
+        settings: of its `config.json`, or None.
+        processor: settings of its image processor, or None.
+        module: the model itself, where it was given as one.
+        stated: fields of our configuration that the caller knows better.
+    """
+
+    shapes: dict[str, tuple]
+    read: Callable[[str], Tensor]
+    file_name: str = ""
+    container: str | None = None
+    settings: dict | None = None
+    processor: dict | None = None
+    module: object | None = None
+    stated: dict = dataclasses.field(default_factory=dict)
+
+    def has(self, name: str) -> bool:
+        """Whether there is a tensor of this name, with `*` for anything."""
+        return next(self._found(name), None) is not None
+
+    def depth(self, pattern: str) -> int:
+        """Number of layers, from names such as "blocks.*." whose star is a number."""
+        numbers = {int(match[1]) for match in self._found(pattern.replace("*", "(\\d+)", 1) + "*")}
+        if not numbers:
+            raise ConversionError(f"{self.file_name}: no layers: expected tensors named {pattern}...")
+        return max(numbers) + 1
+
+    def size(self, name: str, axis: int) -> int:
+        """Length of an axis of a tensor, with `*` for anything: the one that most of them have."""
+        counts = collections.Counter(
+            self.shapes[match[0]][axis] for match in self._found(name) if len(self.shapes[match[0]]) > abs(axis) - 1
+        )
+        if not counts:
+            near = difflib.get_close_matches(name, self.shapes, n=1)
+            hint = f"; the nearest is {near[0]}" if near else ""
+            raise ConversionError(f"{self.file_name}: no tensor {name}, whose shape says what the model is{hint}")
+        return counts.most_common(1)[0][0]
+
+    def _found(self, name: str) -> Iterator[re.Match]:
+        pattern = re.compile(
+            "".join(part if part == "(\\d+)" else ".*" if part == "*" else re.escape(part) for part in _split(name))
+        )
+        return (match for match in map(pattern.fullmatch, self.shapes) if match)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A way to write a Vision Transformer down.
+
+    Args:
+        name: what one types.
+        title: who writes so.
+        licence: of the official weights, as in a card of the Hub, or None where it is each author's.
+        rules: of a configuration; of None, those of every architecture.
+        configure: fields of our configuration that a checkpoint shows; with `num_labels`, it has a classifier.
+        prepare: settings of the image processor.
+        canonical: names of a file's tensors to those of the layout, without what a trainer put before them.
+        is_hinted: whether names that several layouts share are more likely of this one.
+    """
+
+    name: str
+    title: str
+    licence: str | None
+    rules: Callable[[ViTWithRegistersConfig | None], list[Rule]]
+    configure: Callable[[Evidence], dict]
+    prepare: Callable[[Evidence, ViTWithRegistersConfig], dict]
+    canonical: Callable[[Iterable[str]], dict[str, str]] = lambda names: {name: name for name in names}
+    is_hinted: Callable[[Evidence], bool] = lambda evidence: False
+
+    def share(self, names: list[str]) -> float:
+        """Share of names that the layout knows and has a use for."""
+        rules = self.rules(None)
+        known = [name for name in self.canonical(names).values() if any(matches(rule, name) for rule in rules)]
+        used = [name for name in known if not any(isinstance(rule, Drop) and matches(rule, name) for rule in rules)]
+        return len(known) / len(names) if used else 0.0
+
+
+def each(shorten: Callable[[str], str]) -> Callable[[Iterable[str]], dict[str, str]]:
+    """A `canonical` that looks at one name at a time."""
+    return lambda names: {name: shorten(name) for name in names}
+
+
+def heads_of(evidence: Evidence, width: int) -> int:
+    """Number of heads, which no shape shows: that of the models of this width in the field.
+
+    Raises:
+        ConversionError: there is none.
+    """
+    if "num_attention_heads" in evidence.stated:
+        return evidence.stated["num_attention_heads"]
+    if width not in _HEADS:
+        raise ConversionError(
+            f"{evidence.file_name}: no model of the field has width {width}, and no shape shows its heads: state them "
+            f"with --set num_attention_heads={max(width // 64, 1)}"
+        )
+    return _HEADS[width]
+
+
+def image_size_of(evidence: Evidence, num_patches: int, patch: tuple[int, int]) -> int:
+    """Side in pixels of the square that a position table was made for.
+
+    Raises:
+        ConversionError: it is no square.
+    """
+    side = round(num_patches**0.5)
+    if side * side != num_patches:
+        raise ConversionError(
+            f"{evidence.file_name}: a position table of {num_patches} patches is no square: state its size with "
+            "--set image_size=ROWS,COLUMNS (pixels)"
+        )
+    return side * patch[0]
+
+
+def prepare_crop(image_size: int, *, resize: int | None = None, resample: int = BICUBIC, **statistics) -> dict:
+    """Short side to `resize` pixels, by default as 256 is to 224, then a central square."""
+    return {
+        "size": {"shortest_edge": resize or round(image_size * 256 / 224)},
+        "crop_size": {"height": image_size, "width": image_size},
+        "do_center_crop": True,
+        "resample": resample,
+        **statistics,
+    }
+
+
+def prepare_square(image_size: int, *, resample: int = BICUBIC, **statistics) -> dict:
+    """Both sides to `image_size` pixels, whatever the proportions."""
+    return {
+        "size": {"height": image_size, "width": image_size},
+        "do_center_crop": False,
+        "resample": resample,
+        **statistics,
+    }
+
+
+def _split(name: str) -> list[str]:
+    return [part for part in re.split(r"(\(\\d\+\)|\*)", name) if part]
+
+
+__all__ = [
+    "BICUBIC",
+    "BILINEAR",
+    "CLIP",
+    "IMAGENET",
+    "INCEPTION",
+    "Evidence",
+    "Layout",
+    "each",
+    "heads_of",
+    "image_size_of",
+    "prepare_crop",
+    "prepare_square",
+]

@@ -1,0 +1,469 @@
+"""transformers: ViT, DeiT, Dinov2, Dinov2WithRegisters, DINOv3ViT, CLIPVision, ViTMAE, I-JEPA, and their classifiers.
+
+Names are those that every version writes to a file; those that version 5 has in memory, and CLIP's with and without
+`vision_model.`, are brought to them first. A folder's `config.json` says everything that shapes do not.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+
+from modeling_vitreg import ViTWithRegistersConfig
+
+from .layout import BILINEAR, CLIP, IMAGENET, INCEPTION, Evidence, Layout, prepare_crop, prepare_square
+from .mae import FIXED, is_sincos
+from .rules import ConversionError, Drop, Join, Rename, Rule, add_axes, add_axis, drop_axes, drop_axis
+
+
+EMBEDDINGS: list[Rule] = [
+    Rename("embeddings.cls_token", "embeddings.cls_token"),
+    Rename("embeddings.distillation_token", "embeddings.distillation_token"),
+    Rename("embeddings.register_tokens", "embeddings.register_tokens.weight", drop_axis, add_axis),
+    Rename("embeddings.patch_embeddings.projection.{leaf}", "embeddings.patch_embeddings.{leaf}"),
+    Rename("layernorm.{leaf}", "layernorm.{leaf}"),
+    Drop("pooler.dense.{leaf}", why="pooler that training did not use"),
+]
+POSITIONS: list[Rule] = [Rename("embeddings.position_embeddings", "embeddings.position_embeddings.weight")]
+LAYER = "encoder.layer.{i}"
+ATTENTION: list[Rule] = [
+    Join(
+        tuple(f"{LAYER}.attention.attention.{part}.{{leaf}}" for part in ("query", "key", "value")),
+        "layers.{i}.attention.qkv.{leaf}",
+    ),
+    Rename(f"{LAYER}.attention.output.dense.{{leaf}}", "layers.{i}.attention.proj.{leaf}"),
+]
+VIT_LAYER: list[Rule] = [
+    Rename(f"{LAYER}.layernorm_before.{{leaf}}", "layers.{i}.norm1.{leaf}"),
+    Rename(f"{LAYER}.layernorm_after.{{leaf}}", "layers.{i}.norm2.{leaf}"),
+    Rename(f"{LAYER}.intermediate.dense.{{leaf}}", "layers.{i}.mlp.fc1.{leaf}"),
+    Rename(f"{LAYER}.output.dense.{{leaf}}", "layers.{i}.mlp.fc2.{leaf}"),
+]
+DINO_LAYER: list[Rule] = [
+    Rename(f"{LAYER}.norm1.{{leaf}}", "layers.{i}.norm1.{leaf}"),
+    Rename(f"{LAYER}.norm2.{{leaf}}", "layers.{i}.norm2.{leaf}"),
+    Rename(f"{LAYER}.layer_scale1.lambda1", "layers.{i}.layer_scale1.weight"),
+    Rename(f"{LAYER}.layer_scale2.lambda1", "layers.{i}.layer_scale2.weight"),
+]
+_MLP = ("fc1", "fc2")
+PLAIN_MLP: list[Rule] = [
+    Rename(f"{LAYER}.mlp.{part}.{{leaf}}", f"layers.{{i}}.mlp.{part}.{{leaf}}") for part in ("fc1", "fc2")
+]
+GATED_MLP: list[Rule] = [
+    Rename(f"{LAYER}.mlp.weights_in.{{leaf}}", "layers.{i}.mlp.fc1.{leaf}"),
+    Rename(f"{LAYER}.mlp.weights_out.{{leaf}}", "layers.{i}.mlp.fc2.{leaf}"),
+]
+# What version 5 has in memory for the two above.
+SPLIT_MLP: list[Rule] = [
+    Join((f"{LAYER}.mlp.gate_proj.{{leaf}}", f"{LAYER}.mlp.up_proj.{{leaf}}"), "layers.{i}.mlp.fc1.{leaf}"),
+    Rename(f"{LAYER}.mlp.down_proj.{{leaf}}", "layers.{i}.mlp.fc2.{leaf}"),
+]
+MASK = Rename("embeddings.mask_token", "embeddings.mask_token")
+FLAT_MASK = Rename("embeddings.mask_token", "embeddings.mask_token", add_axis, drop_axis)
+CLASSIFIER: list[Rule] = [Rename("classifier.{leaf}", "classifier.{leaf}")]
+TWO_CLASSIFIERS: list[Rule] = [
+    Rename("cls_classifier.{leaf}", "classifier.{leaf}"),
+    Rename("distillation_classifier.{leaf}", "distillation_classifier.{leaf}"),
+]
+DINOV3: list[Rule] = [
+    Rename("embeddings.cls_token", "embeddings.cls_token"),
+    MASK,
+    Rename("embeddings.register_tokens", "embeddings.register_tokens.weight", drop_axis, add_axis),
+    Rename("embeddings.patch_embeddings.{leaf}", "embeddings.patch_embeddings.{leaf}"),
+    Rename("layer.{i}.norm1.{leaf}", "layers.{i}.norm1.{leaf}"),
+    Rename("layer.{i}.norm2.{leaf}", "layers.{i}.norm2.{leaf}"),
+    Rename("layer.{i}.attention.o_proj.{leaf}", "layers.{i}.attention.proj.{leaf}"),
+    Rename("layer.{i}.layer_scale1.lambda1", "layers.{i}.layer_scale1.weight"),
+    Rename("layer.{i}.layer_scale2.lambda1", "layers.{i}.layer_scale2.weight"),
+    Rename("layer.{i}.mlp.down_proj.{leaf}", "layers.{i}.mlp.fc2.{leaf}"),
+    Rename("norm.{leaf}", "layernorm.{leaf}"),
+]
+CLIP_LAYER = "encoder.layers.{i}"
+CLIP_RULES: list[Rule] = [
+    Rename("embeddings.class_embedding", "embeddings.cls_token", add_axes, drop_axes),
+    Rename("embeddings.patch_embedding.weight", "embeddings.patch_embeddings.weight"),
+    Rename("embeddings.position_embedding.weight", "embeddings.position_embeddings.weight", add_axis, drop_axis),
+    Drop("embeddings.position_ids", why="numbers from 0 on"),
+    Rename("pre_layrnorm.{leaf}", "pre_layernorm.{leaf}"),
+    Join(tuple(f"{CLIP_LAYER}.self_attn.{part}_proj.{{leaf}}" for part in "qkv"), "layers.{i}.attention.qkv.{leaf}"),
+    Rename(f"{CLIP_LAYER}.self_attn.out_proj.{{leaf}}", "layers.{i}.attention.proj.{leaf}"),
+    Rename(f"{CLIP_LAYER}.layer_norm1.{{leaf}}", "layers.{i}.norm1.{leaf}"),
+    Rename(f"{CLIP_LAYER}.layer_norm2.{{leaf}}", "layers.{i}.norm2.{leaf}"),
+    Rename(f"{CLIP_LAYER}.mlp.{{rest}}", "layers.{i}.mlp.{rest}"),
+    Rename("post_layernorm.{leaf}", "layernorm.{leaf}"),
+    Rename("visual_projection.weight", "projection.weight"),
+    Drop("outside.{rest}", why="not of the image tower"),
+]
+# Names that version 5 has in memory, and those that it writes.
+_ALIASES = [
+    (re.compile(r"^layers\.(\d+)\."), r"encoder.layer.\1."),
+    (re.compile(r"(encoder\.layer\.\d+\.attention)\.([qkv])_proj\."), r"\1.attention.\2."),
+    (re.compile(r"(encoder\.layer\.\d+\.attention)\.o_proj\."), r"\1.output.dense."),
+]
+_PARTS = {"q": "query", "k": "key", "v": "value"}
+
+
+def _strip(name: str, *, base: str) -> str:
+    return name.removeprefix("module.").removeprefix(f"{base}.")
+
+
+def _canonical(base: str) -> Callable[[Iterable[str]], dict[str, str]]:
+    """Names of version 5 in memory, or with the name of a base model in front, as they stand in files."""
+
+    def shorten(name: str) -> str:
+        short = _strip(name, base=base)
+        for pattern, written in _ALIASES:
+            short = pattern.sub(written, short)
+        short = re.sub(r"(attention\.attention)\.([qkv])\.", lambda match: f"{match[1]}.{_PARTS[match[2]]}.", short)
+        is_vit = base in ("vit", "deit", "ijepa")
+        if is_vit and ".mlp." in short:
+            short = short.replace(".mlp.fc1.", ".intermediate.dense.").replace(".mlp.fc2.", ".output.dense.")
+        return short
+
+    return lambda names: {name: shorten(name) for name in names}
+
+
+def _canonical_dinov3(names: Iterable[str]) -> dict[str, str]:
+    return {name: _strip(_strip(name, base="dinov3_vit"), base="model").removeprefix("model.") for name in names}
+
+
+def _canonical_clip(names: Iterable[str]) -> dict[str, str]:
+    has_prefix = any(name.startswith("vision_model.") for name in names)
+    known = ("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm.")
+
+    def shorten(name: str) -> str:
+        if has_prefix and name.startswith("vision_model."):
+            return name.removeprefix("vision_model.")
+        is_own = name == "visual_projection.weight" or (not has_prefix and name.startswith(known))
+        return name if is_own else f"outside.{name}"
+
+    return {name: shorten(name) for name in names}
+
+
+def _sizes(settings: dict) -> dict:
+    heads, width = settings["num_attention_heads"], settings["hidden_size"]
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": settings["num_hidden_layers"],
+        "num_attention_heads": heads,
+        "hidden_act": _act(settings),
+        "image_size": _plain(settings.get("image_size", 224)),
+        "patch_size": _plain(settings.get("patch_size", 16)),
+        "num_channels": settings.get("num_channels", 3),
+        "num_register_tokens": 0,
+        "layer_norm_eps": settings.get("layer_norm_eps", 1e-6),
+        "hidden_dropout_prob": settings.get("hidden_dropout_prob", 0.0),
+        "initializer_range": settings.get("initializer_range", 0.02),
+    }
+
+
+def _plain(size):
+    return size if isinstance(size, int) else tuple(size) if size[0] != size[1] else size[0]
+
+
+def _act(settings: dict) -> str:
+    act = settings.get("hidden_act", "gelu")
+    if act not in ("gelu", "quick_gelu", "gelu_pytorch_tanh"):
+        raise ConversionError(f"transformers' {settings['model_type']} with hidden_act={act!r} cannot be represented")
+    return act
+
+
+def _labels(evidence: Evidence, name: str) -> dict:
+    """Fields of a classifier, where there is one, with the names of the classes."""
+    if not evidence.has(f"{name}.weight"):
+        return {}
+    fields = {"num_labels": evidence.size(f"{name}.weight", 0)}
+    settings = evidence.settings or {}
+    if len(settings.get("id2label") or {}) == fields["num_labels"]:
+        fields["id2label"] = {int(number): label for number, label in settings["id2label"].items()}
+        fields["label2id"] = {label: number for number, label in fields["id2label"].items()}
+    return fields
+
+
+def _configure_vit(evidence: Evidence) -> dict:
+    settings = evidence.settings
+    has_bias = settings.get("qkv_bias", True)
+    return {
+        **_sizes(settings),
+        "intermediate_size": settings.get("intermediate_size", 3072),
+        "attention_probs_dropout_prob": settings.get("attention_probs_dropout_prob", 0.0),
+        "interpolate_antialias": False,
+        "has_mask_token": evidence.has("embeddings.mask_token"),
+        **dict.fromkeys(("has_query_bias", "has_key_bias", "has_value_bias"), has_bias),
+        **_labels(evidence, "classifier"),
+    }
+
+
+def _configure_deit(evidence: Evidence) -> dict:
+    fields = {**_configure_vit(evidence), "has_distillation_token": True}
+    two = _labels(evidence, "cls_classifier")
+    return {**fields, **two, "pooling": "cls_distillation"} if two else fields
+
+
+def _configure_ijepa(evidence: Evidence) -> dict:
+    return {**_configure_vit(evidence), "has_cls_token": False, "pooling": "mean"}
+
+
+def _configure_mae(evidence: Evidence) -> dict:
+    is_fixed = is_sincos(evidence, "embeddings.position_embeddings")
+    return {**_configure_vit(evidence), "position_embedding_type": "sincos" if is_fixed else "learned"}
+
+
+def _configure_dinov2(evidence: Evidence) -> dict:
+    settings = evidence.settings
+    is_gated, ratio = settings.get("use_swiglu_ffn", False), settings.get("mlp_ratio", 4)
+    width = settings["hidden_size"]
+    hidden = (int(int(width * ratio) * 2 / 3) + 7) // 8 * 8 if is_gated else int(width * ratio)
+    has_registers = "num_register_tokens" in settings
+    labels = _labels(evidence, "classifier")
+    return {
+        **_sizes(settings),
+        "hidden_act": "swiglu" if is_gated else _act(settings),
+        "intermediate_size": hidden,
+        "num_register_tokens": settings.get("num_register_tokens", 0),
+        "layer_scale_init_value": settings.get("layerscale_value", 1.0),
+        "attention_probs_dropout_prob": settings.get("attention_probs_dropout_prob", 0.0),
+        "drop_path_rate": settings.get("drop_path_rate", 0.0),
+        "interpolate_antialias": has_registers,
+        "has_mask_token": evidence.has("embeddings.mask_token") and not labels,
+        **dict.fromkeys(("has_query_bias", "has_key_bias", "has_value_bias"), settings.get("qkv_bias", True)),
+        **labels,
+        **({"pooling": "cls_mean"} if labels else {}),
+    }
+
+
+def _configure_dinov3(evidence: Evidence) -> dict:
+    settings = evidence.settings
+    missing = [name for name in ("proj_bias", "mlp_bias") if not settings.get(name, True)]
+    if missing:
+        raise ConversionError(f"transformers' dinov3_vit with {missing[0]}=False cannot be represented")
+    is_gated = settings.get("use_gated_mlp", False)
+    if is_gated and settings.get("hidden_act") != "silu":
+        raise ConversionError(f"dinov3_vit with a gate of {settings.get('hidden_act')!r} cannot be represented")
+    rope = settings.get("rope_parameters") or {}
+    return {
+        **_sizes({**settings, "hidden_act": "gelu" if is_gated else settings.get("hidden_act", "gelu")}),
+        "hidden_act": "swiglu" if is_gated else _act(settings),
+        "intermediate_size": settings["intermediate_size"],
+        "num_register_tokens": settings.get("num_register_tokens", 0),
+        "layer_scale_init_value": settings.get("layerscale_value", 1.0),
+        "drop_path_rate": settings.get("drop_path_rate", 0.0),
+        "position_embedding_type": "rope",
+        "rope_theta": rope.get("rope_theta", settings.get("rope_theta", 100.0)),
+        "rope_shift": settings.get("pos_embed_shift"),
+        "rope_jitter": settings.get("pos_embed_jitter"),
+        "rope_rescale": settings.get("pos_embed_rescale"),
+        "layer_norm_eps": settings.get("layer_norm_eps", 1e-5),
+        "has_query_bias": settings.get("query_bias", True),
+        "has_key_bias": settings.get("key_bias", False),
+        "has_value_bias": settings.get("value_bias", True),
+        "has_mask_token": evidence.has("embeddings.mask_token"),
+    }
+
+
+def _configure_clip(evidence: Evidence) -> dict:
+    settings = evidence.settings
+    vision = settings.get("vision_config") if settings["model_type"] == "clip" else settings
+    vision = {"model_type": "clip_vision_model", **_CLIP_DEFAULTS, **(vision or {})}
+    has_projection = evidence.has("visual_projection.weight")
+    return {
+        **_sizes(vision),
+        "intermediate_size": vision["intermediate_size"],
+        "attention_probs_dropout_prob": vision.get("attention_dropout", 0.0),
+        "has_pre_norm": True,
+        "has_patch_bias": False,
+        "interpolate_antialias": False,
+        "projection_size": evidence.size("visual_projection.weight", 0) if has_projection else None,
+    }
+
+
+_CLIP_DEFAULTS = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 32,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+
+
+def _vit_rules(config: ViTWithRegistersConfig | None) -> list[Rule]:
+    return [*EMBEDDINGS, *POSITIONS, *ATTENTION, *VIT_LAYER, MASK, *CLASSIFIER]
+
+
+def _deit_rules(config: ViTWithRegistersConfig | None) -> list[Rule]:
+    return [*EMBEDDINGS, *POSITIONS, *ATTENTION, *VIT_LAYER, MASK, *_classifiers(config)]
+
+
+def _classifiers(config: ViTWithRegistersConfig | None) -> list[Rule]:
+    if config is None:
+        return [*CLASSIFIER, *TWO_CLASSIFIERS]
+    return TWO_CLASSIFIERS if config.pooling == "cls_distillation" else CLASSIFIER
+
+
+def _mae_rules(config: ViTWithRegistersConfig | None) -> list[Rule]:
+    is_fixed = config is not None and config.position_embedding_type == "sincos"
+    fixed = [
+        Rename(
+            f"embeddings.{rule.theirs.replace('pos_embed', 'position_embeddings')}",
+            rule.ours,
+            rule.inward,
+            rule.outward,
+        )
+        for rule in FIXED
+    ]
+    decoder = Drop("decoder.{rest}", why="the decoder of pretraining")
+    return [*EMBEDDINGS, *(fixed if is_fixed else POSITIONS), *ATTENTION, *VIT_LAYER, *CLASSIFIER, decoder]
+
+
+def _dinov2_rules(config: ViTWithRegistersConfig | None) -> list[Rule]:
+    is_gated = config is not None and config.hidden_act == "swiglu"
+    gated = [*GATED_MLP, *SPLIT_MLP]
+    mlp = [*PLAIN_MLP, *gated] if config is None else gated if is_gated else PLAIN_MLP
+    has_mask = config is None or config.has_mask_token
+    mask = FLAT_MASK if has_mask else Drop("embeddings.mask_token", why="a classifier has no use for it")
+    return [*EMBEDDINGS, *POSITIONS, *ATTENTION, *DINO_LAYER, *mlp, mask, *CLASSIFIER]
+
+
+def _dinov3_rules(config: ViTWithRegistersConfig | None) -> list[Rule]:
+    parts = tuple(f"layer.{{i}}.attention.{part}_proj.{{leaf}}" for part in "qkv")
+    lacking = ()
+    if config is None or not config.has_key_bias:
+        biases = (config is None or config.has_query_bias, False, config is None or config.has_value_bias)
+        lacking = tuple(part for part, is_there in zip(parts, biases) if not is_there)
+    weights = tuple(part.replace("{leaf}", "weight") for part in parts)
+    biases = tuple(part.replace("{leaf}", "bias") for part in parts)
+    rules = [
+        *DINOV3,
+        Join(weights, "layers.{i}.attention.qkv.weight"),
+        Join(biases, "layers.{i}.attention.qkv.bias", tuple(part.replace("{leaf}", "bias") for part in lacking)),
+    ]
+    gated = Join(("layer.{i}.mlp.gate_proj.{leaf}", "layer.{i}.mlp.up_proj.{leaf}"), "layers.{i}.mlp.fc1.{leaf}")
+    plain = Rename("layer.{i}.mlp.up_proj.{leaf}", "layers.{i}.mlp.fc1.{leaf}")
+    return [*rules, gated if config is None or config.hidden_act == "swiglu" else plain]
+
+
+def _prepare(evidence: Evidence, config: ViTWithRegistersConfig, *, statistics: dict, squash: bool, **options) -> dict:
+    """For folders without the settings of an image processor: those of the class that the family uses."""
+    side = config.image_size if isinstance(config.image_size, int) else min(config.image_size)
+    make = prepare_square if squash else prepare_crop
+    return make(side, **options, **statistics)
+
+
+def _layout(name: str, base: str, configure, rules, *, statistics: dict, squash: bool = False, **options) -> Layout:
+    canonical = {"dinov3_vit": _canonical_dinov3, "clip": _canonical_clip}.get(base, _canonical(base))
+    return Layout(
+        name=name,
+        title=f"transformers' {base}",
+        licence=None,
+        rules=rules,
+        configure=configure,
+        prepare=lambda evidence, config: _prepare(evidence, config, statistics=statistics, squash=squash, **options),
+        canonical=canonical,
+    )
+
+
+_SQUARE = {"statistics": INCEPTION, "squash": True, "resample": BILINEAR}
+_CROP = {"statistics": IMAGENET}
+# By `model_type`.
+LAYOUTS = {
+    "vit": _layout("transformers-vit", "vit", _configure_vit, _vit_rules, **_SQUARE),
+    "deit": _layout("transformers-deit", "deit", _configure_deit, _deit_rules, **_CROP),
+    "ijepa": _layout("transformers-ijepa", "ijepa", _configure_ijepa, _vit_rules, **_SQUARE),
+    "vit_mae": _layout("transformers-mae", "vit", _configure_mae, _mae_rules, **_CROP),
+    "dinov2": _layout("transformers-dinov2", "dinov2", _configure_dinov2, _dinov2_rules, **_CROP),
+    "dinov2_with_registers": _layout(
+        "transformers-dinov2-registers", "dinov2_with_registers", _configure_dinov2, _dinov2_rules, **_CROP
+    ),
+    "dinov3_vit": _layout(
+        "transformers-dinov3", "dinov3_vit", _configure_dinov3, _dinov3_rules, statistics=IMAGENET, squash=True
+    ),
+    "clip_vision_model": _layout(
+        "transformers-clip", "clip", _configure_clip, lambda config: list(CLIP_RULES), statistics=CLIP
+    ),
+}
+LAYOUTS["clip"] = LAYOUTS["clip_vision_model"]
+
+
+def transformers_settings(layout: Layout, config: ViTWithRegistersConfig, *, is_classifier: bool) -> dict:
+    """The `config.json` of the class of transformers that the layout is of.
+
+    Args:
+        layout: one of `LAYOUTS`.
+        config: of ours.
+        is_classifier: whether there is a classifier.
+    """
+    model_type = next(name for name, known in LAYOUTS.items() if known is layout)
+    settings = {
+        "architectures": [_class_name(model_type, config, is_classifier)],
+        "model_type": model_type,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "intermediate_size": config.intermediate_size,
+        "hidden_act": config.hidden_act,
+        "layer_norm_eps": config.layer_norm_eps,
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "num_channels": config.num_channels,
+        "qkv_bias": config.has_query_bias,
+        "initializer_range": config.initializer_range,
+    }
+    is_gated = config.hidden_act == "swiglu"
+    if model_type.startswith("dinov2"):
+        ratio = config.intermediate_size / config.hidden_size
+        settings |= {
+            # SwiGLU takes two thirds of the ratio, and whole numbers stay whole, for types are checked.
+            "mlp_ratio": 4 if is_gated else int(ratio) if ratio == int(ratio) else ratio,
+            "use_swiglu_ffn": is_gated,
+            "layerscale_value": config.layer_scale_init_value,
+            "hidden_act": "gelu" if is_gated else config.hidden_act,
+        }
+        if model_type == "dinov2_with_registers":
+            settings["num_register_tokens"] = config.num_register_tokens
+    if model_type == "dinov3_vit":
+        settings |= {
+            "num_register_tokens": config.num_register_tokens,
+            "rope_theta": config.rope_theta,
+            "layerscale_value": config.layer_scale_init_value,
+            "use_gated_mlp": is_gated,
+            "hidden_act": "silu" if is_gated else config.hidden_act,
+            "query_bias": config.has_query_bias,
+            "key_bias": config.has_key_bias,
+            "value_bias": config.has_value_bias,
+        }
+    if model_type == "clip_vision_model" and config.projection_size is not None:
+        settings["projection_dim"] = config.projection_size
+    if is_classifier:
+        settings |= {"id2label": config.id2label, "label2id": config.label2id}
+    return settings
+
+
+def _class_name(model_type: str, config: ViTWithRegistersConfig, is_classifier: bool) -> str:
+    base = {
+        "vit": "ViT",
+        "deit": "DeiT",
+        "ijepa": "IJepa",
+        "dinov2": "Dinov2",
+        "dinov2_with_registers": "Dinov2WithRegisters",
+        "dinov3_vit": "DINOv3ViT",
+        "clip_vision_model": "CLIPVision",
+    }[model_type]
+    if model_type == "clip_vision_model" and config.projection_size is not None:
+        return "CLIPVisionModelWithProjection"
+    if not is_classifier:
+        return f"{base}Model"
+    return f"{base}ForImageClassification" + ("WithTeacher" if config.pooling == "cls_distillation" else "")
+
+
+def name_in_file(layout: Layout, settings: dict, name: str) -> str:
+    """A tensor's name in the file of the class that the settings name: classes with a head put a word in front."""
+    model_type, kind = settings["model_type"], settings["architectures"][0]
+    if kind.endswith("Model") or "classifier" in name or name == "visual_projection.weight":
+        return name
+    return f"{'vision_model' if model_type == 'clip_vision_model' else model_type}.{name}"
+
+
+__all__ = ["LAYOUTS", "name_in_file", "transformers_settings"]
