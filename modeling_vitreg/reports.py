@@ -61,13 +61,13 @@ class ConversionReport:
     """How a checkpoint became a model, or a model another layout's checkpoint, and what proves it.
 
     Args:
-        source: `path`, `layout`, `container`, `sha256`, `num_bytes`; `licence` of the official weights, if
-            known; and `assumed`: fields of the configuration that no tensor shows, as is usual in the family.
+        source: `path`, `layout`, `container`, `sha256`, `num_bytes`, the `licence` of official weights, and `assumed`:
+            fields of the configuration that no tensor shows, as is usual in the family.
         target: `layout`, `class` of the model, `num_parameters`.
         ledger: `num_used`, `dropped` and `filled` with their reasons, and the line of coverage.
-        proof: `is_verified`; then `reference`, `sizes`, `errors` (for each size and kind of tokens the largest `absolute`
-            difference and `relative`, in units of the largest value), `largest_relative_error`, `tolerance`, `notes`;
-            or `why` there is none.
+        proof: `is_verified`; then `reference`, `sizes`, `errors` (for each size and kind of tokens the largest
+            difference, `absolute` and `relative` to the largest value), `largest_relative_error`, `tolerance`,
+            `notes`; or `why` there is none.
         command: that made the conversion.
         made_with: versions of what made it.
     """

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from modeling_vitreg.conversion import ConversionError, ConversionSettings, convert
+from modeling_vitreg.conversion import ConversionError, ConversionSettings, clip, convert
 from modeling_vitreg.conversion.sources import hash_files, open_source
 
 
@@ -135,6 +135,8 @@ def test_a_hash_in_a_name_is_checked(tmp_path):
     assert hash_files([right]) == digest
     with pytest.raises(ConversionError, match=r"the name claims SHA-256 00000000\.\.\."):
         hash_files([wrong])
+    with pytest.raises(ConversionError, match=r"the name claims SHA-256 5806e77cd80f\.\.\."):
+        hash_files([(tmp_path / "plain.pth").rename(tmp_path / "ViT-B-16.pt")], known=clip.HASHES)
 
 
 @pytest.mark.parametrize(

@@ -40,14 +40,20 @@ LAYERS = {
 ALLOWED = {0: {"torch", "transformers", "huggingface_hub"}}
 ALLOWED[1] = ALLOWED[0] | {"numpy", "datasets", "PIL", "tqdm"}
 ALLOWED[2] = ALLOWED[1] | {"safetensors"}
-ALLOWED[4] = {"typer"}
+ALLOWED[4] = {"torch", "typer"}
 ALLOWED_IN_FILE = {
+    "analysis/figures.py": {"matplotlib"},
+    "analysis/probes.py": {"sklearn"},
     "conversion/pipeline.py": {"timm"},
+    "discovery/boxes.py": {"scipy"},
+    "discovery/corloc.py": {"evaluate"},
+    "discovery/figures.py": {"matplotlib"},
+    "features/loading.py": {"timm"},
     "pretraining/crops.py": {"torchvision"},
     "pretraining/figures.py": {"matplotlib"},
     "pretraining/recipe.py": {"yaml"},
 }
-ROOTS = ("benchmarks", "examples", "tests")
+ROOTS = ("benchmarks", "convert", "examples", "tests")
 
 
 def _imports(path: pathlib.Path):
@@ -147,7 +153,8 @@ def test_no_file_is_a_drawer_and_no_script_hides_a_package():
         if path.relative_to(ROOT).parts[0] not in ("modeling_vitreg", *ROOTS):
             continue
         assert path.stem not in {"utils", "common", "helpers", "misc"}, path
-        assert path.stem not in installed, path
+        # A script puts its own folder first on the path; modules of the package are never run by path.
+        assert path.stem not in installed or path.is_relative_to(PACKAGE), path
 
 
 def test_a_wheel_from_a_clean_copy_holds_one_package(tmp_path):

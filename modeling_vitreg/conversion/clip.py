@@ -9,6 +9,13 @@ from .rules import Drop, Rename, Rule, add_axes, add_axis, drop_axes, drop_axis,
 
 
 BLOCK = "transformer.resblocks.{i}"
+# OpenAI's, as their addresses have them.
+HASHES = {
+    "ViT-B-32.pt": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
+    "ViT-B-16.pt": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
+    "ViT-L-14.pt": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
+    "ViT-L-14-336px.pt": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
+}
 RULES: list[Rule] = [
     Rename("class_embedding", "embeddings.cls_token", add_axes, drop_axes),
     Rename("positional_embedding", "embeddings.position_embeddings.weight", add_axis, drop_axis),
@@ -80,6 +87,7 @@ LAYOUT = Layout(
     configure=_configure,
     prepare=lambda evidence, config: prepare_crop(config.image_size, resize=config.image_size, **CLIP),
     canonical=_canonical,
+    hashes=HASHES,
 )
 
-__all__ = ["LAYOUT", "is_openai"]
+__all__ = ["HASHES", "LAYOUT", "is_openai"]

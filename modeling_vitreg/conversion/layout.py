@@ -91,6 +91,7 @@ class Layout:
         prepare: settings of the image processor.
         canonical: names of a file's tensors to those of the layout, without what a trainer put before them.
         is_hinted: whether names that several layouts share are more likely of this one.
+        hashes: SHA-256 of official files by their names, where these do not carry it.
     """
 
     name: str
@@ -101,6 +102,7 @@ class Layout:
     prepare: Callable[[Evidence, ViTWithRegistersConfig], dict]
     canonical: Callable[[Iterable[str]], dict[str, str]] = lambda names: {name: name for name in names}
     is_hinted: Callable[[Evidence], bool] = lambda evidence: False
+    hashes: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def share(self, names: list[str]) -> float:
         """Share of names that the layout knows and has a use for."""

@@ -114,7 +114,7 @@ def convert(
     ledger = balance_inward(rules, tensors.shapes, targets, title=title)
     _check_dropped(rules, tensors, ledger)
     _check_room(output, tensors.num_bytes)
-    digest = hash_files(opened.files) if opened.files else None
+    digest = hash_files(opened.files, known=layout.hashes) if opened.files else None
 
     with sibling(output) as folder:
         _write(folder, model, ledger, tensors, _processor(layout, evidence, config), title, settings.is_quiet)

@@ -121,8 +121,12 @@ def open_source(path: str | pathlib.Path, *, container: str | None = None) -> So
     )
 
 
-def hash_files(files: list[pathlib.Path]) -> str:
+def hash_files(files: list[pathlib.Path], *, known: dict[str, str] | None = None) -> str:
     """SHA-256 of files, one after the other.
+
+    Args:
+        files: to be read.
+        known: hashes of official files by name.
 
     Raises:
         ConversionError: a file's name carries the beginning of a hash, as official names do, and it is another.
@@ -132,10 +136,11 @@ def hash_files(files: list[pathlib.Path]) -> str:
         with open(file, "rb") as stream:
             while block := stream.read(2**22):
                 digest.update(block)
-    found, claimed = digest.hexdigest(), _HASH_IN_NAME.search(files[0].name)
-    if claimed and len(files) == 1 and not found.startswith(claimed[1]):
+    found, in_name = digest.hexdigest(), _HASH_IN_NAME.search(files[0].name)
+    claimed = (known or {}).get(files[0].name, in_name[1] if in_name else "")
+    if len(files) == 1 and not found.startswith(claimed):
         raise ConversionError(
-            f"{files[0]}: the name claims SHA-256 {claimed[1]}..., the content has {found[: len(claimed[1])]}...: "
+            f"{files[0]}: the name claims SHA-256 {claimed[:12]}..., the content has {found[:12]}...: "
             "the download is damaged or the file was changed. Download it again, or rename it if the change is yours"
         )
     return found

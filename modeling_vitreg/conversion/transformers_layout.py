@@ -22,7 +22,7 @@ EMBEDDINGS: list[Rule] = [
     Rename("embeddings.register_tokens", "embeddings.register_tokens.weight", drop_axis, add_axis),
     Rename("embeddings.patch_embeddings.projection.{leaf}", "embeddings.patch_embeddings.{leaf}"),
     Rename("layernorm.{leaf}", "layernorm.{leaf}"),
-    Drop("pooler.dense.{leaf}", why="pooler that training did not use"),
+    Drop("pooler.dense.{leaf}", why="a layer behind the class token, which ours pools as it is"),
 ]
 POSITIONS: list[Rule] = [Rename("embeddings.position_embeddings", "embeddings.position_embeddings.weight")]
 LAYER = "encoder.layer.{i}"
