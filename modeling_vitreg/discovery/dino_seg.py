@@ -1,0 +1,52 @@
+"""DINO-seg: the patches that hold most of the class token's attention, as a baseline of object discovery.
+
+Letters for shapes: B images, H heads, P patches.
+
+Source: Caron et al. 2021, arXiv 2104.14294, section 4.2.2; as a method to find boxes in Simeoni et al. 2021,
+arXiv 2109.14279 (valeoai/LOST, `object_discovery.py`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+MASS = 0.6
+
+
+@torch.no_grad()
+def dino_seg(attention: Tensor, *, mass: float = MASS) -> Tensor:
+    """Keep the patches that hold most of the attention.
+
+    for each map:
+        sort its patches, smallest first, and scale them to sum to one
+        keep a patch if the sum up to it, itself included, is above 1 - `mass`
+
+    The object is the largest component. The published code leaves out the component of the last label, and takes the
+    background where there is one component only; `boxes.largest_components` does neither.
+
+    Args:
+        attention: of the class token over the patches, (..., P), not negative; a head, or several.
+        mass: share that is kept, in (0, 1].
+
+    Returns:
+        Mask (..., P), true where a patch is kept.
+
+    Raises:
+        ValueError: no patches, attention that is negative, not finite or zero everywhere, or a mass out of range.
+    """
+    if not 0 < mass <= 1:
+        raise ValueError(f"expected a mass above 0 and at most 1, got {mass}; the published one is 0.6")
+    attention = attention.float()
+    is_valid = attention.numel() and (attention >= 0).all() and attention.isfinite().all()
+    if not is_valid or not (attention.sum(dim=-1) > 0).all():
+        raise ValueError(
+            "expected attention (..., patches), not negative, finite and above zero somewhere in each map"
+        )
+    values, order = attention.sort(dim=-1, stable=True)
+    is_kept = (values / values.sum(dim=-1, keepdim=True)).cumsum(dim=-1) > 1 - mass
+    return torch.zeros_like(is_kept).scatter(-1, order, is_kept)
+
+
+__all__ = ["MASS", "dino_seg"]

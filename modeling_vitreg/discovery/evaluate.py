@@ -1,0 +1,171 @@
+"""An encoder and annotated images in, a report of what it discovers out; with a sweep over what LOST reads.
+
+A model whose plain LOST fails may well work with other features, another layer or a bias. The sweep measures all of
+these in one pass over the images. "As published" is what was fixed before; "best of sweep" was chosen on the very
+images that it is measured on, so the two never stand in one column.
+
+Images are read at full resolution, normalised as the model wants it, and padded with zeros below and to the right
+until patches fill them. Images of equal padded size share a batch.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import platform
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+import tqdm
+import transformers
+
+from modeling_vitreg.features import Encoder
+
+from .annotations import AnnotatedImage
+from .measure import Measurement
+from .settings import DiscoverySettings, Sweep
+
+
+OPTIMISTIC = "chosen on the images that it is measured on: for comparing settings, not models"
+
+
+@dataclass(frozen=True)
+class DiscoveryReport:
+    """What a model discovers on some images. Values are those of JSON: no tensor, no array.
+
+    CorLoc is the share of annotated images whose box overlaps a true box by `hit`; None where no image is annotated.
+
+    Args:
+        model: name that the encoder was loaded by, with `architecture`: its family and sizes.
+        images: `source`, `num_images` measured, `num_annotated` of them, `num_unreadable`, `num_nonfinite`,
+            `unreadable` (why, the first few), `is_complete` and, where it is false, `stopped_by`.
+        as_published: `settings`, `corloc`, `num_hits`, `mean_overlap` (of the best true box) and `num_degenerate`, the
+            images in which the method had nothing to go by.
+        sweep: `settings` and `entries`, each with `feature`, `layer`, `bias` and the numbers above; empty without one.
+        best_of_sweep: the entry of most hits, the first of several, and a `note`; empty without a sweep.
+        predictions: as published, for each image in order `name`, `box`, `overlap` (None where not annotated),
+            `is_degenerate` and the true `boxes`.
+        command: that made the report.
+        made_with: versions of what made it.
+    """
+
+    kind: ClassVar[str] = "discovery"
+    version: ClassVar[int] = 1
+
+    model: str
+    architecture: dict
+    images: dict
+    as_published: dict
+    sweep: dict
+    best_of_sweep: dict
+    predictions: list
+    command: str
+    made_with: dict = field(default_factory=dict)
+
+
+def discover(
+    encoder: Encoder,
+    images: Iterable[AnnotatedImage],
+    *,
+    settings: DiscoverySettings | None = None,
+    sweep: Sweep | None = None,
+    source: str = "",
+    command: str = "",
+) -> DiscoveryReport:
+    """Find an object in each image and compare it with the truth.
+
+    An image that cannot be read, or whose features are not finite, is counted and left out. When the pass is stopped
+    by hand or fails after the first batch, the report holds what was measured until then and says so.
+
+    Args:
+        encoder: from `modeling_vitreg.features.load_encoder`.
+        images: with boxes or without; see `annotations`.
+        settings: what is measured as published.
+        sweep: what is tried beside it; None: nothing.
+        source: of the images, in words, for the report.
+        command: that made the report, for the report.
+
+    Returns:
+        The report; `modeling_vitreg.reports.write_report` writes it.
+
+    Raises:
+        ValueError: no image could be measured, or settings that do not fit the model.
+    """
+    run = Measurement(encoder, settings or DiscoverySettings(), sweep)
+    stopped_by = _pass_over(images, run)
+    if not run.predictions:
+        raise ValueError(
+            f"expected at least one image, got {run.num_unreadable} that cannot be read, {run.num_nonfinite} with "
+            "features that are not finite, and no other" + "".join(f"\n  {line}" for line in run.unreadable)
+        )
+    settings = {**dataclasses.asdict(run.settings), "layer": run.layer}
+    entries = run.sweep_entries()
+    best = max(entries, key=lambda entry: entry["num_hits"], default={})
+    return DiscoveryReport(
+        model=encoder.name,
+        architecture=_describe(encoder),
+        images={"source": source, **run.counts(), "is_complete": stopped_by is None, "stopped_by": stopped_by},
+        as_published={"settings": settings, **run.published.summarise()},
+        sweep={"settings": dataclasses.asdict(sweep), "entries": entries} if sweep else {},
+        best_of_sweep={**best, "note": OPTIMISTIC} if best and best["corloc"] is not None else {},
+        predictions=[run.predictions[number] for number in sorted(run.predictions)],
+        command=command,
+        made_with={
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "device": str(encoder.device),
+            "dtype": str(encoder.dtype).removeprefix("torch."),
+        },
+    )
+
+
+def _pass_over(images: Iterable[AnnotatedImage], run: Measurement) -> str | None:
+    """Feed all images to a run; returns why it stopped early, None if it did not."""
+    total = len(images) if hasattr(images, "__len__") else None
+    bar = tqdm.tqdm(total=total, unit="image", desc=run.encoder.name, disable=not run.settings.has_progress_bar)
+    waiting = collections.defaultdict(list)  # padded size -> images of it
+    try:
+        with bar:
+            for number, image in enumerate(images):
+                if (read := run.read(number, image)) is None:
+                    bar.update()
+                    continue
+                group = waiting[tuple(read[1].shape)]
+                group.append(read)
+                if len(group) == run.settings.batch_size:
+                    _flush(group, run, bar)
+            for group in waiting.values():
+                if group:
+                    _flush(group, run, bar)
+    except KeyboardInterrupt:
+        return f"stopped by hand after {len(run.predictions)} images"
+    except Exception as error:  # whatever it is, what was measured is worth more than the traceback
+        if not run.predictions:
+            raise
+        return f"{type(error).__name__} after {len(run.predictions)} images: {error}"
+    return None
+
+
+def _flush(group: list[tuple], run: Measurement, bar: tqdm.tqdm) -> None:
+    entries, pixels = zip(*group)
+    run.add(list(entries), torch.stack(pixels))
+    bar.update(len(group))
+    group.clear()
+
+
+def _describe(encoder: Encoder) -> dict:
+    return {
+        "family": encoder.family,
+        "num_layers": encoder.num_layers,
+        "num_heads": encoder.num_heads,
+        "hidden_size": encoder.hidden_size,
+        "patch_shape": list(encoder.patch_shape),
+        "num_registers": encoder.num_registers,
+        "has_cls_token": encoder.has_cls_token,
+    }
+
+
+__all__ = ["OPTIMISTIC", "DiscoveryReport", "discover"]

@@ -1,0 +1,206 @@
+"""Images through a model, object by object: what grows while a discovery passes over them.
+
+Letters for shapes: B images, H heads, Q prefix tokens, N tokens, P patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from modeling_vitreg.features import Encoder, extract_many, layer_numbers
+from modeling_vitreg.images import UnreadableImage
+
+from .annotations import AnnotatedImage
+from .boxes import best_overlap, component_boxes, largest_components, pad_to_patches, seed_components
+from .dino_seg import dino_seg
+from .lost import LostResult, lost, lost_with_biases
+from .settings import DiscoverySettings, Sweep
+from .tokencut import TokenCutResult, tokencut
+
+
+@dataclass
+class Entry:
+    """An image on its way through the model; `scale` leads from its pixels to those of the original."""
+
+    number: int
+    image: AnnotatedImage
+    size: tuple[int, int]
+    scale: np.ndarray
+
+
+class Score:
+    """Hits of one setting, image by image.
+
+    Args:
+        hit: overlap from which an object counts as found.
+    """
+
+    def __init__(self, hit: float):
+        self.hit, self.overlaps, self.num_degenerate = hit, [], 0
+
+    def add(self, box: np.ndarray, truth: np.ndarray | None, is_degenerate: bool) -> float | None:
+        """Add a box (4,); returns its overlap with the best true box, None where the image is not annotated."""
+        self.num_degenerate += int(is_degenerate)
+        if truth is None:
+            return None
+        self.overlaps.append(best_overlap(box, truth))
+        return self.overlaps[-1]
+
+    def summarise(self) -> dict:
+        """The numbers of `DiscoveryReport.as_published`."""
+        num_hits = sum(overlap >= self.hit for overlap in self.overlaps)
+        return {
+            "corloc": num_hits / len(self.overlaps) if self.overlaps else None,
+            "num_hits": num_hits,
+            "mean_overlap": float(np.mean(self.overlaps)) if self.overlaps else None,
+            "num_degenerate": self.num_degenerate,
+        }
+
+
+class Measurement:
+    """Everything that grows while the images pass.
+
+    Args:
+        encoder, settings, sweep: as in `evaluate.discover`.
+
+    Raises:
+        ValueError: settings that do not fit the model.
+    """
+
+    def __init__(self, encoder: Encoder, settings: DiscoverySettings, sweep: Sweep | None):
+        self.encoder, self.settings, self.sweep = encoder, settings, sweep
+        if settings.method == "dino_seg" and not (encoder.has_cls_token and 0 <= settings.head < encoder.num_heads):
+            raise ValueError(
+                f"DINO-seg reads the attention of a class token: expected one, and a head from 0 to "
+                f"{encoder.num_heads - 1}, got {'one' if encoder.has_cls_token else 'none'} and head {settings.head}"
+            )
+        (self.layer,) = layer_numbers(settings.layer, encoder.num_layers, first=1)
+        layers = layer_numbers(sweep.layers, encoder.num_layers, first=1) if sweep else []
+        self.pairs = list(dict.fromkeys((layer, feature) for layer in layers for feature in sweep.features))
+        self.published = Score(settings.hit)
+        self.scores = {(*pair, bias): Score(settings.hit) for pair in self.pairs for bias in sweep.biases}
+        self.predictions, self.unreadable = {}, []
+        self.num_unreadable = self.num_nonfinite = 0
+
+    def read(self, number: int, image: AnnotatedImage) -> tuple[Entry, Tensor] | None:
+        """Pixels (C, rows, columns), padded; None for an image that cannot be read."""
+        try:
+            picture = image.open()
+        except UnreadableImage as error:
+            self.num_unreadable += 1
+            self.unreadable = [*self.unreadable, str(error)][:3]
+            return None
+        original = picture.size
+        longest = self.settings.longest_side
+        if longest is not None and max(original) > longest:
+            sides = [max(round(side * longest / max(original)), 1) for side in original]
+            picture = picture.resize(sides, Image.Resampling.BICUBIC)
+        entry = Entry(number, image, picture.size[::-1], np.tile(np.divide(original, picture.size), 2))
+        return entry, _to_pixels(picture, self.encoder)
+
+    def add(self, entries: list[Entry], pixels: Tensor) -> None:
+        """Measure a batch (B, C, rows, columns)."""
+        wanted = self.pairs
+        if self.settings.method != "dino_seg":
+            wanted = list(dict.fromkeys([*wanted, (self.layer, self.settings.feature)]))
+        found = dict(zip(wanted, extract_many(self.encoder, pixels, wanted=wanted))) if wanted else {}
+        attention = self._attention(pixels)
+        values = [tokens.patch_tokens for tokens in found.values()] + [attention] * (attention is not None)
+        is_finite = torch.stack([value.isfinite().flatten(1).all(dim=1) for value in values]).all(dim=0)
+        self.num_nonfinite += int((~is_finite).sum())
+        if not is_finite.any():
+            return
+        entries = [entry for entry, is_kept in zip(entries, is_finite.tolist()) if is_kept]
+        found = {pair: tokens.patch_tokens[is_finite] for pair, tokens in found.items()}
+        attention = None if attention is None else attention[is_finite]
+        grid = tuple(side // patch for side, patch in zip(pixels.shape[2:], self.encoder.patch_shape))
+        published = self._publish(entries, found, attention, grid)
+        swept = {key: boxes for pair in self.pairs for key, boxes in self._try(entries, pair, found[pair], grid)}
+        # Only now, so that a pass that is stopped in the middle of a batch has no half of it.
+        self._add_predictions(entries, *published)
+        for key, (boxes, is_degenerate) in swept.items():
+            for entry, box, is_vain in zip(entries, boxes, is_degenerate):
+                self.scores[key].add(box, entry.image.boxes, is_vain)
+
+    def counts(self) -> dict:
+        """How many images were measured, and what became of the others."""
+        return {
+            "num_images": len(self.predictions),
+            "num_annotated": len(self.published.overlaps),
+            "num_unreadable": self.num_unreadable,
+            "num_nonfinite": self.num_nonfinite,
+            "unreadable": self.unreadable,
+        }
+
+    def sweep_entries(self) -> list[dict]:
+        """The numbers of each setting of the sweep."""
+        return [
+            {"feature": feature, "layer": layer, "bias": bias, **score.summarise()}
+            for (layer, feature, bias), score in self.scores.items()
+        ]
+
+    def _attention(self, pixels: Tensor) -> Tensor | None:
+        if self.settings.method != "dino_seg":
+            return None
+        (maps,) = self.encoder.prefix_attention(pixels, layers=[self.layer])  # [B, H, Q, N]
+        return maps[:, self.settings.head, 0, maps.shape[2] :]
+
+    def _publish(self, entries: list, found: dict, attention: Tensor | None, grid: tuple) -> tuple[np.ndarray, list]:
+        """Boxes as published, and which of them say nothing."""
+        settings = self.settings
+        if settings.method == "dino_seg":
+            components = largest_components(dino_seg(attention, mass=settings.mass), grid=grid)
+            is_degenerate = attention.amax(dim=1) == attention.amin(dim=1)
+        else:
+            result = self._apply(found[self.layer, settings.feature])
+            components, is_degenerate = seed_components(result.mask, result.seeds, grid=grid), result.is_degenerate
+        return self._boxes(components, entries), is_degenerate.tolist()
+
+    def _add_predictions(self, entries: list[Entry], boxes: np.ndarray, is_degenerate: list) -> None:
+        for entry, box, is_vain in zip(entries, boxes, is_degenerate):
+            truth = entry.image.boxes
+            self.predictions[entry.number] = {
+                "name": entry.image.name,
+                "box": box.tolist(),
+                "overlap": self.published.add(box, truth, is_vain),
+                "is_degenerate": is_vain,
+                "boxes": None if truth is None else np.asarray(truth, dtype=np.float64).tolist(),
+            }
+
+    def _apply(self, patches: Tensor) -> LostResult | TokenCutResult:
+        settings = self.settings
+        if settings.method == "tokencut":
+            return tokencut(patches, tau=settings.tau, epsilon=settings.epsilon)
+        names = ("bias", "num_candidates", "is_centred", "is_normalised")
+        return lost(patches, **{name: getattr(settings, name) for name in names})
+
+    def _try(self, entries: list, pair: tuple, patches: Tensor, grid: tuple) -> Iterator[tuple]:
+        """Keys of the sweep for one feature of one layer, with boxes and which of them say nothing."""
+        options = {"is_centred": self.sweep.is_centred, "is_normalised": self.sweep.is_normalised}
+        options["num_candidates"] = self.settings.num_candidates
+        results = lost_with_biases(patches, biases=self.sweep.biases, **options)
+        for bias, result in zip(self.sweep.biases, results):
+            boxes = self._boxes(seed_components(result.mask, result.seeds, grid=grid), entries)
+            yield (*pair, bias), (boxes, result.is_degenerate.tolist())
+
+    def _boxes(self, components: np.ndarray, entries: list[Entry]) -> np.ndarray:
+        """Boxes (B, 4) in pixels of the original images."""
+        sizes = [entry.size for entry in entries]
+        boxes = component_boxes(components, patch_shape=self.encoder.patch_shape, image_sizes=sizes)
+        return boxes * np.stack([entry.scale for entry in entries])
+
+
+def _to_pixels(picture: Image.Image, encoder: Encoder) -> Tensor:
+    values = np.asarray(picture.convert("L" if len(encoder.image_mean) == 1 else "RGB"), dtype=np.float32) / 255
+    values = values.reshape(picture.height, picture.width, -1)
+    values = (values - np.float32(encoder.image_mean)) / np.float32(encoder.image_std)
+    return pad_to_patches(torch.from_numpy(values).permute(2, 0, 1), patch_shape=encoder.patch_shape)
+
+
+__all__ = ["Entry", "Measurement", "Score"]

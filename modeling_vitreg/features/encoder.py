@@ -1,0 +1,253 @@
+"""One contract between a model and everything that looks at it.
+
+Letters for shapes: B images, N tokens, P patches, R registers, Q prefix tokens, D width, H heads, L layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from modeling_vitreg.modes import evaluation_mode
+
+from .families import (
+    any_image_size,
+    count_heads,
+    find_image_size,
+    find_layers,
+    find_part,
+    find_tower,
+    keywords_of,
+)
+from .hooks import record_attention
+
+
+class Encoder:
+    """A model of a supported family, with the names of its parts. `load_encoder` makes one.
+
+    Args:
+        model: the module, with or without a head; it is used as it is and never changed.
+        name: for reports.
+        statistics: mean and standard deviation of each channel, for pixels in 0 ... 1.
+
+    Attributes:
+        model, name, family: as above; the family is a short word such as "dinov2" or "timm".
+        tower, layers: the module that holds embeddings, layers and final norm, and its layers.
+        num_layers, num_heads, hidden_size: L, H and D.
+        patch_shape: (rows, columns) of a patch in pixels.
+        image_size: (rows, columns) that the model was trained at, in pixels.
+        num_registers, has_cls_token, has_distillation_token: the prefix.
+        image_mean, image_std: one value a channel.
+        device, dtype: of the weights.
+
+    Raises:
+        ValueError: a model of another family.
+    """
+
+    def __init__(self, model: nn.Module, *, name: str, statistics: tuple):
+        self.model, self.name = model, name
+        self.family, self.tower = find_tower(model)
+        self._convolution = find_part(self.tower, "patches")
+        self.layers = find_layers(self.tower)
+        self.num_layers = len(self.layers)
+        self.num_heads = count_heads(self.tower, find_part(self.layers[0], "attention"))
+        self.hidden_size = self._convolution.out_channels
+        self.patch_shape = tuple(self._convolution.kernel_size)
+        self.image_size = find_image_size(self.tower, self.patch_shape)
+        self.image_mean, self.image_std = map(tuple, statistics)
+
+    @property
+    def has_cls_token(self) -> bool:
+        """Whether the sequence begins with a class token."""
+        return find_part(self.tower, "cls") is not None
+
+    @property
+    def has_distillation_token(self) -> bool:
+        """Whether a distillation token follows it."""
+        return find_part(self.tower, "distillation") is not None
+
+    @property
+    def num_registers(self) -> int:
+        """R."""
+        registers = find_part(self.tower, "registers")
+        registers = getattr(registers, "weight", registers)  # ours are a module
+        return 0 if registers is None else registers.shape[-2]
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens in front of the patches: class token, distillation token and registers."""
+        return self.has_cls_token + self.has_distillation_token + self.num_registers
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._convolution.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the weights."""
+        return self._convolution.weight.dtype
+
+    def prepare(self, images: Sequence[Image.Image], *, size: int | None = None) -> Tensor:
+        """Images to pixels: resized (bicubic) until the short side fits, cut in the centre, normalised.
+
+        Args:
+            images: of any sizes.
+            size: side of the square that is cut out; None: `image_size`.
+
+        Returns:
+            Pixels (B, C, rows, columns) in float32, on the CPU.
+
+        Raises:
+            ValueError: no images, or a size that does not fit the patches.
+        """
+        if not len(images):
+            raise ValueError("expected one image or more, got none")
+        sides = self.image_size if size is None else (size, size)
+        check_sides(sides, self.patch_shape)
+        mode = "L" if self._convolution.in_channels == 1 else "RGB"
+        pixels = np.stack([_fit(image.convert(mode), sides) for image in images])  # [B, rows, columns(, C)]
+        pixels = pixels.reshape(*pixels.shape[:3], -1).astype(np.float32) / 255
+        pixels = (pixels - np.float32(self.image_mean)) / np.float32(self.image_std)
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+    @torch.no_grad()
+    def embed_patches(self, pixel_values: Tensor) -> Tensor:
+        """(B, P, D): what the patch embedding makes of images (B, C, height, width), before positions."""
+        return self._convolution(self._check(pixel_values)).flatten(2).transpose(1, 2)
+
+    @torch.no_grad()
+    def prefix_attention(self, pixel_values: Tensor, *, layers: int | Sequence[int]) -> list[Tensor]:
+        """Attention probabilities of the prefix tokens over all tokens, under any attention back end.
+
+        Nothing of size N x N is built, and layers behind the last one asked for do not run.
+
+        Args:
+            pixel_values: (B, C, height, width).
+            layers: from 1, or from -1 backwards.
+
+        Returns:
+            For each layer (B, H, Q, N) in float32; queries and tokens in the order class token, distillation token,
+            registers, patches. Q is 0 for a model without prefix.
+
+        Raises:
+            ValueError: images that do not fit, or no such layer.
+        """
+        numbers = layer_numbers(layers, self.num_layers, first=1)
+        sizes = {"num_heads": self.num_heads, "num_queries": self.num_prefix_tokens}
+
+        def hooks(keep: Callable) -> Iterator:
+            for number in set(numbers):
+                yield from record_attention(self.layers[number - 1], functools.partial(keep, number), **sizes)
+
+        found = self.run(pixel_values, hooks, num_expected=len(set(numbers)))
+        return [found[number] for number in numbers]
+
+    def norm_tokens(self, tokens: Tensor) -> Tensor:
+        """Apply the final norm to tokens (B, N, D); a model that norms the pooled vector in its place does nothing."""
+        norm = getattr(self.tower, "norm_tokens", None) or find_part(self.tower, "norm")
+        return norm(tokens)
+
+    def run(self, pixel_values: Tensor, hooks: Callable[[Callable], Iterator], *, num_expected: int) -> dict:
+        """Run the model, in evaluation mode, until its hooks have found everything.
+
+        Every module returns to the mode that it was in, and no hook stays, whatever happens.
+
+        Args:
+            pixel_values: (B, C, height, width).
+            hooks: makes them; they call what it is given with a key and what they found.
+            num_expected: number of keys; behind the last one the model stops.
+
+        Returns:
+            What was found, by its key.
+
+        Raises:
+            ValueError: images that do not fit.
+            RuntimeError: the model never called a module with a hook.
+        """
+        found = {}
+
+        def keep(key: object, value: Tensor) -> None:
+            found[key] = value
+            if len(found) == num_expected:
+                raise _Enough
+
+        pixel_values = self._check(pixel_values)
+        handles = []
+        with contextlib.ExitStack() as stack:
+            stack.callback(lambda: [handle.remove() for handle in handles])
+            handles.extend(hooks(keep))
+            stack.enter_context(evaluation_mode(self.tower))
+            stack.enter_context(any_image_size(self.tower, self.family, pixel_values))
+            stack.enter_context(contextlib.suppress(_Enough))
+            self.tower(pixel_values, **keywords_of(self.family, pixel_values, self.patch_shape))
+        if len(found) != num_expected:
+            raise RuntimeError(f"{self.name}: the model ran without calling all the modules that were expected of it")
+        return found
+
+    def _check(self, pixel_values: Tensor) -> Tensor:
+        channels = self._convolution.in_channels
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != channels or not len(pixel_values):
+            raise ValueError(
+                f"expected images (batch, {channels}, height, width), got a tensor of shape "
+                f"{tuple(pixel_values.shape)}; `Encoder.prepare` makes one of PIL images"
+            )
+        check_sides(tuple(pixel_values.shape[2:]), self.patch_shape)
+        return pixel_values.to(self.device, self.dtype)
+
+
+def check_sides(sides: Sequence[int], patch_shape: Sequence[int]) -> None:
+    """Refuse an image of (height, width) pixels that patches of (rows, columns) pixels do not fill.
+
+    Raises:
+        ValueError: the message names the nearest sizes that fit.
+    """
+    for axis, side, patch in zip(("height", "width"), sides, patch_shape):
+        if side % patch or side < patch:
+            below = max(side // patch, 1) * patch
+            raise ValueError(
+                f"an image {axis} of {side} pixels does not fit patches of {patch} pixels: the nearest sizes that fit "
+                f"are {below} and {below + patch}; resize or pad the images"
+            )
+
+
+def layer_numbers(layers: int | Sequence[int], num_layers: int, *, first: int) -> list[int]:
+    """Layers by their numbers, whichever end they were counted from.
+
+    Args:
+        layers: one or several; -1 is the last layer.
+        num_layers: of the model.
+        first: smallest number that makes sense: 0, the input of the first layer, or 1.
+
+    Raises:
+        ValueError: no layer, or one that does not exist.
+    """
+    layers = [layers] if isinstance(layers, int) else list(layers)
+    lowest = first - num_layers - 1
+    if not layers or any(not (lowest <= layer < 0 or first <= layer <= num_layers) for layer in layers):
+        raise ValueError(
+            f"expected layers from {first} to {num_layers}, or from {lowest} to -1 counted from the end, got {layers}"
+        )
+    return [layer % (num_layers + 1) for layer in layers]
+
+
+class _Enough(Exception):
+    """Everything that was asked for is there: the rest of the model need not run."""
+
+
+def _fit(image: Image.Image, sides: tuple[int, int]) -> np.ndarray:
+    rows, columns = sides
+    scale = max(rows / image.height, columns / image.width)
+    width, height = max(round(image.width * scale), columns), max(round(image.height * scale), rows)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - columns) // 2, (height - rows) // 2
+    return np.asarray(image.crop((left, top, left + columns, top + rows)))
+
+
+__all__ = ["Encoder", "check_sides", "layer_numbers"]

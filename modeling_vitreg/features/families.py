@@ -1,0 +1,176 @@
+"""How each family of models is recognised, where its parts lie, and what it has to be told to see any image.
+
+A family is known by the name of the class that holds embeddings, layers and final norm; names of the parts differ
+between families and versions, and the first one that exists counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+# Class of the module that holds embeddings, layers and final norm -> family.
+FAMILIES = {
+    "ViTWithRegistersModel": "vitreg",
+    "ViTModel": "vit",
+    "DeiTModel": "deit",
+    "Dinov2Model": "dinov2",
+    "Dinov2Backbone": "dinov2",
+    "Dinov2WithRegistersModel": "dinov2_with_registers",
+    "Dinov2WithRegistersBackbone": "dinov2_with_registers",
+    "DINOv3ViTModel": "dinov3_vit",
+    "DINOv3ViTBackbone": "dinov3_vit",
+    "CLIPVisionModel": "clip",
+    "CLIPVisionTransformer": "clip",
+    "SiglipVisionModel": "siglip",
+    "SiglipVisionTransformer": "siglip",
+    "ViTMAEModel": "vit_mae",
+    "IJepaModel": "ijepa",
+    "VisionTransformer": "timm",
+    "Eva": "timm",
+    "DinoVisionTransformer": "dinov2_hub",
+}
+_INTERPOLATE_ON_REQUEST = ("vit", "deit", "clip", "siglip", "vit_mae", "ijepa")
+EXPECTED = (
+    "a model of this package; ViT, DeiT, Dinov2, Dinov2WithRegisters, DINOv3ViT, CLIP, SigLIP, ViTMAE or I-JEPA of "
+    "transformers; VisionTransformer or Eva of timm; or DINOv2 of torch.hub"
+)
+
+# Where each part lies, over families and versions; the first one that exists counts.
+_PARTS = {
+    "patches": (
+        "embeddings.patch_embeddings.projection",
+        "embeddings.patch_embeddings",
+        "embeddings.patch_embedding",
+        "patch_embed.proj",
+    ),
+    "layers": ("encoder.layer", "encoder.layers", "model.layer", "layer", "layers", "blocks"),
+    "norm": ("layernorm", "post_layernorm", "norm"),
+    "cls": ("embeddings.cls_token", "embeddings.class_embedding", "cls_token"),
+    "distillation": ("embeddings.distillation_token", "dist_token"),
+    "registers": ("embeddings.register_tokens", "register_tokens", "reg_token"),
+    "attention": ("attention.attention", "attention", "self_attn", "attn"),
+    "mlp": ("mlp.fc2", "mlp.down_proj", "mlp.weights_out", "mlp.w3", "output.dense"),
+}
+
+
+def find_part(module: nn.Module, part: str) -> object:
+    """A part of a tower ("patches", "layers", "norm", "cls", "distillation", "registers") or of a layer ("attention",
+    "mlp", which is the second linear layer of the MLP); None where there is none."""
+    for path in _PARTS[part]:
+        if (found := follow(module, path)) is not None:
+            return found
+    return None
+
+
+def find_tower(model: nn.Module) -> tuple[str, nn.Module]:
+    """Family and the module of a model that holds embeddings, layers and final norm.
+
+    Raises:
+        ValueError: no family; the message lists them.
+    """
+    for module in model.modules():
+        for kind in type(module).__mro__:
+            is_whole = all(find_part(module, part) is not None for part in ("layers", "norm"))
+            if kind.__name__ in FAMILIES and is_whole and isinstance(find_part(module, "patches"), nn.Conv2d):
+                return FAMILIES[kind.__name__], module
+    raise ValueError(f"expected {EXPECTED}, got {type(model).__module__}.{type(model).__name__}")
+
+
+def find_layers(tower: nn.Module) -> list[nn.Module]:
+    """All layers in order."""
+    layers = find_part(tower, "layers")
+    if getattr(tower, "chunked_blocks", False):  # official DINOv2 with empty places, so that numbers stay
+        layers = [layer for chunk in layers for layer in chunk if not isinstance(layer, nn.Identity)]
+    return list(layers)
+
+
+def count_heads(tower: nn.Module, attention: nn.Module) -> int:
+    """H.
+
+    Raises:
+        ValueError: neither the attention nor the configuration tells.
+    """
+    for name in ("num_heads", "num_attention_heads"):
+        for owner in (attention, getattr(tower, "config", None)):
+            if isinstance(getattr(owner, name, None), int):
+                return getattr(owner, name)
+    raise ValueError(f"expected attention with a number of heads, got {type(attention).__name__}")
+
+
+def find_image_size(tower: nn.Module, patch_shape: tuple) -> tuple[int, int]:
+    """Pixels (rows, columns) that the model was trained at, cut to whole patches; 224 where nothing tells."""
+    size = follow(tower, "config.image_size") or follow(tower, "patch_embed.img_size") or 224
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    return tuple(max(side // patch, 1) * patch for side, patch in zip(sides, patch_shape))
+
+
+def keywords_of(family: str, pixel_values: Tensor, patch_shape: tuple) -> dict:
+    """What the model has to be told beside the images."""
+    keywords = {"interpolate_pos_encoding": True} if family in _INTERPOLATE_ON_REQUEST else {}
+    if family == "vit_mae":  # it sorts the patches by this noise, even where it masks none
+        num_patches = math.prod(side // patch for side, patch in zip(pixel_values.shape[2:], patch_shape))
+        order = torch.arange(num_patches, device=pixel_values.device, dtype=torch.float32)
+        keywords["noise"] = order.expand(len(pixel_values), -1)
+    return keywords
+
+
+@contextlib.contextmanager
+def any_image_size(tower: nn.Module, family: str, pixel_values: Tensor) -> Iterator[None]:
+    """Let timm interpolate positions, where it was told not to, and MAE see all patches."""
+    if family == "vit_mae":
+        with _changed([(tower.config, "mask_ratio", 0.0)]):
+            yield
+        return
+    is_fixed = not getattr(tower, "dynamic_img_size", True)  # others than timm's interpolate unasked
+    if not is_fixed or tuple(tower.patch_embed.img_size) == tuple(pixel_values.shape[2:]):
+        yield
+        return
+    embed = tower.patch_embed
+    changes = [(tower, "dynamic_img_size", True), (embed, "strict_img_size", False)]
+    changes += [(embed, "flatten", False), (embed, "output_fmt", type(embed.output_fmt)("NHWC"))]
+    resize_rotary = getattr(getattr(tower, "rope", None), "update_feat_shape", None) or (lambda grid: None)
+    try:
+        resize_rotary([side // patch for side, patch in zip(pixel_values.shape[2:], embed.patch_size)])
+        with _changed(changes):
+            yield
+    finally:
+        resize_rotary(list(embed.grid_size))
+
+
+@contextlib.contextmanager
+def _changed(changes: list[tuple]) -> Iterator[None]:
+    """Other attributes, given as (owner, name, value), inside the block."""
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
+    try:
+        for owner, name, value in changes:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)
+
+
+def follow(module: object, path: str) -> object:
+    """What lies at a dotted path below a module, None where it ends early."""
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module
+
+
+__all__ = [
+    "FAMILIES",
+    "any_image_size",
+    "count_heads",
+    "find_image_size",
+    "find_layers",
+    "find_part",
+    "find_tower",
+    "follow",
+    "keywords_of",
+]

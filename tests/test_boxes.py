@@ -1,0 +1,160 @@
+"""Boxes, overlaps, components and annotations, against loops and known truth."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from modeling_vitreg.discovery.annotations import AnnotatedImage, read_coco, read_scenes, read_voc
+from modeling_vitreg.discovery.boxes import (
+    best_overlap,
+    box_overlaps,
+    component_boxes,
+    corloc,
+    largest_components,
+    pad_to_patches,
+    seed_components,
+)
+from modeling_vitreg.images import UnreadableImage
+from modeling_vitreg.scenes import SceneSettings, render_scene
+
+
+def flood(mask, start):
+    """Places that can be reached from one by steps over shared sides."""
+    reached, waiting = set(), [start]
+    while waiting:
+        row, column = waiting.pop()
+        inside = 0 <= row < len(mask) and 0 <= column < len(mask[0])
+        if inside and mask[row][column] and (row, column) not in reached:
+            reached.add((row, column))
+            waiting += [(row + 1, column), (row - 1, column), (row, column + 1), (row, column - 1)]
+    return reached
+
+
+def places(component):
+    return set(zip(*(axis.tolist() for axis in np.nonzero(component))))
+
+
+def test_components_are_those_of_a_flood_and_never_cross_from_one_image_to_the_next():
+    masks = torch.rand(20, 5 * 7) > 0.45
+    seeds = torch.stack([mask.nonzero()[number % int(mask.sum()), 0] for number, mask in enumerate(masks)])
+    found = seed_components(masks, seeds, grid=(5, 7))
+    largest = largest_components(masks, grid=(5, 7))
+    for mask, seed, component, large in zip(masks.reshape(-1, 5, 7).tolist(), seeds.tolist(), found, largest):
+        assert places(component) == flood(mask, divmod(seed, 7))
+        all_components = [flood(mask, place) for place in np.ndindex(5, 7) if mask[place[0]][place[1]]]
+        assert places(large) == max(all_components, key=len)
+
+
+def test_a_seed_outside_its_mask_stands_alone_and_an_empty_mask_has_no_largest_component():
+    empty = torch.zeros(2, 6, dtype=torch.bool)
+    assert [places(part) for part in seed_components(empty, torch.tensor([4, 0]), grid=(2, 3))] == [{(1, 1)}, {(0, 0)}]
+    assert not largest_components(empty, grid=(2, 3)).any()
+    with pytest.raises(ValueError, match="patch in every component"):
+        component_boxes(largest_components(empty, grid=(2, 3)), patch_shape=(8, 8))
+
+
+def test_boxes_lie_around_components_and_inside_the_image_before_padding():
+    components = np.zeros((2, 4, 5), dtype=bool)
+    components[0, 1:3, 2:5] = True
+    components[1, 3, 0] = True
+    assert component_boxes(components, patch_shape=(8, 16)).tolist() == [[32, 8, 80, 24], [0, 24, 16, 32]]
+    cut = component_boxes(components, patch_shape=(8, 16), image_sizes=[(30, 70), (27, 80)])
+    assert cut.tolist() == [[32, 8, 70, 24], [0, 24, 16, 27]]
+
+
+def test_overlap_equals_the_count_of_shared_pixels():
+    corners = torch.randint(0, 12, (30, 4)).numpy()
+    boxes = np.sort(corners.reshape(-1, 2, 2), axis=1).reshape(-1, 4).astype(float)
+    pixels = np.zeros((30, 12, 12), dtype=bool)
+    for picture, (left, top, right, bottom) in zip(pixels, boxes.astype(int)):
+        picture[top:bottom, left:right] = True
+    common = (pixels[:, None] & pixels[None]).sum(axis=(2, 3))
+    union = (pixels[:, None] | pixels[None]).sum(axis=(2, 3))
+    np.testing.assert_allclose(box_overlaps(boxes, boxes), common / np.maximum(union, 1))
+    assert best_overlap(boxes[0], np.zeros((0, 4))) == 0
+
+
+def test_corloc_counts_images_whose_box_overlaps_one_of_the_true_boxes_by_half():
+    truth = [np.array([[0, 0, 10, 10], [20, 20, 30, 30]])] * 3 + [np.zeros((0, 4))]
+    predicted = [[20, 20, 30, 25], [0, 0, 10, 10], [0, 0, 10, 4.9], [0, 0, 1, 1]]
+    assert corloc(predicted, truth) == 0.5  # exactly half counts, an image without objects is a miss
+    assert corloc(predicted, truth, hit=0.6) == 0.25
+    assert corloc(predicted[1:2] * 3 + predicted[3:], truth) == 0.75
+    with pytest.raises(ValueError, match="got 4 for 0"):
+        corloc(predicted, [])
+
+
+@pytest.mark.parametrize("sides, padded", [((5, 17), (8, 24)), ((16, 8), (16, 8)), ((1, 1), (8, 8))])
+def test_images_are_padded_below_and_to_the_right(sides, padded):
+    pixels = torch.ones(3, *sides)
+    result = pad_to_patches(pixels, patch_shape=(8, 8))
+    assert result.shape == (3, *padded)
+    assert result.sum() == pixels.numel() and result[:, : sides[0], : sides[1]].all()
+
+
+def test_coco_files_are_read_without_crowds_and_with_images_that_have_no_box(tmp_path):
+    content = {
+        "images": [{"id": 7, "file_name": "b.png"}, {"id": 3, "file_name": "a.png"}],
+        "annotations": [
+            {"image_id": 3, "bbox": [1.4, 2.0, 3.2, 4.5], "iscrowd": 0, "category_id": 1},
+            {"image_id": 3, "bbox": [0, 0, 9, 9], "iscrowd": 1, "category_id": 1},
+            {"image_id": 3, "bbox": [5, 5, 1, 1], "category_id": 2},
+        ],
+    }
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    Image.new("L", (9, 9)).save(tmp_path / "a.png")
+    first, second = read_coco(tmp_path / "instances.json", tmp_path)
+    assert (first.name, first.boxes.shape) == ("b.png", (0, 4))
+    assert second.boxes.tolist() == [[1, 2, 5, 6], [5, 5, 6, 6]]
+    assert second.open().mode == "RGB"
+    with pytest.raises(UnreadableImage, match=r"b\.png"):
+        first.open()
+    content["annotations"][0]["image_id"] = 8
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="expected a COCO file of instances; KeyError: 8"):
+        read_coco(tmp_path / "instances.json", tmp_path)
+
+
+def test_voc_files_count_pixels_from_one_and_mark_hard_objects(tmp_path):
+    objects = "".join(
+        f"<object><name>dog</name><truncated>0</truncated><difficult>{hard}</difficult><bndbox><xmin>{left}</xmin>"
+        f"<ymin>1</ymin><xmax>10</xmax><ymax>20</ymax></bndbox></object>"
+        for hard, left in ((0, 1), (1, 4))
+    )
+    (tmp_path / "one.xml").write_text(f"<annotation><filename>one.jpg</filename>{objects}</annotation>")
+    (image,) = read_voc(tmp_path, tmp_path)
+    assert (image.name, image.boxes.tolist()) == ("one.jpg", [[0, 0, 10, 20], [3, 0, 10, 20]])
+    (image,) = read_voc(tmp_path, tmp_path, has_hard=False)
+    assert image.boxes.tolist() == [[0, 0, 10, 20]]
+    (tmp_path / "two.xml").write_text("<annotation><object></object></annotation>")
+    with pytest.raises(ValueError, match=r"two\.xml: expected an annotation of Pascal VOC"):
+        read_voc(tmp_path, tmp_path)
+    with pytest.raises(ValueError, match="folder of XML files, got none"):
+        read_voc(tmp_path / "nothing", tmp_path)
+
+
+def test_scenes_come_with_their_exact_boxes():
+    settings = SceneSettings(image_size=(32, 48))
+    (image,) = read_scenes([5], settings=settings)
+    scene = render_scene(5, settings=settings)
+    assert image.boxes.tolist() == scene.boxes.tolist()
+    assert (np.asarray(image.open()) == scene.image).all()
+
+
+def test_an_image_without_pixels_is_unreadable():
+    with pytest.raises(UnreadableImage, match="0 x 4 pixels"):
+        AnnotatedImage("flat", Image.new("RGB", (0, 4))).open()
+
+
+def test_corloc_is_a_metric_of_the_library_evaluate(tmp_path):
+    pytest.importorskip("evaluate")
+    from modeling_vitreg.discovery.corloc import CorLoc
+
+    metric = CorLoc(cache_dir=str(tmp_path))
+    truth = [[[0, 0, 10, 10], [20, 20, 30, 30]], [[0, 0, 4, 4]], []]
+    predicted = [[20, 20, 30, 25], [2, 2, 6, 6], [0, 0, 1, 1]]
+    assert metric.compute(predictions=predicted, references=truth) == {"corloc": 1 / 3}
+    assert metric.compute(predictions=predicted, references=truth, hit=0.1) == {"corloc": 2 / 3}
