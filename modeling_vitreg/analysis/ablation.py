@@ -1,0 +1,175 @@
+"""What registers are worth to a finished model: replace them inside the network and compare what comes out.
+
+Setting registers to zero takes the model where it has never been, and so overstates their importance; values that are
+plausible but say nothing about the image (their mean over images, noise around it, those of another image) are the
+controls (arXiv 2604.14433). What zero costs beyond the controls is the shock, what the controls cost is information.
+
+Registers are replaced at the input of every layer from `from_layer` on, by what the unharmed model has there.
+
+Letters for shapes: B images, L layers, R registers, P patches, D width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modeling_vitreg import ViTWithRegistersModel
+from modeling_vitreg.modes import evaluation_mode
+
+
+MODES = {
+    "zeroed": "set to zero",
+    "mean": "set to their mean over the images",
+    "noise": "drawn at random, with their mean and deviation over the images",
+    "shuffled": "those of another image",
+    "removed": "taken out of the sequence",
+}
+
+
+@torch.no_grad()
+def ablate_registers(
+    model: nn.Module,
+    pixel_values: Tensor,
+    *,
+    from_layer: int = 1,
+    seed: int = 0,
+    score: Callable[[Tensor | None, Tensor], float] | None = None,
+) -> dict:
+    """Replace the registers of a model in five ways and measure how far class token and patches move.
+
+    Args:
+        model: of this package, with or without a head; it is left as it was.
+        pixel_values: (B, C, height, width), two images or more.
+        from_layer: first layer whose input is changed, from 1. "removed" takes them out from the start.
+        seed: of the noise.
+        score: of normed class tokens (B, D), or None, and patch tokens (B, P, D), such as the accuracy of a probe.
+
+    Returns:
+        `num_images`, `num_registers`, `from_layer`, `measured` in words, `score` of the unharmed model where one was
+        given, and `modes`: for each of `MODES` its `meaning`, its `score`, and for `cls` (None without a class token)
+        and `patches` the mean `cosine` with the unharmed tokens, and the mean `distance`, relative to their norm, with
+        `distance_error`, its standard error over images.
+
+    Raises:
+        ValueError: a model of another package or without registers, fewer than two images, or no such layer.
+    """
+    base = _check(model, pixel_values, from_layer)
+    with evaluation_mode(base):
+        states, whole = _run_and_record(base, pixel_values)
+        modes = {}
+        for mode in MODES:
+            if mode == "removed":
+                changed = _removed(base)
+            else:
+                changed = _replaced(base, _substitutes(states, mode, seed), from_layer)
+            with changed:
+                tokens = _tokens(base, pixel_values)
+            modes[mode] = {
+                "meaning": MODES[mode],
+                "cls": None if whole[0] is None else _compare(tokens[0][:, None], whole[0][:, None]),
+                "patches": _compare(tokens[1], whole[1]),
+            }
+            if score is not None:
+                modes[mode]["score"] = float(score(*tokens))
+    report = {
+        "num_images": len(pixel_values),
+        "num_registers": base.config.num_register_tokens,
+        "from_layer": from_layer,
+        "measured": "normed tokens of the last layer against those of the unharmed model",
+        "modes": modes,
+    }
+    return report if score is None else {**report, "score": float(score(*whole))}
+
+
+def _check(model: nn.Module, pixel_values: Tensor, from_layer: int) -> ViTWithRegistersModel:
+    base = getattr(model, "base_model", model)
+    if not isinstance(base, ViTWithRegistersModel):
+        raise ValueError(f"expected a model of this package, got {type(model).__name__}: convert it first")
+    if not base.config.num_register_tokens:
+        raise ValueError("expected a model with registers, got one without: there is nothing to ablate")
+    if len(pixel_values) < 2:
+        raise ValueError(f"expected two images or more, got {len(pixel_values)}: registers are exchanged among images")
+    if not 1 <= from_layer <= base.config.num_hidden_layers:
+        raise ValueError(f"expected from_layer in 1 ... {base.config.num_hidden_layers}, got {from_layer}")
+    return base
+
+
+def _tokens(base: ViTWithRegistersModel, pixel_values: Tensor) -> tuple:
+    output = base(pixel_values, return_dict=True)
+    return None if output.cls_token is None else output.cls_token.float(), output.patch_tokens.float()
+
+
+def _run_and_record(base: ViTWithRegistersModel, pixel_values: Tensor) -> tuple:
+    """Registers (B, R, D) at the input of each layer, and the normed class and patch tokens."""
+    states, place = [], base.config.token_slices["registers"]
+    record = lambda _, inputs: states.append(inputs[0][:, place].clone())  # noqa: E731
+    hooks = [layer.register_forward_pre_hook(record) for layer in base.layers]
+    try:
+        return states, _tokens(base, pixel_values)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _substitutes(states: list[Tensor], mode: str, seed: int) -> list[Tensor]:
+    """What stands in the place of the registers (B, R, D) at the input of each layer."""
+    if mode == "zeroed":
+        return [torch.zeros_like(state) for state in states]
+    if mode == "shuffled":
+        return [state.roll(1, dims=0) for state in states]  # no image keeps its own
+    means = [state.mean(dim=0, keepdim=True).expand_as(state) for state in states]
+    if mode == "mean":
+        return means
+    generator = torch.Generator().manual_seed(seed)
+    noise = [torch.randn(state.shape, generator=generator).to(state) for state in states]
+    return [mean + state.std(dim=0) * part for mean, state, part in zip(means, states, noise)]
+
+
+@contextlib.contextmanager
+def _replaced(base: ViTWithRegistersModel, substitutes: list[Tensor], from_layer: int) -> Iterator[None]:
+    place = base.config.token_slices["registers"]
+
+    def hook_for(substitute: Tensor):
+        def replace(_, inputs: tuple) -> tuple:
+            tokens = inputs[0].clone()
+            tokens[:, place] = substitute
+            return (tokens, *inputs[1:])
+
+        return replace
+
+    pairs = list(zip(base.layers, substitutes))[from_layer - 1 :]
+    hooks = [layer.register_forward_pre_hook(hook_for(substitute)) for layer, substitute in pairs]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextlib.contextmanager
+def _removed(base: ViTWithRegistersModel) -> Iterator[None]:
+    registers, number = base.embeddings.register_tokens, base.config.num_register_tokens
+    base.embeddings.register_tokens, base.config.num_register_tokens = None, 0
+    try:
+        yield
+    finally:
+        base.embeddings.register_tokens, base.config.num_register_tokens = registers, number
+
+
+def _compare(changed: Tensor, whole: Tensor) -> dict:
+    """Cosine and relative distance of tokens (B, P, D), averaged over tokens, then over images."""
+    cosine = F.cosine_similarity(changed, whole, dim=-1).mean(dim=1)  # [B, P, D] -> [B]
+    distance = ((changed - whole).norm(dim=-1) / whole.norm(dim=-1).clamp(min=1e-12)).mean(dim=1)
+    return {
+        "cosine": cosine.mean().item(),
+        "distance": distance.mean().item(),
+        "distance_error": (distance.std() / len(distance) ** 0.5).item(),
+    }
+
+
+__all__ = ["MODES", "ablate_registers"]

@@ -1,0 +1,147 @@
+"""Where class token and registers look, how much of it falls on which tokens, and whether registers differ at all.
+
+Maps are probabilities over all tokens: a map over the patches sums to one minus what its query gives to the prefix.
+
+Letters for shapes: B images, H heads, Q prefix tokens as queries, N tokens, P patches, R registers, D width.
+
+Source: Darcet et al. 2024, arXiv 2309.16588, section 3.4. Registers that start equal stay equal, for they have no
+position; then R registers do the work of one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+DUPLICATE_COSINE = 0.999  # of two registers that count as one
+
+
+def attention_entropy(maps: Tensor) -> Tensor:
+    """Entropy of maps (..., P) over the patches, each scaled to sum to one, over that of an even map: from 0 to 1.
+
+    Not a number for a map without mass and for a single patch.
+    """
+    shares = maps.float() / maps.float().sum(-1, keepdim=True)
+    return torch.special.entr(shares).sum(-1) / np.log(maps.shape[-1])
+
+
+def map_overlap(maps: Tensor) -> Tensor:
+    """How much maps (..., Q, P) of several queries overlap, (..., Q, Q): 1 for equal maps, 0 for disjoint ones.
+
+    overlap of a and b = sum over patches of the smaller of both, each scaled to sum to one
+    """
+    shares = maps.float() / maps.float().sum(-1, keepdim=True)
+    return torch.minimum(shares.unsqueeze(-2), shares.unsqueeze(-3)).sum(-1)
+
+
+def register_similarity(registers: Tensor) -> Tensor:
+    """Mean over images of the cosine similarity between registers (B, R, D), as (R, R)."""
+    units = F.normalize(registers.float(), dim=-1)
+    return (units @ units.transpose(1, 2)).mean(0)
+
+
+def find_duplicates(similarity: Tensor, *, least: float = DUPLICATE_COSINE) -> list[list[int]]:
+    """Groups of two or more registers, counted from 1, whose similarity with the first of the group is `least`."""
+    groups, is_taken = [], [False] * len(similarity)
+    for first in range(len(similarity)):
+        if is_taken[first]:
+            continue
+        group = [other for other in range(first, len(similarity)) if similarity[first, other] >= least]
+        group = [other for other in group if not is_taken[other]]
+        for other in group:
+            is_taken[other] = True
+        if len(group) > 1:
+            groups.append([other + 1 for other in group])
+    return groups
+
+
+class AttentionMeans:
+    """Means over images of what the prefix tokens attend to, layer by layer, in constant memory.
+
+    Args:
+        num_layers: that are measured.
+        kinds: number of tokens of each kind, in order: cls, distillation, registers, patches.
+    """
+
+    def __init__(self, num_layers: int, *, kinds: dict):
+        self.kinds = dict(kinds)
+        self.queries = [
+            kind if kind != "registers" else f"register {number + 1}"
+            for kind, count in self.kinds.items()
+            if kind != "patches"
+            for number in range(count)
+        ]
+        self.num_images = 0
+        self._sums = [{} for _ in range(num_layers)]
+
+    def add(self, probabilities: list[Tensor], top_places: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            probabilities: (B, H, Q, N) of each layer.
+            top_places: (B,), the patch with the largest norm at the output.
+        """
+        num_prefix = len(self.queries)
+        for sums, values in zip(self._sums, probabilities):
+            values = values.float()
+            maps = values[..., num_prefix:]  # [B, H, Q, N] -> [B, H, Q, P]
+            mean_maps = maps.mean(1)  # [B, H, Q, P] -> [B, Q, P]
+            places = top_places.view(-1, 1, 1, 1).expand(*maps.shape[:3], 1)
+            kinds = values.split(list(self.kinds.values()), dim=-1)
+            found = {
+                "entropy": attention_entropy(maps).mean(1),  # [B, H, Q] -> [B, Q]
+                "mass": torch.stack([part.sum(-1).mean(1) for part in kinds], dim=-1),  # [B, Q, kinds]
+                "top": maps.gather(-1, places)[..., 0].mean(1),
+                "overlap": map_overlap(mean_maps),
+                "head_mass": maps.sum(-1),  # [B, H, Q]
+                "map": mean_maps,
+            }
+            for name, value in found.items():
+                sums[name] = sums.get(name, 0) + value.double().sum(0).cpu().numpy()
+        self.num_images += len(top_places)
+
+    def summarise(self, layers: list[int]) -> dict:
+        """Numbers of all layers, which are those with these numbers, from 1.
+
+        Returns:
+            `num_images`, `queries`, and `layers`, each with `layer` and for every query `entropy` (1: even),
+            `mass` on each kind of token, `top_mass` on the patch with the largest norm with `top_over_even`, its ratio
+            to an even share of the patches' mass, `head_mass` on the patches by head, and `overlap` with every query.
+        """
+        numbers = [self._summarise_layer(sums, layer) for sums, layer in zip(self._sums, layers)]
+        return {"num_images": self.num_images, "queries": self.queries, "layers": numbers}
+
+    def mean_maps(self, place: int) -> np.ndarray:
+        """Mean over images and heads of the maps (Q, P) of the layer at a place of the list that was measured."""
+        return self._sums[place]["map"] / self.num_images
+
+    def _summarise_layer(self, sums: dict, layer: int) -> dict:
+        mean = {name: value / self.num_images for name, value in sums.items()}
+        patches = list(self.kinds).index("patches")
+        even = mean["mass"][:, patches] / mean["map"].shape[-1]
+        return {
+            "layer": layer,
+            "entropy": _finite(mean["entropy"]),
+            "mass": [dict(zip(self.kinds, row)) for row in mean["mass"].tolist()],
+            "top_mass": mean["top"].tolist(),
+            "top_over_even": (mean["top"] / np.maximum(even, 1e-30)).tolist(),
+            "head_mass": mean["head_mass"].T.tolist(),  # [H, Q] -> [Q, H]
+            "overlap": [_finite(row) for row in mean["overlap"]],
+        }
+
+
+def _finite(values: np.ndarray) -> list:
+    return [value if np.isfinite(value) else None for value in values.tolist()]
+
+
+__all__ = [
+    "DUPLICATE_COSINE",
+    "AttentionMeans",
+    "attention_entropy",
+    "find_duplicates",
+    "map_overlap",
+    "register_similarity",
+]

@@ -1,0 +1,132 @@
+"""Where outliers lie in the image, and how much their patches are like their neighbours.
+
+Both are counted for every bin of the norm, so that outlier and normal patches can be told apart after the last image,
+when the threshold is known: in constant memory and without a second pass.
+
+Letters for shapes: L layers, B images, P patches, D width, K + 1 bins of norms, S bins of similarity.
+
+Source: Darcet et al. 2024, arXiv 2309.16588, figure 5a (similarity right after the patch embedding) and appendix A
+(places). The similarity is that of the embedding without positions, the mean over the up to four neighbours.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .histograms import EDGES, count_bins
+
+
+SIMILARITY_EDGES = np.linspace(-1, 1, 81)
+_NUM_NORMS = len(EDGES) + 1
+
+
+def neighbour_similarity(patches: Tensor, *, grid: tuple) -> Tensor:
+    """Mean cosine similarity of each patch with its neighbours above, below, left and right, as far as it has them.
+
+    Args:
+        patches: (B, P, D), row by row.
+        grid: (rows, columns).
+
+    Returns:
+        (B, P), from -1 to 1; not a number on a grid of one patch, which has no neighbour.
+    """
+    units = F.normalize(patches.float(), dim=-1).unflatten(1, tuple(grid))  # [B, P, D] -> [B, rows, columns, D]
+    down = (units[:, 1:] * units[:, :-1]).sum(-1)  # [B, rows - 1, columns]
+    right = (units[:, :, 1:] * units[:, :, :-1]).sum(-1)  # [B, rows, columns - 1]
+    total = F.pad(down, (0, 0, 0, 1)) + F.pad(down, (0, 0, 1, 0)) + F.pad(right, (0, 1)) + F.pad(right, (1, 0))
+    has_down, has_right = torch.ones_like(down), torch.ones_like(right)
+    count = F.pad(has_down, (0, 0, 0, 1)) + F.pad(has_down, (0, 0, 1, 0))
+    count = count + F.pad(has_right, (0, 1)) + F.pad(has_right, (1, 0))
+    return (total / count).flatten(1)
+
+
+class PlaceCounts:
+    """Counts of patches by layer, norm and place, and by layer, norm and similarity with their neighbours.
+
+    They take 2,200 bytes a layer and patch, such as 5 MB for 12 layers of 14 x 14 patches.
+
+    Args:
+        num_layers: L.
+        grid: (rows, columns), the same for all images.
+    """
+
+    def __init__(self, num_layers: int, *, grid: tuple):
+        self.grid = tuple(grid)
+        num_patches = self.grid[0] * self.grid[1]
+        self.by_place = torch.zeros(num_layers, num_patches, _NUM_NORMS, dtype=torch.int32)
+        self.by_similarity = np.zeros((num_layers, _NUM_NORMS, len(SIMILARITY_EDGES) - 1), np.int64)
+        self._similarities = np.zeros((num_layers, _NUM_NORMS))  # sums
+        self.num_images = 0
+
+    def add(self, bins: Tensor, similarity: Tensor) -> None:
+        """Add a batch: bins of norms (L, B, P) of `bin_numbers`, and similarity (B, P) of `neighbour_similarity`."""
+        num_layers, num_images, num_patches = bins.shape
+        rows = torch.arange(num_layers * num_patches).view(num_layers, 1, num_patches) * _NUM_NORMS
+        cells = (rows + bins.cpu()).flatten()  # [L, B, P] -> [L B P]
+        self.by_place.view(-1).scatter_add_(0, cells, torch.ones_like(cells, dtype=torch.int32))
+        self.num_images += num_images
+        if num_patches == 1:
+            return  # no neighbours
+        num_cells = len(SIMILARITY_EDGES) - 1
+        cells = ((similarity + 1) / 2 * num_cells).long().clamp(0, num_cells - 1)  # [B, P]
+        joint = (bins * num_cells + cells).flatten(1)  # [L, B, P] -> [L, B P]
+        counts = count_bins(joint, num_bins=_NUM_NORMS * num_cells)
+        self.by_similarity += counts.view(num_layers, _NUM_NORMS, num_cells).cpu().numpy()
+        sums = torch.zeros(num_layers, _NUM_NORMS, device=bins.device)
+        sums.scatter_add_(1, bins.flatten(1), similarity.flatten().expand(num_layers, -1))
+        self._similarities += sums.double().cpu().numpy() if sums.device.type != "mps" else sums.cpu().numpy()
+
+    def heat_map(self, layer: int, *, threshold: float) -> np.ndarray:
+        """Share of the images whose patch is an outlier, (rows, columns), for a layer from 0 and an edge."""
+        counts = self.by_place[layer][:, _first_bin(threshold) :].sum(-1).numpy()
+        return (counts / self.num_images).reshape(self.grid)
+
+    def summarise(self, layer: int, *, threshold: float) -> dict:
+        """Places and neighbours of the outliers of one layer.
+
+        Args:
+            layer: from 0.
+            threshold: an edge of the histogram.
+
+        Returns:
+            `layer` (from 1), `threshold`, `num_images`, `heat_map` (rows of shares of images), `border_share` of the
+            outliers on the outer ring with `border_share_by_chance` (its share of the places), `hottest` places as
+            [row, column, share], and `similarity`: for `outlier` and `normal` patches their number, mean, histogram
+            over `edges`; mean None where there are none.
+        """
+        heat = self.heat_map(layer, threshold=threshold)
+        ring = np.ones(self.grid, bool)
+        ring[1:-1, 1:-1] = False
+        hottest = np.argsort(-heat, axis=None, kind="stable")[:5]
+        places = [[*map(int, np.unravel_index(place, self.grid)), float(heat.flat[place])] for place in hottest]
+        first = _first_bin(threshold)
+        return {
+            "layer": layer + 1,
+            "threshold": threshold,
+            "num_images": self.num_images,
+            "heat_map": heat.tolist(),
+            "border_share": float(heat[ring].sum() / heat.sum()) if heat.any() else None,
+            "border_share_by_chance": float(ring.mean()),
+            "hottest": [place for place in places if place[2] > 0],
+            "similarity": {
+                "edges": SIMILARITY_EDGES.tolist(),
+                "outlier": self._summarise_similarity(layer, slice(first, None)),
+                "normal": self._summarise_similarity(layer, slice(0, first)),
+            },
+        }
+
+    def _summarise_similarity(self, layer: int, norms: slice) -> dict:
+        counts = self.by_similarity[layer, norms].sum(0)
+        number = int(counts.sum())
+        mean = float(self._similarities[layer, norms].sum() / number) if number else None
+        return {"num_patches": number, "mean": mean, "histogram": counts.tolist()}
+
+
+def _first_bin(threshold: float) -> int:
+    return int(np.searchsorted(EDGES, np.float32(threshold))) + 1
+
+
+__all__ = ["SIMILARITY_EDGES", "PlaceCounts", "neighbour_similarity"]

@@ -1,0 +1,179 @@
+"""Figures and page of a report: drawn for every model, whole files only, nothing of the caller touched."""
+
+import dataclasses
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+from planted_models import DEPTH, GRID, pictures, plain_model, planted_model
+
+from modeling_vitreg.analysis import figures
+from modeling_vitreg.analysis.folder import write_comparison, write_folder
+from modeling_vitreg.analysis.page import render_comparison, render_page
+from modeling_vitreg.analysis.survey import SurveySettings, survey
+from modeling_vitreg.features import load_encoder
+
+
+def _measure(model, num_images=12, **changes):
+    quick = {"batch_size": 8, "num_attention_images": 8, "num_ablation_images": 4, "has_progress_bar": False}
+    settings = SurveySettings(**{**quick, **changes})
+    return survey(load_encoder(model, name="model"), pictures(num_images)[0], settings=settings)
+
+
+@pytest.fixture(scope="module")
+def planted():
+    return _measure(planted_model(layer=3, magnitude=50.0))
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures as they are saved, and no pixels, which take most of the time."""
+    kept = []
+
+    def keep(figure, path, **_):
+        kept.append(figure)
+        path.write_bytes(b"figure")
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return kept
+
+
+def _labels(ax) -> list:
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def test_norms_show_all_layers_and_every_threshold(planted, drawn, tmp_path):
+    report, _ = planted
+    figures.draw_norms(report, tmp_path / "norms.png")
+    left, right, bar = drawn[0].axes
+    assert left.get_title(loc="left") == "Norms of patches, all layers"
+    assert left.get_yscale() == right.get_xscale() == "log"
+    assert "residual units" in left.get_ylabel() and "residual units" in right.get_xlabel()
+    assert bar.get_ylabel() == "share of patches of the layer"
+    thresholds = [layer["rules"]["automatic"]["threshold"] for layer in report.layers]
+    assert list(left.lines[0].get_ydata())[:DEPTH] == thresholds
+    assert len(right.lines) == 5  # one a rule
+    share = f"{100 * report.verdict['share']:.2g}"
+    assert f"automatic: {thresholds[-1]:.3g} ({share} %)" in _labels(right)
+
+
+def test_shares_have_a_line_a_model_and_a_band(planted, drawn, tmp_path):
+    report, _ = planted
+    other = dataclasses.replace(report, model="other")
+    figures.draw_shares([report, other], tmp_path / "shares.png")
+    (ax,) = drawn[0].axes
+    shares = [layer["rules"]["automatic"]["share"] for layer in report.layers]
+    assert ax.lines[0].get_ydata().tolist() == shares == ax.lines[1].get_ydata().tolist()
+    assert _labels(ax) == ["model", "other"] and len(ax.collections) == 2
+
+
+def test_a_series_has_a_place_for_each_report(planted, drawn, tmp_path):
+    report, _ = planted
+    figures.draw_series([report] * 3, tmp_path / "s.png", labels=["1k", "2k", "3k"], axis="training step")
+    for ax in drawn[0].axes:
+        assert [text.get_text() for text in ax.get_xticklabels()] == ["1k", "2k", "3k"]
+        assert ax.get_xlabel() == "training step"
+    with pytest.raises(ValueError, match="one label for each, got 1 and 2"):
+        figures.draw_series([report], tmp_path / "s.png", labels=["a", "b"], axis="x")
+
+
+def test_places_show_the_heat_map_and_both_groups(planted, drawn, tmp_path):
+    report, _ = planted
+    figures.draw_places(report, tmp_path / "places.png")
+    left, right, _ = drawn[0].axes
+    np.testing.assert_allclose(left.images[0].get_array(), report.places["heat_map"])
+    numbers = report.places["similarity"]
+    assert [label.split(":")[0] for label in _labels(right)] == ["normal patches", "outlier patches"]
+    assert f"{numbers['outlier']['num_patches']}, mean {numbers['outlier']['mean']:.2f}" in _labels(right)[1]
+
+
+def test_maps_stand_beside_their_image(planted, drawn, tmp_path):
+    report, examples = planted
+    figures.draw_norm_maps(report, examples, tmp_path / "n.png")
+    figures.draw_attention(report, examples, tmp_path / "a.png")
+    figures.draw_heads(report, examples, tmp_path / "h.png")
+    norms, attention, heads = (np.array(figure.axes) for figure in drawn)
+    norms = norms.reshape(4, DEPTH + 1)
+    for row in range(4):
+        assert norms[row, 0].images[0].get_array().shape == (32, 32, 3)
+        np.testing.assert_allclose(norms[row, 3].images[0].get_array(), examples.norms[2, row])
+    attention = attention.reshape(5, 5)
+    titles = [ax.get_title().split("\n")[0] for ax in attention[0]]
+    assert titles == ["image", "norms, layer 4", "class token", "register 1", "register 2"]
+    shown = attention[1, 3].images[0].get_array()
+    np.testing.assert_allclose(shown, examples.attention["register 1"][1].mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(attention[4, 2].images[0].get_array(), examples.mean_maps["cls"])
+    assert len(heads) == 3 * 2 and [ax.get_title() for ax in heads[:2]] == ["head 1", "head 2"]
+
+
+@pytest.mark.parametrize(
+    "changes, settings",
+    [
+        ({"num_register_tokens": 0, "has_cls_token": False, "pooling": "mean"}, {}),
+        ({"num_hidden_layers": 1}, {"num_attention_images": 0}),
+        ({"num_register_tokens": 12}, {"num_shown": 1}),
+        ({"image_size": 8, "num_register_tokens": 1}, {"num_shown": 0}),
+        ({"image_size": (16, 40)}, {"num_attention_images": 1}),
+    ],
+)
+def test_every_model_has_a_page_and_what_it_lacks_is_left_out(drawn, tmp_path, changes, settings):
+    report, examples = _measure(plain_model(**changes), num_images=3, **settings)
+    page = write_folder(report, examples, tmp_path).read_text()
+    names = {path.stem for path in tmp_path.glob("*.png")}
+    expected = {"norms", "shares", "places", "peaks"}
+    if settings.get("num_shown", 4):
+        expected |= {"norm_maps"}
+        if changes.get("has_cls_token", True) and settings.get("num_attention_images", 1):
+            expected |= {"attention", "heads"}
+    assert names == expected
+    assert page.count("data:image/png") == len(expected) and page.endswith("</html>\n")
+
+
+def test_a_figure_that_fails_is_left_out_with_a_warning(planted, monkeypatch, caplog, tmp_path):
+    def fail(*_):
+        raise RuntimeError("no paper")
+
+    monkeypatch.setattr("modeling_vitreg.analysis.folder.draw_norms", fail)
+    write_folder(*planted, tmp_path)
+    assert "the figure norms was left out: RuntimeError: no paper" in caplog.text
+    assert not (tmp_path / "norms.png").exists() and (tmp_path / "places.png").exists()
+
+
+def test_files_are_pictures_and_no_setting_of_the_caller_is_touched(planted, tmp_path):
+    before = {key: matplotlib.rcParams[key] for key in matplotlib.rcParams if key != "backend"}
+    report, examples = planted
+    figures.draw_heads(report, examples, tmp_path / "new" / "heads.png")
+    assert Image.open(tmp_path / "new" / "heads.png").size[0] > 100
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["heads.png"]
+    assert {key: matplotlib.rcParams[key] for key in matplotlib.rcParams if key != "backend"} == before
+
+
+def test_warnings_stand_behind_the_verdict(planted):
+    report, _ = planted
+    images = {**report.images, "num_unreadable": 2, "unreadable": ["<a>", "b"], "num_nonfinite": 3}
+    attention = {**report.attention, "registers": {"similarity": [], "duplicates": [[1, 3], [2, 4]]}}
+    page = render_page(dataclasses.replace(report, images=images, attention=attention), {})
+    assert "2 images cannot be read: &lt;a&gt;; b" in page
+    assert "3 images have features that are not finite" in page
+    assert "Registers that are equal and do the work of one: 1, 3; 2, 4." in page
+
+
+def test_a_comparison_needs_two_and_bears_a_model_that_was_not_measured(planted, drawn, tmp_path):
+    report, _ = planted
+    with pytest.raises(ValueError, match="two reports or more, got 1"):
+        render_comparison([report], {}, command="")
+    unknown = dataclasses.replace(report, layers=[], verdict={"word": "unknown", "sentence": "Unknown."})
+    page = render_comparison([report, unknown], {}, command="a < b")
+    with pytest.raises(ValueError, match="one label for each of 2 reports, got 1"):
+        write_comparison([report, unknown], tmp_path, labels=["1k"], axis="training step")
+    write_comparison([report, unknown, report], tmp_path, labels=["1k", "2k", "3k"], axis="training step")
+    assert [text.get_text() for text in drawn[-1].axes[0].get_xticklabels()] == ["1k", "3k"]
+    assert "Unknown." in page and "a &lt; b" in page and page.count("<tr>") == 3
+
+
+def test_the_grid_of_the_examples_is_that_of_the_images(planted):
+    _, examples = planted
+    assert examples.norms.shape == (DEPTH, 4, *GRID)
+    assert examples.images.min() >= 0 and examples.images.max() == 1  # white patches
