@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import contextlib
 import pathlib
+import shlex
+import sys
 from collections.abc import Iterator
 from typing import Annotated
 
@@ -13,18 +15,15 @@ import typer
 
 app = typer.Typer(
     name="vitreg",
-    help="Vision Transformers with registers: convert checkpoints, and know what became of them.",
+    help="Vision Transformers with registers: convert checkpoints, find artifacts, discover objects.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     add_completion=False,
 )
 Path = pathlib.Path
-
-
-@app.callback()
-def _about() -> None:
-    """Keep verbs as verbs while there is only one."""
+ARTIFACTS, DISCOVERY = Path("artifacts"), Path("discovery")
+FROM = "Folder, Hub name, or timm/NAME; any supported Vision Transformer."
 
 
 @app.command(no_args_is_help=True)
@@ -85,6 +84,169 @@ def convert(
     typer.echo(f"wrote {output}")
     if to is None:
         typer.echo(f'next: AutoModel.from_pretrained("{output}", trust_remote_code=True)')
+
+
+@app.command(no_args_is_help=True)
+def analyze(
+    model: Annotated[str, typer.Argument(help=FROM)],
+    images: Annotated[str, typer.Argument(help='Folder, WebDataset shards, Hub dataset, or "scenes" (built in).')] = (
+        "scenes"
+    ),
+    report: Annotated[Path, typer.Option(help="Folder to write; open index.html in it.")] = ARTIFACTS,
+    compare: Annotated[
+        list[str] | None, typer.Option(help="Another model, measured on the same images; may be repeated.")
+    ] = None,
+    num_images: Annotated[int, typer.Option(help="Most images that are read.")] = 1000,
+    image_size: Annotated[int | None, typer.Option(help="Side in pixels; default that of the model.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 32,
+    probes: Annotated[int, typer.Option(help="First images whose tokens are probed (position, pixels, class).")] = 0,
+    split: Annotated[str, typer.Option(help="Of the images.")] = "train",
+    device: Annotated[str | None, typer.Option(help="Such as cuda; default: a GPU if there is one.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that lies beside the weights.")] = False,
+) -> None:
+    """Find out whether a ViT has artifacts: where, since which layer, what they hold, what registers do.
+
+    Norms of all layers with a threshold that is found, not set; where outliers lie and how redundant they are;
+    attention of class token and registers; massive activations; registers ablated with controls. One page with
+    pictures and a verdict in words, and artifacts.json with every number, its n and its rule. Ctrl-C keeps what was
+    measured.
+
+    * vitreg analyze outputs/demo-cpu/model
+
+    * vitreg analyze facebook/dinov2-large my_photos --report large
+
+    * vitreg analyze outputs/without/model --compare outputs/demo-cpu/model --report pair
+    """
+    from modeling_vitreg.analysis.folder import analyze as run_analysis
+    from modeling_vitreg.analysis.folder import compare as run_comparison
+    from modeling_vitreg.analysis.survey import SurveySettings
+    from modeling_vitreg.features import load_encoder
+    from modeling_vitreg.images import open_images
+
+    with _plain_errors(ValueError, RuntimeError):
+        encoders = [
+            load_encoder(name, device=_device(device), trust_remote_code=trust_remote_code)
+            for name in (model, *(compare or []))
+        ]
+        settings = SurveySettings(
+            num_images=num_images, image_size=image_size, batch_size=batch_size, num_probe_images=probes
+        )
+        looks = _looks(image_size or max(encoders[0].image_size))
+        words = {"settings": settings, "source": images, "command": _command()}
+
+        def open_source() -> object:
+            return open_images(images, split=split, scenes=range(num_images), scene_settings=looks)
+
+        if len(encoders) > 1:
+            reports = run_comparison(encoders, open_source, output_folder=report, **words)
+        else:
+            reports = [run_analysis(encoders[0], open_source(), output_folder=report, **words)]
+    for found in reports:
+        typer.echo(f"{found.model}: {found.verdict['sentence']}")
+    typer.echo(f"wrote {report / 'index.html'}")
+
+
+@app.command(no_args_is_help=True)
+def discover(
+    model: Annotated[str, typer.Argument(help=FROM)],
+    images: Annotated[str, typer.Argument(help='Folder of images, Hub dataset, or "scenes" (built in).')] = ("scenes"),
+    report: Annotated[Path, typer.Option(help="Folder to write.")] = DISCOVERY,
+    boxes: Annotated[
+        Path | None, typer.Option(help="True boxes of the folder: a COCO .json, or a folder of VOC .xml files.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="lost, tokencut or dino_seg.")] = "lost",
+    feature: Annotated[str, typer.Option(help="query, key, value, token or mlp.")] = "key",
+    layer: Annotated[int, typer.Option(help="From 1, or from -1 backwards.")] = -1,
+    sweep: Annotated[bool, typer.Option(help="Try LOST with every feature and bias, in the same pass.")] = False,
+    num_images: Annotated[int, typer.Option(help="Most images that are read.")] = 200,
+    longest_side: Annotated[int | None, typer.Option(help="Pixels to which larger images are shrunk.")] = None,
+    split: Annotated[str, typer.Option(help="Of the images.")] = "train",
+    device: Annotated[str | None, typer.Option(help="Such as cuda; default: a GPU if there is one.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that lies beside the weights.")] = False,
+) -> None:
+    """Discover objects without labels by LOST, TokenCut or DINO-seg, and measure it where boxes are known.
+
+    What was fixed before ("as published") and the best of a sweep are kept apart. Writes pictures with boxes and
+    discovery.json. Ctrl-C keeps what was measured.
+
+    * vitreg discover outputs/demo-cpu/model --sweep
+
+    * vitreg discover facebook/dino-vits16 VOC2007/JPEGImages --boxes VOC2007/Annotations
+    """
+    from modeling_vitreg.discovery import DiscoverySettings, Sweep, figures
+    from modeling_vitreg.discovery import discover as run_discovery
+    from modeling_vitreg.features import load_encoder
+    from modeling_vitreg.reports import write_report
+
+    with _plain_errors(ValueError, RuntimeError):
+        encoder = load_encoder(model, device=_device(device), trust_remote_code=trust_remote_code)
+        annotated = _annotated(images, boxes, split, num_images, _looks(max(encoder.image_size)))
+        found = run_discovery(
+            encoder,
+            annotated,
+            settings=DiscoverySettings(
+                method=method,
+                feature=feature,
+                layer=layer,
+                head=min(4, encoder.num_heads - 1),  # as published, where there are as many
+                longest_side=longest_side,
+            ),
+            sweep=Sweep(layers=(layer,)) if sweep else None,
+            source=images,
+            command=_command(),
+        )
+        write_report(found, report / "discovery.json")
+        figures.draw_discoveries(annotated, found).savefig(report / "boxes.png", dpi=120)
+        if found.best_of_sweep:
+            figures.draw_sweep(found).savefig(report / "sweep.png", dpi=120)
+    typer.echo(_describe_discovery(found))
+    typer.echo(f"wrote {', '.join(str(path) for path in sorted(report.iterdir()) if not path.name.startswith('.'))}")
+
+
+def _annotated(images: str, boxes: Path | None, split: str, num_images: int, looks) -> list:
+    """Images with boxes, where somebody knows them."""
+    from modeling_vitreg.discovery import annotations
+    from modeling_vitreg.images import ImageSource, open_images
+
+    if images == "scenes":
+        return annotations.read_scenes(range(num_images), settings=looks)
+    if boxes is not None:
+        read = annotations.read_coco if boxes.suffix == ".json" else annotations.read_voc
+        return read(boxes, images)[:num_images]
+    source = open_images(images, split=split)
+    if not isinstance(source, ImageSource):
+        raise ValueError(f"{images}: a stream has no names: give a folder of images or a dataset that can be indexed")
+    return annotations.read_source(source)[:num_images]
+
+
+def _describe_discovery(found) -> str:
+    published, best = found.as_published, found.best_of_sweep
+    num_images = found.images["num_images"]
+    if published["corloc"] is None:
+        return f"{found.model}: an object in each of {num_images} images; no true boxes to compare with"
+    line = f"{found.model}: CorLoc {published['corloc']:.1%} as published, {num_images} images"
+    if best:
+        line += (
+            f"; best of the sweep {best['corloc']:.1%} ({best['feature']}, bias {best['bias']:g}), chosen on the same"
+        )
+    return line
+
+
+def _looks(side: int):
+    """Scenes of the size that a model sees."""
+    from modeling_vitreg.scenes import SceneSettings
+
+    return SceneSettings(image_size=min(max(side, 64), 224))
+
+
+def _device(name: str | None) -> str:
+    import torch
+
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _command() -> str:
+    return " ".join(["vitreg", *map(shlex.quote, sys.argv[1:])])
 
 
 def _describe_proof(proof: dict) -> str:

@@ -1,0 +1,122 @@
+"""The verbs of `vitreg`, as one types them."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from modeling_vitreg import ViTWithRegistersModel
+from modeling_vitreg.cli import app
+
+
+VERBS = ("analyze", "convert", "discover")
+
+
+def run(*arguments) -> object:
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    number = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(number)
+
+
+@pytest.fixture
+def model(tiny, tmp_path) -> pathlib.Path:
+    folder = tmp_path / "model"
+    ViTWithRegistersModel(tiny(initializer_range=0.2)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def photographs(tmp_path, photograph) -> pathlib.Path:
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    for number in range(4):
+        photograph.crop((100 * number, 50, 100 * number + 160, 210)).resize((48, 48)).save(folder / f"{number}.png")
+    return folder
+
+
+def test_verbs_are_a_list_that_changes_on_purpose():
+    assert sorted(command.callback.__name__ for command in app.registered_commands) == sorted(VERBS)
+    for verb in VERBS:
+        shown = run(verb, "--help").output
+        assert f"vitreg {verb}" in shown, shown  # an example of its use
+
+
+def test_asking_for_help_loads_nothing_heavy():
+    program = """
+import sys
+from modeling_vitreg.cli import app
+print([name for name in ("timm", "matplotlib", "sklearn") if name in sys.modules])
+"""
+    root = pathlib.Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=root, check=True)
+    assert done.stdout.strip() in ("[]", "['sklearn']")  # transformers imports scikit-learn where it is installed
+
+
+def test_analyze_writes_a_page_and_every_number(model, photographs, tmp_path):
+    done = run("analyze", model, photographs, "--report", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert "artifacts" in done.output.lower() and f"wrote {tmp_path / 'out' / 'index.html'}" in done.output
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert ("data:image/png;base64" in page and "vitreg analyze" in page) or page.count("<img") > 3
+    assert json.loads((tmp_path / "out" / "artifacts.json").read_text())["images"]["num_images"] == 4
+
+
+def test_analyze_compares_models_on_the_built_in_scenes(model, tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    ViTWithRegistersModel(tiny(num_register_tokens=0)).save_pretrained(tmp_path / "without" / "model")
+    done = run(
+        "analyze",
+        model,
+        "scenes",
+        "--compare",
+        tmp_path / "without" / "model",
+        "--report",
+        tmp_path / "pair",
+        "--num-images",
+        8,
+    )
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "pair" / "1" / "artifacts.json").exists() and (tmp_path / "pair" / "2" / "index.html").exists()
+    assert "without" in (tmp_path / "pair" / "index.html").read_text()
+
+
+def test_discover_measures_boxes_where_they_are_known_and_draws_them(model, photographs, tmp_path):
+    done = run("discover", model, "--report", tmp_path / "scenes", "--num-images", 6, "--sweep")
+    assert done.exit_code == 0, done.output
+    assert "CorLoc" in done.output and "best of the sweep" in done.output
+    assert {path.name for path in (tmp_path / "scenes").iterdir()} == {"boxes.png", "discovery.json", "sweep.png"}
+    assert Image.open(tmp_path / "scenes" / "boxes.png").width > 300
+    done = run("discover", model, photographs, "--report", tmp_path / "plain")
+    assert done.exit_code == 0 and "no true boxes to compare with" in done.output
+
+
+@pytest.mark.parametrize("verb", ["analyze", "discover"])
+@pytest.mark.parametrize(
+    ("images", "message"), [("empty", "expected"), ("nowhere/at all", "expected"), ("tiny", "image")]
+)
+def test_bad_images_end_in_words(model, tmp_path, verb, images, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "tiny").mkdir()
+    Image.new("RGB", (3, 3)).save(tmp_path / "tiny" / "a.png")
+    done = run(verb, model, tmp_path / images if images != "nowhere/at all" else images, "--report", tmp_path / "out")
+    if images != "tiny":  # an image smaller than a patch is enlarged
+        assert done.exit_code == 1
+        assert message in done.output and "Traceback" not in done.output
+
+
+def test_a_model_that_is_none_ends_in_words(tmp_path, photographs):
+    done = run("analyze", tmp_path / "nothing", photographs, "--report", tmp_path / "out")
+    assert done.exit_code == 1 and "Traceback" not in done.output
+    assert not os.path.exists(tmp_path / "out")
