@@ -40,7 +40,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
-from modeling_vitreg import ViTWithRegistersModel
+from modeling_vitreg import ViTWithRegistersModel, ViTWithRegistersPreTrainedModel
 from modeling_vitreg.analysis import summarise_norms, token_norms
 from modeling_vitreg.evaluation import knn_accuracy
 from modeling_vitreg.images import ImageSource, UnreadableImage, decode_image, derive_seed, open_images
@@ -51,14 +51,15 @@ from modeling_vitreg.pretraining.diagnosis import diagnose
 from modeling_vitreg.pretraining.figures import draw_attention, draw_curves, draw_norms
 from modeling_vitreg.pretraining.instruments import collapse_line, effective_rank, register_similarity
 from modeling_vitreg.pretraining.journal import Journal
+from modeling_vitreg.pretraining.lamb import Lamb
 from modeling_vitreg.pretraining.loader import ViewLoader
 from modeling_vitreg.pretraining.masking import MaskMaker
 from modeling_vitreg.pretraining.objective import Objective
 from modeling_vitreg.pretraining.parameters import parameter_groups, set_rates
 from modeling_vitreg.pretraining.processes import Processes, all_processes
-from modeling_vitreg.pretraining.recipe import Recipe, read_recipe
+from modeling_vitreg.pretraining.recipe import Recipe, make_recipe, read_recipe
 from modeling_vitreg.pretraining.schedules import cosine
-from modeling_vitreg.pretraining.sharding import gather_encoder, shard
+from modeling_vitreg.pretraining.sharding import gather_model, shard
 from modeling_vitreg.pretraining.state import last_state, load_state, read_facts, save_state, write_text
 from modeling_vitreg.pretraining.watch import FiniteWatch
 from modeling_vitreg.scenes import SceneSettings
@@ -68,9 +69,11 @@ RECIPES = pathlib.Path(__file__).parent / "recipes"
 HELD_OUT_SCENES = 2**30  # first index; training scenes are counted from 0
 
 
-def main() -> None:
-    options = parse_options()
+def main(*, description: str = __doc__, default_recipe: str = "demo-cpu") -> None:
+    options = parse_options(description, default_recipe)
     recipe = choose_recipe(options)
+    source = open_source(options, recipe)
+    recipe = name_classes(recipe, source)
     transformers.utils.logging.disable_progress_bar()  # of saving, which takes less time than drawing it
     accelerator = Accelerator(
         mixed_precision=options.precision,
@@ -80,7 +83,6 @@ def main() -> None:
     )
     run = Run(options, recipe, accelerator, all_processes())
     last = open_output(run)
-    source = open_source(options, recipe)
 
     # Everything that learns is one module: student, teacher and heads are wrapped, sharded and saved together.
     try:
@@ -187,11 +189,12 @@ class Run:
 # Setting up --------------------------------------------------------------------------------------------------------
 
 
-def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_options(description: str, default_recipe: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
     what = parser.add_argument_group("what is trained")
-    what.add_argument("--recipe", default="demo-cpu", help=f"a YAML file, or one of: {names} (default: demo-cpu)")
+    shown = f"a YAML file, or one of: {names} (default: {default_recipe})"
+    what.add_argument("--recipe", default=default_recipe, help=shown)
     what.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a value of the recipe")
     what.add_argument("--registers", type=int, help="number of registers, in place of the recipe's; 0 for none")
     what.add_argument("--init", help="start from a model (folder or Hub name) or from the output of another run")
@@ -268,7 +271,8 @@ def open_output(run: Run) -> pathlib.Path | None:
     except (OSError, RuntimeError) as error:
         raise SystemExit(f"the output folder {run.folder} cannot be used: {error}") from None
     if last is not None:
-        before, now = read_facts(last)["recipe"], run.recipe.as_dict()
+        # Values that a recipe did not have yet are those that it has by default.
+        before, now = make_recipe(read_facts(last)["recipe"]).as_dict(), run.recipe.as_dict()
         differing = [name for name in now if before.get(name) != now[name]]
         if differing:
             changes = "; ".join(f"{name}: {before.get(name)} there, {now[name]} now" for name in differing)
@@ -302,6 +306,18 @@ def open_source(options: argparse.Namespace, recipe: Recipe, *, split: str | Non
         raise SystemExit(str(error)) from None
 
 
+def name_classes(recipe: Recipe, source) -> Recipe:
+    """The recipe with the classes of the data, where it learns classes and does not name them."""
+    if recipe.objective != "classify" or recipe.settings.get("class_names"):
+        return recipe
+    if not source.class_names:
+        raise SystemExit(
+            "classification needs classes: give --data a folder with a folder for each class, a dataset with a column "
+            "of classes (--label-column), or name them by --set settings.class_names=[cat,dog]"
+        )
+    return recipe.with_changes({"settings.class_names": list(source.class_names)})
+
+
 def make_optimizer(objective: Objective, recipe: Recipe) -> torch.optim.Optimizer:
     backbone, *heads = objective.trained.values()
     groups = parameter_groups(
@@ -311,6 +327,8 @@ def make_optimizer(objective: Objective, recipe: Recipe) -> torch.optim.Optimize
         patch_multiplier=recipe.patch_multiplier,
         decays_tokens=recipe.decays_tokens,
     )
+    if recipe.optimizer == "lamb":
+        return Lamb(groups, betas=recipe.betas)
     return torch.optim.AdamW(groups, betas=recipe.betas, fused=True)
 
 
@@ -426,21 +444,21 @@ def save(run: Run, objective, optimizer, loader: ViewLoader, source, *, step: in
         "scaler": None if scaler is None else scaler.state_dict(),
         "versions": versions(),
     }
-    encoder = whole_encoder(run, objective)
+    model = whole_model(run, objective)
     try:
         save_state(run.folder / "state", objective=objective, optimizer=optimizer, facts=facts, is_writer=run.is_main)
         if run.is_main:
-            save_model(encoder, run.folder / "model", mean=run.recipe.mean, std=run.recipe.std)
+            save_model(model, run.folder / "model", mean=run.recipe.mean, std=run.recipe.std)
     except (RuntimeError, OSError) as error:
         raise SystemExit(str(error)) from None
     run.accelerator.wait_for_everyone()
 
 
-def save_model(encoder: ViTWithRegistersModel, folder: pathlib.Path, *, mean, std) -> None:
+def save_model(model: ViTWithRegistersPreTrainedModel, folder: pathlib.Path, *, mean, std) -> None:
     """Write a folder for `from_pretrained` beside the old one, and put it in its place."""
     partial, old = folder.with_name("model.partial"), folder.with_name("model.old")
     shutil.rmtree(partial, ignore_errors=True)
-    encoder.save_pretrained(partial)
+    model.save_pretrained(partial)
     processor = partial / "preprocessor_config.json"
     settings = json.loads(processor.read_text())
     processor.write_text(json.dumps(settings | {"image_mean": list(mean), "image_std": list(std)}, indent=2) + "\n")
@@ -451,9 +469,9 @@ def save_model(encoder: ViTWithRegistersModel, folder: pathlib.Path, *, mean, st
     shutil.rmtree(old, ignore_errors=True)
 
 
-def whole_encoder(run: Run, objective: Objective) -> ViTWithRegistersModel:
+def whole_model(run: Run, objective: Objective) -> ViTWithRegistersPreTrainedModel:
     """The model to look at and to save; a sharded one is gathered by all processes together."""
-    return gather_encoder(objective) if run.options.shard else objective.encoder
+    return gather_model(objective) if run.options.shard else objective.saved
 
 
 def versions() -> dict[str, str]:
@@ -553,7 +571,7 @@ class Monitor:
 
     def look(self, *, step: int) -> None:
         """Measure features and norms, draw, and name what is wrong."""
-        encoder = whole_encoder(self.run, self.objective)
+        encoder = whole_model(self.run, self.objective).base_model
         if self.run.is_main:
             with evaluation_mode(encoder):
                 self._measure(encoder, step)
@@ -582,23 +600,26 @@ class Monitor:
             **self._of("knn", first=False),
         }
         write_text(folder / "training.json", json.dumps(facts, indent=2) + "\n")
+        if "accuracy" in facts:
+            print(f"accuracy on {self.sample.num_held_out} {self.sample.held_out_name}: {facts['accuracy']:.1%}")
         if "knn" in facts:
             print(
                 f"k-NN accuracy on {self.sample.num_held_out} {self.sample.held_out_name}: "
                 f"{facts['untrained_knn']:.1%} untrained, {facts['knn']:.1%} trained (chance {facts['chance']:.1%})"
             )
+        kind = self.objective.saved._auto_class
         print(f"{step + 1} steps in {self.seconds:.0f} seconds")
         print(f"pictures: {', '.join(str(path) for path in sorted(folder.glob('*.png')))}")
         print(f"model:    {folder / 'model'}")
         print(
-            f'next:     python -c "from transformers import AutoModel; '
-            f"print(AutoModel.from_pretrained('{folder / 'model'}', trust_remote_code=True))\""
+            f'next:     python -c "from transformers import {kind}; '
+            f"print({kind}.from_pretrained('{folder / 'model'}', trust_remote_code=True))\""
         )
 
     def _of(self, key: str, *, first: bool) -> dict:
         records = [record for record in self.journal.records if key in record]
         chosen = records[0 if first else -1] if records else {}
-        return {name: chosen[name] for name in (key, "chance") if name in chosen}
+        return {name: chosen[name] for name in (key, "accuracy", "chance") if name in chosen}
 
     def _measure(self, encoder: ViTWithRegistersModel, step: int) -> None:
         run, folder, sample = self.run, self.run.folder, self.sample
@@ -611,6 +632,7 @@ class Monitor:
             held_out = encode(encoder, sample.held_out)
             self._accuracy = knn_accuracy(features, sample.labels, held_out, sample.held_out_labels)
             record |= {"knn": self._accuracy, "chance": 1 / sample.num_classes}
+            record |= self.objective.evaluate(sample.held_out, sample.held_out_labels)
         self.journal.write(record)
         self._track(record)
         device = run.accelerator.device

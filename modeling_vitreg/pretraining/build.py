@@ -5,11 +5,12 @@ from __future__ import annotations
 import pathlib
 
 import torch
-from transformers import PretrainedConfig
+from transformers import AutoModelForImageClassification, PretrainedConfig
 
 from modeling_vitreg.configuration_vitreg import ViTWithRegistersConfig
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersModel
 
+from .classification import Classification, ClassificationSettings
 from .distillation import Distillation, DistillationSettings
 from .masked_autoencoder import MaskedAutoencoder, MaskedAutoencoderSettings
 from .masked_pixels import MaskedPixels
@@ -18,7 +19,7 @@ from .objective import Objective
 from .processes import ALONE, Processes
 from .recipe import Recipe, make_keywords, make_settings
 from .self_distillation import SelfDistillation, SelfDistillationSettings
-from .state import last_state, load_objective
+from .state import last_state, load_objective, read_facts
 
 
 WITH_MASK_TOKEN = ("dinov2", "simmim")  # with other objectives a mask token would never learn
@@ -62,7 +63,11 @@ def make_objective(
     backbone = ViTWithRegistersModel.from_pretrained(_model_in(init), dtype=torch.float32, **kept)
     objective = _wrap(backbone, recipe, processes)
     state = last_state(folder / "state") if folder.is_dir() else None
-    if state is not None:
+    # A classifier starts from any model; the heads of what made it are of no use to it.
+    is_same_kind = state is not None and (
+        recipe.objective != "classify" or read_facts(state)["recipe"]["objective"] == "classify"
+    )
+    if is_same_kind:
         _take_over(objective, load_objective(state))
     for network in {objective.encoder, objective.trained["backbone"]}:
         torch.manual_seed(recipe.seed)  # student and teacher get the same new registers
@@ -168,11 +173,38 @@ def _load_teacher(name: str, recipe: Recipe) -> ViTWithRegistersModel:
     return teacher
 
 
+def _make_classification(backbone: ViTWithRegistersModel, recipe: Recipe, common: dict) -> Objective:
+    if recipe.masks != MaskSettings():
+        raise ValueError(f"masks: the objective 'classify' hides no patch, got {recipe.masks}: leave them out")
+    settings = make_settings(ClassificationSettings, recipe.settings, of="settings")
+    teacher = _load_class_teacher(settings) if settings.teacher else None
+    return Classification(backbone, teacher=teacher, settings=settings, **common)
+
+
+def _load_class_teacher(settings: ClassificationSettings) -> torch.nn.Module:
+    """A classifier of the same classes in the same order."""
+    source = _model_in(settings.teacher)
+    try:
+        teacher = AutoModelForImageClassification.from_pretrained(source, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"settings: teacher {settings.teacher} is no classifier that can be loaded: {error}"
+        ) from None
+    names = tuple(teacher.config.id2label[number] for number in range(teacher.config.num_labels))
+    if names != settings.class_names:
+        raise ValueError(
+            f"settings: teacher {settings.teacher} knows {len(names)} classes, {', '.join(names[:3])} ..., the data "
+            f"has {len(settings.class_names)}, {', '.join(settings.class_names[:3])} ...: they have to be the same"
+        )
+    return teacher.requires_grad_(False).eval()
+
+
 _MAKERS = {
     "dinov2": _make_self_distillation,
     "mae": _make_masked_autoencoder,
     "simmim": _make_masked_pixels,
     "distill": _make_distillation,
+    "classify": _make_classification,
 }
 OBJECTIVES = tuple(_MAKERS)
 

@@ -1,4 +1,4 @@
-"""Views of an image: multi-crop with colours, blur and solarisation (Caron et al. 2020; DINO, DINOv2), torchvision v2.
+"""Views of an image by torchvision v2: multi-crop (Caron et al. 2020; DINO, DINOv2), or a supervised recipe's cut.
 
 Letters: V views. Views are bytes; they are normalised on the device, so that a quarter of the memory travels.
 """
@@ -11,6 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
+
+
+CUTS, COLOURS = ("resized", "simple"), ("dino", "three", "random", "none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +31,10 @@ class CropSettings:
             global views, and local views. DINO means (1.0, 0.1, 0.5); the released code of DINOv2 inverts what it
             was told and runs (0.0, 0.9, 0.5).
         solarize: probability of solarisation, of global views but the first.
+        cut: "resized", a random part at a random size, or "simple": the short side to the size of the view, padded
+            by 4 pixels, and a square of it (DeiT-III's simple random crop). Of global views.
+        colours: "dino", what the values above say; "three", DeiT-III's 3-Augment: one of gray, solarised and blurred,
+            then jitter; "random", two operations of RandAugment at magnitude 9; "none".
     """
 
     num_global: int = 2
@@ -42,6 +49,8 @@ class CropSettings:
     gray: float = 0.2
     blur: tuple[float, float, float] = (1.0, 0.1, 0.5)
     solarize: float = 0.2
+    cut: str = "resized"
+    colours: str = "dino"
 
     def __post_init__(self):
         for name in ("global_scale", "local_scale"):
@@ -53,6 +62,9 @@ class CropSettings:
                 f"crops: expected at least one global view and no negative number of local ones, got num_global="
                 f"{self.num_global}, num_local={self.num_local}"
             )
+        for name, known in (("cut", CUTS), ("colours", COLOURS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"crops: {name} is one of {', '.join(known)}, got {getattr(self, name)!r}")
         for name in ("global_size", "local_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"crops: {name} is a side in pixels, 1 or more, got {getattr(self, name)}")
@@ -96,12 +108,21 @@ class MultiCrop:
 
 def _cutter(size: int, settings: CropSettings, *, is_local: bool = False) -> v2.Transform:
     scale = settings.local_scale if is_local else settings.global_scale
+    if settings.cut == "simple" and not is_local:
+        resize = v2.Resize(size, interpolation=InterpolationMode.BICUBIC, antialias=True)
+        crop = v2.RandomCrop(size, padding=4, padding_mode="reflect")
+        return v2.Compose([resize, crop, v2.RandomHorizontalFlip(settings.flip)])
     # On a tensor of bytes: three to four times as fast as on a PIL image.
     crop = v2.RandomResizedCrop(size, scale=scale, interpolation=InterpolationMode.BICUBIC, antialias=True)
     return v2.Compose([crop, v2.RandomHorizontalFlip(settings.flip)])
 
 
 def _painter(settings: CropSettings, *, blur: float, solarize: float) -> v2.Transform:
+    if settings.colours in ("none", "random"):
+        return v2.Identity() if settings.colours == "none" else v2.RandAugment(num_ops=2, magnitude=9)
+    if settings.colours == "three":
+        one = [v2.Grayscale(3), v2.RandomSolarize(threshold=128, p=1.0), v2.GaussianBlur(9, sigma=(0.1, 2.0))]
+        return v2.Compose([v2.RandomChoice(one), v2.ColorJitter(*settings.jitter)])
     steps = []
     if settings.jitter_probability and any(settings.jitter):
         # Through PIL, whose HSV is a third faster than that of a tensor.

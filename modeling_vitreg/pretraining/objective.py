@@ -7,7 +7,11 @@ import abc
 import torch
 from torch import Tensor, nn
 
-from modeling_vitreg.modeling_vitreg import ViTWithRegistersLayer, ViTWithRegistersModel
+from modeling_vitreg.modeling_vitreg import (
+    ViTWithRegistersLayer,
+    ViTWithRegistersModel,
+    ViTWithRegistersPreTrainedModel,
+)
 
 from .crops import CropSettings
 from .masking import MaskSettings
@@ -45,12 +49,21 @@ class Objective(nn.Module, abc.ABC):
         """The model that is evaluated and saved."""
 
     @property
+    def saved(self) -> ViTWithRegistersPreTrainedModel:
+        """What is written for `from_pretrained`: the encoder, or a model with a head around it."""
+        return self.encoder
+
+    @property
     @abc.abstractmethod
     def trained(self) -> dict[str, nn.Module]:
         """Modules that learn, by name; `backbone` is one of them. The gradient of each is clipped on its own."""
 
     def follow(self, *, step: int) -> None:  # most objectives have no teacher
         """Called after each step of the optimiser; a teacher follows its student here."""
+
+    def evaluate(self, images: Tensor, labels: Tensor) -> dict[str, float]:
+        """What can be said of held-out images (N, 3, h, w) and their labels (N,), in shares, for the log."""
+        return {}
 
     def rates(self, *, step: int) -> dict[str, float]:
         """Values of the schedules of this objective, for the log."""
@@ -71,6 +84,8 @@ class Objective(nn.Module, abc.ABC):
         for name in ("global_views", "local_views"):
             if name in batch:
                 moved[name] = batch[name].to(device, non_blocking=True).float().mul_(scale).sub_(shift)
+        if "labels" in batch:
+            moved["labels"] = batch["labels"].to(device, non_blocking=True)
         if batch.get("masks") is not None:
             # Found on the CPU: on a GPU the number of masked patches would have to be waited for.
             masks = batch["masks"].flatten(0, 1)  # [V, B, P] -> [V B, P]

@@ -187,6 +187,7 @@ def plan(
             f"images: change one of them"
         )
     num_accumulations = recipe.batch_size // (num_processes * micro_batch)
+    recipe = _without_data(recipe)
     objective = _make_shapes(recipe)
     learned = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     learned_bytes, weight_bytes = _bytes(learned), _bytes(objective.parameters())
@@ -299,6 +300,14 @@ def _as_on_a_device(recipe: Recipe) -> Recipe:
     return recipe.with_changes(changes)
 
 
+def _without_data(recipe: Recipe) -> Recipe:
+    """As many classes as ImageNet has, where the data would say; no mixtures, whose shares are drawn as numbers."""
+    if recipe.objective != "classify":
+        return recipe
+    names = recipe.settings.get("class_names") or [str(number) for number in range(1000)]
+    return recipe.with_changes({"settings.class_names": names, "settings.mixup": 0.0, "settings.cutmix": 0.0})
+
+
 def _fill(objective: Objective, kind: torch.dtype) -> None:
     """Replace the parameters by ones of shapes alone, whose gradients are dropped: they are counted elsewhere."""
     for module in objective.modules():
@@ -326,6 +335,8 @@ def _make_batch(recipe: Recipe, objective: Objective, micro_batch: int, num_mask
     batch = {"global_views": torch.empty(crops.num_global, *shape, crops.global_size, crops.global_size)}
     if crops.num_local:
         batch["local_views"] = torch.empty(crops.num_local, *shape, crops.local_size, crops.local_size)
+    if recipe.objective == "classify":
+        batch["labels"] = torch.empty(micro_batch, dtype=torch.long)
     if objective.masks is not None:
         num_patches = _num_patches(objective, crops.global_size)
         batch["masks"] = torch.empty(crops.num_global * micro_batch, num_patches, dtype=torch.bool)

@@ -21,12 +21,15 @@ from .masking import MaskSettings
 from .schedules import scale_learning_rate
 
 
+OPTIMIZERS = ("adamw", "lamb")
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """A training run.
 
     Args:
-        objective: "dinov2", "mae", "simmim" or "distill".
+        objective: "dinov2", "mae", "simmim", "distill" or "classify".
         model: keywords of `ViTWithRegistersConfig`, or `preset` and what differs from it.
         num_register_tokens: registers of the model.
         crops: `CropSettings`.
@@ -43,7 +46,8 @@ class Recipe:
         decays_tokens: decay class token, registers, mask token and positions too, as DINOv2 does.
         layer_decay: factor of the learning rate from a layer to the one before it.
         patch_multiplier: factor of the learning rate of the patch embedding.
-        betas: of AdamW.
+        optimizer: "adamw" or "lamb".
+        betas: of its moments.
         clip: largest norm of the gradient of each part; 0 for none.
         freeze_last_layer: share of the steps in which the prototypes do not learn.
         seed: of everything that is drawn.
@@ -67,6 +71,7 @@ class Recipe:
     decays_tokens: bool = True
     layer_decay: float = 0.9
     patch_multiplier: float = 0.2
+    optimizer: str = "adamw"
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float = 3.0
     freeze_last_layer: float = 0.01
@@ -79,6 +84,8 @@ class Recipe:
         for name in ("warmup", "freeze_last_layer"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"recipe: {name} is a share of the steps in [0, 1], got {getattr(self, name)!r}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"recipe: optimizer is one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
         if self.num_register_tokens < 0:
             raise ValueError(f"recipe: num_register_tokens is 0 or more, got {self.num_register_tokens!r}")
         if not self.learning_rate > 0:
@@ -176,6 +183,10 @@ def make_keywords(function: Callable, values: dict[str, Any], *, of: str) -> dic
 def _fit(value: Any, default: Any, name: str) -> Any:
     if default is None:
         return _number(value, name) if isinstance(value, str) else value
+    if default == ():  # words, as many as there are
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{name} is a list of words, got {value!r}")
+        return tuple(map(str, value))
     if isinstance(default, tuple):
         if not isinstance(value, (list, tuple)) or len(value) != len(default):
             raise ValueError(f"{name} has {len(default)} values such as {list(default)}, got {value!r}")

@@ -9,7 +9,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from modeling_vitreg.modeling_vitreg import ViTWithRegistersLayer, ViTWithRegistersModel
+from modeling_vitreg.modeling_vitreg import (
+    ViTWithRegistersLayer,
+    ViTWithRegistersModel,
+    ViTWithRegistersPreTrainedModel,
+)
 
 from .heads import PrototypeHead
 from .objective import Objective
@@ -43,15 +47,17 @@ def shard(objective: Objective, *, precision: str = "no") -> Objective:
     return fully_shard(objective, mesh=mesh, mp_policy=policy)
 
 
-def gather_encoder(objective: Objective) -> ViTWithRegistersModel:
-    """The encoder of a sharded objective as a whole, on its device; all processes call it together."""
-    encoder = objective.encoder
-    weights = get_model_state_dict(encoder, options=StateDictOptions(full_state_dict=True))
+def gather_model(objective: Objective) -> ViTWithRegistersPreTrainedModel:
+    """What a sharded objective saves, as a whole, on its device; all processes call it together."""
+    model = objective.saved
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    # Sharding has put a class of its own in the place of the model's.
+    kind = next(kind for kind in type(model).__mro__ if kind.__module__ == ViTWithRegistersModel.__module__)
     with torch.device("meta"):
-        whole = ViTWithRegistersModel(copy.deepcopy(encoder.config))
-    whole.to_empty(device=next(encoder.parameters()).device)
+        whole = kind(copy.deepcopy(model.config))
+    whole.to_empty(device=next(model.parameters()).device)
     whole.load_state_dict(weights)
     return whole.eval()
 
 
-__all__ = ["gather_encoder", "shard"]
+__all__ = ["gather_model", "shard"]

@@ -1,0 +1,319 @@
+"""Classification: losses beside timm's and plain loops, LAMB beside timm's, and the program as its users run it."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import timm.loss
+import timm.optim
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+from test_remote_code import run_without_the_package
+from torchvision.transforms import v2
+
+from modeling_vitreg import ViTWithRegistersForImageClassification, ViTWithRegistersModel
+from modeling_vitreg.pretraining.build import make_objective
+from modeling_vitreg.pretraining.classification import (
+    Classification,
+    ClassificationSettings,
+    classification_loss,
+    distillation_loss,
+)
+from modeling_vitreg.pretraining.crops import CropSettings, MultiCrop
+from modeling_vitreg.pretraining.lamb import Lamb
+from modeling_vitreg.pretraining.recipe import Recipe
+from modeling_vitreg.scenes import SceneSettings, render_scene
+
+
+ROOT = pathlib.Path(__file__).parents[1]
+PLAIN = {"class_names": ("cat", "dog", "bird"), "mixup": 0.0, "cutmix": 0.0}
+ONE_VIEW = CropSettings(num_global=1, num_local=0, global_size=32)
+
+
+@pytest.fixture
+def make(tiny):
+    def build(network=None, model=None, **settings) -> Classification:
+        return Classification(
+            ViTWithRegistersModel(tiny(initializer_range=0.2, **(model or {}))),
+            settings=ClassificationSettings(**{**PLAIN, **settings}),
+            crops=ONE_VIEW,
+            teacher=network,
+            num_steps=10,
+        ).train()
+
+    return build
+
+
+def make_batch(num_images: int = 6) -> dict:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (num_images,), generator=generator)
+    return {"global_views": torch.randn(1, num_images, 3, 32, 32, generator=generator), "labels": labels}
+
+
+def test_the_softmax_loss_is_that_of_timm():
+    logits, labels = torch.randn(7, 5), torch.randint(5, (7,))
+    targets = torch.nn.functional.one_hot(labels, 5).float()
+    ours = classification_loss(logits, targets, settings=ClassificationSettings(smoothing=0.1))
+    torch.testing.assert_close(ours, timm.loss.LabelSmoothingCrossEntropy(0.1)(logits, labels))
+    mixed = torch.rand(7, 5).softmax(dim=1)
+    ours = classification_loss(logits, mixed, settings=ClassificationSettings(smoothing=0.0))
+    torch.testing.assert_close(ours, timm.loss.SoftTargetCrossEntropy()(logits, mixed))
+
+
+def test_the_binary_loss_is_that_of_timm():
+    logits, mixed = torch.randn(7, 5), torch.rand(7, 5) * (torch.rand(7, 5) < 0.4)
+    ours = classification_loss(logits, mixed, settings=ClassificationSettings(loss="binary", smoothing=0.0))
+    theirs = timm.loss.BinaryCrossEntropy(smoothing=0.0, target_threshold=0.0)(logits, mixed)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_distillation_equals_the_plain_loop_over_images_and_classes():
+    logits, taught = torch.randn(4, 3), torch.randn(4, 3)
+    hard = ClassificationSettings(distillation="hard", teacher="x")
+    expected = sum(-logits[i].log_softmax(0)[taught[i].argmax()] for i in range(4)) / 4
+    torch.testing.assert_close(distillation_loss(logits, taught, settings=hard), expected)
+    soft = ClassificationSettings(distillation="soft", teacher="x", temperature=2.0)
+    total = 0.0
+    for image in range(4):
+        p, q = (taught[image] / 2).softmax(0), (logits[image] / 2).softmax(0)
+        total += sum(p[c] * (p[c].log() - q[c].log()) for c in range(3))
+    torch.testing.assert_close(distillation_loss(logits, taught, settings=soft), 4 * total / 4)
+
+
+def test_lamb_is_that_of_timm_for_many_steps():
+    torch.manual_seed(0)
+    ours = [
+        torch.nn.Parameter(torch.randn(4, 3)),
+        torch.nn.Parameter(torch.randn(3)),
+        torch.nn.Parameter(torch.zeros(2)),
+    ]
+    theirs = [torch.nn.Parameter(parameter.detach().clone()) for parameter in ours]
+    groups = [[0, 2], [1]]
+    decays = [0.05, 0.0]
+    own = Lamb([{"params": [ours[i] for i in g], "weight_decay": d} for g, d in zip(groups, decays)], lr=0.01)
+    other = timm.optim.Lamb(
+        [{"params": [theirs[i] for i in g], "weight_decay": d} for g, d in zip(groups, decays)],
+        lr=0.01,
+        max_grad_norm=None,
+    )
+    for _ in range(20):
+        for left, right in zip(ours, theirs):
+            left.grad = torch.randn_like(left)
+            right.grad = left.grad.clone()
+        own.step()
+        other.step()
+    for left, right in zip(ours, theirs):
+        torch.testing.assert_close(left, right)
+
+
+def test_labels_are_mixed_as_images_are(make):
+    objective = make(mixup=0.8, cutmix=1.0)
+    batch, seen = make_batch(), {}
+    objective.model.register_forward_pre_hook(lambda module, inputs: seen.update(images=inputs[0]))
+    torch.manual_seed(5)
+    loss = objective(batch, step=0)["total"]
+    torch.manual_seed(5)
+    mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=3), v2.CutMix(alpha=1.0, num_classes=3)])
+    images, targets = mix(batch["global_views"][0], batch["labels"])
+    assert torch.equal(seen["images"], images)
+    expected = classification_loss(objective.model(images).logits, targets, settings=objective.settings)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_a_probe_leaves_the_backbone_as_it_is(make):
+    objective = make(is_probe=True, model={"drop_path_rate": 0.5})
+    assert not objective.model.vitreg.training and objective.model.classifier.training
+    objective(make_batch(), step=0)["total"].backward()
+    learned = {name for name, parameter in objective.named_parameters() if parameter.grad is not None}
+    assert learned == {"model.classifier.weight", "model.classifier.bias"}
+
+
+def test_a_distilled_student_learns_from_labels_and_from_the_teacher(make, tiny):
+    teacher = ViTWithRegistersForImageClassification(tiny(num_labels=3, initializer_range=0.5)).eval()
+    objective = make(
+        network=teacher.requires_grad_(False),
+        distillation="hard",
+        distillation_weight=0.25,
+        teacher="somewhere",
+        model={"has_distillation_token": True},
+    )
+    batch = make_batch()
+    losses = objective(batch, step=0)
+    torch.testing.assert_close(losses["total"], 0.75 * losses["classes"] + 0.25 * losses["teacher"])
+    losses["total"].backward()
+    assert objective.model.distillation_classifier.weight.grad is not None
+    assert not [name for name in objective.state_dict() if "teacher" in name]
+    output = objective.eval().model(batch["global_views"][0])
+    taught = teacher(batch["global_views"][0]).logits
+    expected = distillation_loss(output.distillation_logits, taught, settings=objective.settings)
+    torch.testing.assert_close(losses["teacher"], expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"class_names": ("one",)}, "class_names are two or more, got 1"),
+        ({"loss": "hinge"}, "loss is one of softmax, binary"),
+        ({"loss": "binary"}, "the binary loss needs smoothing 0, got 0.1"),
+        ({"distillation": "hard"}, "contradict each other: give both or neither"),
+        ({"distillation": "hard", "teacher": "x"}, "set has_distillation_token=True"),
+        ({"model": {"has_mask_token": True}}, "classification hides no patch"),
+    ],
+)
+def test_contradictions_are_refused(make, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make(**settings)
+
+
+def test_an_image_without_a_label_is_refused(make):
+    batch = make_batch()
+    batch["labels"][2] = -1
+    with pytest.raises(ValueError, match="an image has no label"):
+        make().to_device(batch, device=torch.device("cpu"), mean=[0.5] * 3, std=[0.5] * 3)
+
+
+def test_simple_crops_and_three_augment_do_what_deit_iii_says(photograph):
+    settings = CropSettings(num_global=1, num_local=0, global_size=64, cut="simple", colours="none", flip=0.0)
+    torch.manual_seed(0)
+    (view,) = MultiCrop(settings)(photograph)["global_views"]
+    whole = v2.functional.resize(
+        v2.functional.pil_to_tensor(photograph), 64, v2.InterpolationMode.BICUBIC, antialias=True
+    )
+    padded = v2.functional.pad(whole, [4], padding_mode="reflect").float()
+    windows = padded.unfold(1, 64, 1).unfold(2, 64, 1)  # [3, 9, 9, 64, 64]
+    assert ((windows - view[:, None, None].float()).abs().amax(dim=(0, 3, 4)) == 0).any()
+    settings = CropSettings(num_global=1, num_local=0, global_size=32, colours="three", jitter=(0.0, 0.0, 0.0, 0.0))
+    torch.manual_seed(0)
+    gray = 0
+    for _ in range(60):
+        (view,) = MultiCrop(settings)(photograph)["global_views"]
+        gray += bool((view[0] == view[1]).all())
+    assert 10 <= gray <= 30  # one of three
+
+
+def test_a_classifier_starts_from_a_model_of_another_objective(tiny, tmp_path):
+    backbone = ViTWithRegistersModel(tiny(has_mask_token=True, initializer_range=0.3))
+    backbone.save_pretrained(tmp_path / "model")
+    recipe = Recipe(
+        objective="classify",
+        model={"preset": "tiny/8"},
+        crops=ONE_VIEW,
+        settings={"class_names": ["a", "b"]},
+    )
+    objective = make_objective(recipe, init=tmp_path / "model")
+    assert torch.equal(objective.encoder.layers[0].mlp.fc1.weight, backbone.layers[0].mlp.fc1.weight)
+    assert objective.saved.config.id2label == {0: "a", 1: "b"} and objective.encoder.embeddings.mask_token is None
+
+
+# The program ---------------------------------------------------------------------------------------------------------
+
+RECIPE = {
+    "objective": "classify",
+    "model": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
+    "crops": {"global_size": 32, "num_global": 1, "num_local": 0, "colours": "three"},
+    "settings": {"mixup": 0.8, "cutmix": 1.0},
+    "optimizer": "lamb",
+    "num_steps": 9,
+    "batch_size": 8,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """With a recipe and rendered photographs in class folders."""
+    folder = tmp_path_factory.mktemp("finetune")
+    RECIPE["model"]["patch_size"] = 8
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(RECIPE))
+    for index in range(40):
+        scene = render_scene(index, settings=SceneSettings(image_size=40))
+        path = folder / "photos" / "train" / ("round" if scene.label % 2 else "square") / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(scene.image).save(path)
+    return folder
+
+
+def start(folder, *options, output, processes: int = 1) -> subprocess.Popen:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "examples" / "finetune.py")]
+    usual = ["--recipe", "tiny.yaml", "--data", "photos", "--log-every", "1", "--save-every", "3", "--workers", "0"]
+    environment = {"PYTHONPATH": str(ROOT), "HF_HOME": str(folder / "hf"), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, *usual, "--output", output, *options],
+        cwd=folder,
+        env=os.environ | environment | {"ACCELERATE_USE_CPU": "true"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(folder, *options, **settings) -> str:
+    process = start(folder, *options, **settings)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-3000:]
+    return out + err
+
+
+def losses_of(folder: pathlib.Path) -> list[float]:
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [record["total"] for record in records if "total" in record]
+
+
+@pytest.fixture(scope="module")
+def whole(folder) -> str:
+    return run(folder, output="whole")
+
+
+def test_a_run_ends_with_an_accuracy_and_a_classifier_that_loads_without_the_package(folder, whole):
+    assert "accuracy on" in whole and "AutoModelForImageClassification" in whole
+    assert "accuracy" in json.loads((folder / "whole" / "training.json").read_text())
+    done = run_without_the_package(
+        """
+        from PIL import Image
+        from transformers import pipeline
+        classify = pipeline("image-classification", "whole/model", trust_remote_code=True)
+        print(sorted(found["label"] for found in classify(Image.new("RGB", (50, 40)))))
+        """,
+        folder=folder,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "['round', 'square']"
+
+
+def test_a_killed_run_goes_on_with_the_same_bits(folder, whole):
+    process = start(folder, output="killed")
+    while not (folder / "killed" / "state" / "LAST").exists() and process.poll() is None:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert len(losses_of(folder / "killed")) < RECIPE["num_steps"]
+    run(folder, output="killed")
+    assert losses_of(folder / "killed") == losses_of(folder / "whole")
+    ours, theirs = (load_file(folder / name / "model" / "model.safetensors") for name in ("killed", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_two_processes_follow_one(folder):
+    changes = ["--set", "settings.mixup=0.0", "--set", "settings.cutmix=0.0"]  # each process mixes its own images
+    run(folder, *changes, output="one")
+    run(folder, *changes, output="two", processes=2)
+    torch.testing.assert_close(
+        torch.tensor(losses_of(folder / "two")), torch.tensor(losses_of(folder / "one")), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_data_without_classes_is_refused_with_a_remedy(folder):
+    flat = folder / "flat"
+    flat.mkdir(exist_ok=True)
+    for path in list((folder / "photos").rglob("*.png"))[:4]:
+        (flat / path.name).write_bytes(path.read_bytes())
+    process = start(folder, "--data", "flat", output="refused")
+    _, err = process.communicate(timeout=300)
+    assert process.returncode != 0 and "classification needs classes" in err and "Traceback" not in err
