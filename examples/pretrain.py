@@ -39,13 +39,16 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
-from modeling_vitreg import ViTWithRegistersModel, ViTWithRegistersPreTrainedModel
+from modeling_vitreg import ViTWithRegistersModel
 from modeling_vitreg.analysis import summarise_norms, token_norms
+from modeling_vitreg.cards import CardError, PublishError, publish
 from modeling_vitreg.evaluation import knn_accuracy
 from modeling_vitreg.images import ImageSource, UnreadableImage, decode_image, derive_seed, open_images
 from modeling_vitreg.modes import evaluation_mode
 from modeling_vitreg.pretraining.build import make_objective
+from modeling_vitreg.pretraining.contrast import find_words
 from modeling_vitreg.pretraining.crops import MultiCrop
 from modeling_vitreg.pretraining.diagnosis import diagnose
 from modeling_vitreg.pretraining.figures import draw_attention, draw_curves, draw_norms
@@ -214,6 +217,7 @@ def parse_options(description: str, default_recipe: str) -> argparse.Namespace:
         help="default: found by its type; only k-NN accuracy reads labels. Of scenes: colours (of the main object, "
         "default) or label (its shape and texture, which takes far longer to learn)",
     )
+    data.add_argument("--text-column", help="of captions, for CLIP (default: caption or text)")
     data.add_argument("--num-scenes", type=int, default=4096, help="of the built-in data (default: 4096)")
     data.add_argument("--max-unreadable", type=float, default=0.05, help="share at which to stop (default: 0.05)")
     how = parser.add_argument_group("how (changes no number, but for rounding)")
@@ -226,6 +230,10 @@ def parse_options(description: str, default_recipe: str) -> argparse.Namespace:
     how.add_argument("--shard", action="store_true", help="spread the parameters over the processes (FSDP2)")
     look = parser.add_argument_group("looking and saving")
     look.add_argument("--tracker", help="tensorboard, trackio, wandb ... beside log.jsonl")
+    look.add_argument(
+        "--push-to-hub", "--push_to_hub", metavar="USER/NAME", help="publish the run when it ends, privately"
+    )
+    look.add_argument("--licence", help="of the published weights, where they inherit none, such as apache-2.0")
     look.add_argument("--log-every", type=int, default=10, help="steps (default: 10)")
     look.add_argument("--look-every", type=int, help="steps between k-NN, norms and pictures (default: a tenth)")
     look.add_argument("--save-every", type=int, help="steps between states (default: a tenth, at most 1000)")
@@ -299,6 +307,7 @@ def open_source(options: argparse.Namespace, recipe: Recipe, *, split: str | Non
             is_streaming=options.streaming,
             image_column=options.image_column,
             label_column=options.label_column or ("colours" if options.data == "scenes" else None),
+            text_column=(options.text_column or "caption") if recipe.objective == "clip" else None,
             scenes=scenes,
             scene_settings=looks,
         )
@@ -308,8 +317,15 @@ def open_source(options: argparse.Namespace, recipe: Recipe, *, split: str | Non
 
 def name_classes(recipe: Recipe, source) -> Recipe:
     """The recipe with the classes of the data, where it learns classes and does not name them."""
+    changes = {}
+    if recipe.objective == "clip" and not (recipe.settings.get("words") or recipe.settings.get("tokenizer")):
+        if not isinstance(source, ImageSource):
+            raise SystemExit("the words of a stream are not known: name a tokenizer by --set settings.tokenizer=...")
+        changes["settings.words"] = find_words(source.texts())
+    if recipe.objective == "clip" and source.class_names and not recipe.settings.get("class_names"):
+        changes["settings.class_names"] = list(source.class_names)
     if recipe.objective != "classify" or recipe.settings.get("class_names"):
-        return recipe
+        return recipe.with_changes(changes)
     if not source.class_names:
         raise SystemExit(
             "classification needs classes: give --data a folder with a folder for each class, a dataset with a column "
@@ -352,6 +368,7 @@ def make_loader(run: Run, source, objective: Objective, facts: dict) -> ViewLoad
             source,
             make_views=MultiCrop(run.recipe.crops),
             make_masks=make_masks,
+            make_text=objective.make_text,
             micro_batch_size=run.micro_batch,
             num_accumulations=run.num_accumulations,
             rank=run.processes.rank,
@@ -448,17 +465,17 @@ def save(run: Run, objective, optimizer, loader: ViewLoader, source, *, step: in
     try:
         save_state(run.folder / "state", objective=objective, optimizer=optimizer, facts=facts, is_writer=run.is_main)
         if run.is_main:
-            save_model(model, run.folder / "model", mean=run.recipe.mean, std=run.recipe.std)
+            save_model(objective, model, run.folder / "model", mean=run.recipe.mean, std=run.recipe.std)
     except (RuntimeError, OSError) as error:
         raise SystemExit(str(error)) from None
     run.accelerator.wait_for_everyone()
 
 
-def save_model(model: ViTWithRegistersPreTrainedModel, folder: pathlib.Path, *, mean, std) -> None:
+def save_model(objective: Objective, model: PreTrainedModel, folder: pathlib.Path, *, mean, std) -> None:
     """Write a folder for `from_pretrained` beside the old one, and put it in its place."""
     partial, old = folder.with_name("model.partial"), folder.with_name("model.old")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
+    objective.write(model, partial)
     processor = partial / "preprocessor_config.json"
     settings = json.loads(processor.read_text())
     processor.write_text(json.dumps(settings | {"image_mean": list(mean), "image_std": list(std)}, indent=2) + "\n")
@@ -469,9 +486,14 @@ def save_model(model: ViTWithRegistersPreTrainedModel, folder: pathlib.Path, *, 
     shutil.rmtree(old, ignore_errors=True)
 
 
-def whole_model(run: Run, objective: Objective) -> ViTWithRegistersPreTrainedModel:
+def whole_model(run: Run, objective: Objective) -> PreTrainedModel:
     """The model to look at and to save; a sharded one is gathered by all processes together."""
     return gather_model(objective) if run.options.shard else objective.saved
+
+
+def name_init(init: str | None) -> str | None:
+    """What a run started from: the licence of its weights is inherited from there."""
+    return os.path.abspath(init) if init and os.path.exists(init) else init
 
 
 def versions() -> dict[str, str]:
@@ -571,7 +593,7 @@ class Monitor:
 
     def look(self, *, step: int) -> None:
         """Measure features and norms, draw, and name what is wrong."""
-        encoder = whole_model(self.run, self.objective).base_model
+        encoder = self.objective.encoder_of(whole_model(self.run, self.objective))
         if self.run.is_main:
             with evaluation_mode(encoder):
                 self._measure(encoder, step)
@@ -590,6 +612,7 @@ class Monitor:
         facts = {
             "recipe": self.run.recipe.as_dict(),
             "data": {"name": self.run.options.data, "split": self.run.options.split},
+            "init": name_init(self.run.options.init),
             "steps": step + 1,
             "seconds": round(self.seconds, 1),
             "processes": self.run.processes.size,
@@ -600,6 +623,11 @@ class Monitor:
             **self._of("knn", first=False),
         }
         write_text(folder / "training.json", json.dumps(facts, indent=2) + "\n")
+        if self.run.options.push_to_hub:
+            self._publish(folder, self.run.options.push_to_hub)
+        if "zero_shot" in facts:
+            shown = f"{self.sample.num_held_out} {self.sample.held_out_name}"
+            print(f"zero-shot accuracy on {shown}: {facts['zero_shot']:.1%}")
         if "accuracy" in facts:
             print(f"accuracy on {self.sample.num_held_out} {self.sample.held_out_name}: {facts['accuracy']:.1%}")
         if "knn" in facts:
@@ -607,7 +635,7 @@ class Monitor:
                 f"k-NN accuracy on {self.sample.num_held_out} {self.sample.held_out_name}: "
                 f"{facts['untrained_knn']:.1%} untrained, {facts['knn']:.1%} trained (chance {facts['chance']:.1%})"
             )
-        kind = self.objective.saved._auto_class
+        kind = getattr(self.objective.saved, "_auto_class", None) or type(self.objective.saved).__name__
         print(f"{step + 1} steps in {self.seconds:.0f} seconds")
         print(f"pictures: {', '.join(str(path) for path in sorted(folder.glob('*.png')))}")
         print(f"model:    {folder / 'model'}")
@@ -616,10 +644,16 @@ class Monitor:
             f"print({kind}.from_pretrained('{folder / 'model'}', trust_remote_code=True))\""
         )
 
+    def _publish(self, folder: pathlib.Path, name: str) -> None:
+        try:
+            publish(folder, name, licence=self.run.options.licence)
+        except (CardError, PublishError) as error:  # the run is done and stays, whatever the Hub says
+            print(f"not published: {error}\n  the run is whole; try again with: vitreg publish {folder} {name}")
+
     def _of(self, key: str, *, first: bool) -> dict:
         records = [record for record in self.journal.records if key in record]
         chosen = records[0 if first else -1] if records else {}
-        return {name: chosen[name] for name in (key, "accuracy", "chance") if name in chosen}
+        return {name: chosen[name] for name in (key, "accuracy", "zero_shot", "chance") if name in chosen}
 
     def _measure(self, encoder: ViTWithRegistersModel, step: int) -> None:
         run, folder, sample = self.run, self.run.folder, self.sample

@@ -105,13 +105,21 @@ class ImageSource:
         dataset: of the library `datasets`.
         image_column: holds the images; None: the only column of type `Image`, or the one of a usual name.
         label_column: holds the classes; None: the only `ClassLabel`, or an integer column `label`, `labels` or `cls`.
+        text_column: holds captions; None: captions are not read.
 
     Raises:
         ValueError: a column does not exist, or the choice is not clear.
     """
 
-    def __init__(self, dataset: datasets.Dataset, *, image_column: str | None = None, label_column: str | None = None):
-        self._columns = _find_columns(dataset.features, image=image_column, label=label_column)
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        *,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        text_column: str | None = None,
+    ):
+        self._columns = _find_columns(dataset.features, image=image_column, label=label_column, text=text_column)
         self._dataset = self._columns.select(dataset)
 
     @property
@@ -130,6 +138,23 @@ class ImageSource:
         """
         raw = self._raw(index)
         return decode_image(raw), raw["label"]
+
+    def read_text(self, index: int) -> str:
+        """The caption of an image; several are joined.
+
+        Raises:
+            ValueError: the source was opened without a text column.
+        """
+        return self._raw(index).get("text") or _no_text()
+
+    def texts(self) -> Iterator[str]:
+        """All captions in order, without an image being read.
+
+        Raises:
+            ValueError: the source was opened without a text column.
+        """
+        column = self._columns.text or _no_text()
+        return map(_join_texts, self._dataset[column][:])
 
     def name_of(self, index: int) -> str:
         """Path of an image where it has one, else its number."""
@@ -164,6 +189,7 @@ class ImageStream:
         dataset: a stream of the library `datasets`.
         image_column: see `ImageSource`.
         label_column: see `ImageSource`.
+        text_column: see `ImageSource`.
         block_size: images that are held undecoded and shuffled among each other.
         files: local files of the stream, for the fingerprint.
 
@@ -177,6 +203,7 @@ class ImageStream:
         *,
         image_column: str | None = None,
         label_column: str | None = None,
+        text_column: str | None = None,
         block_size: int = 1000,
         files: Sequence[str] = (),
     ):
@@ -184,7 +211,7 @@ class ImageStream:
             raise ValueError(f"ImageStream: block_size is a positive integer, got {block_size!r}.")
         if dataset.features is None:
             raise ValueError("ImageStream: expected a stream that knows the types of its columns; give it `features`.")
-        self._columns = _find_columns(dataset.features, image=image_column, label=label_column)
+        self._columns = _find_columns(dataset.features, image=image_column, label=label_column, text=text_column)
         self._dataset = self._columns.select(dataset)
         self._block_size = block_size
         self._files = tuple(files)
@@ -268,6 +295,7 @@ def open_images(
     block_size: int = 1000,
     image_column: str | None = None,
     label_column: str | None = None,
+    text_column: str | None = None,
     scenes: range = range(10_000),
     scene_settings: SceneSettings | None = None,
 ) -> ImageSource | ImageStream:
@@ -289,6 +317,7 @@ def open_images(
         block_size: images of a stream that are held undecoded and shuffled among each other.
         image_column: None: found by its type.
         label_column: None: found by its type or name; images without labels are fine.
+        text_column: holds captions; None: they are not read.
         scenes: indices of the scenes; other ranges are other splits. Consecutive.
         scene_settings: None: 64 pixels a side.
 
@@ -298,7 +327,7 @@ def open_images(
     """
     import datasets
 
-    columns = {"image_column": image_column, "label_column": label_column}
+    columns = {"image_column": image_column, "label_column": label_column, "text_column": text_column}
     if not source:
         raise ValueError(f"open_images: {_EXPECTED}; got {source!r}.")
     if source == "scenes":
@@ -327,17 +356,18 @@ def open_images(
 
 @dataclasses.dataclass(frozen=True)
 class _Columns:
-    """Where the image and the label of a row are."""
+    """Where the image, the label and the caption of a row are."""
 
     image: str
     label: str | None
+    text: str | None
     class_names: tuple[str, ...] | None
 
     def select(self, dataset: datasets.Dataset | datasets.IterableDataset):
         """Keep these columns, with images as they were stored."""
         from datasets import Image as ImageFeature
 
-        kept = dataset.select_columns([self.image, self.label] if self.label else [self.image])
+        kept = dataset.select_columns([name for name in (self.image, self.label, self.text) if name])
         return kept.cast_column(self.image, ImageFeature(decode=False))
 
     def to_raw(self, row: dict, *, fallback: str) -> dict:
@@ -346,14 +376,26 @@ class _Columns:
         label = row[self.label] if self.label else None
         # The Hub marks the hidden labels of a test set by -1.
         label = None if label is None or label < 0 else int(label)
-        return {**image, "label": label, "name": image["path"] or fallback}
+        text = {"text": _join_texts(row[self.text])} if self.text else {}
+        return {**image, "label": label, "name": image["path"] or fallback, **text}
 
 
-def _find_columns(features: datasets.Features, *, image: str | None, label: str | None) -> _Columns:
+def _join_texts(text: str | list[str] | None) -> str:
+    """One caption; several of an image, one after the other."""
+    return " ".join(text) if isinstance(text, list) else text or ""
+
+
+def _no_text():
+    raise ValueError("open_images: captions were asked for, but the source was opened without text_column")
+
+
+def _find_columns(
+    features: datasets.Features, *, image: str | None, label: str | None, text: str | None = None
+) -> _Columns:
     from datasets import ClassLabel, Value
     from datasets import Image as ImageFeature
 
-    for name in filter(None, (image, label)):
+    for name in filter(None, (image, label, text)):
         if name not in features:
             raise ValueError(f"open_images: there is no column {name!r}; the columns are {_list(features)}.")
     integers = {name for name, kind in features.items() if isinstance(kind, Value) and "int" in kind.dtype}
@@ -369,7 +411,7 @@ def _find_columns(features: datasets.Features, *, image: str | None, label: str 
     image = image or _choose(images, usual=_IMAGE_NAMES, argument="image_column")
     labels = [name for name in features if name in classes or (name in integers and name in _LABEL_NAMES)]
     label = label or (_choose(labels, usual=_LABEL_NAMES, argument="label_column") if labels else None)
-    return _Columns(image, label, tuple(features[label].names) if label in classes else None)
+    return _Columns(image, label, text, tuple(features[label].names) if label in classes else None)
 
 
 def _choose(names: list[str], *, usual: tuple[str, ...], argument: str) -> str:

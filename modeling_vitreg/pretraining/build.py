@@ -11,6 +11,7 @@ from modeling_vitreg.configuration_vitreg import ViTWithRegistersConfig
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersModel
 
 from .classification import Classification, ClassificationSettings
+from .contrast import Contrast, ContrastSettings
 from .distillation import Distillation, DistillationSettings
 from .masked_autoencoder import MaskedAutoencoder, MaskedAutoencoderSettings
 from .masked_pixels import MaskedPixels
@@ -63,9 +64,9 @@ def make_objective(
     backbone = ViTWithRegistersModel.from_pretrained(_model_in(init), dtype=torch.float32, **kept)
     objective = _wrap(backbone, recipe, processes)
     state = last_state(folder / "state") if folder.is_dir() else None
-    # A classifier starts from any model; the heads of what made it are of no use to it.
+    # A classifier and CLIP start from any model; the heads of what made it are of no use to them.
     is_same_kind = state is not None and (
-        recipe.objective != "classify" or read_facts(state)["recipe"]["objective"] == "classify"
+        recipe.objective not in ("classify", "clip") or read_facts(state)["recipe"]["objective"] == recipe.objective
     )
     if is_same_kind:
         _take_over(objective, load_objective(state))
@@ -199,12 +200,20 @@ def _load_class_teacher(settings: ClassificationSettings) -> torch.nn.Module:
     return teacher.requires_grad_(False).eval()
 
 
+def _make_contrast(backbone: ViTWithRegistersModel, recipe: Recipe, common: dict) -> Objective:
+    if recipe.masks != MaskSettings():
+        raise ValueError(f"masks: the objective 'clip' hides no patch, got {recipe.masks}: leave them out")
+    settings = make_settings(ContrastSettings, recipe.settings, of="settings")
+    return Contrast(backbone, settings=settings, **common)
+
+
 _MAKERS = {
     "dinov2": _make_self_distillation,
     "mae": _make_masked_autoencoder,
     "simmim": _make_masked_pixels,
     "distill": _make_distillation,
     "classify": _make_classification,
+    "clip": _make_contrast,
 }
 OBJECTIVES = tuple(_MAKERS)
 

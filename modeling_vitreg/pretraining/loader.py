@@ -48,14 +48,15 @@ class ViewLoader:
     Of a stream each process takes its own next images instead; a number then only seeds the views.
 
     A batch is a dictionary: what `make_views` returns with the images along axis 1, (V, B, ...); `masks` (V, B, P) if
-    there are any; `labels` int64 (B,), -1 for none; `numbers` int64 (B,); `unreadable`, a list of (name, reason). An
-    unreadable image is replaced by the next readable one, of the source or, of a stream, of those read with it; the
-    substitute is cut as the original would have been.
+    there are any; `texts` (B, N) if `make_text` is given; `labels` int64 (B,), -1 for none; `numbers` int64 (B,);
+    `unreadable`, a list of (name, reason). An unreadable image is replaced by the next readable one, of the source or,
+    of a stream, of those read with it; the substitute is cut as the original would have been.
 
     Args:
         source: what `open_images` returns.
         make_views: cuts an RGB image into tensors (V, ...), by name, of the same shapes for all images. It draws from
             torch's global generator only. With workers that are not forked it has to be picklable.
+        make_text: makes a tensor (N,) of the caption of an image, whose source was opened with a text column; or None.
         make_masks: called as make_masks(num_images, generator=generator), returns bool (V, num_images, P); or None.
         micro_batch_size: B.
         num_accumulations: micro-batches of a step.
@@ -80,6 +81,7 @@ class ViewLoader:
         *,
         make_views: Callable[[Image.Image], dict[str, Tensor]],
         make_masks: Callable[..., Tensor] | None,
+        make_text: Callable[[str], Tensor] | None = None,
         micro_batch_size: int,
         num_accumulations: int = 1,
         rank: int = 0,
@@ -105,6 +107,7 @@ class ViewLoader:
             source=None if self._stream else source,
             make_views=make_views,
             make_masks=make_masks,
+            make_text=make_text,
             micro_batch_size=micro_batch_size,
             rank=rank,
             num_processes=num_processes,
@@ -236,15 +239,16 @@ class _Recipe:
     source: ImageSource | None
     make_views: Callable[[Image.Image], dict[str, Tensor]]
     make_masks: Callable[..., Tensor] | None
+    make_text: Callable[[str], Tensor] | None
     micro_batch_size: int
     rank: int
     num_processes: int
     seed: int
 
     def __getitem__(self, plan: _Plan) -> dict:
-        batch, labels, unreadable = {}, [], []
+        batch, labels, texts, unreadable = {}, [], [], []
         for place, number in enumerate(plan.numbers):
-            image, label, problems = self._read(plan.keys, place)
+            image, label, text, problems = self._read(plan.keys, place)
             views = self._cut(image, number)
             if not batch:
                 shapes = {
@@ -259,12 +263,15 @@ class _Recipe:
             for name, view in views.items():
                 batch[name][:, place] = view  # [V, ...] -> [V, B, ...]
             labels.append(-1 if label is None else label)
+            if self.make_text is not None:
+                texts.append(self.make_text(text))
             unreadable += [(problem.name, problem.reason) for problem in problems[:1]]
+        captions = {"texts": torch.stack(texts)} if texts else {}
         masks = {} if self.make_masks is None else {"masks": self._mask(plan)}
         counts = {"labels": torch.tensor(labels), "numbers": torch.tensor(plan.numbers)}
-        return {**batch, **masks, **counts, "unreadable": unreadable}
+        return {**batch, **masks, **captions, **counts, "unreadable": unreadable}
 
-    def _read(self, keys: list, place: int) -> tuple[Image.Image, int | None, list[UnreadableImage]]:
+    def _read(self, keys: list, place: int) -> tuple[Image.Image, int | None, str, list[UnreadableImage]]:
         problems = []
         for key in self._candidates(keys, place):
             try:
@@ -272,11 +279,16 @@ class _Recipe:
             except UnreadableImage as problem:
                 problems.append(problem)
             else:
-                return image, label, problems
+                return image, label, self._text(key), problems
         raise RuntimeError(
             f"ViewLoader: none of {len(problems)} images in a row can be read; the first: {problems[0]}. "
             "Check that the source is complete and that this process may read it."
         )
+
+    def _text(self, key: int | dict) -> str:
+        if self.make_text is None:
+            return ""
+        return key["text"] if self.source is None else self.source.read_text(key)
 
     def _candidates(self, keys: list, place: int) -> Iterator:
         if self.source is None:

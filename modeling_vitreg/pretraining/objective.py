@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import abc
+import pathlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from modeling_vitreg.modeling_vitreg import (
-    ViTWithRegistersLayer,
-    ViTWithRegistersModel,
-    ViTWithRegistersPreTrainedModel,
-)
+from modeling_vitreg.modeling_vitreg import ViTWithRegistersLayer, ViTWithRegistersModel
 
 from .crops import CropSettings
 from .masking import MaskSettings
@@ -27,6 +26,7 @@ class Objective(nn.Module, abc.ABC):
     """
 
     crops: CropSettings
+    make_text: Callable[[str], Tensor] | None = None  # tokens of the caption of an image
     masks: MaskSettings | None = None
     num_prototypes: int | None = None
 
@@ -49,7 +49,7 @@ class Objective(nn.Module, abc.ABC):
         """The model that is evaluated and saved."""
 
     @property
-    def saved(self) -> ViTWithRegistersPreTrainedModel:
+    def saved(self) -> PreTrainedModel:
         """What is written for `from_pretrained`: the encoder, or a model with a head around it."""
         return self.encoder
 
@@ -60,6 +60,14 @@ class Objective(nn.Module, abc.ABC):
 
     def follow(self, *, step: int) -> None:  # most objectives have no teacher
         """Called after each step of the optimiser; a teacher follows its student here."""
+
+    def encoder_of(self, model: PreTrainedModel) -> ViTWithRegistersModel:
+        """The encoder inside what is saved, which may be a copy that was gathered."""
+        return model.base_model
+
+    def write(self, model: PreTrainedModel, folder: pathlib.Path) -> None:
+        """Write what is saved into a folder."""
+        model.save_pretrained(folder)
 
     def evaluate(self, images: Tensor, labels: Tensor) -> dict[str, float]:
         """What can be said of held-out images (N, 3, h, w) and their labels (N,), in shares, for the log."""
@@ -84,8 +92,9 @@ class Objective(nn.Module, abc.ABC):
         for name in ("global_views", "local_views"):
             if name in batch:
                 moved[name] = batch[name].to(device, non_blocking=True).float().mul_(scale).sub_(shift)
-        if "labels" in batch:
-            moved["labels"] = batch["labels"].to(device, non_blocking=True)
+        for name in ("labels", "texts"):
+            if name in batch:
+                moved[name] = batch[name].to(device, non_blocking=True)
         if batch.get("masks") is not None:
             # Found on the CPU: on a GPU the number of masked patches would have to be waited for.
             masks = batch["masks"].flatten(0, 1)  # [V, B, P] -> [V B, P]

@@ -50,6 +50,8 @@ def shard(objective: Objective, *, precision: str = "no") -> Objective:
 def gather_model(objective: Objective) -> ViTWithRegistersPreTrainedModel:
     """What a sharded objective saves, as a whole, on its device; all processes call it together."""
     model = objective.saved
+    if not isinstance(model, ViTWithRegistersPreTrainedModel):
+        raise RuntimeError(f"{type(model).__name__} cannot be gathered: run this objective without sharding")
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     # Sharding has put a class of its own in the place of the model's.
     kind = next(kind for kind in type(model).__mro__ if kind.__module__ == ViTWithRegistersModel.__module__)

@@ -1,0 +1,19 @@
+"""Pretrain an image tower with registers on captions, beside a text tower of transformers.
+
+    accelerate launch examples/pretrain_clip.py                                        # built-in scenes and captions
+    accelerate launch examples/pretrain_clip.py --data owner/dataset --text-column text
+    accelerate launch examples/pretrain_clip.py --recipe clip-vitb16 --data "shards/{000..099}.tar" --text-column txt
+
+The loop, its robustness, its data and its instruments are those of pretrain.py; what differs is the recipe. The output
+folder holds model/, a VisionTextDualEncoderModel with tokenizer and image processor, for zero-shot classification:
+
+    import modeling_vitreg
+    from transformers import pipeline
+    pipeline("zero-shot-image-classification", "outputs/clip-cpu/model")(image, candidate_labels=["cat", "dog"])
+"""
+
+from pretrain import main
+
+
+if __name__ == "__main__":
+    main(description=__doc__, default_recipe="clip-cpu")

@@ -1,0 +1,266 @@
+"""CLIP: images and their captions find each other among all others of a batch.
+
+The image tower is ours, with registers behind the positions and before the first norm; the text tower is that of
+transformers. Both are saved as one `VisionTextDualEncoderModel`, with tokenizer and image processor. Only the pooled
+vector enters the loss, never a register.
+
+Letters: B pairs, E width of the common space, N tokens of a caption, C classes.
+Source: Radford et al. 2021, arXiv 2103.00020; OpenCLIP.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+import re
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor, nn
+from transformers import (
+    AutoTokenizer,
+    CLIPTextConfig,
+    CLIPTextModel,
+    PreTrainedTokenizerFast,
+    VisionTextDualEncoderConfig,
+    VisionTextDualEncoderModel,
+)
+
+from modeling_vitreg.modeling_vitreg import ViTWithRegistersModel
+from modeling_vitreg.modes import evaluation_mode
+
+from .crops import CropSettings
+from .masked_autoencoder import check_single_view
+from .objective import Objective
+from .processes import ALONE, Processes
+
+
+LARGEST_SCALE = math.log(100)
+_WORD = re.compile(r"\w+")
+_SPECIAL = ("<pad>", "<start>", "<unknown>", "<end>")
+
+
+@dataclasses.dataclass(frozen=True)
+class ContrastSettings:
+    """What is particular to CLIP. Defaults are those of OpenCLIP's ViT-B/16.
+
+    Args:
+        words: of the captions, each a token; found in the data where neither they nor a tokenizer are given.
+        tokenizer: folder or Hub name of a tokenizer, in the place of words.
+        text_model: folder or Hub name of a CLIP text tower to start from; empty for a new one of the sizes below.
+        text_width, num_text_layers, num_text_heads: of a new text tower.
+        num_tokens: of a caption, its end included; longer ones are cut.
+        projection_size: E.
+        logit_scale: the logarithm of the inverse temperature, at first; never above log 100.
+        class_names: of the labels that zero-shot accuracy is measured with; found in the data.
+        prompt: what a class is called to the text tower, with {} for its name.
+    """
+
+    words: tuple[str, ...] = ()
+    tokenizer: str = ""
+    text_model: str = ""
+    text_width: int = 512
+    num_text_layers: int = 12
+    num_text_heads: int = 8
+    num_tokens: int = 77
+    projection_size: int = 512
+    logit_scale: float = 2.6592
+    class_names: tuple[str, ...] = ()
+    prompt: str = "a picture of a {}."
+
+    def __post_init__(self):
+        if not (self.words or self.tokenizer):
+            raise ValueError("settings: expected words, which are found in captions, or a tokenizer, got neither")
+        if "{}" not in self.prompt:
+            raise ValueError(f"settings: prompt has {{}} where the name of a class goes, got {self.prompt!r}")
+
+
+class Contrast(Objective):
+    """An image tower, a text tower, their projections and the scale of their products.
+
+    Args:
+        backbone: the image tower.
+        settings: of the objective.
+        crops: one global view.
+        num_steps, processes: see `Objective`.
+
+    Raises:
+        ValueError: several views, or a backbone with a mask token.
+    """
+
+    def __init__(
+        self,
+        backbone: ViTWithRegistersModel,
+        *,
+        settings: ContrastSettings,
+        crops: CropSettings,
+        num_steps: int,
+        processes: Processes = ALONE,
+    ):
+        super().__init__(num_steps=num_steps, processes=processes)
+        check_single_view(crops, objective="CLIP")
+        if backbone.embeddings.mask_token is not None:
+            raise ValueError("CLIP hides no patch: set has_mask_token=False in the model")
+        self.settings, self.crops = settings, crops
+        self.make_text = CaptionTokens(make_tokenizer(settings), settings.num_tokens)
+        text = _make_text_model(settings, self.make_text.tokenizer)
+        config = VisionTextDualEncoderConfig.from_vision_text_configs(
+            backbone.config,
+            text.config,
+            projection_dim=settings.projection_size,
+            logit_scale_init_value=settings.logit_scale,
+        )
+        self.model = VisionTextDualEncoderModel(config=config, vision_model=backbone, text_model=text)
+
+    @property
+    def encoder(self) -> ViTWithRegistersModel:
+        """The image tower."""
+        return self.model.vision_model
+
+    @property
+    def saved(self) -> VisionTextDualEncoderModel:
+        """Both towers."""
+        return self.model
+
+    @property
+    def trained(self) -> dict[str, nn.Module]:
+        """Image tower, text tower, and what joins them."""
+        joints = nn.ModuleList([self.model.visual_projection, self.model.text_projection])
+        scale = nn.ParameterList([self.model.logit_scale])
+        return {"backbone": self.encoder, "text": self.model.text_model, "projections": joints, "scale": scale}
+
+    def encoder_of(self, model: VisionTextDualEncoderModel) -> ViTWithRegistersModel:
+        """See `Objective`."""
+        return model.vision_model
+
+    def write(self, model: VisionTextDualEncoderModel, folder: pathlib.Path) -> None:
+        """See `Objective`: both towers, the tokenizer, and the image processor."""
+        model.save_pretrained(folder)
+        self.make_text.tokenizer.save_pretrained(folder)
+        settings = model.vision_model.image_processor_settings()
+        (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+    def follow(self, *, step: int) -> None:
+        """Keep the scale below its limit, beyond which training is unstable."""
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(0, LARGEST_SCALE)
+
+    def forward(self, batch: dict[str, Tensor], *, step: int) -> dict[str, Tensor]:
+        """The contrastive loss, as `total`; with the `scale`.
+
+        Args:
+            batch: `global_views` (1, B, 3, h, w) and `texts` (B, N) with -1 behind the end.
+            step: number of the step.
+        """
+        images = self.embed_images(batch["global_views"].flatten(0, 1))
+        texts = self.embed_texts(batch["texts"])
+        scale = self.model.logit_scale.exp()
+        return {"total": contrastive_loss(images, texts, scale, processes=self.processes), "scale": scale.detach()}
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """(B, 3, h, w) -> (B, E), of length one."""
+        return F.normalize(self.model.visual_projection(self.encoder(images).pooler_output), dim=-1)
+
+    def embed_texts(self, tokens: Tensor) -> Tensor:
+        """(B, N) with -1 behind the end -> (B, E), of length one."""
+        padding = self.make_text.tokenizer.pad_token_id
+        inputs = {"input_ids": tokens.masked_fill(tokens < 0, padding), "attention_mask": (tokens >= 0).long()}
+        return F.normalize(self.model.text_projection(self.model.text_model(**inputs).pooler_output), dim=-1)
+
+    @torch.no_grad()
+    def evaluate(self, images: Tensor, labels: Tensor, *, batch_size: int = 250) -> dict[str, float]:
+        """Share of held-out images (B, 3, h, w) whose class (B,) has the nearest name, as `zero_shot`."""
+        if not self.settings.class_names:
+            return {}
+        device = next(self.parameters()).device
+        prompts = [self.make_text(self.settings.prompt.format(name)) for name in self.settings.class_names]
+        with evaluation_mode(self.model):
+            classes = self.embed_texts(torch.stack(prompts).to(device))  # [C, E]
+            found = [
+                (self.embed_images(part.to(device)) @ classes.T).argmax(dim=1).cpu()
+                for part in images.split(batch_size)
+            ]
+        return {"zero_shot": (torch.cat(found) == labels).float().mean().item()}
+
+
+class CaptionTokens:
+    """Captions to tokens (N,), with -1 behind the end; what the workers of a loader call."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, num_tokens: int):
+        self.tokenizer, self.num_tokens = tokenizer, num_tokens
+
+    def __call__(self, caption: str) -> Tensor:
+        """Tokens of a caption, cut to fit, its end kept."""
+        found = self.tokenizer(caption, truncation=True, max_length=self.num_tokens)["input_ids"]
+        return F.pad(torch.tensor(found), (0, self.num_tokens - len(found)), value=-1)
+
+
+def find_words(captions) -> list[str]:
+    """The words of captions, sorted, in lower case."""
+    return sorted({word for caption in captions for word in _WORD.findall(caption.lower())})
+
+
+def make_tokenizer(settings: ContrastSettings) -> PreTrainedTokenizerFast:
+    """The tokenizer that is named, or one that knows the words and puts a start and an end around them."""
+    if settings.tokenizer:
+        return AutoTokenizer.from_pretrained(settings.tokenizer)
+    known = {word: number for number, word in enumerate((*_SPECIAL, *settings.words))}
+    tokenizer = Tokenizer(models.WordLevel(known, unk_token="<unknown>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    # Punctuation is no word.
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\W+"), behavior="removed")
+    ends = [(word, known[word]) for word in ("<start>", "<end>")]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<start> $A <end>", special_tokens=ends)
+    special = {"pad_token": "<pad>", "bos_token": "<start>", "unk_token": "<unknown>", "eos_token": "<end>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=settings.num_tokens, **special)
+
+
+def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, *, processes: Processes = ALONE) -> Tensor:
+    """Cross-entropy of each image among all texts, and of each text among all images, averaged.
+
+    for each pair i of all processes:
+        add  - log softmax_j(scale * images[i] . texts[j])[i] / 2
+        add  - log softmax_j(scale * texts[i] . images[j])[i] / 2
+    divide by the number of pairs
+
+    Args:
+        images, texts: (B, E) of this process, of length one.
+        scale: of the products.
+        processes: whose pairs compete.
+    """
+    images, texts = processes.gather(images.float()), processes.gather(texts.float())
+    logits = scale.float() * images @ texts.T
+    truth = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2
+
+
+def _make_text_model(settings: ContrastSettings, tokenizer: PreTrainedTokenizerFast) -> CLIPTextModel:
+    if settings.text_model:
+        return CLIPTextModel.from_pretrained(settings.text_model, dtype=torch.float32)
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=settings.text_width,
+            intermediate_size=4 * settings.text_width,
+            num_hidden_layers=settings.num_text_layers,
+            num_attention_heads=settings.num_text_heads,
+            max_position_embeddings=settings.num_tokens,
+            hidden_act="gelu",
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+__all__ = [
+    "CaptionTokens",
+    "Contrast",
+    "ContrastSettings",
+    "contrastive_loss",
+    "find_words",
+    "make_tokenizer",
+]

@@ -1,0 +1,253 @@
+"""CLIP: the loss beside open_clip's, one and two processes, captions to tokens, and the program as one runs it."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset, Features, Image, Value
+from open_clip.loss import ClipLoss
+from PIL import Image as PILImage
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, VisionTextDualEncoderModel, pipeline
+
+from modeling_vitreg import ViTWithRegistersModel
+from modeling_vitreg.images import ImageSource
+from modeling_vitreg.pretraining.contrast import (
+    LARGEST_SCALE,
+    CaptionTokens,
+    Contrast,
+    ContrastSettings,
+    contrastive_loss,
+    find_words,
+    make_tokenizer,
+)
+from modeling_vitreg.pretraining.crops import CropSettings
+from modeling_vitreg.pretraining.loader import ViewLoader
+from modeling_vitreg.pretraining.processes import Processes
+
+
+ROOT = pathlib.Path(__file__).parents[1]
+CAPTIONS = ("A red ball on the grass.", "A blue cube, in front of a wall!", "Sand.")
+SMALL = {"text_width": 32, "num_text_layers": 1, "num_text_heads": 2, "num_tokens": 12, "projection_size": 16}
+ONE_VIEW = CropSettings(num_global=1, num_local=0, global_size=32)
+
+
+@pytest.fixture
+def make(tiny):
+    def build(processes=None, **settings) -> Contrast:
+        torch.manual_seed(0)
+        return Contrast(
+            ViTWithRegistersModel(tiny(initializer_range=0.2)),
+            settings=ContrastSettings(**{"words": tuple(find_words(CAPTIONS)), **SMALL, **settings}),
+            crops=ONE_VIEW,
+            num_steps=10,
+            **({"processes": processes} if processes else {}),
+        ).train()
+
+    return build
+
+
+def unit(*shape: int, seed: int = 0) -> torch.Tensor:
+    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.normalize(values, dim=-1)
+
+
+def test_the_loss_and_its_gradients_are_those_of_open_clip():
+    results = []
+    for loss in (contrastive_loss, ClipLoss()):
+        images, texts = unit(6, 8).requires_grad_(), unit(6, 8, seed=1).requires_grad_()
+        scale = torch.tensor(14.0, requires_grad=True)
+        value = loss(images, texts, scale)
+        value.backward()
+        results.append([value, images.grad, texts.grad, scale.grad])
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_pairs_of_all_processes_compete():
+    images, texts, scale = unit(6, 8), unit(6, 8, seed=1), torch.tensor(5.0)
+    whole = contrastive_loss(images, texts, scale)
+    rest = iter((images[3:], texts[3:]))
+    processes = Processes(rank=0, size=2, gather=lambda rows: torch.cat([rows, next(rest)]))
+    torch.testing.assert_close(contrastive_loss(images[:3], texts[:3], scale, processes=processes), whole)
+
+
+def test_captions_are_words_between_a_start_and_an_end():
+    tokenizer = make_tokenizer(ContrastSettings(words=tuple(find_words(CAPTIONS)), num_tokens=8))
+    assert find_words(CAPTIONS)[:4] == ["a", "ball", "blue", "cube"]
+    tokens = CaptionTokens(tokenizer, 8)("A RED ball, unheard of.")
+    words = tokenizer.convert_ids_to_tokens(tokens[tokens >= 0].tolist())
+    assert words == ["<start>", "a", "red", "ball", "<unknown>", "of", "<end>"] and tokens[-1] == -1
+    cut = CaptionTokens(tokenizer, 4)("a red ball on the grass")
+    assert tokenizer.convert_ids_to_tokens(cut.tolist()) == ["<start>", "a", "red", "<end>"]
+
+
+def test_padding_changes_no_text(make):
+    objective = make().eval()
+    tokens = objective.make_text("a red ball")
+    longer = torch.nn.functional.pad(tokens[tokens >= 0], (0, 3), value=-1)
+    shorter = tokens[tokens >= 0]
+    torch.testing.assert_close(objective.embed_texts(longer[None]), objective.embed_texts(shorter[None]))
+
+
+def test_registers_enter_no_loss_and_learn_through_attention(make):
+    objective = make()
+    batch = {
+        "global_views": torch.randn(1, 3, 3, 32, 32),
+        "texts": torch.stack(list(map(objective.make_text, CAPTIONS))),
+    }
+    losses = objective(batch, step=0)
+    losses["total"].backward()
+    assert objective.encoder.embeddings.register_tokens.weight.grad.abs().sum() > 0
+    assert not [
+        name for name, parameter in objective.named_parameters() if parameter.requires_grad and parameter.grad is None
+    ]
+    trained = {id(parameter) for part in objective.trained.values() for parameter in part.parameters()}
+    assert trained == {id(parameter) for parameter in objective.parameters()}
+
+
+def test_the_scale_stays_below_its_limit(make):
+    objective = make(logit_scale=10.0)
+    objective.follow(step=0)
+    assert objective.model.logit_scale.item() == pytest.approx(LARGEST_SCALE)
+
+
+def test_zero_shot_accuracy_is_that_of_the_nearest_name(make):
+    objective = make(class_names=("red ball", "blue cube", "sand")).eval()
+    images = torch.randn(20, 3, 32, 32)
+    with torch.no_grad():
+        prompts = torch.stack(
+            [objective.make_text(f"a picture of a {name}.") for name in objective.settings.class_names]
+        )
+        nearest = (objective.embed_images(images) @ objective.embed_texts(prompts).T).argmax(dim=1)
+    assert objective.evaluate(images, nearest) == {"zero_shot": 1.0}
+    assert objective.evaluate(images, (nearest + 1) % 3) == {"zero_shot": 0.0}
+
+
+def test_the_loader_brings_the_caption_of_each_image():
+    images = [PILImage.new("RGB", (40, 40), (10 * number, 0, 0)) for number in range(6)]
+    texts = [["a red ball", "on grass"] if number == 2 else "a red ball" for number in range(6)]
+    texts = [" ".join(text) if isinstance(text, list) else text for text in texts]
+    features = Features({"image": Image(), "caption": Value("string")})
+    dataset = Dataset.from_dict({"image": images, "caption": texts}, features=features)
+    source = ImageSource(dataset, text_column="caption")
+    assert list(source.texts()) == texts and source.read_text(2) == "a red ball on grass"
+    loader = ViewLoader(
+        source,
+        make_views=lambda image: {"global_views": torch.zeros(1, 3, 2, 2)},
+        make_masks=None,
+        make_text=lambda text: torch.tensor([len(text)]),
+        micro_batch_size=6,
+        seed=0,
+    )
+    batch = next(iter(loader))
+    assert sorted(batch["texts"].flatten().tolist()) == sorted(map(len, texts))
+    with pytest.raises(ValueError, match="opened without text_column"):
+        ImageSource(dataset).read_text(0)
+    with pytest.raises(ValueError, match="there is no column 'words'"):
+        ImageSource(dataset, text_column="words")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"words": ()}, "expected words, .* or a tokenizer, got neither"),
+        ({"prompt": "a picture"}, "where the name of a"),
+    ],
+)
+def test_settings_out_of_range_are_refused(make, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make(**settings)
+
+
+# The program ---------------------------------------------------------------------------------------------------------
+
+RECIPE = {
+    "objective": "clip",
+    "model": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "patch_size": 8,
+    },
+    "crops": {"global_size": 32, "num_global": 1, "num_local": 0, "colours": "none"},
+    "settings": {**SMALL, "num_tokens": 40},
+    "num_steps": 8,
+    "batch_size": 8,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clip")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(RECIPE))
+    return folder
+
+
+def start(folder, *options, output, processes: int = 1) -> subprocess.Popen:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "examples" / "pretrain_clip.py")]
+    usual = ["--recipe", "tiny.yaml", "--num-scenes", "48", "--num-looked-at", "40", "--log-every", "1"]
+    environment = {"PYTHONPATH": str(ROOT), "HF_HOME": str(folder / "hf"), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, *usual, "--save-every", "3", "--workers", "0", "--output", output, *options],
+        cwd=folder,
+        env=os.environ | environment | {"ACCELERATE_USE_CPU": "true"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(folder, *options, **settings) -> str:
+    process = start(folder, *options, **settings)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-3000:]
+    return out + err
+
+
+def losses_of(folder: pathlib.Path) -> list[float]:
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [record["total"] for record in records if "total" in record]
+
+
+@pytest.fixture(scope="module")
+def whole(folder) -> str:
+    return run(folder, output="whole")
+
+
+def test_a_run_ends_with_a_dual_encoder_for_the_zero_shot_pipeline(folder, whole):
+    assert "zero-shot accuracy on" in whole
+    model = VisionTextDualEncoderModel.from_pretrained(folder / "whole" / "model")
+    assert isinstance(model.vision_model, ViTWithRegistersModel) and model.vision_model.config.num_register_tokens == 4
+    assert AutoTokenizer.from_pretrained(folder / "whole" / "model").model_max_length == 40
+    classify = pipeline("zero-shot-image-classification", str(folder / "whole" / "model"))
+    found = classify(PILImage.new("RGB", (50, 40)), candidate_labels=["red ball", "blue cube"])
+    assert sorted(entry["label"] for entry in found) == ["blue cube", "red ball"]
+
+
+def test_a_killed_run_goes_on_with_the_same_bits(folder, whole):
+    process = start(folder, output="killed")
+    while not (folder / "killed" / "state" / "LAST").exists() and process.poll() is None:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    run(folder, output="killed")
+    assert losses_of(folder / "killed") == losses_of(folder / "whole")
+    ours, theirs = (load_file(folder / name / "model" / "model.safetensors") for name in ("killed", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_two_processes_follow_one(folder, whole):
+    run(folder, output="two", processes=2)
+    torch.testing.assert_close(
+        torch.tensor(losses_of(folder / "two")), torch.tensor(losses_of(folder / "whole")), rtol=1e-3, atol=1e-3
+    )
