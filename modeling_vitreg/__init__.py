@@ -5,21 +5,30 @@ Importing the package registers the family with the Auto classes of transformers
 
 import transformers
 
-from modeling_vitreg.configuration_vitreg import ViTWithRegistersConfig
-from modeling_vitreg.modeling_vitreg import (
-    AUTO_MODELS,
-    ViTWithRegistersAttentionMaps,
-    ViTWithRegistersBackbone,
-    ViTWithRegistersClassifierOutput,
-    ViTWithRegistersForDepthEstimation,
-    ViTWithRegistersForImageClassification,
-    ViTWithRegistersForMaskedImageModeling,
-    ViTWithRegistersForSemanticSegmentation,
-    ViTWithRegistersModel,
-    ViTWithRegistersModelOutput,
-    ViTWithRegistersPreTrainedModel,
-    ViTWithRegistersTokens,
-)
+
+try:
+    from modeling_vitreg.configuration_vitreg import ViTWithRegistersConfig
+    from modeling_vitreg.modeling_vitreg import (
+        AUTO_MODELS,
+        ViTWithRegistersAttentionMaps,
+        ViTWithRegistersBackbone,
+        ViTWithRegistersClassifierOutput,
+        ViTWithRegistersForDepthEstimation,
+        ViTWithRegistersForImageClassification,
+        ViTWithRegistersForMaskedImageModeling,
+        ViTWithRegistersForSemanticSegmentation,
+        ViTWithRegistersModel,
+        ViTWithRegistersModelOutput,
+        ViTWithRegistersPreTrainedModel,
+        ViTWithRegistersTokens,
+    )
+except RuntimeError as error:
+    if "torchvision" not in str(error):
+        raise
+    raise ImportError(
+        f"transformers cannot be imported, for torchvision was built for another torch ({error}). Type: "
+        "pip install --force-reinstall torch torchvision"
+    ) from error
 
 
 transformers.AutoConfig.register(ViTWithRegistersConfig.model_type, ViTWithRegistersConfig, exist_ok=True)

@@ -76,6 +76,10 @@ def convert(
             report = run_convert(source, output, settings=known)
         else:
             report = run_export(source, output, to=to, settings=known)
+        if to is None:
+            from modeling_vitreg.cards import record_fingerprint
+
+            record_fingerprint(output)
     typer.echo(report.ledger["coverage"])
     for reason in sorted(set(report.ledger["dropped"].values())):
         count = sum(why == reason for why in report.ledger["dropped"].values())
@@ -117,13 +121,13 @@ def analyze(
 
     * vitreg analyze outputs/without/model --compare outputs/demo-cpu/model --report pair
     """
-    from modeling_vitreg.analysis.folder import analyze as run_analysis
-    from modeling_vitreg.analysis.folder import compare as run_comparison
-    from modeling_vitreg.analysis.survey import SurveySettings
-    from modeling_vitreg.features import load_encoder
-    from modeling_vitreg.images import open_images
-
     with _plain_errors(ValueError, RuntimeError):
+        from modeling_vitreg.analysis.folder import analyze as run_analysis
+        from modeling_vitreg.analysis.folder import compare as run_comparison
+        from modeling_vitreg.analysis.survey import SurveySettings
+        from modeling_vitreg.features import load_encoder
+        from modeling_vitreg.images import open_images
+
         encoders = [
             load_encoder(name, device=_device(device), trust_remote_code=trust_remote_code)
             for name in (model, *(compare or []))
@@ -173,12 +177,12 @@ def discover(
 
     * vitreg discover facebook/dino-vits16 VOC2007/JPEGImages --boxes VOC2007/Annotations
     """
-    from modeling_vitreg.discovery import DiscoverySettings, Sweep, figures
-    from modeling_vitreg.discovery import discover as run_discovery
-    from modeling_vitreg.features import load_encoder
-    from modeling_vitreg.reports import write_report
-
     with _plain_errors(ValueError, RuntimeError):
+        from modeling_vitreg.discovery import DiscoverySettings, Sweep, figures
+        from modeling_vitreg.discovery import discover as run_discovery
+        from modeling_vitreg.features import load_encoder
+        from modeling_vitreg.reports import write_report
+
         encoder = load_encoder(model, device=_device(device), trust_remote_code=trust_remote_code)
         annotated = _annotated(images, boxes, split, num_images, _looks(max(encoder.image_size)))
         found = run_discovery(
@@ -201,6 +205,90 @@ def discover(
             figures.draw_sweep(found).savefig(report / "sweep.png", dpi=120)
     typer.echo(_describe_discovery(found))
     typer.echo(f"wrote {', '.join(str(path) for path in sorted(report.iterdir()) if not path.name.startswith('.'))}")
+
+
+@app.command(no_args_is_help=True)
+def card(
+    folder: Annotated[Path, typer.Argument(help="Of a model, an adapter, or a training run.")],
+    name: Annotated[str, typer.Argument(help="USER/NAME that it has or will have on the Hub.")],
+    report: Annotated[list[Path] | None, typer.Option(help="Report or folder of them that lies elsewhere.")] = None,
+    licence: Annotated[str | None, typer.Option(help="Of weights that inherit none, such as apache-2.0.")] = None,
+    accept_licence: Annotated[str | None, typer.Option(help="Name of an inherited licence with conditions.")] = None,
+    output: Annotated[Path | None, typer.Option(help="File to write; default: the screen.")] = None,
+) -> None:
+    """Show the model card: everything in it was measured, and comes from the reports in the folder.
+
+    conversion.json, artifacts.json, evaluation.json and training.json are read where they lie, or from --report. A
+    number without a report cannot get in.
+
+    * vitreg card outputs/demo-cpu me/demo --report artifacts --report evaluation
+    """
+    with _plain_errors(ValueError, RuntimeError):
+        from modeling_vitreg.cards import make_plan
+
+        plan = make_plan(folder, name, reports=report or (), licence=licence, accepts_licence=accept_licence)
+        if output is None:
+            typer.echo(plan.card)
+            return
+        output.write_text(plan.card, encoding="utf-8")
+        typer.echo(f"wrote {output}")
+
+
+@app.command(no_args_is_help=True)
+def publish(
+    folder: Annotated[Path, typer.Argument(help="Of a model, an adapter, or a training run.")],
+    name: Annotated[str, typer.Argument(help="USER/NAME on the Hub.")],
+    report: Annotated[list[Path] | None, typer.Option(help="Report or folder of them that lies elsewhere.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to write to; default main.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Open it to all; a new repository is private.")] = False,
+    licence: Annotated[str | None, typer.Option(help="Of weights that inherit none, such as apache-2.0.")] = None,
+    accept_licence: Annotated[str | None, typer.Option(help="Name of an inherited licence with conditions.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, show files and card, send nothing.")] = False,
+) -> None:
+    """Publish to the Hub: checked first, in one commit, with a card made of measurements.
+
+    The folder has to load in a process without this package and give the recorded outputs. Large files go first, one
+    commit shows them all; run again after a failure, what arrived is not sent twice. HF_ENDPOINT points elsewhere.
+
+    * vitreg publish outputs/demo-cpu me/demo --report artifacts --licence apache-2.0 --dry-run
+    """
+    with _plain_errors(ValueError, RuntimeError):
+        from modeling_vitreg.cards import publish as run_publish
+
+        done = run_publish(
+            folder,
+            name,
+            reports=report or (),
+            revision=revision,
+            is_public=public,
+            licence=licence,
+            accepts_licence=accept_licence,
+            dry_run=dry_run,
+            say=typer.echo,
+        )
+        if dry_run:
+            typer.echo(done.plan.describe())
+            typer.echo(done.plan.card)
+            return
+    typer.echo(f'next: AutoModel.from_pretrained("{name}", trust_remote_code=True, revision="{done.commit}")')
+
+
+@app.command()
+def doctor(
+    checkpoint: Annotated[str | None, typer.Argument(help="Folder or cached name of a model to look at.")] = None,
+) -> None:
+    """Look for what usually goes wrong: versions, torch and torchvision, accelerator, cache, token, a checkpoint.
+
+    * vitreg doctor
+
+    * vitreg doctor outputs/demo-cpu/model
+    """
+    from modeling_vitreg.doctor import diagnose, render_findings
+
+    findings = diagnose(checkpoint)
+    typer.echo(render_findings(findings))
+    if any(finding.level == "problem" for finding in findings):
+        raise typer.Exit(1)
 
 
 def _annotated(images: str, boxes: Path | None, split: str, num_images: int, looks) -> list:
@@ -279,6 +367,10 @@ def _plain_errors(*kinds: type[Exception]) -> Iterator[None]:
     """An error of the caller's is its message, without the path through the code."""
     try:
         yield
+    except ModuleNotFoundError as error:
+        remedy = "pip install 'modeling-vitreg[analysis]'"
+        typer.echo(f"{error.name} is not installed, and this verb needs it: {remedy}", err=True)
+        raise typer.Exit(1) from None
     except kinds as error:
         typer.echo(f"{type(error).__name__}: {error}", err=True)
         raise typer.Exit(1) from None

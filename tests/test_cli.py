@@ -15,7 +15,7 @@ from modeling_vitreg import ViTWithRegistersModel
 from modeling_vitreg.cli import app
 
 
-VERBS = ("analyze", "convert", "discover")
+VERBS = ("analyze", "card", "convert", "discover", "doctor", "publish")
 
 
 def run(*arguments) -> object:

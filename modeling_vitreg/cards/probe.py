@@ -1,0 +1,126 @@
+"""What a model gives for one fixed input: the same text runs here and, as a program, where the package is not.
+
+`fingerprint.run_apart` sends this file to a new process, so it imports nothing of ours. The input is a formula and not
+random numbers, which differ between versions and devices.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+
+MEASURES = ("largest", "mean", "mean_absolute", "weighted_mean")
+NUM_FIRST = 8
+_MAX_PATCHES = 16  # on a side, so that a large model takes seconds
+
+
+def load(folder: str, *, classes: dict[str, type] | None = None) -> nn.Module:
+    """A model, or a model with its adapter, in float32 and evaluation mode.
+
+    Args:
+        folder: with `config.json` or `adapter_config.json`.
+        classes: of an installed package by name, in place of the code that lies in the folder.
+    """
+    try:
+        with open(f"{folder}/adapter_config.json", encoding="utf-8") as file:
+            adapter = json.load(file)
+    except FileNotFoundError:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=classes is None)
+        return _load_class(config.architectures[0], config, folder, classes).eval()
+    import peft
+
+    base = adapter["base_model_name_or_path"]
+    config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=classes is None)
+    name = (adapter.get("auto_mapping") or {}).get("base_model_class") or config.architectures[0]
+    return peft.PeftModel.from_pretrained(_load_class(name, config, base, classes, **_labels(folder)), folder).eval()
+
+
+@torch.no_grad()
+def take_fingerprint(model: nn.Module) -> dict:
+    """Of each output its shape, largest absolute value, means and first values.
+
+    `mean` would not see two values that changed places, `weighted_mean` does: it is that of value times sin(i).
+
+    Raises:
+        ValueError: a value is not finite.
+    """
+    images = probe_images(model.config)
+    run = getattr(model, "get_image_features", model)  # of a dual encoder
+    outputs = _name_tensors(run(pixel_values=images.to(next(model.parameters()).device)))
+    summaries = {name: _summarise(tensor) for name, tensor in outputs.items()}
+    broken = [name for name, summary in summaries.items() if not math.isfinite(summary["mean_absolute"])]
+    if broken:
+        raise ValueError(f"the model gives values that are not finite in {', '.join(broken)}")
+    return {"input": {"shape": list(images.shape), "formula": "sin(0.7 i + 0.1)"}, "outputs": summaries}
+
+
+def probe_images(config) -> Tensor:
+    """One image (1, C, height, width) of the size that the model has positions for, or 16 patches a side."""
+    config = getattr(config, "vision_config", config)
+    patch, image = _pair(config.patch_size), _pair(config.image_size)
+    height, width = (min(side, _MAX_PATCHES * of_patch) for side, of_patch in zip(image, patch))
+    shape = (1, getattr(config, "num_channels", 3), height, width)
+    return (0.7 * torch.arange(math.prod(shape), dtype=torch.float64) + 0.1).sin().float().reshape(shape)
+
+
+def main() -> None:
+    """Load the folder that the first argument names, and print its fingerprint in JSON as the last line."""
+    print(json.dumps(take_fingerprint(load(sys.argv[1]))))
+
+
+def _load_class(name: str, config, folder: str, classes: dict[str, type] | None, **options) -> nn.Module:
+    options["dtype"] = torch.float32
+    if classes is not None and name in classes:
+        return classes[name].from_pretrained(folder, **options)
+    reference = getattr(config, "auto_map", None) or {}
+    auto = next((auto for auto, value in reference.items() if value.split(".")[-1] == name), None)
+    if auto is None:
+        return getattr(transformers, name).from_pretrained(folder, **options)
+    if auto == "AutoBackbone":  # it asks the network about a local folder
+        kind = transformers.dynamic_module_utils.get_class_from_dynamic_module(reference[auto], folder)
+        return kind.from_pretrained(folder, **options)
+    return getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True, **options)
+
+
+def _labels(folder: str) -> dict[str, int]:
+    """Classes of a classifier that an adapter brings with it."""
+    from safetensors import safe_open
+
+    with safe_open(f"{folder}/adapter_model.safetensors", framework="pt") as file:
+        names = [name for name in file.keys() if name.endswith("classifier.weight")]  # noqa: SIM118
+        return {"num_labels": file.get_slice(names[0]).get_shape()[0]} if names else {}
+
+
+def _name_tensors(output) -> dict[str, Tensor]:
+    if isinstance(output, Tensor):
+        return {"image_features": output}
+    named = {}
+    for name, value in output.items():
+        values = value if isinstance(value, tuple) else (value,)
+        for number, tensor in enumerate(values):
+            if isinstance(tensor, Tensor):
+                named[f"{name}.{number}" if isinstance(value, tuple) else name] = tensor
+    return named
+
+
+def _summarise(tensor: Tensor) -> dict:
+    values = tensor.detach().double().flatten().cpu()
+    if not values.numel():  # a model without registers
+        return {"shape": list(tensor.shape), **dict.fromkeys(MEASURES, 0.0), "first": []}
+    wave = torch.arange(len(values), dtype=torch.float64).sin()
+    numbers = (values.abs().max(), values.mean(), values.abs().mean(), (values * wave).mean())
+    measured = {name: number.item() for name, number in zip(MEASURES, numbers)}
+    return {"shape": list(tensor.shape), **measured, "first": values[:NUM_FIRST].tolist()}
+
+
+def _pair(side) -> tuple[int, int]:
+    return (side, side) if isinstance(side, int) else tuple(side)
+
+
+__all__ = ["MEASURES", "NUM_FIRST", "load", "main", "probe_images", "take_fingerprint"]

@@ -1,0 +1,103 @@
+"""Numbers of evaluation reports: read, checked, and each together with how it came about."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+import re
+
+from .folder import CardError, ModelFolder, read_json
+
+
+_RESULT = ("task", "dataset", "metric", "value", "interval", "n", "seed", "data_fingerprint")
+_HUB_NAME = re.compile(r"([\w.-]+/)?[\w.-]+")
+
+
+def is_on_hub(name: str, revision: str | None) -> bool:
+    """Whether a data set is one of the Hub: it has a revision there. A folder may have a name like one."""
+    return bool(revision) and _HUB_NAME.fullmatch(name) is not None
+
+
+def read_results(path: pathlib.Path, *, model: ModelFolder) -> list[dict]:
+    """Results of an `EvaluationReport`, each with all that makes its number mean something.
+
+    Args:
+        path: of the report.
+        model: that it must have been made of.
+
+    Returns:
+        One dictionary a number: `task`, `dataset`, `metric`, `value`, `interval`, `interval_method`, `n`, `seed`,
+        `settings`, `data_fingerprint`, `model_fingerprint`; and of the report `command`, `commit` of the code and
+        `revision` of a data set of the Hub.
+
+    Raises:
+        CardError: the file is no evaluation report, was made of another model, or a result lacks a field or has a
+            value that is no finite number.
+    """
+    report = read_json(path)
+    if (report.get("kind"), report.get("version")) != ("evaluation", 1) or not isinstance(report.get("results"), list):
+        raise CardError(f"{path}: expected an evaluation report, version 1, got kind {report.get('kind')!r}")
+    check_same_model(report.get("architecture") or {}, model, path, name=report.get("model"))
+    results = []
+    for result in report["results"]:
+        missing = [name for name in _RESULT if name not in result]
+        if missing:
+            raise CardError(f"{path}: the result of {result.get('task')} lacks {', '.join(missing)}: measure it again")
+        for value in (result["value"], *(result["interval"] or ())):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise CardError(f"{path}: the result of {result['task']} is {value!r}, not a finite number")
+        data = (report.get("data") or {}).get(result["data_fingerprint"]) or {}
+        circumstances = {
+            "command": report.get("command") or "not recorded",
+            "commit": (report.get("made_with") or {}).get("commit"),
+            "revision": data.get("revision"),
+        }
+        results.append({"interval_method": None, "settings": {}, "model_fingerprint": None, **result, **circumstances})
+    return results
+
+
+def check_same_model(sizes: dict, model: ModelFolder, path: pathlib.Path, *, name: str | None) -> None:
+    """Keep numbers of another model out.
+
+    Args:
+        sizes: of the model that was measured, as reports hold them.
+        model: that the card is for.
+        path: of the report.
+        name: of the model that was measured.
+
+    Raises:
+        CardError: a size differs.
+    """
+    if model.is_adapter:  # it has no sizes of its own
+        return
+    architecture = model.architecture
+    names = {
+        "num_layers": "num_hidden_layers",
+        "num_heads": "num_attention_heads",
+        "hidden_size": "hidden_size",
+        "num_registers": "num_register_tokens",
+    }
+    for theirs, ours in names.items():
+        measured, actual = sizes.get(theirs), architecture[ours]
+        if measured not in (None, actual):
+            raise CardError(
+                f"{path}: was measured on another model, {name}: its {theirs} is {measured}, that of {model.path} is "
+                f"{actual}"
+            )
+
+
+def check_same_weights(results: list[dict]) -> None:
+    """Keep two states of one training apart.
+
+    Raises:
+        CardError: results of `read_results` are of different weights.
+    """
+    found = {result["model_fingerprint"] for result in results} - {None}
+    if len(found) > 1:
+        raise CardError(
+            f"the evaluation reports are of {len(found)} different models ({', '.join(sorted(found))}): keep those of "
+            "this one"
+        )
+
+
+__all__ = ["check_same_model", "check_same_weights", "is_on_hub", "read_results"]

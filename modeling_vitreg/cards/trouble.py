@@ -1,0 +1,86 @@
+"""What went wrong between here and the Hub, in words that say what to do."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from huggingface_hub import constants
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+
+# Of the network libraries of all versions of the client: requests, httpx and httpx2.
+_NETWORK = {"TransportError", "ConnectionError", "Timeout", "TimeoutException"}
+_AGAIN = (
+    "No half model can be seen, for all files appear at once. The same command goes on, and what has arrived is not "
+    "sent twice"
+)
+
+
+class PublishError(RuntimeError):
+    """The Hub cannot be reached, or refused; the message says what to do."""
+
+
+@contextlib.contextmanager
+def in_words(repo_id: str) -> Iterator[None]:
+    """Turn what the client raises into a `PublishError`.
+
+    Args:
+        repo_id: that is written to.
+
+    Raises:
+        PublishError: in place of any error of the network, the token or the Hub.
+    """
+    try:
+        yield
+    except LocalTokenNotFoundError:
+        raise PublishError(
+            "there is no token: make one that may write at "
+            f"{constants.ENDPOINT}/settings/tokens, then type `hf auth login`, or set HF_TOKEN"
+        ) from None
+    except OfflineModeIsEnabled:
+        raise PublishError("HF_HUB_OFFLINE is set, so nothing can be sent: unset it") from None
+    except HfHubHTTPError as error:
+        raise PublishError(_describe_refusal(error, repo_id)) from error
+    except PublishError:
+        raise
+    except Exception as error:
+        refusal = next((one for one in _chain(error) if isinstance(one, HfHubHTTPError)), None)
+        if refusal is not None:
+            raise PublishError(_describe_refusal(refusal, repo_id, words=str(error))) from error
+        if any(base.__name__ in _NETWORK for one in _chain(error) for base in type(one).__mro__):
+            raise PublishError(f"the connection to {constants.ENDPOINT} broke ({_last(error)}). {_AGAIN}") from error
+        raise
+
+
+def _describe_refusal(error: HfHubHTTPError, repo_id: str, *, words: str = "") -> str:
+    """In words; those of the client, which may hold what the Hub said, only where ours do not fit."""
+    status = error.response.status_code
+    if status == 401:
+        return (
+            "the Hub refused the token: it is wrong, was withdrawn or has expired. Make one that may write at "
+            f"{constants.ENDPOINT}/settings/tokens, then type `hf auth login`, or set HF_TOKEN"
+        )
+    if status in (403, 404):
+        return (
+            f"the token may not write to {repo_id}: it belongs to somebody else, or the token may only read. Choose "
+            "another name, or a token that may write"
+        )
+    said = " ".join((words or str(error)).split())
+    return f"the Hub answered {status} ({said}). {_AGAIN}"
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _last(error: BaseException) -> str:
+    """The words of the first cause."""
+    *_, first = _chain(error)
+    words = str(first).strip().splitlines()
+    return words[0] if words else type(first).__name__
+
+
+__all__ = ["PublishError", "in_words"]
