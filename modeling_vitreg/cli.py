@@ -22,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
 )
 Path = pathlib.Path
-ARTIFACTS, DISCOVERY = Path("artifacts"), Path("discovery")
+ARTIFACTS, DISCOVERY, EVALUATION = Path("artifacts"), Path("discovery"), Path("evaluation")
 FROM = "Folder, Hub name, or timm/NAME; any supported Vision Transformer."
 
 
@@ -205,6 +205,72 @@ def discover(
             figures.draw_sweep(found).savefig(report / "sweep.png", dpi=120)
     typer.echo(_describe_discovery(found))
     typer.echo(f"wrote {', '.join(str(path) for path in sorted(report.iterdir()) if not path.name.startswith('.'))}")
+
+
+@app.command(no_args_is_help=True)
+def evaluate(
+    model: Annotated[str, typer.Argument(help=FROM)],
+    data: Annotated[str, typer.Argument(help='Folder with class folders, Hub dataset, or "scenes" (built in).')] = (
+        "scenes"
+    ),
+    tasks: Annotated[str, typer.Option(help="knn, linear, logistic, segmentation, depth, zero_shot; with commas.")] = (
+        "knn,logistic"
+    ),
+    report: Annotated[Path, typer.Option(help="Folder to write; what it holds is not measured again.")] = EVALUATION,
+    compare: Annotated[list[str] | None, typer.Option(help="Another model, on the same; may be repeated.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Of scenes: colours (default) or label.")] = None,
+    num_train: Annotated[int, typer.Option(help="Most images to learn from.")] = 2000,
+    num_test: Annotated[int, typer.Option(help="Most images to measure on.")] = 500,
+    image_size: Annotated[int | None, typer.Option(help="Side in pixels; default that of the model.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    device: Annotated[str | None, typer.Option(help="Such as cuda; default: a GPU if there is one.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that lies beside the weights.")] = False,
+) -> None:
+    """Measure how good frozen features are: k-NN, probes, linear segmentation and depth, each with an interval.
+
+    Scenes have labels, masks and depth; a folder with a folder for each class has labels. Features are encoded once
+    and kept; a task that is done is not done again, and Ctrl-C keeps what was measured. evaluation.json has every
+    number with its n, interval, seed, and the fingerprints of model and data.
+
+    * vitreg evaluate outputs/demo-cpu/model --tasks knn,logistic,segmentation,depth
+
+    * vitreg evaluate outputs/without/model my_photos --compare outputs/demo-cpu/model
+    """
+    with _plain_errors(ValueError, RuntimeError):
+        from modeling_vitreg import evaluation
+        from modeling_vitreg.features import load_encoder
+
+        names, wanted, found = [model, *(compare or [])], tasks.split(","), []
+        encoders = [load_encoder(name, device=_device(device), trust_remote_code=trust_remote_code) for name in names]
+        opened = evaluation.open_data(
+            data,
+            image_size=image_size or max(max(encoder.image_size) for encoder in encoders),  # the same for all
+            num_train=num_train,
+            num_test=num_test,
+            label_column=label_column or ("colours" if data == "scenes" else None),
+            seed=seed,
+        )
+        encoding = evaluation.EncodingSettings(size=image_size, batch_size=batch_size)
+        for number, encoder in enumerate(encoders, start=1):
+            done = evaluation.evaluate(
+                encoder,
+                tasks=wanted,
+                data=opened,
+                output_folder=report / str(number) if len(encoders) > 1 else report,
+                settings=evaluation.EvaluationSettings(encoding=encoding, seed=seed),
+                tokenizer=evaluation.load_tokenizer(encoder) if "zero_shot" in wanted else None,
+                command=_command(),
+            )
+            found.append(done)
+        measured = [done for done in found if done.results]
+        table = evaluation.compare(measured) if measured else "nothing was measured before it was stopped"
+        (report / "table.md").write_text(table, encoding="utf-8")
+    typer.echo(table)
+    for done in found:
+        for task, reason in done.skipped.items():
+            typer.echo(f"{done.model}: {task} skipped: {reason}")
+    typer.echo(f"wrote {report}")
 
 
 @app.command(no_args_is_help=True)

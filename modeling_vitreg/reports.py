@@ -83,6 +83,39 @@ class ConversionReport:
     made_with: dict = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class EvaluationReport:
+    """How good a frozen encoder is at some tasks. Values are those of JSON: no tensor, no array.
+
+    Args:
+        model: name that the encoder was loaded by.
+        architecture: its family and sizes, `fingerprint` of code and weights, and `revision` on the Hub where known.
+        data: for the fingerprint of each data set `name`, `fingerprints` of its parts, `revision` where known, and
+            for the parts `train` and `test` `num_images`, `num_unreadable`, `num_nonfinite` and `unreadable` (why, the
+            first few).
+        results: one dictionary a number: `task`, `dataset`, `split`, `metric`, `value`, `interval` [low, high] of
+            95 %, `interval_method`, `n` test images behind the value, `settings` (what was asked for), `facts` (what
+            came out: choices of a sweep, sizes), `seed`, `data_fingerprint`, `revision` of the data,
+            `model_fingerprint`, `seconds` of the task without the encoding, and `command` and `commit` that made it.
+        skipped: of the tasks that were asked for last, name to the reason why there is no result.
+        stopped_by: why the evaluation ended early, None if it did not.
+        command: that wrote the report last; a result of an earlier one has its own.
+        made_with: versions of what wrote it last, device and precision, and the commit of a checkout.
+    """
+
+    kind: ClassVar[str] = "evaluation"
+    version: ClassVar[int] = 1
+
+    model: str
+    architecture: dict
+    data: dict
+    results: list
+    skipped: dict
+    stopped_by: str | None
+    command: str
+    made_with: dict = field(default_factory=dict)
+
+
 Report = TypeVar("Report")
 
 
@@ -147,4 +180,4 @@ def read_report(path: str | os.PathLike, *, kind: type[Report] = ArtifactReport)
     return kind(**content)
 
 
-__all__ = ["ArtifactReport", "ConversionReport", "read_report", "write_report"]
+__all__ = ["ArtifactReport", "ConversionReport", "EvaluationReport", "read_report", "write_report"]

@@ -15,7 +15,7 @@ from modeling_vitreg import ViTWithRegistersModel
 from modeling_vitreg.cli import app
 
 
-VERBS = ("analyze", "card", "convert", "discover", "doctor", "publish")
+VERBS = ("analyze", "card", "convert", "discover", "doctor", "evaluate", "publish")
 
 
 def run(*arguments) -> object:
@@ -120,3 +120,37 @@ def test_a_model_that_is_none_ends_in_words(tmp_path, photographs):
     done = run("analyze", tmp_path / "nothing", photographs, "--report", tmp_path / "out")
     assert done.exit_code == 1 and "Traceback" not in done.output
     assert not os.path.exists(tmp_path / "out")
+
+
+def test_evaluate_compares_models_on_the_same_scenes_and_goes_on(model, tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    ViTWithRegistersModel(tiny(num_register_tokens=0)).save_pretrained(tmp_path / "without" / "model")
+    other = tmp_path / "without" / "model"
+    usual = ["--compare", other, "--report", tmp_path / "out", "--num-train", 60, "--num-test", 30]
+    done = run("evaluate", model, "scenes", "--tasks", "knn", *usual)
+    assert done.exit_code == 0, done.output
+    assert "| knn |" in done.output and (tmp_path / "out" / "table.md").exists()
+    first = json.loads((tmp_path / "out" / "1" / "evaluation.json").read_text())
+    assert first["results"][0]["n"] == 30 and first["results"][0]["command"].startswith("vitreg")
+    again = run("evaluate", model, "scenes", "--tasks", "knn,zero_shot", *usual)
+    assert again.exit_code == 0 and "zero_shot skipped" in again.output
+    assert json.loads((tmp_path / "out" / "1" / "evaluation.json").read_text())["results"] == first["results"]
+
+
+def test_a_card_holds_what_was_measured_and_a_dry_run_shows_it(model, photographs, tmp_path):
+    assert run("analyze", model, photographs, "--report", tmp_path / "artifacts").exit_code == 0
+    options = ["--report", tmp_path / "artifacts", "--licence", "apache-2.0"]
+    done = run("card", model, "me/demo", *options)
+    assert done.exit_code == 0, done.output
+    assert "license: apache-2.0" in done.output and "artifacts" in done.output.lower()
+    done = run("publish", model, "me/demo", *options, "--dry-run")
+    assert done.exit_code == 0, done.output
+    assert "model.safetensors" in done.output and "README.md" in done.output
+
+
+def test_the_doctor_names_equal_registers(tiny, tmp_path):
+    sick = ViTWithRegistersModel(tiny())
+    torch.nn.init.zeros_(sick.embeddings.register_tokens.weight)
+    sick.save_pretrained(tmp_path / "sick")
+    done = run("doctor", tmp_path / "sick")
+    assert done.exit_code == 1 and "register" in done.output

@@ -1,0 +1,188 @@
+"""Linear depth: DINOv2's head of bins on patches and class token, and the errors of its depth.
+
+The loss is the scale-invariant one alone: the gradient loss that DINOv2 adds slices the wrong dimensions and is zero
+for the one or two images a device that it was run with. Metrics are those of the toolbox that DINOv2 evaluates with:
+of each image first, over its valid pixels, then their mean over the images.
+
+Letters: B images of a batch, I images, D width, S draws.
+
+Source: Oquab et al. 2023, arXiv 2304.07193, section 7.4; Bhat et al. 2020, arXiv 2011.14141 (bins);
+zhyever/Monocular-Depth-Estimation-Toolbox, `depth/core/evaluation`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modeling_vitreg.modeling_vitreg import scale_invariant_loss
+
+from .dense import Descent, fit_head, initialise
+from .intervals import Measured, statistic_of_images
+
+
+METRICS = ("rmse", "abs_rel", "d1", "d2", "d3", "log10", "rmse_log", "silog", "sq_rel")
+_UPSAMPLING = 4
+
+
+@dataclass(frozen=True)
+class DepthSettings:
+    """How the head is trained. Published heads: 38,400 steps of 16 images.
+
+    Args:
+        num_steps, batch_size, learning_rate: of AdamW with weight decay 0.01; a third of the steps warm up, then the
+            rate falls along a cosine.
+        num_bins: of depth.
+        min_depth: metres of the first bin; smaller depths do not count. The last bin is `EvaluationData.max_depth`.
+    """
+
+    num_steps: int = 1000
+    batch_size: int = 16
+    learning_rate: float = 5e-3
+    num_bins: int = 256
+    min_depth: float = 1e-3
+
+    @property
+    def descent(self) -> Descent:
+        """Steps and rates."""
+        rates = {"weight_decay": 0.01, "warmup_share": 1 / 3, "is_cosine": True, "clip": 35.0}
+        return Descent(self.num_steps, self.batch_size, self.learning_rate, **rates)
+
+
+class LinearDepthHead(nn.Module):
+    """A 1 x 1 convolution to bins; the depth of a pixel is the expected one."""
+
+    def __init__(self, width: int, *, num_bins: int, min_depth: float, max_depth: float):
+        super().__init__()
+        self.classifier = nn.Conv2d(width, num_bins, kernel_size=1)
+        self.register_buffer("bins", torch.linspace(min_depth, max_depth, num_bins))
+
+    def forward(self, features: Tensor, size: tuple[int, int]) -> Tensor:
+        """Depth (B, height, width) in metres from features (B, rows, columns, D)."""
+        # The features may as well be enlarged before a convolution of 1 x 1, with more channels than bins.
+        scores = self.classifier(features.permute(0, 3, 1, 2)).float()
+        scores = F.interpolate(scores, scale_factor=_UPSAMPLING, mode="bilinear", align_corners=False).relu() + 0.1
+        depth = torch.einsum("bkhw,k->bhw", scores / scores.sum(dim=1, keepdim=True), self.bins)
+        return F.interpolate(depth[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+
+
+def join_class_token(patches: Tensor, class_tokens: Tensor | None) -> Tensor:
+    """Features (B, rows, columns, 2 D): each patch (B, rows, columns, D) beside the class token (B, D), if any."""
+    if class_tokens is None:
+        return patches
+    return torch.cat([patches, class_tokens[:, None, None].expand_as(patches)], dim=-1)
+
+
+def fit_depth(
+    read: Callable[[Tensor], tuple[Tensor, Tensor]],
+    *,
+    num_images: int,
+    max_depth: float,
+    settings: DepthSettings,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    title: str | None = None,
+) -> LinearDepthHead:
+    """Train a head by the scale-invariant loss over pixels of depth in 0 ... `max_depth`.
+
+    Args:
+        read: from numbers of images (B,) to features (B, rows, columns, D), not normed, and depths (B, height, width).
+        num_images: I.
+        max_depth: metres.
+        settings, seed, device, title: as in `segmentation.fit_segmentation`.
+
+    Raises:
+        ValueError: no image.
+    """
+    width = read(torch.tensor([0]))[0].shape[-1]
+    head = LinearDepthHead(width, num_bins=settings.num_bins, min_depth=settings.min_depth, max_depth=max_depth)
+    initialise(head.classifier, seed=seed)
+    head.to(device)
+
+    def loss_of(numbers: Tensor) -> Tensor:
+        features, depths = read(numbers)
+        predicted = head(features.to(device).float(), tuple(depths.shape[1:]))
+        return scale_invariant_loss(predicted, depths.to(device), max_depth=max_depth)
+
+    fit_head(head, loss_of, num_images=num_images, descent=settings.descent, seed=seed, title=title)
+    return head
+
+
+def depth_errors(predicted: Tensor, depths: Tensor, *, min_depth: float, max_depth: float) -> Tensor:
+    """Errors of each image over its valid pixels, min_depth < d < max_depth; p is the predicted depth.
+
+    rmse      sqrt(mean (p - d)^2)             d1, d2, d3  share with max(p / d, d / p) < 1.25, 1.25^2, 1.25^3
+    abs_rel   mean |p - d| / d                 log10       mean |log10 p - log10 d|
+    sq_rel    mean (p - d)^2 / d               rmse_log    sqrt(mean (log p - log d)^2)
+    silog     100 sqrt(mean e^2 - (mean e)^2), e = log p - log d
+
+    Args:
+        predicted: (B, height, width), above 0.
+        depths: the same, true.
+        min_depth, max_depth: metres.
+
+    Returns:
+        (B, errors) in float64, in the order of `METRICS`; NaN for an image without a valid pixel.
+
+    Raises:
+        ValueError: maps of different size, or a predicted depth that is not above 0.
+    """
+    if predicted.shape != depths.shape or not (predicted > 0).all():
+        raise ValueError(
+            f"expected maps of one shape and depths above 0, got {tuple(predicted.shape)} and {tuple(depths.shape)}, "
+            f"and depths from {predicted.min().item() if predicted.numel() else None}"
+        )
+    return torch.stack([_errors(*pair, min_depth, max_depth) for pair in zip(predicted.double(), depths.double())])
+
+
+def _errors(predicted: Tensor, depth: Tensor, min_depth: float, max_depth: float) -> Tensor:
+    is_valid = (depth > min_depth) & (depth < max_depth)
+    predicted, depth = predicted[is_valid], depth[is_valid]
+    if not len(depth):
+        return predicted.new_full((len(METRICS),), torch.nan)
+    error, ratio = predicted - depth, torch.maximum(predicted / depth, depth / predicted)
+    logs = predicted.log() - depth.log()
+    values = {
+        "rmse": error.square().mean().sqrt(),
+        "abs_rel": (error.abs() / depth).mean(),
+        **{f"d{power}": (ratio < 1.25**power).double().mean() for power in (1, 2, 3)},
+        "log10": (predicted.log10() - depth.log10()).abs().mean(),
+        "rmse_log": logs.square().mean().sqrt(),
+        "silog": 100 * (logs.square().mean() - logs.mean().square()).clamp(min=0).sqrt(),
+        "sq_rel": (error.square() / depth).mean(),
+    }
+    return torch.stack([values[name] for name in METRICS])
+
+
+def measure_depth(errors: Tensor, *, seed: int = 0) -> list[Measured]:
+    """Means over the images of errors (I, errors); images without a valid pixel do not count.
+
+    Raises:
+        ValueError: no image has a valid pixel.
+    """
+    errors = errors[~errors.isnan().any(dim=1)]
+    if not len(errors):
+        raise ValueError("expected depths in the valid range, got none in any image: check the scale and max_depth")
+
+    def of_column(column: Tensor) -> Callable:
+        return lambda weights: weights @ column / weights.sum(dim=1)
+
+    return [
+        statistic_of_images(name, of_column(errors[:, number]), num_images=len(errors), seed=seed)
+        for number, name in enumerate(METRICS)
+    ]
+
+
+__all__ = [
+    "METRICS",
+    "DepthSettings",
+    "LinearDepthHead",
+    "depth_errors",
+    "fit_depth",
+    "join_class_token",
+    "measure_depth",
+]

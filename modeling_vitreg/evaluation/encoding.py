@@ -1,0 +1,253 @@
+"""Every image through the encoder once: its features on disk, shard by shard, with what is true of the image.
+
+    FOLDER/<fingerprint of model, data and settings>/00003.pooled.safetensors
+
+A shard is written beside its final place and renamed, so that a pass that was stopped goes on where it was. What a
+task does not read is not computed: a kind of features has files of its own.
+
+| kind | tensors of a shard, beside `numbers` (I,), the images in it |
+| --- | --- |
+| pooled | `class_tokens` (I, 4, D), normed, of the last layers in order; `mean_patches` (I, D); `labels` (I,) |
+| normed_patches | `patches` (I, rows, columns, D), normed, of the last layer; `masks` (I, height, width) |
+| raw_patches | `patches`, before the norm; `class_tokens` (I, D), before the norm; `depths` (I, height, width) |
+| embeddings | `embeddings` (I, E), where text can be compared; `labels` (I,) |
+
+A label that nobody knows is -1. A model without class token has no `class_tokens`. Maps are resized and cut as the
+image is, to the nearest pixel.
+
+Letters: B images of a batch, I images, D width, E width of the embedding.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import tqdm
+from PIL import Image
+from torch import Tensor
+
+from modeling_vitreg.features import Encoder, check_sides, extract_features
+from modeling_vitreg.images import UnreadableImage
+
+from .data import LabelledImages
+from .provenance import shorten
+from .shards import Features, save_shard
+from .zero_shot import embed_images
+
+
+KINDS = ("pooled", "normed_patches", "raw_patches", "embeddings")
+NUM_LAYERS = 4  # last layers whose class tokens are kept
+_TRUTHS = {"pooled": "labels", "normed_patches": "masks", "raw_patches": "depths", "embeddings": "labels"}
+
+
+@dataclass(frozen=True)
+class EncodingSettings:
+    """How images are encoded.
+
+    Args:
+        size: side of the square that is cut out of each image, in pixels; None: that of the encoder.
+        batch_size: images a step.
+        shard_size: images a file, which is what an interruption can cost.
+        patch_precision: of patches on disk, "float16" or "float32".
+        num_threads: that read images.
+        has_progress_bar: show one.
+    """
+
+    size: int | None = None
+    batch_size: int = 64
+    shard_size: int = 256
+    patch_precision: str = "float16"
+    num_threads: int = 4
+    has_progress_bar: bool = True
+
+    def __post_init__(self):
+        if min(self.batch_size, self.shard_size, self.num_threads) < 1:
+            raise ValueError(
+                f"expected 1 or more for batch_size, shard_size and num_threads, got {self.batch_size}, "
+                f"{self.shard_size} and {self.num_threads}"
+            )
+        if self.patch_precision not in ("float16", "float32"):
+            raise ValueError(f"expected patch_precision float16 or float32, got {self.patch_precision!r}")
+
+
+def encode(
+    encoder: Encoder,
+    images: LabelledImages,
+    *,
+    kinds: Sequence[str],
+    folder: str | os.PathLike,
+    model_fingerprint: str,
+    settings: EncodingSettings,
+    title: str = "",
+) -> dict[str, Features]:
+    """Features of all images that can be read and come out finite; what is there already is not computed again.
+
+    Args:
+        encoder: from `modeling_vitreg.features.load_encoder`.
+        images: to be encoded.
+        kinds: of features, out of `KINDS`.
+        folder: see above; it is made.
+        model_fingerprint: of `provenance.fingerprint_model`.
+        settings: size, batches and shards.
+        title: of the progress bar.
+
+    Returns:
+        Kind to features.
+
+    Raises:
+        ValueError: no image, no such kind, or a size that does not fit the model.
+        RuntimeError: patches that float16 cannot hold.
+    """
+    if not len(images) or not set(kinds) <= set(KINDS):
+        raise ValueError(f"expected images, and kinds out of {', '.join(KINDS)}, got {len(images)} and {list(kinds)}")
+    sides = encoder.image_size if settings.size is None else (settings.size, settings.size)
+    check_sides(sides, encoder.patch_shape)
+    facts = [model_fingerprint, images.fingerprint, list(sides), settings.shard_size, settings.patch_precision]
+    folder = pathlib.Path(folder) / shorten(facts)
+    folder.mkdir(parents=True, exist_ok=True)
+    starts = range(0, len(images), settings.shard_size)
+    files = {kind: [folder / f"{number:05}.{kind}.safetensors" for number in range(len(starts))] for kind in kinds}
+    has_bar = settings.has_progress_bar
+    with tqdm.tqdm(total=len(images), unit="image", desc=title or encoder.name, disable=not has_bar) as bar:
+        for number, start in enumerate(starts):
+            rows = range(start, min(start + settings.shard_size, len(images)))
+            missing = {kind: files[kind][number] for kind in kinds if not files[kind][number].exists()}
+            if missing:
+                _write_shard(_Shard(encoder, images, sides, settings), rows, missing)
+            bar.update(len(rows))
+    return {kind: Features(files[kind]) for kind in kinds}
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """What all shards of a pass have in common."""
+
+    encoder: Encoder
+    images: LabelledImages
+    sides: tuple[int, int]
+    settings: EncodingSettings
+
+    def read(self, number: int) -> tuple[Tensor, dict] | str:
+        """Pixels (C, rows, columns) and truth of an image, or why it cannot be read."""
+        try:
+            example = self.images.read(number)
+        except UnreadableImage as error:
+            return str(error)
+        truth = {"labels": torch.tensor(-1 if example.label is None else example.label)}
+        if example.mask is not None:
+            truth["masks"] = torch.from_numpy(fit_map(example.mask.astype(np.int32), self.sides)).to(torch.int16)
+        if example.depth is not None:
+            truth["depths"] = torch.from_numpy(fit_map(example.depth, self.sides))
+        return self.encoder.prepare([example.image], size=self.settings.size)[0], truth
+
+
+def _write_shard(shard: _Shard, rows: range, files: dict[str, pathlib.Path]) -> None:
+    parts, unreadable, num_nonfinite = {kind: [] for kind in files}, [], 0
+    for numbers, pixels, truths in _read_batches(shard, rows, unreadable):
+        found = _encode_batch(shard.encoder, pixels, list(files))
+        is_finite = _is_finite(found)
+        num_nonfinite += int((~is_finite).sum())
+        for kind, tensors in found.items():
+            if _TRUTHS[kind] in truths:
+                tensors[_TRUTHS[kind]] = truths[_TRUTHS[kind]]
+            kept = {name: value.cpu()[is_finite] for name, value in {"numbers": numbers, **tensors}.items()}
+            parts[kind].append(_pack(kept, kind, shard.settings.patch_precision))
+    facts = {"unreadable": unreadable, "num_nonfinite": num_nonfinite}
+    for kind, file in files.items():
+        names = parts[kind][0] if parts[kind] else ()
+        tensors = {name: torch.cat([part[name] for part in parts[kind]]).contiguous() for name in names}
+        save_shard(tensors if names else {"numbers": torch.empty(0, dtype=torch.int64)}, file, facts=facts)
+
+
+def _read_batches(shard: _Shard, rows: range, unreadable: list[str]) -> Iterator[tuple[Tensor, Tensor, dict]]:
+    good = []
+    for number, result in _read_ahead(shard, rows):
+        if isinstance(result, str):
+            unreadable.append(result)
+            continue
+        good.append((number, *result))
+        if len(good) == shard.settings.batch_size:
+            yield _stack(good)
+            good = []
+    if good:
+        yield _stack(good)
+
+
+def _read_ahead(shard: _Shard, rows: range) -> Iterator[tuple[int, tuple[Tensor, dict] | str]]:
+    """Images in order, read by threads while the model runs, and no more than two batches ahead."""
+    waiting = collections.deque()
+    with ThreadPoolExecutor(shard.settings.num_threads) as pool:
+        for number in rows:
+            waiting.append((number, pool.submit(shard.read, number)))
+            if len(waiting) == 2 * shard.settings.batch_size:
+                number, result = waiting.popleft()
+                yield number, result.result()
+        for number, result in waiting:
+            yield number, result.result()
+
+
+def _stack(good: list[tuple]) -> tuple[Tensor, Tensor, dict]:
+    numbers, pixels, truths = zip(*good)
+    truths = {name: torch.stack([truth[name] for truth in truths]) for name in truths[0]}
+    return torch.tensor(numbers), torch.stack(pixels), truths
+
+
+@torch.no_grad()
+def _encode_batch(encoder: Encoder, pixels: Tensor, kinds: list[str]) -> dict[str, dict[str, Tensor]]:
+    found = {}
+    if "embeddings" in kinds:
+        found["embeddings"] = {"embeddings": embed_images(encoder, pixels).float()}
+    if set(kinds) == {"embeddings"}:
+        return found
+    layers = range(max(encoder.num_layers - NUM_LAYERS, 0) + 1, encoder.num_layers + 1)
+    tokens = extract_features(encoder, pixels, layers=list(layers))
+    last, has_class = tokens[-1], encoder.has_cls_token
+    normed = encoder.norm_tokens(last.patch_tokens).float()
+    if "pooled" in kinds:
+        found["pooled"] = {"mean_patches": normed.mean(dim=1)}  # [B, P, D] -> [B, D]
+        if has_class:
+            classes = [encoder.norm_tokens(layer.cls_token).float() for layer in tokens]
+            found["pooled"]["class_tokens"] = torch.stack(classes, dim=1)  # 4 x [B, D] -> [B, 4, D]
+    if "normed_patches" in kinds:
+        found["normed_patches"] = {"patches": normed.unflatten(1, last.grid)}
+    if "raw_patches" in kinds:
+        found["raw_patches"] = {"patches": last.patch_grid.float()}
+        if has_class:
+            found["raw_patches"]["class_tokens"] = last.cls_token.float()
+    return found
+
+
+def _is_finite(found: dict[str, dict[str, Tensor]]) -> Tensor:
+    values = [value for tensors in found.values() for value in tensors.values()]
+    return torch.stack([value.isfinite().flatten(1).all(dim=1) for value in values]).all(dim=0).cpu()
+
+
+def _pack(tensors: dict[str, Tensor], kind: str, precision: str) -> dict[str, Tensor]:
+    if "patches" not in tensors or precision == "float32":
+        return tensors
+    patches = tensors["patches"].half()
+    if patches.isinf().any():
+        raise RuntimeError(
+            f"{kind}: a patch has a value above 65504, the largest of float16: encode with patch_precision float32"
+        )
+    return {**tensors, "patches": patches}
+
+
+def fit_map(values: np.ndarray, sides: tuple[int, int]) -> np.ndarray:
+    """A map (height, width) of int32 or float32, resized and cut as `Encoder.prepare` does, to the nearest pixel."""
+    (rows, columns), (height, width) = sides, values.shape
+    scale = max(rows / height, columns / width)
+    fitted = (max(round(width * scale), columns), max(round(height * scale), rows))
+    resized = np.asarray(Image.fromarray(values).resize(fitted, Image.Resampling.NEAREST))
+    left, top = (fitted[0] - columns) // 2, (fitted[1] - rows) // 2
+    return resized[top : top + rows, left : left + columns].copy()
+
+
+__all__ = ["KINDS", "NUM_LAYERS", "EncodingSettings", "encode", "fit_map"]

@@ -1,0 +1,111 @@
+"""Logistic regression on frozen features, with a sweep over its regularisation, as DINOv2 reports transfer.
+
+DINOv2 fits with cuML; here scikit-learn minimises the same objective, in float64.
+
+Letters: I images, D width.
+
+Source: Oquab et al. 2023, arXiv 2304.07193 (facebookresearch/dinov2, `dinov2/eval/log_regression.py`).
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import tqdm
+from torch import Tensor
+
+from .splits import hold_out, require_classes
+
+
+if TYPE_CHECKING:
+    from sklearn.linear_model import LogisticRegression
+
+
+@dataclass(frozen=True)
+class LogisticSettings:
+    """The sweep; the defaults are DINOv2's.
+
+    Args:
+        num_strengths: values of C between 10 ** `lowest` and 10 ** `highest`, evenly spread in the exponent.
+        lowest, highest: exponents; C is the inverse of the weight of the penalty.
+        max_steps: of L-BFGS.
+        tolerance: at which it ends; so small that in float64 the steps decide.
+        validation_share: of the training images, on which C is chosen; the final fit has all of them.
+    """
+
+    num_strengths: int = 45
+    lowest: float = -6.0
+    highest: float = 5.0
+    max_steps: int = 1000
+    tolerance: float = 1e-12
+    validation_share: float = 0.1
+
+    def __post_init__(self):
+        if self.num_strengths < 1 or self.max_steps < 1:
+            raise ValueError(
+                f"expected one or more values of C and steps, got {self.num_strengths} and {self.max_steps}"
+            )
+
+    @property
+    def strengths(self) -> np.ndarray:
+        """The values of C."""
+        return 10 ** np.linspace(self.lowest, self.highest, self.num_strengths)
+
+
+@dataclass(frozen=True)
+class LogisticFit:
+    """The final fit, with the C that won, its validation accuracy, and whether L-BFGS converged."""
+
+    model: LogisticRegression
+    strength: float
+    validation_accuracy: float
+    is_converged: bool
+
+
+def fit_logistic(
+    features: Tensor, labels: Tensor, *, settings: LogisticSettings, seed: int = 0, has_progress_bar: bool = False
+) -> LogisticFit:
+    """Choose C on the validation part, of equals the smallest, and fit again on all images.
+
+    Args:
+        features: (I, D).
+        labels: (I,) whole numbers.
+        settings: of the sweep.
+        seed: of the validation part.
+        has_progress_bar: show one.
+
+    Raises:
+        ValueError: fewer than two classes, among all images or among those that are not held out.
+    """
+    require_classes(labels)
+    kept, held_out = hold_out(len(labels), share=settings.validation_share, seed=seed)
+    require_classes(labels[kept])
+    rows, targets = features.double().cpu().numpy(), labels.cpu().numpy()
+    best, best_accuracy = None, -1.0
+    for strength in tqdm.tqdm(settings.strengths, unit="fit", desc="logistic", disable=not has_progress_bar):
+        model = fit_once(rows[kept], targets[kept], strength=strength, settings=settings)
+        accuracy = float((model.predict(rows[held_out]) == targets[held_out]).mean())
+        if accuracy > best_accuracy:
+            best, best_accuracy = float(strength), accuracy
+    model = fit_once(rows, targets, strength=best, settings=settings)
+    return LogisticFit(model, best, best_accuracy, is_converged=bool(max(model.n_iter_) < settings.max_steps))
+
+
+def fit_once(
+    features: np.ndarray, labels: np.ndarray, *, strength: float, settings: LogisticSettings
+) -> LogisticRegression:
+    """Multinomial logistic regression with an L2 penalty of weight 1 / (2 C), by L-BFGS; the bias is free."""
+    # Not above: who wants the other tasks, or k-NN while a model trains, need not have scikit-learn.
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the number of steps is part of the protocol
+        model = LogisticRegression(C=strength, max_iter=settings.max_steps, tol=settings.tolerance)
+        return model.fit(features, labels)
+
+
+__all__ = ["LogisticFit", "LogisticSettings", "fit_logistic", "fit_once"]

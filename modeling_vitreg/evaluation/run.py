@@ -1,0 +1,227 @@
+"""An encoder and data in, a report of several tasks out; stopped at any time, it goes on where it was.
+
+    OUTPUT/evaluation.json   the `EvaluationReport`, written after every task
+    OUTPUT/features/         see `encoding`; it may be deleted, or shared by several models and outputs
+
+A task whose numbers are in the report, for the same model, data, settings and seed, is not measured again. Ctrl-C
+keeps what was measured; images that were encoded are not encoded again either.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from modeling_vitreg.features import Encoder
+from modeling_vitreg.reports import EvaluationReport, read_report, write_report
+
+from .data import EvaluationData
+from .encoding import encode
+from .provenance import describe_makers, describe_model, fingerprint_model, shorten
+from .settings import EvaluationSettings
+from .shards import Features
+from .tasks import TASKS, Bench, Text
+
+
+REPORT_NAME = "evaluation.json"
+_logger = logging.getLogger(__name__)
+
+
+def evaluate(
+    encoder: Encoder,
+    *,
+    tasks: Sequence[str],
+    data: EvaluationData,
+    output_folder: str | os.PathLike,
+    settings: EvaluationSettings | None = None,
+    tokenizer: Callable | None = None,
+    class_embeddings: Tensor | None = None,
+    feature_folder: str | os.PathLike | None = None,
+    command: str = "",
+) -> EvaluationReport:
+    """Measure tasks, and write the report after each.
+
+    A task that cannot be measured is skipped with its reason, and the others go on. Results of other data, settings
+    or seeds that the folder holds already are kept.
+
+    Args:
+        encoder: from `modeling_vitreg.features.load_encoder`; heads are trained on its device.
+        tasks: out of `tasks.TASKS`.
+        data: of `sources.open_data`.
+        output_folder: see above; it is made.
+        settings: of the encoding and of each task.
+        tokenizer: of a dual encoder, for zero-shot classification.
+        class_embeddings: (classes, E), in its place.
+        feature_folder: of encoded images; None: in the output folder.
+        command: that made the report, for the report.
+
+    Returns:
+        The report that was written.
+
+    Raises:
+        ValueError: no such task, a folder with the report of another model, or nothing that could be measured.
+    """
+    if not tasks or not set(tasks) <= set(TASKS):
+        raise ValueError(f"expected tasks out of {', '.join(TASKS)}, got {', '.join(tasks) or 'none'}")
+    run = _Run(encoder, data, settings or EvaluationSettings(), pathlib.Path(output_folder), command)
+    text = Text(tokenizer, class_embeddings)
+    waiting = run.choose(dict.fromkeys(tasks), text)
+    try:
+        if waiting:
+            features = run.encode(waiting, feature_folder or run.folder / "features")
+        for name in waiting:
+            run.measure(name, features, text)
+    except KeyboardInterrupt:
+        return run.write(stopped_by="stopped by hand")
+    if not run.results:
+        reasons = "".join(f"\n  {name}: {reason}" for name, reason in run.skipped.items())
+        raise ValueError(f"{data.name}: expected something to measure, got nothing:{reasons}")
+    return run.write()
+
+
+class _Run:
+    """An evaluation on its way: what is known, and where it is written."""
+
+    def __init__(
+        self, encoder: Encoder, data: EvaluationData, settings: EvaluationSettings, folder: pathlib.Path, command: str
+    ):
+        self.encoder, self.data, self.settings, self.folder = encoder, data, settings, folder
+        self.command, self.made_with = command, describe_makers(encoder)
+        self.model_fingerprint = fingerprint_model(encoder)
+        self.parts = {"train": data.train.fingerprint, "test": data.test.fingerprint}
+        self.data_fingerprint = shorten([self.parts, data.mask_names, data.ignore_index, data.max_depth])
+        self.results, self.facts = self._read()
+        self.skipped = {}
+
+    def choose(self, names: Sequence[str], text: Text) -> list[str]:
+        """Tasks that are neither done nor impossible."""
+        waiting = []
+        for name in names:
+            if any(self._is_of(result, name, text) for result in self.results):
+                continue
+            if reason := TASKS[name].obstacle(self.encoder, self.data, text):
+                self.skipped[name] = reason
+            else:
+                waiting.append(name)
+        return waiting
+
+    def encode(self, names: Sequence[str], folder: str | os.PathLike) -> dict[str, dict[str, Features]]:
+        """Features of both parts for tasks, in one pass over each."""
+        kinds = {
+            "train": [TASKS[name].kind for name in names if TASKS[name].reads_train],
+            "test": [TASKS[name].kind for name in names],
+        }
+        features = {}
+        for part, wanted in kinds.items():
+            if not wanted:
+                continue
+            features[part] = encode(
+                self.encoder,
+                getattr(self.data, part),
+                kinds=list(dict.fromkeys(wanted)),
+                folder=folder,
+                model_fingerprint=self.model_fingerprint,
+                settings=self.settings.encoding,
+                title=f"images to {part}",
+            )
+        counts = {part: next(iter(found.values())).counts() for part, found in features.items()}
+        facts = {"name": self.data.name, "fingerprints": self.parts, "revision": self.data.revision}
+        self.facts[self.data_fingerprint] = {**self.facts.get(self.data_fingerprint, {}), **facts, **counts}
+        return features
+
+    def measure(self, name: str, features: dict[str, dict[str, Features]], text: Text) -> None:
+        """Measure a task and write the report; a task that fails is skipped with its reason."""
+        start, task = time.perf_counter(), TASKS[name]
+        train, test = (features.get(part, {}).get(task.kind) for part in ("train", "test"))
+        if empty := [part for part in (train, test) if part is not None and not len(part)]:
+            reasons = "".join(f"\n  {line}" for line in empty[0].unreadable[:3])
+            self.skipped[name] = f"no image could be read, or none has finite features{reasons}"
+            return
+        bench = Bench(
+            encoder=self.encoder,
+            data=self.data,
+            train=train,
+            test=test,
+            settings=getattr(self.settings, name),
+            seed=self.settings.seed,
+            has_progress_bar=self.settings.encoding.has_progress_bar,
+            text=text,
+        )
+        try:
+            measured, facts = task.measure(bench)
+        except Exception as error:  # the other tasks are worth more than the traceback
+            is_plain = isinstance(error, (ValueError, RuntimeError))
+            self.skipped[name] = str(error) if is_plain else f"{type(error).__name__}: {error}"
+            _logger.warning("the task %s was skipped: %s", name, error, exc_info=not is_plain)
+            return
+        seconds = round(time.perf_counter() - start, 2)
+        shared = {
+            **self._identify(name, text),
+            "dataset": self.data.name,
+            "split": "test",
+            "revision": self.data.revision,
+            "facts": facts,
+            "seconds": seconds,
+            "command": self.command,
+            "commit": self.made_with["commit"],
+        }
+        for number in measured:
+            self.results.append({**shared, **dataclasses.asdict(number), "interval": list(number.interval)})
+        self.write()
+
+    def write(self, stopped_by: str | None = None) -> EvaluationReport:
+        """Write what is known."""
+        report = EvaluationReport(
+            model=self.encoder.name,
+            architecture={**describe_model(self.encoder), "fingerprint": self.model_fingerprint},
+            data=self.facts,
+            results=self.results,
+            skipped=self.skipped,
+            stopped_by=stopped_by,
+            command=self.command,
+            made_with=self.made_with,
+        )
+        write_report(report, self.folder / REPORT_NAME)
+        return report
+
+    def _read(self) -> tuple[list, dict]:
+        path = self.folder / REPORT_NAME
+        if not path.exists():
+            return [], {}
+        report = read_report(path, kind=EvaluationReport)
+        if report.architecture["fingerprint"] != self.model_fingerprint:
+            raise ValueError(
+                f"{path}: expected an evaluation of this model, got one of {report.model} or of other weights: choose "
+                "another folder, or move this one away"
+            )
+        return report.results, report.data
+
+    def _identify(self, name: str, text: Text) -> dict:
+        """What two measurements of a task must share to be one."""
+        encoding = self.settings.encoding
+        sides = self.encoder.image_size if encoding.size is None else (encoding.size, encoding.size)
+        settings = {"image_size": sides, **dataclasses.asdict(getattr(self.settings, name))}
+        if TASKS[name].kind.endswith("patches"):
+            settings["patch_precision"] = encoding.patch_precision
+        if name == "zero_shot" and text.class_embeddings is not None:
+            settings = {"image_size": sides, "class_embeddings": shorten(text.class_embeddings.tolist())}
+        return {
+            "task": name,
+            "settings": json.loads(json.dumps(settings)),  # tuples become lists, as in a report that was read
+            "seed": self.settings.seed,
+            "data_fingerprint": self.data_fingerprint,
+            "model_fingerprint": self.model_fingerprint,
+        }
+
+    def _is_of(self, result: dict, name: str, text: Text) -> bool:
+        return all(result[key] == value for key, value in self._identify(name, text).items())
+
+
+__all__ = ["REPORT_NAME", "evaluate"]

@@ -1,0 +1,170 @@
+"""Linear segmentation: which class each pixel has, by a linear head on patches; mean intersection over union.
+
+The metric is that of mmsegmentation, by which DINOv2 reports: areas are summed over all pixels of all images, then
+divided, and a class that neither truth nor prediction shows does not count. Truth is compared at the size of the image
+that the encoder saw, in one piece, where DINOv2 slides a window over an image of 512 pixels.
+
+Letters: B images of a batch, I images, C classes, D width, S draws.
+
+Source: Oquab et al. 2023, arXiv 2304.07193, section 7.4; open-mmlab/mmsegmentation, `evaluation/metrics`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .dense import Descent, fit_head, initialise
+from .intervals import Measured, statistic_of_images
+
+
+@dataclass(frozen=True)
+class SegmentationSettings:
+    """How the head is trained. DINOv2: 40,000 steps of 16 images.
+
+    Args:
+        num_steps, batch_size, learning_rate: of AdamW with weight decay 1e-4; the rate falls along a line.
+    """
+
+    num_steps: int = 1000
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+
+    @property
+    def descent(self) -> Descent:
+        """Steps and rates; the warm-up has the share of the steps that it has in DINOv2."""
+        return Descent(self.num_steps, self.batch_size, self.learning_rate, weight_decay=1e-4, warmup_share=0.0375)
+
+
+class LinearSegmentationHead(nn.Module):
+    """Batch norm and a 1 x 1 convolution."""
+
+    def __init__(self, width: int, num_classes: int):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(width)
+        self.classifier = nn.Conv2d(width, num_classes, kernel_size=1)
+
+    def forward(self, patches: Tensor, size: tuple[int, int]) -> Tensor:
+        """Scores (B, C, height, width) of pixels from normed patches (B, rows, columns, D)."""
+        scores = self.classifier(self.norm(patches.permute(0, 3, 1, 2)))  # [B, rows, columns, D] -> [B, C, ...]
+        return F.interpolate(scores.float(), size=size, mode="bilinear", align_corners=False)
+
+
+def fit_segmentation(
+    read: Callable[[Tensor], tuple[Tensor, Tensor]],
+    *,
+    num_images: int,
+    num_classes: int,
+    settings: SegmentationSettings,
+    ignore_index: int = 255,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    title: str | None = None,
+) -> LinearSegmentationHead:
+    """Train a head by the cross-entropy of the pixels.
+
+    Args:
+        read: from numbers of images (B,) to normed patches (B, rows, columns, D) and masks (B, height, width).
+        num_images: I.
+        num_classes: C.
+        settings: steps and rates.
+        ignore_index: value of a mask that does not count.
+        seed: of the initial head and the order of the images.
+        device: to train on.
+        title: of a progress bar; None: none.
+
+    Raises:
+        ValueError: no image, or a mask with a class that does not exist.
+    """
+    width = read(torch.tensor([0]))[0].shape[-1]
+    head = LinearSegmentationHead(width, num_classes)
+    initialise(head.classifier, seed=seed)
+    head.to(device)
+
+    def loss_of(numbers: Tensor) -> Tensor:
+        patches, masks = read(numbers)
+        masks = masks.to(device).long()
+        check_masks(masks, num_classes=num_classes, ignore_index=ignore_index)
+        scores = head(patches.to(device).float(), tuple(masks.shape[1:]))
+        # A sum, so that a batch in which no pixel counts has loss 0 and not 0 / 0.
+        total = F.cross_entropy(scores, masks, ignore_index=ignore_index, reduction="sum")
+        return total / (masks != ignore_index).sum().clamp(min=1)
+
+    fit_head(head, loss_of, num_images=num_images, descent=settings.descent, seed=seed, title=title)
+    return head
+
+
+def measure_areas(predicted: Tensor, masks: Tensor, *, num_classes: int, ignore_index: int = 255) -> Tensor:
+    """Pixels of each class that both, the prediction, and the truth of each image have.
+
+    Args:
+        predicted: (B, height, width) class numbers.
+        masks: the same, true; pixels of `ignore_index` do not count.
+        num_classes: C.
+        ignore_index: see `masks`.
+
+    Returns:
+        (B, 3, C) in float64: intersection, prediction, truth.
+
+    Raises:
+        ValueError: maps of different size, or a class that does not exist.
+    """
+    if predicted.shape != masks.shape:
+        raise ValueError(f"expected maps of one shape, got {tuple(predicted.shape)} and {tuple(masks.shape)}")
+    check_masks(masks, num_classes=num_classes, ignore_index=ignore_index)
+    counts = []
+    for own, truth in zip(predicted.flatten(1).long(), masks.flatten(1).long()):
+        own, truth = own[truth != ignore_index], truth[truth != ignore_index]
+        matrix = torch.bincount(truth * num_classes + own, minlength=num_classes**2).view(num_classes, num_classes)
+        counts.append(torch.stack([matrix.diagonal(), matrix.sum(dim=0), matrix.sum(dim=1)]))
+    return torch.stack(counts).double()
+
+
+def check_masks(masks: Tensor, *, num_classes: int, ignore_index: int) -> None:
+    """Refuse a mask with a class that does not exist.
+
+    Raises:
+        ValueError: the message names the class.
+    """
+    is_wrong = (masks != ignore_index) & ((masks < 0) | (masks >= num_classes))
+    if is_wrong.any():
+        raise ValueError(
+            f"expected classes 0 ... {num_classes - 1} in a mask, or {ignore_index} where there is none, got "
+            f"{masks[is_wrong][0].item()}"
+        )
+
+
+def measure_segmentation(areas: Tensor, *, seed: int = 0) -> list[Measured]:
+    """Numbers from areas (I, 3, C).
+
+    mean_iou        mean over classes of intersection / (prediction + truth - intersection)
+    mean_accuracy   mean over classes of intersection / truth
+    pixel_accuracy  sum of intersections / sum of truths
+    """
+    statistics = {
+        "mean_iou": lambda total: (total[:, 0] / (total[:, 1] + total[:, 2] - total[:, 0])).nanmean(dim=1),
+        "mean_accuracy": lambda total: (total[:, 0] / total[:, 2]).nanmean(dim=1),
+        "pixel_accuracy": lambda total: total[:, 0].sum(dim=1) / total[:, 2].sum(dim=1),
+    }
+
+    def of_weights(statistic: Callable) -> Callable:
+        return lambda weights: statistic(torch.einsum("si,iac->sac", weights, areas))
+
+    return [
+        statistic_of_images(name, of_weights(statistic), num_images=len(areas), seed=seed)
+        for name, statistic in statistics.items()
+    ]
+
+
+__all__ = [
+    "LinearSegmentationHead",
+    "SegmentationSettings",
+    "check_masks",
+    "fit_segmentation",
+    "measure_areas",
+    "measure_segmentation",
+]

@@ -1,0 +1,42 @@
+"""Settings of an evaluation: of the encoding, of each task, and the seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .depth import DepthSettings
+from .encoding import EncodingSettings
+from .linear import LinearSettings
+from .logistic import LogisticSettings
+from .segmentation import SegmentationSettings
+from .zero_shot import ZeroShotSettings
+
+
+@dataclass(frozen=True)
+class KnnSettings:
+    """The vote of `knn.knn_accuracy`.
+
+    Args:
+        num_neighbours: training images that vote.
+        temperature: of the softmax over their cosines.
+    """
+
+    num_neighbours: int = 20
+    temperature: float = 0.07
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Settings of the encoding and of each task, by its name, and the seed of all that is drawn."""
+
+    encoding: EncodingSettings = field(default_factory=EncodingSettings)
+    knn: KnnSettings = field(default_factory=KnnSettings)
+    linear: LinearSettings = field(default_factory=LinearSettings)
+    logistic: LogisticSettings = field(default_factory=LogisticSettings)
+    segmentation: SegmentationSettings = field(default_factory=SegmentationSettings)
+    depth: DepthSettings = field(default_factory=DepthSettings)
+    zero_shot: ZeroShotSettings = field(default_factory=ZeroShotSettings)
+    seed: int = 0
+
+
+__all__ = ["EvaluationSettings", "KnnSettings"]
