@@ -2,6 +2,8 @@
 
 The client reads its settings when it is imported, so it runs in a child process with `HubStandIn.environment`.
 
+    python tests/hub_stand_in.py hub    # keeps its state in the folder; prints what to type in another terminal
+
     objects/HASH   contents of files, by SHA-256
     repos.json     for each name: owner, visibility, branches, tags and commits; written whole after each change
 """
@@ -15,6 +17,7 @@ import pathlib
 import re
 import shutil
 import socket
+import sys
 import threading
 import time
 import urllib.parse
@@ -411,3 +414,20 @@ _ROUTES = [
     ("GET", f"/api/models/{_MODEL}/tree/{_REVISION}", _Handler.tree, False),
     ("GET HEAD", f"/{_MODEL}/resolve/{_REVISION}/(?P<path>.+)", _Handler.resolve, False),
 ]
+
+
+def main() -> None:
+    """Serve until Ctrl-C."""
+    with HubStandIn(pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else "hub")) as hub:
+        settings = hub.environment(hub.folder.resolve() / "home")
+        settings = {name: value for name, value in settings.items() if name.startswith("HF_")}
+        print("in another terminal:\n  export " + " ".join(f"{name}={value}" for name, value in settings.items()))
+        print("then publish as user/NAME; Ctrl-C ends it", flush=True)
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            print("stopped")
+
+
+if __name__ == "__main__":
+    main()
