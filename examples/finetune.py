@@ -3,6 +3,7 @@
     accelerate launch examples/finetune.py --init outputs/demo-cpu                      # the built-in scenes
     accelerate launch examples/finetune.py --init outputs/demo-cpu --data my_photos     # a folder for each class
     accelerate launch examples/finetune.py --init outputs/demo-cpu --set settings.is_probe=true --output outputs/probe
+    accelerate launch examples/finetune.py --init outputs/demo-cpu --set settings.lora_rank=4 --output outputs/lora
     accelerate launch examples/finetune.py --output outputs/scratch                     # from scratch
     accelerate launch examples/finetune.py --recipe deit3-vitb16 --data owner/dataset   # DeiT-III, many GPUs
 

@@ -135,6 +135,26 @@ def test_a_probe_leaves_the_backbone_as_it_is(make):
     assert learned == {"model.classifier.weight", "model.classifier.bias"}
 
 
+def test_lora_learns_beside_the_weights_and_is_saved_within_them(make, tmp_path):
+    objective = make(lora_rank=2)
+    before = {name: parameter.clone() for name, parameter in objective.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in objective.parameters() if p.requires_grad], lr=1.0)
+    for step in range(3):
+        objective(make_batch(), step=step)["total"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = {name for name, parameter in objective.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved and all("lora" in name or "classifier" in name or "register_tokens" in name for name in moved)
+    assert any("qkv.lora_B" in name for name in moved)
+    objective.write(objective.saved, tmp_path)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = objective.eval().model(images).logits
+        loaded = ViTWithRegistersForImageClassification.from_pretrained(tmp_path)
+        torch.testing.assert_close(loaded(images).logits, expected, rtol=1e-4, atol=1e-5)
+    assert any("lora" in name for name, _ in objective.named_parameters())  # the run goes on as it was
+
+
 def test_a_distilled_student_learns_from_labels_and_from_the_teacher(make, tiny):
     teacher = ViTWithRegistersForImageClassification(tiny(num_labels=3, initializer_range=0.5)).eval()
     objective = make(

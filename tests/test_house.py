@@ -56,7 +56,7 @@ ALLOWED_IN_FILE = {
     "discovery/figures.py": {"matplotlib"},
     "evaluation/logistic.py": {"sklearn"},
     "features/loading.py": {"timm"},
-    "pretraining/classification.py": {"torchvision"},
+    "pretraining/classification.py": {"peft", "torchvision"},
     "pretraining/contrast.py": {"tokenizers"},
     "pretraining/crops.py": {"torchvision"},
     "pretraining/figures.py": {"matplotlib"},

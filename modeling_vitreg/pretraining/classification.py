@@ -9,7 +9,9 @@ Source: DeiT-III, Touvron et al. 2022, arXiv 2204.07118; DeiT, Touvron et al. 20
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pathlib
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +40,8 @@ class ClassificationSettings:
         smoothing: of the labels; 0 with the binary loss, which would make every class true.
         mixup, cutmix: parameters of the distributions of shares; 0 for none. With both, either with probability 1/2.
         is_probe: learn the classifier alone; the backbone stays as it is.
+        lora_rank: learn a product of this rank beside each linear layer of attention, registers and classifier, by
+            peft; 0 learns everything. What is saved has the products merged into its weights. Not with sharding.
         distillation: "hard" (the teacher's class) or "soft" (its probabilities) through the distillation token.
         teacher: folder or Hub name of the classifier that is learned from.
         distillation_weight: share of the teacher in the loss.
@@ -50,6 +54,7 @@ class ClassificationSettings:
     mixup: float = 0.8
     cutmix: float = 1.0
     is_probe: bool = False
+    lora_rank: int = 0
     distillation: str = "none"
     teacher: str = ""
     distillation_weight: float = 0.5
@@ -67,6 +72,10 @@ class ClassificationSettings:
             raise ValueError(
                 "settings: expected smoothing in [0, 1), mixup and cutmix of 0 or more, a positive temperature, got "
                 f"{self.smoothing}, {self.mixup}, {self.cutmix} and {self.temperature}"
+            )
+        if self.lora_rank < 0 or (self.lora_rank and self.is_probe):
+            raise ValueError(
+                f"settings: lora_rank is 0 or more, and contradicts is_probe, got {self.lora_rank}, {self.is_probe}"
             )
         if (self.distillation != "none") != bool(self.teacher):
             raise ValueError(
@@ -126,6 +135,10 @@ class Classification(Objective):
         """Backbone and classifiers."""
         heads = {"classifier": self.model.classifier, "distillation_classifier": self.model.distillation_classifier}
         return {"backbone": self.model.vitreg, **{name: head for name, head in heads.items() if head is not None}}
+
+    def write(self, model: ViTWithRegistersForImageClassification, folder: pathlib.Path) -> None:
+        """See `Objective`; products of LoRA are merged into a copy."""
+        super().write(_merge(copy.deepcopy(model)) if self.settings.lora_rank else model, folder)
 
     def train(self, mode: bool = True) -> Classification:
         """Set the mode; a backbone that is only probed evaluates."""
@@ -226,8 +239,30 @@ def _make_classifier(
         config.pooling = "cls_distillation"
     model = ViTWithRegistersForImageClassification(config)
     model.vitreg = backbone
-    if settings.is_probe:
+    if settings.is_probe or settings.lora_rank:
         backbone.requires_grad_(False)
+    if settings.lora_rank:
+        _add_lora(backbone, settings.lora_rank)
+    return model
+
+
+def _add_lora(backbone: ViTWithRegistersModel, rank: int) -> None:
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ValueError("settings: lora_rank needs peft, which is not installed: pip install peft") from error
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["qkv", "proj"]), backbone)
+    if backbone.embeddings.register_tokens is not None:
+        backbone.embeddings.register_tokens.requires_grad_(True)
+
+
+def _merge(model: nn.Module) -> nn.Module:
+    """Each layer with a product beside it becomes one with the sum."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if hasattr(child, "base_layer"):
+                child.merge()
+                setattr(module, name, child.base_layer)
     return model
 
 
