@@ -116,6 +116,40 @@ class EvaluationReport:
     made_with: dict = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class DiscoveryReport:
+    """What a model discovers on some images. Values are those of JSON: no tensor, no array.
+
+    CorLoc is the share of annotated images whose box overlaps a true box by `hit`; None where no image is annotated.
+
+    Args:
+        model: name that the encoder was loaded by, with `architecture`: its family and sizes.
+        images: `source`, `num_images` measured, `num_annotated` of them, `num_unreadable`, `num_nonfinite`,
+            `unreadable` (why, the first few), `is_complete` and, where it is false, `stopped_by`.
+        as_published: `settings`, `corloc`, `num_hits`, `mean_overlap` (of the best true box) and `num_degenerate`, the
+            images in which the method had nothing to go by.
+        sweep: `settings` and `entries`, each with `feature`, `layer`, `bias` and the numbers above; empty without one.
+        best_of_sweep: the entry of most hits, the first of several, and a `note`; empty without a sweep.
+        predictions: as published, for each image in order `name`, `box`, `overlap` (None where not annotated),
+            `is_degenerate` and the true `boxes`.
+        command: that made the report.
+        made_with: versions of what made it.
+    """
+
+    kind: ClassVar[str] = "discovery"
+    version: ClassVar[int] = 1
+
+    model: str
+    architecture: dict
+    images: dict
+    as_published: dict
+    sweep: dict
+    best_of_sweep: dict
+    predictions: list
+    command: str
+    made_with: dict = field(default_factory=dict)
+
+
 Report = TypeVar("Report")
 
 
@@ -180,4 +214,11 @@ def read_report(path: str | os.PathLike, *, kind: type[Report] = ArtifactReport)
     return kind(**content)
 
 
-__all__ = ["ArtifactReport", "ConversionReport", "EvaluationReport", "read_report", "write_report"]
+__all__ = [
+    "ArtifactReport",
+    "ConversionReport",
+    "DiscoveryReport",
+    "EvaluationReport",
+    "read_report",
+    "write_report",
+]

@@ -5,18 +5,19 @@ import os
 import pathlib
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 import timm.loss
 import timm.optim
 import torch
+import training_program
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from test_remote_code import run_without_the_package
 from torchvision.transforms import v2
+from training_program import losses_of
 
 from modeling_vitreg import ViTWithRegistersForImageClassification, ViTWithRegistersModel
 from modeling_vitreg.pretraining.build import make_objective
@@ -259,31 +260,15 @@ def folder(tmp_path_factory):
     return folder
 
 
-def start(folder, *options, output, processes: int = 1) -> subprocess.Popen:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "examples" / "finetune.py")]
-    usual = ["--recipe", "tiny.yaml", "--data", "photos", "--log-every", "1", "--save-every", "3", "--workers", "0"]
-    environment = {"PYTHONPATH": str(ROOT), "HF_HOME": str(folder / "hf"), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*command, *usual, "--output", output, *options],
-        cwd=folder,
-        env=os.environ | environment | {"ACCELERATE_USE_CPU": "true"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+USUAL = ("--data", "photos")
 
 
 def run(folder, *options, **settings) -> str:
-    process = start(folder, *options, **settings)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err[-3000:]
-    return out + err
+    return training_program.run("finetune.py", folder, *USUAL, *options, **settings)
 
 
-def losses_of(folder: pathlib.Path) -> list[float]:
-    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [record["total"] for record in records if "total" in record]
+def start(folder, *options, **settings) -> subprocess.Popen:
+    return training_program.start("finetune.py", folder, *USUAL, *options, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -325,7 +310,10 @@ def test_two_processes_follow_one(folder):
     run(folder, *changes, output="one")
     run(folder, *changes, output="two", processes=2)
     torch.testing.assert_close(
-        torch.tensor(losses_of(folder / "two")), torch.tensor(losses_of(folder / "one")), rtol=1e-4, atol=1e-4
+        torch.tensor(losses_of(folder / "two")),
+        torch.tensor(losses_of(folder / "one")),
+        rtol=1e-4,
+        atol=1e-4,
     )
 
 

@@ -1,20 +1,20 @@
 """CLIP: the loss beside open_clip's, one and two processes, captions to tokens, and the program as one runs it."""
 
-import json
 import os
 import pathlib
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
+import training_program
 import yaml
 from datasets import Dataset, Features, Image, Value
 from open_clip.loss import ClipLoss
 from PIL import Image as PILImage
 from safetensors.torch import load_file
+from training_program import losses_of
 from transformers import AutoTokenizer, VisionTextDualEncoderModel, pipeline
 
 from modeling_vitreg import ViTWithRegistersModel
@@ -192,31 +192,15 @@ def folder(tmp_path_factory):
     return folder
 
 
-def start(folder, *options, output, processes: int = 1) -> subprocess.Popen:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "examples" / "pretrain_clip.py")]
-    usual = ["--recipe", "tiny.yaml", "--num-scenes", "48", "--num-looked-at", "40", "--log-every", "1"]
-    environment = {"PYTHONPATH": str(ROOT), "HF_HOME": str(folder / "hf"), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*command, *usual, "--save-every", "3", "--workers", "0", "--output", output, *options],
-        cwd=folder,
-        env=os.environ | environment | {"ACCELERATE_USE_CPU": "true"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+USUAL = ("--num-scenes", "48", "--num-looked-at", "40")
 
 
 def run(folder, *options, **settings) -> str:
-    process = start(folder, *options, **settings)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err[-3000:]
-    return out + err
+    return training_program.run("pretrain_clip.py", folder, *USUAL, *options, **settings)
 
 
-def losses_of(folder: pathlib.Path) -> list[float]:
-    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [record["total"] for record in records if "total" in record]
+def start(folder, *options, **settings) -> subprocess.Popen:
+    return training_program.start("pretrain_clip.py", folder, *USUAL, *options, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -249,5 +233,8 @@ def test_a_killed_run_goes_on_with_the_same_bits(folder, whole):
 def test_two_processes_follow_one(folder, whole):
     run(folder, output="two", processes=2)
     torch.testing.assert_close(
-        torch.tensor(losses_of(folder / "two")), torch.tensor(losses_of(folder / "whole")), rtol=1e-3, atol=1e-3
+        torch.tensor(losses_of(folder / "two")),
+        torch.tensor(losses_of(folder / "whole")),
+        rtol=1e-3,
+        atol=1e-3,
     )

@@ -1,9 +1,11 @@
 """Objects found without a label, by LOST, TokenCut and DINO-seg on the features of any encoder, and their worth."""
 
+from modeling_vitreg.reports import DiscoveryReport
+
 from .annotations import AnnotatedImage, read_coco, read_scenes, read_source, read_voc
 from .boxes import box_overlaps
 from .dino_seg import dino_seg
-from .evaluate import DiscoveryReport, discover
+from .evaluate import discover
 from .lost import LostResult, lost, lost_with_biases
 from .settings import DiscoverySettings, Sweep
 from .tokencut import TokenCutResult, tokencut

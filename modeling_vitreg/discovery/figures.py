@@ -10,8 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from modeling_vitreg.reports import DiscoveryReport
+
 from .annotations import AnnotatedImage
-from .evaluate import DiscoveryReport
 
 
 FOUND, MISSED, TRUE = "#009e73", "#d55e00", "#0072b2"
