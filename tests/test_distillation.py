@@ -279,8 +279,8 @@ def recipe():
 
 
 def test_every_objective_of_a_recipe_is_listed():
-    assert OBJECTIVES == ("dinov2", "mae", "simmim", "distill")
-    with pytest.raises(ValueError, match="objective is one of dinov2, mae, simmim, distill, got 'dino'"):
+    assert OBJECTIVES == ("dinov2", "mae", "simmim", "distill", "classify", "clip")
+    with pytest.raises(ValueError, match="one of dinov2, mae, simmim, distill, classify, clip, got 'dino'"):
         make_objective(Recipe(objective="dino", model={"hidden_size": 32, "num_attention_heads": 2}))
 
 

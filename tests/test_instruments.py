@@ -244,6 +244,28 @@ def test_a_falling_rank_is_named_with_the_step_of_its_best():
     assert diagnose(_run(noise=0, rank=lambda t: 60 - 25 * abs(t - 0.4) / 0.6), num_prototypes=K) == []
 
 
+def test_advice_names_only_what_the_objective_has():
+    def falling(t):
+        return 60 - 50 * abs(t - 0.4) / 0.6
+
+    def forgotten(t):
+        return 0.5 - 0.4 * abs(t - 0.4) / 0.6
+
+    def advice(records):
+        return _only(diagnose(records, num_prototypes=None)).split(". ")[1]
+
+    without = [
+        {key: value for key, value in record.items() if key not in ("koleo", "momentum")}
+        for record in _run(noise=0, rank=falling)
+    ]
+    assert advice(without).startswith("Lower the learning rate")
+    supervised = [record | {"classes": 1.0} for record in without]
+    assert diagnose(supervised, num_prototypes=None) == []
+    records = _run(noise=0, knn=forgotten, momentum=lambda t: 0.99)
+    assert "momentum of the teacher" in advice(records)
+    assert "teacher" not in advice([{k: v for k, v in record.items() if k != "momentum"} for record in records])
+
+
 def test_one_odd_evaluation_is_no_fall():
     odd = {"rank": lambda t: 60 if t < 0.95 else 5, "knn": lambda t: 0.6 if t < 0.95 else 0.1}
     assert diagnose(_run(noise=0, **odd), num_prototypes=K) == []

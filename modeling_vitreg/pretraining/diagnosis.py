@@ -213,12 +213,13 @@ def _is_accuracy_rising(records: list[dict], start: float) -> bool:
 
 def _falling_rank(records: list[dict]) -> str | None:
     best_step, best, now = _best_and_now(records, "rank")
-    if best_step is None or now >= best / 2:
+    # Labels ask for as few directions as there are classes.
+    if best_step is None or now >= best / 2 or _has(records, "classes"):
         return None
+    cure = "Raise the weight of KoLeo or lower" if _has(records, "koleo") else "Lower"
     return (
         f"The effective rank of the features fell from {best:.4g} at step {best_step} to {now:.4g}: the images share "
-        "ever fewer directions. Raise the weight of KoLeo or lower the learning rate, and go back to the checkpoint "
-        f"of step {best_step}."
+        f"ever fewer directions. {cure} the learning rate, and go back to the checkpoint of step {best_step}."
     )
 
 
@@ -226,10 +227,16 @@ def _falling_accuracy(records: list[dict]) -> str | None:
     best_step, best, now = _best_and_now(records, "knn")
     if best_step is None or best - now <= max(0.02, 0.1 * best):
         return None
+    cure = " or raise the momentum of the teacher" if _has(records, "momentum") else ""
     return (
         f"The k-NN accuracy fell from {best:.1%} at step {best_step} to {now:.1%}: the features get worse. Keep "
-        f"the checkpoint of step {best_step}, and lower the learning rate or raise the momentum of the teacher."
+        f"the checkpoint of step {best_step}, and lower the learning rate{cure}."
     )
+
+
+def _has(records: list[dict], key: str) -> bool:
+    """Whether the objective of a run has such a term or rate."""
+    return any(key in record for record in records)
 
 
 def _best_and_now(records: list[dict], key: str) -> tuple[int | None, float, float]:
