@@ -150,7 +150,6 @@ def test_an_image_without_pixels_is_unreadable():
 
 
 def test_corloc_is_a_metric_of_the_library_evaluate(tmp_path):
-    pytest.importorskip("evaluate")
     from modeling_vitreg.discovery.corloc import CorLoc
 
     metric = CorLoc(cache_dir=str(tmp_path))

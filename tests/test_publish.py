@@ -277,7 +277,8 @@ def test_no_token_is_said_with_what_to_type(hub, folder, tmp_path):
 
 
 def test_an_adapter_is_published_for_a_model_that_others_have(hub, publisher, folder, tmp_path, photograph):
-    peft = pytest.importorskip("peft")
+    import peft
+
     publisher(folder, "user/base")
     model = ViTWithRegistersForImageClassification.from_pretrained(folder, num_labels=5)
     config = peft.LoraConfig(r=2, target_modules=["qkv"], modules_to_save=["register_tokens", "classifier"])
