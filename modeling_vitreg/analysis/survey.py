@@ -11,14 +11,11 @@ A section that cannot be measured says why, and the others stay.
 from __future__ import annotations
 
 import contextlib
-import platform
 import signal
 import threading
 from collections.abc import Iterator
 
-import torch
 import tqdm
-import transformers
 
 from modeling_vitreg.features import Encoder
 from modeling_vitreg.reports import ArtifactReport
@@ -70,17 +67,11 @@ def survey(
     }
     report = ArtifactReport(
         model=encoder.name,
-        architecture=_describe(encoder),
+        architecture=encoder.describe(),
         images=details,
         bins={"edges": [float(edge) for edge in EDGES], "rules": RULES},
         command=command,
-        made_with={
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "device": str(encoder.device),
-            "dtype": str(encoder.dtype).removeprefix("torch."),
-        },
+        made_with=encoder.made_with(),
         **run.finish(),
     )
     return report, run.examples
@@ -134,20 +125,6 @@ def _batches(reader: SampleReader, size: int) -> Iterator[list]:
             batch = []
     if batch:
         yield batch
-
-
-def _describe(encoder: Encoder) -> dict:
-    return {
-        "family": encoder.family,
-        "num_parameters": sum(parameter.numel() for parameter in encoder.model.parameters()),
-        "num_layers": encoder.num_layers,
-        "num_heads": encoder.num_heads,
-        "hidden_size": encoder.hidden_size,
-        "patch_shape": list(encoder.patch_shape),
-        "num_registers": encoder.num_registers,
-        "has_cls_token": encoder.has_cls_token,
-        "has_distillation_token": encoder.has_distillation_token,
-    }
 
 
 __all__ = ["Examples", "SurveySettings", "survey"]

@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import platform
 from collections.abc import Iterable
 
 import torch
 import tqdm
-import transformers
 
 from modeling_vitreg.features import Encoder
 from modeling_vitreg.reports import DiscoveryReport
@@ -70,20 +68,14 @@ def discover(
     best = max(entries, key=lambda entry: entry["num_hits"], default={})
     return DiscoveryReport(
         model=encoder.name,
-        architecture=_describe(encoder),
+        architecture=encoder.describe(),
         images={"source": source, **run.counts(), "is_complete": stopped_by is None, "stopped_by": stopped_by},
         as_published={"settings": settings, **run.published.summarise()},
         sweep={"settings": dataclasses.asdict(sweep), "entries": entries} if sweep else {},
         best_of_sweep={**best, "note": OPTIMISTIC} if best and best["corloc"] is not None else {},
         predictions=[run.predictions[number] for number in sorted(run.predictions)],
         command=command,
-        made_with={
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "device": str(encoder.device),
-            "dtype": str(encoder.dtype).removeprefix("torch."),
-        },
+        made_with=encoder.made_with(),
     )
 
 
@@ -119,18 +111,6 @@ def _flush(group: list[tuple], run: Measurement, bar: tqdm.tqdm) -> None:
     run.add(list(entries), torch.stack(pixels))
     bar.update(len(group))
     group.clear()
-
-
-def _describe(encoder: Encoder) -> dict:
-    return {
-        "family": encoder.family,
-        "num_layers": encoder.num_layers,
-        "num_heads": encoder.num_heads,
-        "hidden_size": encoder.hidden_size,
-        "patch_shape": list(encoder.patch_shape),
-        "num_registers": encoder.num_registers,
-        "has_cls_token": encoder.has_cls_token,
-    }
 
 
 __all__ = ["OPTIMISTIC", "DiscoveryReport", "discover"]

@@ -6,11 +6,9 @@ import hashlib
 import importlib.metadata
 import json
 import pathlib
-import platform
 import subprocess
 
 import torch
-import transformers
 
 import modeling_vitreg
 from modeling_vitreg.features import Encoder
@@ -58,13 +56,7 @@ def _relevant(fields: dict) -> dict:
 def describe_model(encoder: Encoder) -> dict:
     """Family and sizes of a model, and its revision on the Hub where known."""
     return {
-        "family": encoder.family,
-        "num_layers": encoder.num_layers,
-        "num_heads": encoder.num_heads,
-        "hidden_size": encoder.hidden_size,
-        "patch_shape": list(encoder.patch_shape),
-        "num_registers": encoder.num_registers,
-        "has_cls_token": encoder.has_cls_token,
+        **encoder.describe(),
         "revision": getattr(getattr(encoder.model, "config", None), "_commit_hash", None),
     }
 
@@ -77,15 +69,7 @@ def describe_makers(encoder: Encoder) -> dict:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        **versions,
-        "commit": _find_commit(),
-        "device": str(encoder.device),
-        "dtype": str(encoder.dtype).removeprefix("torch."),
-    }
+    return {**encoder.made_with(), **versions, "commit": _find_commit()}
 
 
 def _find_commit() -> str | None:
