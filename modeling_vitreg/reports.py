@@ -13,6 +13,8 @@ import pathlib
 from dataclasses import dataclass, field
 from typing import ClassVar, TypeVar
 
+from modeling_vitreg.files import replacing
+
 
 @dataclass(frozen=True)
 class ArtifactReport:
@@ -172,13 +174,8 @@ def write_report(report: object, path: str | os.PathLike) -> pathlib.Path:
         text = json.dumps(content, indent=1, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"expected a report of finite numbers, words, lists and dictionaries: {error}") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sibling = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with replacing(path) as sibling:
         sibling.write_text(text + "\n", encoding="utf-8")
-        os.replace(sibling, path)
-    finally:
-        sibling.unlink(missing_ok=True)
     return path
 
 

@@ -23,6 +23,7 @@ LAYERS = {
     "configuration_vitreg": 0,
     "modeling_vitreg": 0,
     "__init__": 0,
+    "files": 1,
     "images": 1,
     "modes": 1,
     "scenes": 1,

@@ -19,6 +19,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
+from modeling_vitreg.files import replacing
 from modeling_vitreg.reports import ArtifactReport
 
 from .survey import Examples
@@ -376,13 +377,8 @@ def _write_plainly(value: float, _: int | None) -> str:
 
 def _save(figure: Figure, path: str | os.PathLike) -> pathlib.Path:
     path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sibling = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with replacing(path) as sibling:
         figure.savefig(sibling, format=path.suffix.removeprefix(".") or "png", dpi=120)
-        os.replace(sibling, path)
-    finally:
-        sibling.unlink(missing_ok=True)
     return path
 
 

@@ -16,6 +16,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 
 from modeling_vitreg.features import Encoder
+from modeling_vitreg.files import replacing
 from modeling_vitreg.reports import ArtifactReport, write_report
 
 from .figures import (
@@ -170,13 +171,8 @@ def _draw(tasks: dict, folder: pathlib.Path) -> dict[str, pathlib.Path]:
 
 
 def _write_page(path: pathlib.Path, text: str) -> pathlib.Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sibling = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with replacing(path) as sibling:
         sibling.write_text(text, encoding="utf-8")
-        os.replace(sibling, path)
-    finally:
-        sibling.unlink(missing_ok=True)
     return path
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import bisect
 import itertools
 import json
-import os
 import pathlib
 from collections.abc import Sequence
 
@@ -16,6 +15,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from modeling_vitreg.files import replacing
 
 
 class Features:
@@ -69,12 +70,8 @@ class Features:
 
 def save_shard(tensors: dict[str, Tensor], file: pathlib.Path, *, facts: dict) -> None:
     """Write a shard, beside its final place first, with facts of JSON: `unreadable` and `num_nonfinite`."""
-    sibling = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
+    with replacing(file) as sibling:
         save_file(tensors, sibling, metadata={"facts": json.dumps(facts)})
-        os.replace(sibling, file)
-    finally:
-        sibling.unlink(missing_ok=True)
 
 
 __all__ = ["Features", "save_shard"]

@@ -24,6 +24,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor, nn
 
 from modeling_vitreg import ViTWithRegistersPreTrainedModel
+from modeling_vitreg.files import replacing
 from modeling_vitreg.modes import evaluation_mode
 
 from .diagnosis import read_series
@@ -368,13 +369,8 @@ def _write_plainly(value: float, _: int | None) -> str:
 
 def _save(figure: Figure, path: str | os.PathLike) -> pathlib.Path:
     path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sibling = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with replacing(path) as sibling:
         figure.savefig(sibling, format=path.suffix.removeprefix(".") or "png", dpi=130)
-        os.replace(sibling, path)
-    finally:
-        sibling.unlink(missing_ok=True)
     return path
 
 
