@@ -47,6 +47,21 @@ def randomise():
     return fill
 
 
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures as they are saved, and no pixels, which take most of the time."""
+    from matplotlib.figure import Figure
+
+    kept = []
+
+    def keep(figure, path, **_):
+        kept.append(figure)
+        path.write_bytes(b"figure")
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return kept
+
+
 @pytest.fixture(scope="session")
 def photograph():
     """The photograph of Eileen Collins that scikit-image ships, as a PIL image of 512 x 512 pixels."""

@@ -5,7 +5,6 @@ import dataclasses
 import matplotlib
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from PIL import Image
 from planted_models import DEPTH, GRID, pictures, plain_model, planted_model
 
@@ -25,19 +24,6 @@ def _measure(model, num_images=12, **changes):
 @pytest.fixture(scope="module")
 def planted():
     return _measure(planted_model(layer=3, magnitude=50.0))
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures as they are saved, and no pixels, which take most of the time."""
-    kept = []
-
-    def keep(figure, path, **_):
-        kept.append(figure)
-        path.write_bytes(b"figure")
-
-    monkeypatch.setattr(Figure, "savefig", keep)
-    return kept
 
 
 def _labels(ax) -> list:

@@ -20,19 +20,6 @@ from modeling_vitreg.pretraining.figures import draw_attention, draw_curves, dra
 STATISTICS = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]}
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures as they are saved, and no pixels, which take most of the time."""
-    kept = []
-
-    def keep(figure, path, **_):
-        kept.append(figure)
-        path.write_bytes(b"figure")
-
-    monkeypatch.setattr(Figure, "savefig", keep)
-    return kept
-
-
 def _log(num_records=30) -> list:
     records = []
     for step in range(num_records):
