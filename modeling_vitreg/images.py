@@ -3,7 +3,8 @@
 What is opened holds images as they were stored; `decode_image` turns one into pixels, late, where a broken file can be
 reported and replaced. `ImageSource` can be indexed; `ImageStream` is read in order and remembers where it was.
 
-A raw image is a dictionary: `bytes` (or None), `path` (or None), `label` (int or None) and `name` for messages.
+A raw image is a dictionary: `bytes` (or None), `path` (or None), `label` (int or None) and `name` for messages; `text`
+and `maps`, where a source was opened with them. Maps say something of each pixel: its class, or its depth.
 """
 
 from __future__ import annotations
@@ -49,8 +50,35 @@ _EXPECTED = (
     'expected "scenes", a folder of images, WebDataset shards (.tar files: one, a folder, a glob or a brace list), '
     "a folder of a dataset (parquet, arrow), or a name on the Hub"
 )
+_HIDDEN_LABEL = 255  # of a mask: nobody knows the class
 _NUM_SAMPLES = 256  # images whose size or bytes enter a fingerprint
 _DISK_SHARDS = 64  # of a stream over a dataset that was saved to disk
+
+
+@dataclasses.dataclass(frozen=True)
+class MapColumns:
+    """Where maps of an image are; a map is stored as an image, or as an array.
+
+    Args:
+        mask: column of class numbers, 255 where nobody knows the class; None: there is none.
+        depth: column of depths; None: there is none.
+        depth_scale: metres of a unit of depth, 0.001 for millimetres.
+        reduces_labels: of the stored masks 0 says that nobody knows, and classes count from 1, as in ADE20k.
+    """
+
+    mask: str | None = None
+    depth: str | None = None
+    depth_scale: float = 1.0
+    reduces_labels: bool = False
+
+    def __post_init__(self):
+        if not self.depth_scale > 0:
+            raise ValueError(f"depth_scale is above 0, metres of a unit, got {self.depth_scale!r}")
+
+    @property
+    def named(self) -> dict[str, str]:
+        """Columns by what they hold: `mask`, `depth`."""
+        return {kind: column for kind, column in (("mask", self.mask), ("depth", self.depth)) if column}
 
 
 class UnreadableImage(Exception):
@@ -93,6 +121,36 @@ def decode_image(raw: dict) -> Image.Image:
         raise UnreadableImage(name, f"{type(error).__name__}: {error}") from error
 
 
+def decode_maps(raw: dict, *, size: tuple[int, int]) -> dict[str, np.ndarray]:
+    """Decode the maps of a raw image.
+
+    Args:
+        raw: of a source that was opened with maps; without them there is nothing.
+        size: width and height of the decoded image.
+
+    Returns:
+        `mask`, class numbers as stored, (height, width); `depth`, float32 in metres, (height, width).
+
+    Raises:
+        UnreadableImage: a map is missing, broken, or of another size.
+    """
+    maps = {}
+    for kind, value in raw.get("maps", {}).items():
+        try:
+            maps[kind] = _decode_map(value)
+        except Exception as error:  # see `decode_image`
+            raise UnreadableImage(raw["name"], f"{kind}: {type(error).__name__}: {error}") from error
+        if maps[kind].shape != size[::-1]:
+            problem = f"{kind} of shape {maps[kind].shape} for an image of {size[::-1]} pixels"
+            raise UnreadableImage(raw["name"], problem)
+    if "mask" in maps and raw["reduces_labels"]:
+        mask = maps["mask"].astype(np.int64)
+        maps["mask"] = np.where((mask == 0) | (mask == _HIDDEN_LABEL), _HIDDEN_LABEL, mask - 1)
+    if "depth" in maps:
+        maps["depth"] = maps["depth"].astype(np.float32) * np.float32(raw["depth_scale"])
+    return maps
+
+
 def derive_seed(*words: int) -> int:
     """The seed in 1 ... 2 ** 63 - 1 that stands for a sequence of integers: 0 or positive, of any size."""
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1)) or 1
@@ -106,6 +164,7 @@ class ImageSource:
         image_column: holds the images; None: the only column of type `Image`, or the one of a usual name.
         label_column: holds the classes; None: the only `ClassLabel`, or an integer column `label`, `labels` or `cls`.
         text_column: holds captions; None: captions are not read.
+        maps: columns of maps; None: maps are not read.
 
     Raises:
         ValueError: a column does not exist, or the choice is not clear.
@@ -118,14 +177,21 @@ class ImageSource:
         image_column: str | None = None,
         label_column: str | None = None,
         text_column: str | None = None,
+        maps: MapColumns | None = None,
     ):
-        self._columns = _find_columns(dataset.features, image=image_column, label=label_column, text=text_column)
+        names = {"image": image_column, "label": label_column, "text": text_column}
+        self._columns = _find_columns(dataset.features, **names, maps=maps or MapColumns())
         self._dataset = self._columns.select(dataset)
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
         """Names of the labels, None where they have none."""
         return self._columns.class_names
+
+    @property
+    def maps(self) -> MapColumns:
+        """Where the maps are."""
+        return self._columns.maps
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -136,8 +202,12 @@ class ImageSource:
         Raises:
             UnreadableImage: see `decode_image`.
         """
-        raw = self._raw(index)
+        raw = self.raw(index)
         return decode_image(raw), raw["label"]
+
+    def raw(self, index: int) -> dict:
+        """An image as it was stored."""
+        return self._columns.to_raw(self._dataset[index], fallback=f"image {index}")
 
     def read_text(self, index: int) -> str:
         """The caption of an image; several are joined.
@@ -145,7 +215,7 @@ class ImageSource:
         Raises:
             ValueError: the source was opened without a text column.
         """
-        return self._raw(index).get("text") or _no_text()
+        return self.raw(index).get("text") or _no_text()
 
     def texts(self) -> Iterator[str]:
         """All captions in order, without an image being read.
@@ -158,14 +228,14 @@ class ImageSource:
 
     def name_of(self, index: int) -> str:
         """Path of an image where it has one, else its number."""
-        return self._raw(index)["name"]
+        return self.raw(index)["name"]
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """Sixteen letters that change with the data, but not with the place or the time of a copy.
 
         They sum up the number of images, the class names, all labels, all paths below their common folder, and of at
-        most 256 images spread over the whole the bytes (of a file: its size).
+        most 256 images spread over the whole the bytes (of a file: its size), with those of their maps.
         """
         labels = self._dataset[self._columns.label][:] if self._columns.label else None
         tables = self._dataset.select_columns(self._columns.image).with_format("arrow").iter(10_000)
@@ -175,11 +245,10 @@ class ImageSource:
         folder = os.path.commonpath(ends) if all(map(os.path.isabs, ends)) else ""
         paths = [path[len(folder) :] for path in paths]
         spread = sorted({len(self) * step // _NUM_SAMPLES for step in range(_NUM_SAMPLES)}) if len(self) else []
-        contents = [_sum_up_content(self._raw(index)) for index in spread]
-        return _shorten([self.class_names, labels, paths, contents])
-
-    def _raw(self, index: int) -> dict:
-        return self._columns.to_raw(self._dataset[index], fallback=f"image {index}")
+        raws = [self.raw(index) for index in spread]
+        contents = [_sum_up_content(raw) for raw in raws]
+        facts = [self.class_names, labels, paths, contents]
+        return _shorten([*facts, *self._columns.sum_up_maps(raws)])
 
 
 class ImageStream:
@@ -190,6 +259,7 @@ class ImageStream:
         image_column: see `ImageSource`.
         label_column: see `ImageSource`.
         text_column: see `ImageSource`.
+        maps: see `ImageSource`.
         block_size: images that are held undecoded and shuffled among each other.
         files: local files of the stream, for the fingerprint.
 
@@ -204,6 +274,7 @@ class ImageStream:
         image_column: str | None = None,
         label_column: str | None = None,
         text_column: str | None = None,
+        maps: MapColumns | None = None,
         block_size: int = 1000,
         files: Sequence[str] = (),
     ):
@@ -211,7 +282,8 @@ class ImageStream:
             raise ValueError(f"ImageStream: block_size is a positive integer, got {block_size!r}.")
         if dataset.features is None:
             raise ValueError("ImageStream: expected a stream that knows the types of its columns; give it `features`.")
-        self._columns = _find_columns(dataset.features, image=image_column, label=label_column, text=text_column)
+        names = {"image": image_column, "label": label_column, "text": text_column}
+        self._columns = _find_columns(dataset.features, **names, maps=maps or MapColumns())
         self._dataset = self._columns.select(dataset)
         self._block_size = block_size
         self._files = tuple(files)
@@ -227,7 +299,8 @@ class ImageStream:
         files = [(os.path.basename(path), os.path.getsize(path)) for path in self._files]
         first = [self._columns.to_raw(row, fallback="") for row in itertools.islice(self._dataset, 1)]
         contents = [(os.path.basename(raw["name"]), _sum_up_content(raw)) for raw in first]
-        return _shorten([self.class_names, self._dataset.num_shards, files, contents])
+        facts = [self.class_names, self._dataset.num_shards, files, contents]
+        return _shorten([*facts, *self._columns.sum_up_maps(first)])
 
     def examples(
         self, *, seed: int, rank: int = 0, num_processes: int = 1, state: dict | None = None
@@ -296,6 +369,7 @@ def open_images(
     image_column: str | None = None,
     label_column: str | None = None,
     text_column: str | None = None,
+    maps: MapColumns | None = None,
     scenes: range = range(10_000),
     scene_settings: SceneSettings | None = None,
 ) -> ImageSource | ImageStream:
@@ -318,6 +392,8 @@ def open_images(
         image_column: None: found by its type.
         label_column: None: found by its type or name; images without labels are fine.
         text_column: holds captions; None: they are not read.
+        maps: columns of masks and depths; None: they are not read. Of scenes: `semantic_mask` and `depth`; of a folder
+            of images: what its metadata.jsonl calls `mask_file_name`, for example, is the column `mask`.
         scenes: indices of the scenes; other ranges are other splits. Consecutive.
         scene_settings: None: 64 pixels a side.
 
@@ -327,7 +403,7 @@ def open_images(
     """
     import datasets
 
-    columns = {"image_column": image_column, "label_column": label_column, "text_column": text_column}
+    columns = {"image_column": image_column, "label_column": label_column, "text_column": text_column, "maps": maps}
     if not source:
         raise ValueError(f"open_images: {_EXPECTED}; got {source!r}.")
     if source == "scenes":
@@ -356,19 +432,24 @@ def open_images(
 
 @dataclasses.dataclass(frozen=True)
 class _Columns:
-    """Where the image, the label and the caption of a row are."""
+    """Where the image, the label, the caption and the maps of a row are."""
 
     image: str
     label: str | None
     text: str | None
     class_names: tuple[str, ...] | None
+    maps: MapColumns
 
     def select(self, dataset: datasets.Dataset | datasets.IterableDataset):
         """Keep these columns, with images as they were stored."""
         from datasets import Image as ImageFeature
 
-        kept = dataset.select_columns([name for name in (self.image, self.label, self.text) if name])
-        return kept.cast_column(self.image, ImageFeature(decode=False))
+        maps = tuple(self.maps.named.values())
+        kept = dataset.select_columns([name for name in (self.image, self.label, self.text, *maps) if name])
+        for name in (self.image, *maps):
+            if name == self.image or isinstance(kept.features[name], ImageFeature):
+                kept = kept.cast_column(name, ImageFeature(decode=False))
+        return kept
 
     def to_raw(self, row: dict, *, fallback: str) -> dict:
         """The raw image of a row; `fallback` is its name if it has no path."""
@@ -377,7 +458,17 @@ class _Columns:
         # The Hub marks the hidden labels of a test set by -1.
         label = None if label is None or label < 0 else int(label)
         text = {"text": _join_texts(row[self.text])} if self.text else {}
-        return {**image, "label": label, "name": image["path"] or fallback, **text}
+        raw = {**image, "label": label, "name": image["path"] or fallback, **text}
+        if self.maps.named:
+            raw["maps"] = {kind: row[column] for kind, column in self.maps.named.items()}
+            raw |= {"depth_scale": self.maps.depth_scale, "reduces_labels": self.maps.reduces_labels}
+        return raw
+
+    def sum_up_maps(self, raws: list[dict]) -> list:
+        """What a fingerprint holds of maps, nothing where there are none."""
+        if not self.maps.named:
+            return []
+        return [dataclasses.astuple(self.maps), [list(map(_sum_up_map, raw["maps"].values())) for raw in raws]]
 
 
 def _join_texts(text: str | list[str] | None) -> str:
@@ -390,12 +481,12 @@ def _no_text():
 
 
 def _find_columns(
-    features: datasets.Features, *, image: str | None, label: str | None, text: str | None = None
+    features: datasets.Features, *, image: str | None, label: str | None, text: str | None, maps: MapColumns
 ) -> _Columns:
     from datasets import ClassLabel, Value
     from datasets import Image as ImageFeature
 
-    for name in filter(None, (image, label, text)):
+    for name in filter(None, (image, label, text, *maps.named.values())):
         if name not in features:
             raise ValueError(f"open_images: there is no column {name!r}; the columns are {_list(features)}.")
     integers = {name for name, kind in features.items() if isinstance(kind, Value) and "int" in kind.dtype}
@@ -403,6 +494,7 @@ def _find_columns(
     if label and label not in classes | integers:
         raise ValueError(f"open_images: the column {label!r} holds no classes but {features[label]}.")
     images = [name for name, kind in features.items() if isinstance(kind, ImageFeature)]
+    images = [name for name in images if name not in maps.named.values()]
     if not images and not image:
         raise ValueError(
             f"open_images: expected a column of type Image, got {_list(features)}. If one of them holds paths or the "
@@ -411,7 +503,7 @@ def _find_columns(
     image = image or _choose(images, usual=_IMAGE_NAMES, argument="image_column")
     labels = [name for name in features if name in classes or (name in integers and name in _LABEL_NAMES)]
     label = label or (_choose(labels, usual=_LABEL_NAMES, argument="label_column") if labels else None)
-    return _Columns(image, label, text, tuple(features[label].names) if label in classes else None)
+    return _Columns(image, label, text, tuple(features[label].names) if label in classes else None, maps)
 
 
 def _choose(names: list[str], *, usual: tuple[str, ...], argument: str) -> str:
@@ -435,6 +527,13 @@ def _open_file(raw: dict):
 
     with xopen(raw["path"], "rb") as file:
         return io.BytesIO(file.read())
+
+
+def _decode_map(value: dict | list | np.ndarray) -> np.ndarray:
+    if not isinstance(value, dict):
+        return np.asarray(value)
+    with Image.open(_open_file({**value, "name": "the map"})) as image:
+        return np.asarray(image)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -596,8 +695,23 @@ def _sum_up_content(raw: dict) -> str | int | None:
     return os.path.getsize(raw["path"]) if raw["path"] and os.path.exists(raw["path"]) else None
 
 
+def _sum_up_map(value: dict | list | np.ndarray) -> str | int | None:
+    if isinstance(value, dict):
+        return _sum_up_content(value)
+    return hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
+
+
 def _shorten(facts: list) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
-__all__ = ["ImageSource", "ImageStream", "UnreadableImage", "decode_image", "derive_seed", "open_images"]
+__all__ = [
+    "ImageSource",
+    "ImageStream",
+    "MapColumns",
+    "UnreadableImage",
+    "decode_image",
+    "decode_maps",
+    "derive_seed",
+    "open_images",
+]

@@ -13,7 +13,7 @@ from modeling_vitreg.evaluation.inputs import count_mask_classes, linear_inputs
 from modeling_vitreg.evaluation.provenance import fingerprint_model
 from modeling_vitreg.evaluation.sources import FIRST_TEST_SCENE
 from modeling_vitreg.features import extract_features, load_encoder
-from modeling_vitreg.images import ImageSource, UnreadableImage
+from modeling_vitreg.images import ImageSource, MapColumns, UnreadableImage
 from modeling_vitreg.scenes import SEMANTIC_NAMES, SceneSettings, render_scene
 
 
@@ -51,8 +51,7 @@ def _dataset(num_images=7, **columns):
 
 
 def _labelled(dataset):
-    images = ImageSource(dataset, image_column="photo")
-    return LabelledImages(images, truth=dataset, mask_column="mask", depth_column="depth", depth_scale=0.001)
+    return LabelledImages(ImageSource(dataset, maps=MapColumns("mask", "depth", depth_scale=0.001)))
 
 
 def _encode(encoder, images, folder, *, kinds=KINDS, **settings):
@@ -89,7 +88,7 @@ def test_a_folder_of_class_folders_has_labels_and_holds_a_share_out(tmp_path):
     data = open_data(_folder(tmp_path / "images", [""]))
     assert (len(data.train), len(data.test)) == (7, 3) and data.train.class_names == ("cat", "dog")
     names = [{part.read(number).image.tobytes() for number in range(len(part))} for part in (data.train, data.test)]
-    assert data.train.mask_column is None and names[0] and names[1]
+    assert not data.train.maps.named and names[0] and names[1]
     again = open_data(_folder(tmp_path / "copy", [""]))
     assert (
         again.test.fingerprint == data.test.fingerprint != open_data(str(tmp_path / "copy"), seed=1).test.fingerprint
@@ -112,9 +111,9 @@ def test_maps_of_a_saved_dataset_are_read_by_the_names_of_their_columns(tmp_path
     example = data.test.read(2)
     assert (len(data.train), len(data.test)) == (6, 4)
     assert example.mask.shape == example.depth.shape == (32, 40) and 0.5 <= example.depth.min() <= 9
-    with pytest.raises(ValueError, match=r"a column 'masks' of maps, got .*mask"):
+    with pytest.raises(ValueError, match=r"no column 'masks'; the columns are .*'mask'"):
         open_data(str(tmp_path / "saved"), mask_column="masks", image_column="photo")
-    with pytest.raises(ValueError, match="which exists neither here nor there"):
+    with pytest.raises(ValueError, match="which does not exist"):
         open_data(str(tmp_path / "elsewhere"), mask_column="mask")
     with pytest.raises(ValueError, match=r"several columns qualify: .* choose one with image_column"):
         open_data(str(tmp_path / "saved"), depth_column="depth")

@@ -12,10 +12,8 @@ from torchmetrics.classification import MulticlassJaccardIndex
 from modeling_vitreg import ViTWithRegistersForDepthEstimation, ViTWithRegistersForSemanticSegmentation
 from modeling_vitreg.evaluation.dense import Descent, fit_head
 from modeling_vitreg.evaluation.depth import (
-    METRICS,
     DepthSettings,
     LinearDepthHead,
-    depth_errors,
     fit_depth,
     join_class_token,
     measure_depth,
@@ -24,10 +22,10 @@ from modeling_vitreg.evaluation.segmentation import (
     LinearSegmentationHead,
     SegmentationSettings,
     fit_segmentation,
-    measure_areas,
     measure_segmentation,
 )
 from modeling_vitreg.features import extract_features, load_encoder
+from modeling_vitreg.metrics import DEPTH_ERRORS, depth_errors, measure_areas
 
 
 def _maps(*, num_images=6, num_classes=5):
@@ -139,7 +137,7 @@ def test_depth_errors_equal_the_formulas_image_by_image():
     errors = depth_errors(predicted, depths, min_depth=1e-3, max_depth=10.0)
     plain = [_plain_errors(*pair) for pair in zip(predicted, depths)]
     for row, expected in zip(errors, plain):
-        assert dict(zip(METRICS, row.tolist())) == pytest.approx(expected, rel=1e-6)
+        assert dict(zip(DEPTH_ERRORS, row.tolist())) == pytest.approx(expected, rel=1e-6)
     for measured in measure_depth(errors):
         assert measured.value == pytest.approx(np.mean([image[measured.metric] for image in plain]))
         assert measured.interval[0] <= measured.value <= measured.interval[1]

@@ -25,6 +25,7 @@ LAYERS = {
     "__init__": 0,
     "files": 1,
     "images": 1,
+    "metrics": 1,
     "modes": 1,
     "scenes": 1,
     "features": 1,

@@ -15,8 +15,10 @@ from PIL import Image
 from modeling_vitreg.images import (
     ImageSource,
     ImageStream,
+    MapColumns,
     UnreadableImage,
     decode_image,
+    decode_maps,
     derive_seed,
     open_images,
 )
@@ -248,6 +250,71 @@ def test_columns_are_found_by_type_or_asked_for():
         ImageSource(both, label_column="caption")
     with pytest.raises(ValueError, match="expected a column of type Image, got 'caption'"):
         ImageSource(both.select_columns("caption"))
+
+
+def _with_maps(*, num_images: int = 3) -> datasets.Dataset:
+    """Images of 8 x 6 pixels; masks as in ADE20k, 0 for nobody knows; depths in millimetres, as an array."""
+    random = np.random.default_rng(0)
+    masks = random.integers(0, 4, (num_images, 6, 8), np.uint8)
+    content = {
+        "photo": [Image.new("RGB", (8, 6), (number, 0, 0)) for number in range(num_images)],
+        "annotation": [Image.fromarray(mask) for mask in masks],
+        "millimetres": random.integers(500, 9000, (num_images, 6, 8)).tolist(),
+    }
+    features = {
+        "photo": datasets.Image(),
+        "annotation": datasets.Image(),
+        "millimetres": datasets.Array2D((6, 8), "int32"),
+    }
+    return datasets.Dataset.from_dict(content, features=datasets.Features(features))
+
+
+def test_maps_are_read_beside_the_only_image_that_is_no_map():
+    dataset = _with_maps()
+    maps = MapColumns("annotation", "millimetres", depth_scale=0.001)
+    source, stream = ImageSource(dataset, maps=maps), ImageStream(dataset.to_iterable_dataset(), maps=maps)
+    streamed = {raw["bytes"]: raw for raw, _ in itertools.islice(stream.examples(seed=0), 3)}
+    for index, row in enumerate(dataset):
+        raw = source.raw(index)
+        for found in (decode_maps(raw, size=(8, 6)), decode_maps(streamed[raw["bytes"]], size=(8, 6))):
+            assert np.array_equal(found["mask"], np.asarray(row["annotation"]))
+            assert np.allclose(found["depth"], np.asarray(row["millimetres"]) / 1000) and found["depth"].dtype == "f4"
+    assert decode_maps(ImageSource(dataset, image_column="photo").raw(0), size=(8, 6)) == {}
+    plain = ImageSource(dataset, image_column="photo").fingerprint
+    scaled = ImageSource(dataset, maps=MapColumns("annotation", "millimetres")).fingerprint
+    assert len({plain, source.fingerprint, scaled}) == 3
+    with pytest.raises(ValueError, match=r"no column 'mask'; the columns are 'annotation'"):
+        ImageSource(dataset, maps=MapColumns("mask"))
+
+
+def test_classes_that_count_from_one_are_reduced_and_zero_is_hidden():
+    dataset = _with_maps()
+    raw = ImageSource(dataset, maps=MapColumns("annotation", reduces_labels=True)).raw(1)
+    stored, (found,) = np.asarray(dataset[1]["annotation"]), decode_maps(raw, size=(8, 6)).values()
+    assert np.array_equal(found[stored > 0], stored[stored > 0].astype(int) - 1)
+    assert (found[stored == 0] == 255).all() and (stored == 0).any()
+
+
+def test_a_map_that_is_missing_broken_or_of_another_size_makes_an_image_unreadable():
+    dataset = _with_maps()
+    raw = ImageSource(dataset, maps=MapColumns("annotation")).raw(0)
+    for value, reason in ((None, "mask of shape"), ({"bytes": b"no", "path": None}, "UnidentifiedImageError")):
+        with pytest.raises(UnreadableImage, match=f"image 0: .*{reason}"):
+            decode_maps({**raw, "maps": {"mask": value}}, size=(8, 6))
+    with pytest.raises(UnreadableImage, match=r"mask of shape \(6, 8\) for an image of \(6, 9\) pixels"):
+        decode_maps(raw, size=(9, 6))
+
+
+def test_masks_of_a_folder_are_named_in_its_metadata(tmp_path):
+    _write_folder(tmp_path, ["train/images/a.png", "train/images/b.png"])
+    _write_folder(tmp_path, ["train/masks/a.png", "train/masks/b.png"], first=7)
+    for name in "ab":
+        Image.open(tmp_path / f"train/masks/{name}.png").convert("L").save(tmp_path / f"train/masks/{name}.png")
+    rows = [{"file_name": f"images/{name}.png", "mask_file_name": f"masks/{name}.png"} for name in "ab"]
+    (tmp_path / "train" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = open_images(str(tmp_path), maps=MapColumns("mask"))
+    found = [decode_maps(source.raw(index), size=(8, 8))["mask"].max() for index in range(2)]
+    assert len(source) == 2 and found == [7, 8]
 
 
 def test_a_hidden_label_is_none():

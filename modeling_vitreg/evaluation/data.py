@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
-from modeling_vitreg.images import ImageSource, UnreadableImage
+from modeling_vitreg.images import ImageSource, MapColumns, decode_image, decode_maps
 
 from .provenance import shorten
-
-
-if TYPE_CHECKING:
-    import datasets
-
-
-_NUM_SAMPLES = 64  # truths that enter a fingerprint
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,34 +27,12 @@ class LabelledImages:
     """Images that can be read by number.
 
     Args:
-        images: with labels or without.
-        truth: the dataset, of equal length, that holds the maps; None: there are none.
-        mask_column: of class numbers.
-        depth_column: of depths.
-        depth_scale: metres of a unit of depth.
+        images: with labels and maps or without.
         indices: of the images that count, in order; None: all.
-
-    Raises:
-        ValueError: a column does not exist.
     """
 
-    def __init__(
-        self,
-        images: ImageSource,
-        *,
-        truth: datasets.Dataset | None = None,
-        mask_column: str | None = None,
-        depth_column: str | None = None,
-        depth_scale: float = 1.0,
-        indices: np.ndarray | None = None,
-    ):
-        self._images, self._truth, self._depth_scale = images, truth, depth_scale
-        self.mask_column, self.depth_column = mask_column, depth_column
-        for name in filter(None, (mask_column, depth_column)):
-            if truth is None or name not in truth.column_names:
-                known = "no dataset" if truth is None else ", ".join(truth.column_names)
-                raise ValueError(f"expected a column {name!r} of maps, got {known}")
-        self._maps = {name: truth.select_columns([name]) for name in (mask_column, depth_column) if name}
+    def __init__(self, images: ImageSource, *, indices: np.ndarray | None = None):
+        self._images = images
         self._indices = np.arange(len(images)) if indices is None else np.asarray(indices)
 
     @property
@@ -71,13 +40,15 @@ class LabelledImages:
         """Names of the labels, None where they have none."""
         return self._images.class_names
 
+    @property
+    def maps(self) -> MapColumns:
+        """Where masks and depths are."""
+        return self._images.maps
+
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Sixteen letters that change with images, labels, their order and their maps, of which 64 are read."""
-        spread = self._indices[:: max(len(self) // _NUM_SAMPLES, 1)][:_NUM_SAMPLES].tolist()
-        columns = [name for name in (self.mask_column, self.depth_column) if name]
-        maps = [self._sum_up(index, name) for index in spread for name in columns]
-        return shorten([self._images.fingerprint, self._indices.tolist(), columns, self._depth_scale, maps])
+        """Sixteen letters that change with images, labels, maps and their order."""
+        return shorten([self._images.fingerprint, self._indices.tolist()])
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -88,42 +59,13 @@ class LabelledImages:
         Raises:
             UnreadableImage: of `modeling_vitreg.images`; the image or a map is broken, or they differ in size.
         """
-        index = int(self._indices[number])
-        image, label = self._images.read(index)
-        maps = {}
-        for kind, column in (("mask", self.mask_column), ("depth", self.depth_column)):
-            if column:
-                maps[kind] = self._map(index, column)
-                if maps[kind].shape != image.size[::-1]:
-                    sizes = f"{column} of shape {maps[kind].shape} for an image of {image.size[::-1]} pixels"
-                    raise UnreadableImage(self._images.name_of(index), sizes)
-        if "depth" in maps:
-            maps["depth"] = maps["depth"].astype(np.float32) * np.float32(self._depth_scale)
-        return Example(image, label, **maps)
+        raw = self._images.raw(int(self._indices[number]))
+        image = decode_image(raw)
+        return Example(image, raw["label"], **decode_maps(raw, size=image.size))
 
     def select(self, numbers: np.ndarray) -> LabelledImages:
         """Some of these images, by their numbers."""
-        return LabelledImages(
-            self._images,
-            truth=self._truth,
-            mask_column=self.mask_column,
-            depth_column=self.depth_column,
-            depth_scale=self._depth_scale,
-            indices=self._indices[numbers],
-        )
-
-    def _sum_up(self, index: int, column: str) -> str:
-        try:
-            return hashlib.sha256(self._map(index, column).tobytes()).hexdigest()
-        except UnreadableImage:
-            return "unreadable"
-
-    def _map(self, index: int, column: str) -> np.ndarray:
-        try:
-            return np.asarray(self._maps[column][index][column])
-        except Exception as error:  # Pillow's plugins raise whatever they stumble upon
-            name = self._images.name_of(index)
-            raise UnreadableImage(name, f"{column}: {type(error).__name__}: {error}") from error
+        return LabelledImages(self._images, indices=self._indices[numbers])
 
 
 @dataclass(frozen=True, eq=False)

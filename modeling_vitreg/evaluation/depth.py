@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modeling_vitreg.metrics import DEPTH_ERRORS
 from modeling_vitreg.modeling_vitreg import scale_invariant_loss
 
 from .dense import Descent, fit_head, initialise
 from .intervals import Measured, statistic_of_images
 
 
-METRICS = ("rmse", "abs_rel", "d1", "d2", "d3", "log10", "rmse_log", "silog", "sq_rel")
 _UPSAMPLING = 4
 
 
@@ -112,52 +112,6 @@ def fit_depth(
     return head
 
 
-def depth_errors(predicted: Tensor, depths: Tensor, *, min_depth: float, max_depth: float) -> Tensor:
-    """Errors of each image over its valid pixels, min_depth < d < max_depth; p is the predicted depth.
-
-    rmse      sqrt(mean (p - d)^2)             d1, d2, d3  share with max(p / d, d / p) < 1.25, 1.25^2, 1.25^3
-    abs_rel   mean |p - d| / d                 log10       mean |log10 p - log10 d|
-    sq_rel    mean (p - d)^2 / d               rmse_log    sqrt(mean (log p - log d)^2)
-    silog     100 sqrt(mean e^2 - (mean e)^2), e = log p - log d
-
-    Args:
-        predicted: (B, height, width), above 0.
-        depths: the same, true.
-        min_depth, max_depth: metres.
-
-    Returns:
-        (B, errors) in float64, in the order of `METRICS`; NaN for an image without a valid pixel.
-
-    Raises:
-        ValueError: maps of different size, or a predicted depth that is not above 0.
-    """
-    if predicted.shape != depths.shape or not (predicted > 0).all():
-        raise ValueError(
-            f"expected maps of one shape and depths above 0, got {tuple(predicted.shape)} and {tuple(depths.shape)}, "
-            f"and depths from {predicted.min().item() if predicted.numel() else None}"
-        )
-    return torch.stack([_errors(*pair, min_depth, max_depth) for pair in zip(predicted.double(), depths.double())])
-
-
-def _errors(predicted: Tensor, depth: Tensor, min_depth: float, max_depth: float) -> Tensor:
-    is_valid = (depth > min_depth) & (depth < max_depth)
-    predicted, depth = predicted[is_valid], depth[is_valid]
-    if not len(depth):
-        return predicted.new_full((len(METRICS),), torch.nan)
-    error, ratio = predicted - depth, torch.maximum(predicted / depth, depth / predicted)
-    logs = predicted.log() - depth.log()
-    values = {
-        "rmse": error.square().mean().sqrt(),
-        "abs_rel": (error.abs() / depth).mean(),
-        **{f"d{power}": (ratio < 1.25**power).double().mean() for power in (1, 2, 3)},
-        "log10": (predicted.log10() - depth.log10()).abs().mean(),
-        "rmse_log": logs.square().mean().sqrt(),
-        "silog": 100 * (logs.square().mean() - logs.mean().square()).clamp(min=0).sqrt(),
-        "sq_rel": (error.square() / depth).mean(),
-    }
-    return torch.stack([values[name] for name in METRICS])
-
-
 def measure_depth(errors: Tensor, *, seed: int = 0) -> list[Measured]:
     """Means over the images of errors (I, errors); images without a valid pixel do not count.
 
@@ -173,15 +127,13 @@ def measure_depth(errors: Tensor, *, seed: int = 0) -> list[Measured]:
 
     return [
         statistic_of_images(name, of_column(errors[:, number]), num_images=len(errors), seed=seed)
-        for number, name in enumerate(METRICS)
+        for number, name in enumerate(DEPTH_ERRORS)
     ]
 
 
 __all__ = [
-    "METRICS",
     "DepthSettings",
     "LinearDepthHead",
-    "depth_errors",
     "fit_depth",
     "join_class_token",
     "measure_depth",

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modeling_vitreg.metrics import check_masks
+
 from .dense import Descent, fit_head, initialise
 from .intervals import Measured, statistic_of_images
 
@@ -98,46 +100,6 @@ def fit_segmentation(
     return head
 
 
-def measure_areas(predicted: Tensor, masks: Tensor, *, num_classes: int, ignore_index: int = 255) -> Tensor:
-    """Pixels of each class that both, the prediction, and the truth of each image have.
-
-    Args:
-        predicted: (B, height, width) class numbers.
-        masks: the same, true; pixels of `ignore_index` do not count.
-        num_classes: C.
-        ignore_index: see `masks`.
-
-    Returns:
-        (B, 3, C) in float64: intersection, prediction, truth.
-
-    Raises:
-        ValueError: maps of different size, or a class that does not exist.
-    """
-    if predicted.shape != masks.shape:
-        raise ValueError(f"expected maps of one shape, got {tuple(predicted.shape)} and {tuple(masks.shape)}")
-    check_masks(masks, num_classes=num_classes, ignore_index=ignore_index)
-    counts = []
-    for own, truth in zip(predicted.flatten(1).long(), masks.flatten(1).long()):
-        own, truth = own[truth != ignore_index], truth[truth != ignore_index]
-        matrix = torch.bincount(truth * num_classes + own, minlength=num_classes**2).view(num_classes, num_classes)
-        counts.append(torch.stack([matrix.diagonal(), matrix.sum(dim=0), matrix.sum(dim=1)]))
-    return torch.stack(counts).double()
-
-
-def check_masks(masks: Tensor, *, num_classes: int, ignore_index: int) -> None:
-    """Refuse a mask with a class that does not exist.
-
-    Raises:
-        ValueError: the message names the class.
-    """
-    is_wrong = (masks != ignore_index) & ((masks < 0) | (masks >= num_classes))
-    if is_wrong.any():
-        raise ValueError(
-            f"expected classes 0 ... {num_classes - 1} in a mask, or {ignore_index} where there is none, got "
-            f"{masks[is_wrong][0].item()}"
-        )
-
-
 def measure_segmentation(areas: Tensor, *, seed: int = 0) -> list[Measured]:
     """Numbers from areas (I, 3, C).
 
@@ -163,8 +125,6 @@ def measure_segmentation(areas: Tensor, *, seed: int = 0) -> list[Measured]:
 __all__ = [
     "LinearSegmentationHead",
     "SegmentationSettings",
-    "check_masks",
     "fit_segmentation",
-    "measure_areas",
     "measure_segmentation",
 ]

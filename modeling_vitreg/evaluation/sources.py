@@ -11,19 +11,13 @@ Without a split for the test, a share of the images is held out by a seed.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
-from modeling_vitreg.images import ImageSource, open_images
+from modeling_vitreg.images import ImageSource, MapColumns, open_images
 from modeling_vitreg.scenes import FARTHEST, SEMANTIC_NAMES, SceneSettings, make_scenes_dataset
 
 from .data import EvaluationData, LabelledImages
 from .splits import hold_out
-
-
-if TYPE_CHECKING:
-    import datasets
 
 
 FIRST_TEST_SCENE = 1_000_000
@@ -45,6 +39,7 @@ def open_data(
     mask_column: str | None = None,
     depth_column: str | None = None,
     depth_scale: float = 1.0,
+    reduces_labels: bool = False,
     max_depth: float = FARTHEST,
     seed: int = 0,
 ) -> EvaluationData:
@@ -61,6 +56,7 @@ def open_data(
         image_column, label_column: None: found by type or name.
         mask_column, depth_column: None: no such maps; scenes have both.
         depth_scale: metres of a unit of depth, 0.001 for millimetres.
+        reduces_labels: 0 in a mask says that nobody knows, and classes count from 1, as in ADE20k.
         max_depth: metres, from which on depth does not count.
         seed: of what is drawn and held out.
 
@@ -72,9 +68,9 @@ def open_data(
         if split != "train" or any((test_split, image_column, mask_column, depth_column)):
             raise ValueError('"scenes" have their own splits, images and maps: leave these options out')
         return _open_scenes(image_size, (num_train, num_test), label_column)
-    columns = {"image_column": image_column, "label_column": label_column}
-    maps = {"mask_column": mask_column, "depth_column": depth_column, "depth_scale": depth_scale}
-    train, test = _open_part(source, split, columns, maps), _open_test(source, test_split, columns, maps)
+    maps = MapColumns(mask_column, depth_column, depth_scale=depth_scale, reduces_labels=reduces_labels)
+    columns = {"image_column": image_column, "label_column": label_column, "maps": maps}
+    train, test = _open_part(source, split, columns), _open_test(source, test_split, columns)
     if test is None:
         kept, held_out = hold_out(len(train), share=TEST_SHARE, seed=seed)
         train, test = train.select(kept.numpy()), train.select(held_out.numpy())
@@ -84,70 +80,30 @@ def open_data(
 
 def _open_scenes(image_size: int | tuple[int, int], counts: tuple, label_column: str | None) -> EvaluationData:
     settings, parts = SceneSettings(image_size=image_size), []
+    columns = {"label_column": label_column or "label", "maps": MapColumns("semantic_mask", "depth")}
     for number, default, start in zip(counts, NUM_SCENES, (0, FIRST_TEST_SCENE)):
         dataset = make_scenes_dataset(default if number is None else number, settings=settings, start=start)
-        images = ImageSource(dataset, image_column="image", label_column=label_column or "label")
-        parts.append(LabelledImages(images, truth=dataset, mask_column="semantic_mask", depth_column="depth"))
+        parts.append(LabelledImages(ImageSource(dataset, image_column="image", **columns)))
     size = " x ".join(map(str, dict.fromkeys(settings.shape)))
     name = f"scenes of {size} pixels, {label_column}" if label_column else f"scenes of {size} pixels"
     return EvaluationData(name, *parts, mask_names=SEMANTIC_NAMES, max_depth=FARTHEST)
 
 
-def _open_test(source: str, split: str | None, columns: dict, maps: dict) -> LabelledImages | None:
+def _open_test(source: str, split: str | None, columns: dict) -> LabelledImages | None:
     for name in TEST_SPLITS if split is None else (split,):
         try:
-            return _open_part(source, name, columns, maps)
+            return _open_part(source, name, columns)
         except ValueError as error:
             if split is not None or f"has no split {name!r}" not in str(error):
                 raise
     return None
 
 
-def _open_part(source: str, split: str, columns: dict, maps: dict) -> LabelledImages:
-    if maps["mask_column"] or maps["depth_column"]:
-        dataset = _open_dataset(source, split)
-        image_column = columns["image_column"] or _image_column(dataset, maps)
-        return LabelledImages(ImageSource(dataset, **{**columns, "image_column": image_column}), truth=dataset, **maps)
+def _open_part(source: str, split: str, columns: dict) -> LabelledImages:
     images = open_images(source, split=split, **columns)
     if not isinstance(images, ImageSource):
         raise ValueError(f"expected data of known length, got a stream, {source!r}: save it as a dataset first")
     return LabelledImages(images)
-
-
-def _open_dataset(source: str, split: str) -> datasets.Dataset:
-    import datasets
-
-    try:
-        splits = datasets.load_from_disk(source)
-    except FileNotFoundError:  # no folder of `save_to_disk`: parquet files, or a name
-        splits = _load_dataset(source)
-    splits = splits if isinstance(splits, dict) else {str(splits.split or "train"): splits}
-    if split not in splits:
-        raise ValueError(f"{source!r} has no split {split!r}; it has {', '.join(sorted(splits))}")
-    return splits[split]
-
-
-def _load_dataset(source: str) -> dict:
-    import datasets
-
-    name, _, configuration = source.partition(":")
-    try:
-        return datasets.load_dataset(name, configuration or None)
-    except FileNotFoundError as error:  # also datasets.exceptions.DatasetNotFoundError
-        raise ValueError(
-            f"expected a folder of a dataset or a name on the Hub, got {source!r}, which exists neither here nor there"
-        ) from error
-    except ConnectionError as error:
-        raise RuntimeError(f"{source!r} is no path here, and the Hub did not answer: {error}") from error
-
-
-def _image_column(dataset: datasets.Dataset, maps: dict) -> str | None:
-    """The only image that is no map; None where there are several, among which the source itself finds one."""
-    from datasets import Image as ImageFeature
-
-    names = [name for name, kind in dataset.features.items() if isinstance(kind, ImageFeature)]
-    names = [name for name in names if name not in maps.values()]
-    return names[0] if len(names) == 1 else None
 
 
 def _draw(part: LabelledImages, number: int | None, seed: int) -> LabelledImages:

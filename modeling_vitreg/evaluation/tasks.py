@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from modeling_vitreg.features import Encoder
+from modeling_vitreg.metrics import depth_errors, measure_areas
 
 from .data import EvaluationData
-from .depth import depth_errors, fit_depth, join_class_token, measure_depth
+from .depth import fit_depth, join_class_token, measure_depth
 from .inputs import ROWS_AT_ONCE, count_mask_classes, linear_inputs, name_of_vector, one_vector, with_labels
 from .intervals import Measured, share_of_counts, share_of_images
 from .knn import knn_accuracy
 from .linear import fit_linear
 from .logistic import fit_logistic
-from .segmentation import fit_segmentation, measure_areas, measure_segmentation
+from .segmentation import fit_segmentation, measure_segmentation
 from .shards import Features
 from .splits import require_classes
 from .top_k import best_counts, is_in_top
@@ -204,11 +205,11 @@ def _top(scores: Tensor, truth: Tensor, classes: Tensor) -> list[Measured]:
 
 
 def _no_masks(_: Encoder, data: EvaluationData, __: Text) -> str | None:
-    return None if data.train.mask_column and data.test.mask_column else "the images have no masks: name their column"
+    return None if data.train.maps.mask and data.test.maps.mask else "the images have no masks: name their column"
 
 
 def _no_depths(_: Encoder, data: EvaluationData, __: Text) -> str | None:
-    return None if data.train.depth_column and data.test.depth_column else "the images have no depth: name its column"
+    return None if data.train.maps.depth and data.test.maps.depth else "the images have no depth: name its column"
 
 
 def _no_text(encoder: Encoder, data: EvaluationData, text: Text) -> str | None:

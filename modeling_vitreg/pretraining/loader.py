@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from modeling_vitreg.images import ImageSource, ImageStream, UnreadableImage, decode_image, derive_seed
+from modeling_vitreg.images import ImageSource, ImageStream, UnreadableImage, decode_image, decode_maps, derive_seed
 
 
 # First words of seeds, so that order, views and masks are independent of each other.
@@ -42,7 +42,7 @@ class ViewLoader:
         number = s * G + (m * num_processes + r) * B + i
         pass, position = divmod(number, len(source))
         image = source[permutation(seed, pass)[position]]
-        views[:, i] = make_views(image), with torch's generator seeded by (seed, number)
+        views[:, i] = make_views(image, **maps), with torch's generator seeded by (seed, number)
         masks = make_masks(num_processes * B, generator seeded by (seed, s, m))[:, r * B : (r + 1) * B]
 
     Of a stream each process takes its own next images instead; a number then only seeds the views.
@@ -54,8 +54,9 @@ class ViewLoader:
 
     Args:
         source: what `open_images` returns.
-        make_views: cuts an RGB image into tensors (V, ...), by name, of the same shapes for all images. It draws from
-            torch's global generator only. With workers that are not forked it has to be picklable.
+        make_views: cuts an RGB image into tensors (V, ...), by name, of the same shapes for all images; the maps of a
+            source that has some, arrays (height, width), come as keywords. It draws from torch's global generator
+            only. With workers that are not forked it has to be picklable.
         make_text: makes a tensor (N,) of the caption of an image, whose source was opened with a text column; or None.
         make_masks: called as make_masks(num_images, generator=generator), returns bool (V, num_images, P); or None.
         micro_batch_size: B.
@@ -79,7 +80,7 @@ class ViewLoader:
         self,
         source: ImageSource | ImageStream,
         *,
-        make_views: Callable[[Image.Image], dict[str, Tensor]],
+        make_views: Callable[..., dict[str, Tensor]],
         make_masks: Callable[..., Tensor] | None,
         make_text: Callable[[str], Tensor] | None = None,
         micro_batch_size: int,
@@ -237,7 +238,7 @@ class _Recipe:
     """Turns a plan into a batch; this is what a worker holds."""
 
     source: ImageSource | None
-    make_views: Callable[[Image.Image], dict[str, Tensor]]
+    make_views: Callable[..., dict[str, Tensor]]
     make_masks: Callable[..., Tensor] | None
     make_text: Callable[[str], Tensor] | None
     micro_batch_size: int
@@ -248,8 +249,8 @@ class _Recipe:
     def __getitem__(self, plan: _Plan) -> dict:
         batch, labels, texts, unreadable = {}, [], [], []
         for place, number in enumerate(plan.numbers):
-            image, label, text, problems = self._read(plan.keys, place)
-            views = self._cut(image, number)
+            raw, image, maps, problems = self._read(plan.keys, place)
+            views = self._cut(image, maps, number)
             if not batch:
                 shapes = {
                     name: (view.shape[0], self.micro_batch_size, *view.shape[1:]) for name, view in views.items()
@@ -262,33 +263,28 @@ class _Recipe:
             )
             for name, view in views.items():
                 batch[name][:, place] = view  # [V, ...] -> [V, B, ...]
-            labels.append(-1 if label is None else label)
+            labels.append(-1 if raw["label"] is None else raw["label"])
             if self.make_text is not None:
-                texts.append(self.make_text(text))
+                texts.append(self.make_text(raw["text"]))
             unreadable += [(problem.name, problem.reason) for problem in problems[:1]]
         captions = {"texts": torch.stack(texts)} if texts else {}
         masks = {} if self.make_masks is None else {"masks": self._mask(plan)}
         counts = {"labels": torch.tensor(labels), "numbers": torch.tensor(plan.numbers)}
         return {**batch, **masks, **captions, **counts, "unreadable": unreadable}
 
-    def _read(self, keys: list, place: int) -> tuple[Image.Image, int | None, str, list[UnreadableImage]]:
+    def _read(self, keys: list, place: int) -> tuple[dict, Image.Image, dict[str, np.ndarray], list[UnreadableImage]]:
         problems = []
         for key in self._candidates(keys, place):
+            raw = key if self.source is None else self.source.raw(key)
             try:
-                image, label = (decode_image(key), key["label"]) if self.source is None else self.source.read(key)
+                image = decode_image(raw)
+                return raw, image, decode_maps(raw, size=image.size), problems
             except UnreadableImage as problem:
                 problems.append(problem)
-            else:
-                return image, label, self._text(key), problems
         raise RuntimeError(
             f"ViewLoader: none of {len(problems)} images in a row can be read; the first: {problems[0]}. "
             "Check that the source is complete and that this process may read it."
         )
-
-    def _text(self, key: int | dict) -> str:
-        if self.make_text is None:
-            return ""
-        return key["text"] if self.source is None else self.source.read_text(key)
 
     def _candidates(self, keys: list, place: int) -> Iterator:
         if self.source is None:
@@ -296,12 +292,12 @@ class _Recipe:
         num_tries = min(_NUM_TRIES, len(self.source))
         return ((keys[place] + step) % len(self.source) for step in range(num_tries))
 
-    def _cut(self, image: Image.Image, number: int) -> dict[str, Tensor]:
+    def _cut(self, image: Image.Image, maps: dict[str, np.ndarray], number: int) -> dict[str, Tensor]:
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed, which would also reset the generators of the accelerators, on which models run.
             torch.default_generator.manual_seed(derive_seed(_VIEWS, self.seed, number))
             try:
-                return self.make_views(image)
+                return self.make_views(image, **maps)
             except Exception as error:
                 raise RuntimeError(
                     f"ViewLoader: make_views failed on image number {number}, {image.width} x {image.height} pixels: "
