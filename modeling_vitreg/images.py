@@ -129,7 +129,7 @@ def decode_maps(raw: dict, *, size: tuple[int, int]) -> dict[str, np.ndarray]:
         size: width and height of the decoded image.
 
     Returns:
-        `mask`, class numbers as stored, (height, width); `depth`, float32 in metres, (height, width).
+        `mask`, int32 class numbers, (height, width); `depth`, float32 in metres, (height, width).
 
     Raises:
         UnreadableImage: a map is missing, broken, or of another size.
@@ -143,9 +143,11 @@ def decode_maps(raw: dict, *, size: tuple[int, int]) -> dict[str, np.ndarray]:
         if maps[kind].shape != size[::-1]:
             problem = f"{kind} of shape {maps[kind].shape} for an image of {size[::-1]} pixels"
             raise UnreadableImage(raw["name"], problem)
-    if "mask" in maps and raw["reduces_labels"]:
-        mask = maps["mask"].astype(np.int64)
-        maps["mask"] = np.where((mask == 0) | (mask == _HIDDEN_LABEL), _HIDDEN_LABEL, mask - 1)
+    if "mask" in maps:
+        maps["mask"] = maps["mask"].astype(np.int32)
+        if raw["reduces_labels"]:
+            is_hidden = (maps["mask"] == 0) | (maps["mask"] == _HIDDEN_LABEL)
+            maps["mask"] = np.where(is_hidden, np.int32(_HIDDEN_LABEL), maps["mask"] - 1)
     if "depth" in maps:
         maps["depth"] = maps["depth"].astype(np.float32) * np.float32(raw["depth_scale"])
     return maps
@@ -209,22 +211,15 @@ class ImageSource:
         """An image as it was stored."""
         return self._columns.to_raw(self._dataset[index], fallback=f"image {index}")
 
-    def read_text(self, index: int) -> str:
-        """The caption of an image; several are joined.
-
-        Raises:
-            ValueError: the source was opened without a text column.
-        """
-        return self.raw(index).get("text") or _no_text()
-
     def texts(self) -> Iterator[str]:
-        """All captions in order, without an image being read.
+        """All captions in order, several of an image joined, without an image being read.
 
         Raises:
             ValueError: the source was opened without a text column.
         """
-        column = self._columns.text or _no_text()
-        return map(_join_texts, self._dataset[column][:])
+        if not self._columns.text:
+            raise ValueError("open_images: captions were asked for, but the source was opened without text_column")
+        return map(_join_texts, self._dataset[self._columns.text][:])
 
     def name_of(self, index: int) -> str:
         """Path of an image where it has one, else its number."""
@@ -474,10 +469,6 @@ class _Columns:
 def _join_texts(text: str | list[str] | None) -> str:
     """One caption; several of an image, one after the other."""
     return " ".join(text) if isinstance(text, list) else text or ""
-
-
-def _no_text():
-    raise ValueError("open_images: captions were asked for, but the source was opened without text_column")
 
 
 def _find_columns(

@@ -127,8 +127,8 @@ def test_zero_shot_accuracy_is_that_of_the_nearest_name(make):
             [objective.make_text(f"a picture of a {name}.") for name in objective.settings.class_names]
         )
         nearest = (objective.embed_images(images) @ objective.embed_texts(prompts).T).argmax(dim=1)
-    assert objective.evaluate(images, nearest) == {"zero_shot": 1.0}
-    assert objective.evaluate(images, (nearest + 1) % 3) == {"zero_shot": 0.0}
+    assert objective.evaluate(images, {"labels": nearest}) == {"zero_shot": 1.0}
+    assert objective.evaluate(images, {"labels": (nearest + 1) % 3}) == {"zero_shot": 0.0}
 
 
 def test_the_loader_brings_the_caption_of_each_image():
@@ -138,7 +138,7 @@ def test_the_loader_brings_the_caption_of_each_image():
     features = Features({"image": Image(), "caption": Value("string")})
     dataset = Dataset.from_dict({"image": images, "caption": texts}, features=features)
     source = ImageSource(dataset, text_column="caption")
-    assert list(source.texts()) == texts and source.read_text(2) == "a red ball on grass"
+    assert list(source.texts()) == texts and source.raw(2)["text"] == "a red ball on grass"
     loader = ViewLoader(
         source,
         make_views=lambda image: {"global_views": torch.zeros(1, 3, 2, 2)},
@@ -150,7 +150,7 @@ def test_the_loader_brings_the_caption_of_each_image():
     batch = next(iter(loader))
     assert sorted(batch["texts"].flatten().tolist()) == sorted(map(len, texts))
     with pytest.raises(ValueError, match="opened without text_column"):
-        ImageSource(dataset).read_text(0)
+        ImageSource(dataset).texts()
     with pytest.raises(ValueError, match="there is no column 'words'"):
         ImageSource(dataset, text_column="words")
 

@@ -58,11 +58,12 @@ ALLOWED_IN_FILE = {
     "discovery/figures.py": {"matplotlib"},
     "evaluation/logistic.py": {"sklearn"},
     "features/loading.py": {"timm"},
-    "pretraining/classification.py": {"peft", "torchvision"},
+    "pretraining/classification.py": {"torchvision"},
     "pretraining/contrast.py": {"tokenizers"},
     "pretraining/crops.py": {"torchvision"},
     "pretraining/figures.py": {"matplotlib"},
     "pretraining/recipe.py": {"yaml"},
+    "pretraining/tuning.py": {"peft"},
 }
 ROOTS = ("benchmarks", "convert", "examples", "tests")
 

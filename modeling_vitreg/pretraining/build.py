@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Callable
 
 import torch
 from transformers import AutoModelForImageClassification, PretrainedConfig
@@ -12,6 +13,7 @@ from modeling_vitreg.modeling_vitreg import ViTWithRegistersModel
 
 from .classification import Classification, ClassificationSettings
 from .contrast import Contrast, ContrastSettings
+from .dense import DensePrediction, DepthEstimation, DepthTuning, Segmentation, SegmentationTuning
 from .distillation import Distillation, DistillationSettings
 from .masked_autoencoder import MaskedAutoencoder, MaskedAutoencoderSettings
 from .masked_pixels import MaskedPixels
@@ -23,6 +25,7 @@ from .self_distillation import SelfDistillation, SelfDistillationSettings
 from .state import last_state, load_objective, read_facts
 
 
+WITH_OWN_HEAD = ("classify", "clip", "segment", "depth")
 WITH_MASK_TOKEN = ("dinov2", "simmim")  # with other objectives a mask token would never learn
 
 
@@ -64,9 +67,9 @@ def make_objective(
     backbone = ViTWithRegistersModel.from_pretrained(_model_in(init), dtype=torch.float32, **kept)
     objective = _wrap(backbone, recipe, processes)
     state = last_state(folder / "state") if folder.is_dir() else None
-    # A classifier and CLIP start from any model; the heads of what made it are of no use to them.
+    # These start from any model; the heads of what made it are of no use to them.
     is_same_kind = state is not None and (
-        recipe.objective not in ("classify", "clip") or read_facts(state)["recipe"]["objective"] == recipe.objective
+        recipe.objective not in WITH_OWN_HEAD or read_facts(state)["recipe"]["objective"] == recipe.objective
     )
     if is_same_kind:
         _take_over(objective, load_objective(state))
@@ -207,6 +210,17 @@ def _make_contrast(backbone: ViTWithRegistersModel, recipe: Recipe, common: dict
     return Contrast(backbone, settings=settings, **common)
 
 
+def _make_dense(kind: type[DensePrediction], settings: type) -> Callable:
+    def make(backbone: ViTWithRegistersModel, recipe: Recipe, common: dict) -> Objective:
+        if recipe.masks != MaskSettings():
+            raise ValueError(
+                f"masks: the objective {recipe.objective!r} hides no patch, got {recipe.masks}: leave them out"
+            )
+        return kind(backbone, settings=make_settings(settings, recipe.settings, of="settings"), **common)
+
+    return make
+
+
 _MAKERS = {
     "dinov2": _make_self_distillation,
     "mae": _make_masked_autoencoder,
@@ -214,6 +228,8 @@ _MAKERS = {
     "distill": _make_distillation,
     "classify": _make_classification,
     "clip": _make_contrast,
+    "segment": _make_dense(Segmentation, SegmentationTuning),
+    "depth": _make_dense(DepthEstimation, DepthTuning),
 }
 OBJECTIVES = tuple(_MAKERS)
 

@@ -9,7 +9,6 @@ Source: DeiT-III, Touvron et al. 2022, arXiv 2204.07118; DeiT, Touvron et al. 20
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import pathlib
 
@@ -25,6 +24,7 @@ from .crops import CropSettings
 from .masked_autoencoder import check_single_view
 from .objective import Objective
 from .processes import ALONE, Processes
+from .tuning import check_limits, limit_learning, merge_lora
 
 
 LOSSES, DISTILLATIONS = ("softmax", "binary"), ("none", "hard", "soft")
@@ -73,10 +73,7 @@ class ClassificationSettings:
                 "settings: expected smoothing in [0, 1), mixup and cutmix of 0 or more, a positive temperature, got "
                 f"{self.smoothing}, {self.mixup}, {self.cutmix} and {self.temperature}"
             )
-        if self.lora_rank < 0 or (self.lora_rank and self.is_probe):
-            raise ValueError(
-                f"settings: lora_rank is 0 or more, and contradicts is_probe, got {self.lora_rank}, {self.is_probe}"
-            )
+        check_limits(is_probe=self.is_probe, lora_rank=self.lora_rank)
         if (self.distillation != "none") != bool(self.teacher):
             raise ValueError(
                 f"settings: distillation {self.distillation!r} and teacher {self.teacher!r} contradict each other: "
@@ -138,7 +135,7 @@ class Classification(Objective):
 
     def write(self, model: ViTWithRegistersForImageClassification, folder: pathlib.Path) -> None:
         """See `Objective`; products of LoRA are merged into a copy."""
-        super().write(_merge(copy.deepcopy(model)) if self.settings.lora_rank else model, folder)
+        super().write(merge_lora(model) if self.settings.lora_rank else model, folder)
 
     def train(self, mode: bool = True) -> Classification:
         """Set the mode; a backbone that is only probed evaluates."""
@@ -182,12 +179,14 @@ class Classification(Objective):
         return super().to_device(batch, **options)
 
     @torch.no_grad()
-    def evaluate(self, images: Tensor, labels: Tensor, *, batch_size: int = 250) -> dict[str, float]:
-        """Share of held-out images (B, 3, h, w) whose class (B,) is found, as `accuracy`."""
+    def evaluate(self, images: Tensor, truth: dict[str, Tensor], *, batch_size: int = 250) -> dict[str, float]:
+        """Share of held-out images whose class is found, as `accuracy`; see `Objective`."""
+        if "labels" not in truth:
+            return {}
         device = next(self.parameters()).device
         with evaluation_mode(self.model):
             found = [self.model(part.to(device)).logits.argmax(dim=1).cpu() for part in images.split(batch_size)]
-        return {"accuracy": (torch.cat(found) == labels).float().mean().item()}
+        return {"accuracy": (torch.cat(found) == truth["labels"]).float().mean().item()}
 
 
 def classification_loss(logits: Tensor, targets: Tensor, *, settings: ClassificationSettings) -> Tensor:
@@ -239,30 +238,7 @@ def _make_classifier(
         config.pooling = "cls_distillation"
     model = ViTWithRegistersForImageClassification(config)
     model.vitreg = backbone
-    if settings.is_probe or settings.lora_rank:
-        backbone.requires_grad_(False)
-    if settings.lora_rank:
-        _add_lora(backbone, settings.lora_rank)
-    return model
-
-
-def _add_lora(backbone: ViTWithRegistersModel, rank: int) -> None:
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise ValueError("settings: lora_rank needs peft, which is not installed: pip install peft") from error
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["qkv", "proj"]), backbone)
-    if backbone.embeddings.register_tokens is not None:
-        backbone.embeddings.register_tokens.requires_grad_(True)
-
-
-def _merge(model: nn.Module) -> nn.Module:
-    """Each layer with a product beside it becomes one with the sum."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if hasattr(child, "base_layer"):
-                child.merge()
-                setattr(module, name, child.base_layer)
+    limit_learning(backbone, is_probe=settings.is_probe, lora_rank=settings.lora_rank)
     return model
 
 

@@ -171,9 +171,9 @@ class Contrast(Objective):
         return F.normalize(self.model.text_projection(self.model.text_model(**inputs).pooler_output), dim=-1)
 
     @torch.no_grad()
-    def evaluate(self, images: Tensor, labels: Tensor, *, batch_size: int = 250) -> dict[str, float]:
-        """Share of held-out images (B, 3, h, w) whose class (B,) has the nearest name, as `zero_shot`."""
-        if not self.settings.class_names:
+    def evaluate(self, images: Tensor, truth: dict[str, Tensor], *, batch_size: int = 250) -> dict[str, float]:
+        """Share of held-out images whose class has the nearest name, as `zero_shot`; see `Objective`."""
+        if not self.settings.class_names or "labels" not in truth:
             return {}
         device = next(self.parameters()).device
         prompts = [self.make_text(self.settings.prompt.format(name)) for name in self.settings.class_names]
@@ -183,7 +183,7 @@ class Contrast(Objective):
                 (self.embed_images(part.to(device)) @ classes.T).argmax(dim=1).cpu()
                 for part in images.split(batch_size)
             ]
-        return {"zero_shot": (torch.cat(found) == labels).float().mean().item()}
+        return {"zero_shot": (torch.cat(found) == truth["labels"]).float().mean().item()}
 
 
 class CaptionTokens:

@@ -1,5 +1,7 @@
 """Views of an image by torchvision v2: multi-crop (Caron et al. 2020; DINO, DINOv2), or a supervised recipe's cut.
 
+A map, which says something of each pixel, is cut where its image is, to the nearest pixel.
+
 Letters: V views. Views are bytes; they are normalised on the device, so that a quarter of the memory travels.
 """
 
@@ -7,13 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
 
-CUTS, COLOURS = ("resized", "simple"), ("dino", "three", "random", "none")
+CUTS, COLOURS = ("resized", "simple", "zoomed"), ("dino", "three", "random", "none")
+IGNORED, NO_DEPTH, GREY = 255, 0, (124, 116, 104)  # what pads a mask, a depth and an image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +36,10 @@ class CropSettings:
             global views, and local views. DINO means (1.0, 0.1, 0.5); the released code of DINOv2 inverts what it
             was told and runs (0.0, 0.9, 0.5).
         solarize: probability of solarisation, of global views but the first.
-        cut: "resized", a random part at a random size, or "simple": the short side to the size of the view, padded
-            by 4 pixels, and a square of it (DeiT-III's simple random crop). Of global views.
+        cut: "resized", a random part at a random size; "simple": the short side to the size of the view, padded by 4
+            pixels, and a square of it (DeiT-III's simple random crop); "zoomed": the short side to the size of the
+            view times a random factor, and a square of it, padded where it is smaller (segmentation). Of global views.
+        zoom: smallest and largest factor.
         colours: "dino", what the values above say; "three", DeiT-III's 3-Augment: one of gray, solarised and blurred,
             then jitter; "random", two operations of RandAugment at magnitude 9; "none".
     """
@@ -50,6 +57,7 @@ class CropSettings:
     blur: tuple[float, float, float] = (1.0, 0.1, 0.5)
     solarize: float = 0.2
     cut: str = "resized"
+    zoom: tuple[float, float] = (0.5, 2.0)
     colours: str = "dino"
 
     def __post_init__(self):
@@ -57,6 +65,8 @@ class CropSettings:
             low, high = getattr(self, name)
             if not 0 < low <= high <= 1:
                 raise ValueError(f"crops: {name} is two shares of an area, 0 < low <= high <= 1, got {(low, high)}")
+        if not 0 < self.zoom[0] <= self.zoom[1]:
+            raise ValueError(f"crops: zoom is two factors, 0 < low <= high, got {self.zoom}")
         if self.num_global < 1 or self.num_local < 0:
             raise ValueError(
                 f"crops: expected at least one global view and no negative number of local ones, got num_global="
@@ -106,11 +116,55 @@ class MultiCrop:
         return views
 
 
+class _Mask(tv_tensors.Mask):
+    """Class numbers of pixels."""
+
+
+class _Depth(tv_tensors.Mask):
+    """Metres of pixels."""
+
+
+class MapCrop:
+    """Cut one view of an image and of its maps together; draws as `MultiCrop` does."""
+
+    def __init__(self, settings: CropSettings):
+        self._cut = _cutter(settings.global_size, settings)
+        self._paint = _painter(settings, blur=settings.blur[0], solarize=0.0)
+
+    def __call__(
+        self, image: Image.Image, *, mask: np.ndarray | None = None, depth: np.ndarray | None = None
+    ) -> dict[str, Tensor]:
+        """A view, and the same part of its maps.
+
+        Args:
+            image: of height x width pixels.
+            mask: class numbers, int32 (height, width).
+            depth: metres, float32 (height, width).
+
+        Returns:
+            `global_views`, uint8 (1, 3, global_size, global_size); `semantic_masks`, int32 (1, global_size,
+            global_size), 255 where the view leaves the image; `depths`, float32, the same, 0 there.
+        """
+        parts = {"global_views": tv_tensors.Image(v2.functional.pil_to_tensor(image.convert("RGB")))}
+        if mask is not None:
+            parts["semantic_masks"] = _Mask(torch.from_numpy(mask)[None])
+        if depth is not None:
+            parts["depths"] = _Depth(torch.from_numpy(depth)[None])
+        cut = {name: part.as_subclass(Tensor) for name, part in self._cut(parts).items()}
+        return {**cut, "global_views": self._paint(cut["global_views"])[None]}
+
+
 def _cutter(size: int, settings: CropSettings, *, is_local: bool = False) -> v2.Transform:
     scale = settings.local_scale if is_local else settings.global_scale
     if settings.cut == "simple" and not is_local:
         resize = v2.Resize(size, interpolation=InterpolationMode.BICUBIC, antialias=True)
         crop = v2.RandomCrop(size, padding=4, padding_mode="reflect")
+        return v2.Compose([resize, crop, v2.RandomHorizontalFlip(settings.flip)])
+    if settings.cut == "zoomed" and not is_local:
+        sides = range(round(size * settings.zoom[0]), round(size * settings.zoom[1]) + 1)
+        resize = v2.RandomShortestSize(list(sides), interpolation=InterpolationMode.BICUBIC, antialias=True)
+        fill = {tv_tensors.Image: GREY, _Mask: IGNORED, _Depth: NO_DEPTH, torch.Tensor: GREY}
+        crop = v2.RandomCrop(size, pad_if_needed=True, fill=fill)
         return v2.Compose([resize, crop, v2.RandomHorizontalFlip(settings.flip)])
     # On a tensor of bytes: three to four times as fast as on a PIL image.
     crop = v2.RandomResizedCrop(size, scale=scale, interpolation=InterpolationMode.BICUBIC, antialias=True)
@@ -137,4 +191,4 @@ def _painter(settings: CropSettings, *, blur: float, solarize: float) -> v2.Tran
     return v2.Compose(steps) if steps else v2.Identity()
 
 
-__all__ = ["CropSettings", "MultiCrop"]
+__all__ = ["IGNORED", "CropSettings", "MapCrop", "MultiCrop"]

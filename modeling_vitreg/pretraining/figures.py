@@ -42,12 +42,21 @@ COLOURS = {
     "teacher_entropy": "#0072b2",
     "mean_entropy": "#d55e00",
     "knn": "#0072b2",
+    "accuracy": "#0072b2",
+    "zero_shot": "#d55e00",
+    "mean_iou": "#0072b2",
+    "pixel_accuracy": "#d55e00",
+    "rmse": "#0072b2",
+    "abs_rel": "#d55e00",
     "rank": "#009e73",
     "learning_rate": "#333333",
 }
 PANELS = {
     "Loss": ("total", "dino", "ibot", "koleo", "class_distance", "patch_distance"),
     "k-NN accuracy": ("knn",),
+    "Accuracy on held-out images": ("accuracy", "zero_shot"),
+    "Segmentation of held-out images": ("mean_iou", "pixel_accuracy"),
+    "Error of depth on held-out images": ("rmse", "abs_rel"),
     "Entropy of the targets (nats)": ("teacher_entropy", "mean_entropy"),
     "Effective rank of the features": ("rank",),
     "Learning rate": ("learning_rate",),
@@ -59,9 +68,16 @@ LABELS = {
     "koleo": "spread (KoLeo)",
     "class_distance": "class token",
     "patch_distance": "patches",
+    "accuracy": "of the classifier",
+    "zero_shot": "zero-shot",
+    "mean_iou": "mean IoU",
+    "pixel_accuracy": "accuracy of pixels",
+    "rmse": "RMSE (metres)",
+    "abs_rel": "absolute relative",
     "teacher_entropy": "of each target",
     "mean_entropy": "of their mean",
 }
+SHARES = ("Accuracy on held-out images", "Segmentation of held-out images")
 MAX_LAYER_PANELS = 5
 
 
@@ -69,7 +85,7 @@ MAX_LAYER_PANELS = 5
 
 
 def draw_curves(records: list[dict], path: str | os.PathLike, *, num_prototypes: int | None = None) -> pathlib.Path:
-    """Draw what a log holds, one panel a kind: loss terms, k-NN, entropies, rank, learning rate.
+    """Draw what a log holds, one panel a kind: loss terms, k-NN, what heads reach, entropies, rank, learning rate.
 
     Curves of many points are drawn faint, with their running median on top. The dashed line is ln K, the loss and
     entropy of uniform targets; the dotted one is chance, where records give `chance`.
@@ -104,6 +120,8 @@ def draw_curves(records: list[dict], path: str | os.PathLike, *, num_prototypes:
             _draw_level(ax, collapse_line(num_prototypes), f"ln K = {collapse_line(num_prototypes):.2f}", "--")
         if "knn" in series:
             _dress_accuracy(ax, records, best=max(series["knn"][1]))
+        if title in SHARES:
+            ax.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=None))
         if "learning_rate" in series:
             ax.yaxis.set_major_formatter(_write_plainly)
         if len(series) > 1:
@@ -319,10 +337,63 @@ def _unnormalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) ->
 
 def _show(ax: Axes, values: np.ndarray | Tensor, *, text: str | None = None, **scale) -> None:
     # One extent for images and maps of any grid, so that a patch lies where it lies in the image.
-    ax.imshow(np.asarray(values), extent=(0, 1, 1, 0), aspect="auto", interpolation="nearest", **scale)
+    ax.imshow(np.asanyarray(values), extent=(0, 1, 1, 0), aspect="auto", interpolation="nearest", **scale)
     if text:
         box = {"boxstyle": "round,pad=0.2", "facecolor": "black", "alpha": 0.55, "linewidth": 0}
         ax.text(0.03, 0.97, text, color="white", fontsize=7, va="bottom", ha="left", bbox=box)
+
+
+# Maps --------------------------------------------------------------------------------------------------------------
+
+
+def draw_maps(
+    images: Tensor,
+    truth: Tensor,
+    predicted: Tensor,
+    path: str | os.PathLike,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    num_classes: int | None = None,
+) -> pathlib.Path:
+    """Draw one row an image: image, what is true of each pixel, and what was predicted.
+
+    Args:
+        images: (B, 3, height, width), normalised by `mean` and `std`.
+        truth, predicted: (B, height, width), class numbers or metres; white where a class number is none of them, or
+            a depth is not known.
+        path: file to write; the suffix chooses the format, PNG without one.
+        mean, std: of each channel, to show the images as they were.
+        num_classes: of class numbers; None: depths.
+
+    Returns:
+        The file written.
+
+    Raises:
+        ValueError: maps of another size than the images.
+    """
+    expected = (len(images), *images.shape[2:])
+    if tuple(truth.shape) != expected or tuple(predicted.shape) != expected:
+        raise ValueError(f"expected maps {expected}, got {tuple(truth.shape)} and {tuple(predicted.shape)}")
+    pictures = _unnormalise(images, mean, std)
+    if num_classes is None:
+        is_known = truth > 0
+        largest = truth[is_known].max().item() if is_known.any() else 1.0
+        scale = {"cmap": "viridis", "vmin": 0, "vmax": largest}
+    else:
+        is_known = (truth >= 0) & (truth < num_classes)
+        # Neighbouring numbers get colours far from each other.
+        places = np.arange(num_classes) * 0.618034 % 1
+        scale = {"cmap": ListedColormap(matplotlib.colormaps["turbo"](places)), "vmin": 0, "vmax": num_classes - 1}
+    figure, axes = _cells(len(images), 3, aspect=images.shape[2] / images.shape[3])
+    for row, axs in enumerate(axes):
+        _show(axs[0], pictures[row])
+        _show(axs[1], np.ma.masked_where(~is_known[row].numpy(), truth[row].numpy()), **scale)
+        _show(axs[2], predicted[row].numpy(), **scale)
+    words = "classes" if num_classes else f"metres, to {largest:.3g}"
+    for ax, title in zip(axes[0], ("image", f"true {words}", "predicted")):
+        ax.set_title(title, fontsize=9, color=INK)
+    return _save(figure, path)
 
 
 # Paper and file ----------------------------------------------------------------------------------------------------
@@ -374,4 +445,4 @@ def _save(figure: Figure, path: str | os.PathLike) -> pathlib.Path:
     return path
 
 
-__all__ = ["draw_attention", "draw_curves", "draw_norms"]
+__all__ = ["draw_attention", "draw_curves", "draw_maps", "draw_norms"]

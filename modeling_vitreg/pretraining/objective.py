@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersLayer, ViTWithRegistersModel
 
-from .crops import CropSettings
+from .crops import CropSettings, MultiCrop
 from .masking import MaskSettings
 from .processes import ALONE, Processes
 
@@ -49,6 +49,11 @@ class Objective(nn.Module, abc.ABC):
         """The model that is evaluated and saved."""
 
     @property
+    def make_views(self) -> Callable[..., dict[str, Tensor]]:
+        """What cuts views of an image, for `ViewLoader`."""
+        return MultiCrop(self.crops)
+
+    @property
     def saved(self) -> PreTrainedModel:
         """What is written for `from_pretrained`: the encoder, or a model with a head around it."""
         return self.encoder
@@ -69,8 +74,13 @@ class Objective(nn.Module, abc.ABC):
         """Write what is saved into a folder."""
         model.save_pretrained(folder)
 
-    def evaluate(self, images: Tensor, labels: Tensor) -> dict[str, float]:
-        """What can be said of held-out images (N, 3, h, w) and their labels (N,), in shares, for the log."""
+    def evaluate(self, images: Tensor, truth: dict[str, Tensor]) -> dict[str, float]:
+        """What can be said of held-out images (N, 3, h, w), for the log.
+
+        Args:
+            images: normalised.
+            truth: what is known of them, out of `labels` (N,), `semantic_masks` and `depths`, both (N, h, w).
+        """
         return {}
 
     def rates(self, *, step: int) -> dict[str, float]:
@@ -92,7 +102,7 @@ class Objective(nn.Module, abc.ABC):
         for name in ("global_views", "local_views"):
             if name in batch:
                 moved[name] = batch[name].to(device, non_blocking=True).float().mul_(scale).sub_(shift)
-        for name in ("labels", "texts"):
+        for name in ("labels", "texts", "semantic_masks", "depths"):
             if name in batch:
                 moved[name] = batch[name].to(device, non_blocking=True)
         if batch.get("masks") is not None:

@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersLayer
 
 from .build import make_objective
+from .dense import DensePrediction
 from .heads import PrototypeHead
 from .masking import draw_masks
 from .objective import Objective
@@ -301,7 +302,11 @@ def _as_on_a_device(recipe: Recipe) -> Recipe:
 
 
 def _without_data(recipe: Recipe) -> Recipe:
-    """As many classes as ImageNet has, where the data would say; no mixtures, whose shares are drawn as numbers."""
+    """As many classes as ImageNet or ADE20k has, where the data would say; no mixtures, whose shares are drawn."""
+    if recipe.objective == "segment" and not (
+        recipe.settings.get("class_names") or recipe.settings.get("num_classes")
+    ):
+        return recipe.with_changes({"settings.num_classes": 150})
     if recipe.objective != "classify":
         return recipe
     names = recipe.settings.get("class_names") or [str(number) for number in range(1000)]
@@ -337,6 +342,9 @@ def _make_batch(recipe: Recipe, objective: Objective, micro_batch: int, num_mask
         batch["local_views"] = torch.empty(crops.num_local, *shape, crops.local_size, crops.local_size)
     if recipe.objective == "classify":
         batch["labels"] = torch.empty(micro_batch, dtype=torch.long)
+    if isinstance(objective, DensePrediction):
+        shape = (1, micro_batch, crops.global_size, crops.global_size)
+        batch[objective.truth_name] = torch.empty(shape, dtype=objective.truth_dtype)
     if objective.masks is not None:
         num_patches = _num_patches(objective, crops.global_size)
         batch["masks"] = torch.empty(crops.num_global * micro_batch, num_patches, dtype=torch.bool)

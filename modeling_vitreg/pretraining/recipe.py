@@ -29,7 +29,7 @@ class Recipe:
     """A training run.
 
     Args:
-        objective: "dinov2", "mae", "simmim", "distill", "classify" or "clip".
+        objective: "dinov2", "mae", "simmim", "distill", "classify", "clip", "segment" or "depth".
         model: keywords of `ViTWithRegistersConfig`, or `preset` and what differs from it.
         num_register_tokens: registers of the model.
         crops: `CropSettings`.

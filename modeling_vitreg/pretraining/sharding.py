@@ -7,7 +7,7 @@ import copy
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from modeling_vitreg.modeling_vitreg import (
     ViTWithRegistersLayer,
@@ -48,8 +48,10 @@ def shard(objective: Objective, *, precision: str = "no") -> Objective:
 
 
 def gather_model(objective: Objective) -> ViTWithRegistersPreTrainedModel:
-    """What a sharded objective saves, as a whole, on its device; all processes call it together."""
+    """What an objective saves, as a whole, on its device; of a sharded one all processes call it together."""
     model = objective.saved
+    if not isinstance(objective, FSDPModule):
+        return model
     if not isinstance(model, ViTWithRegistersPreTrainedModel):
         raise RuntimeError(f"{type(model).__name__} cannot be gathered: run this objective without sharding")
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))

@@ -1,0 +1,320 @@
+"""What one sees of a training run: its log, its pictures, its numbers on held-out images, and words of warning."""
+
+import collections
+import contextlib
+import itertools
+import json
+import pathlib
+import platform
+import time
+
+import psutil
+import torch
+from arguments import MAPS, Run, name_init, open_source, versions
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import InterpolationMode, v2
+from tqdm import tqdm
+
+from modeling_vitreg import ViTWithRegistersModel
+from modeling_vitreg.analysis import summarise_norms, token_norms
+from modeling_vitreg.cards import CardError, PublishError, publish
+from modeling_vitreg.evaluation import knn_accuracy
+from modeling_vitreg.images import ImageSource, UnreadableImage, decode_image, decode_maps
+from modeling_vitreg.modes import evaluation_mode
+from modeling_vitreg.pretraining.dense import DensePrediction
+from modeling_vitreg.pretraining.diagnosis import diagnose
+from modeling_vitreg.pretraining.figures import draw_attention, draw_curves, draw_maps, draw_norms
+from modeling_vitreg.pretraining.instruments import collapse_line, effective_rank, register_similarity
+from modeling_vitreg.pretraining.journal import Journal
+from modeling_vitreg.pretraining.objective import Objective
+from modeling_vitreg.pretraining.sharding import gather_model
+from modeling_vitreg.pretraining.state import write_text
+from modeling_vitreg.pretraining.watch import FiniteWatch
+
+
+# What is measured on held-out images, the most telling last.
+MEASURES = {
+    "knn": "k-NN accuracy",
+    "zero_shot": "zero-shot accuracy",
+    "accuracy": "accuracy",
+    "pixel_accuracy": "accuracy of pixels",
+    "mean_iou": "mean IoU",
+    "d1": "depths within 25 %",
+    "rmse": "error of depth (RMSE)",
+}
+NAMES_OF_MAPS = {"mask": "semantic_masks", "depth": "depths"}
+
+
+class Monitor:
+    """Writes down every number, draws the pictures, and says in words what goes wrong."""
+
+    def __init__(self, run: Run, objective: Objective, source, facts: dict):
+        self.run, self.objective = run, objective
+        last_step = facts["step"]
+        self.journal = Journal(run.folder / "log.jsonl", last_step=last_step, is_writer=run.is_main)
+        self.norms = Journal(run.folder / "norms.jsonl", last_step=last_step, is_writer=run.is_main)
+        self.sample = Sample(run, source) if run.is_main else None
+        self._first_step, self._watch, self._named = last_step + 1, FiniteWatch(), set()
+        self._unreadable, self._headline, self._value = 0, None, None
+        self._begin = time.monotonic() - facts["seconds"]
+        self._last_time, self._last_step = time.monotonic(), last_step
+        if run.options.tracker:
+            run.accelerator.init_trackers("vitreg-pretraining", config={"recipe": json.dumps(run.recipe.as_dict())})
+
+    @property
+    def seconds(self) -> float:
+        """Since the run began, without the time it was down."""
+        return time.monotonic() - self._begin
+
+    def count_steps(self, first_step: int):
+        """Numbers of the steps, under a progress bar."""
+        self.bar = tqdm(
+            range(first_step, self.run.recipe.num_steps),
+            initial=first_step,
+            total=self.run.recipe.num_steps,
+            disable=not self.run.is_main,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=1,
+        )
+        return self.bar
+
+    def report_unreadable(self, batch: dict) -> None:
+        """Name images that could not be read; they were replaced."""
+        for name, reason in batch["unreadable"]:
+            self._unreadable += 1
+            with open(self.run.folder / "unreadable.txt", "a") as file:
+                file.write(f"{name}\t{reason}\n")
+            if self._unreadable <= 3:
+                tqdm.write(f"unreadable image {name} ({reason}): replaced, listed in {file.name}")
+
+    def see(self, step: int, losses: dict, gradients: dict, optimizer: torch.optim.Optimizer) -> None:
+        """Take the numbers of a step; write them down when it is time."""
+        self._watch.see(losses | gradients if self.run.accelerator.scaler is None else losses, step=step)
+        if not self.run.is_time(self.run.options.log_every, step):
+            return
+        self.check_finite()
+        total, size = self.run.processes.total, self.run.processes.size
+        seconds = time.monotonic() - self._last_time
+        device = self.run.accelerator.device
+        record = {
+            "step": step,
+            **{name: (total(value) / size).item() for name, value in losses.items()},
+            # With float16 a step is skipped now and then, because the scale of its gradients was too large.
+            **{name: float(norm) if norm.isfinite() else None for name, norm in gradients.items()},
+            **self.objective.rates(step=step),
+            "learning_rate": max(group["lr"] for group in optimizer.param_groups),
+            "weight_decay": max(group["weight_decay"] for group in optimizer.param_groups),
+            "images_per_second": (step - self._last_step) * self.run.recipe.batch_size / seconds,
+            "unreadable": self._unreadable,
+        }
+        if device.type == "cuda":
+            record["memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        else:
+            record["memory_gib"] = psutil.Process().memory_info().rss / 2**30  # without the workers
+        self._last_time, self._last_step = time.monotonic(), step
+        self.journal.write(record)
+        self._track(record)
+        line = f"loss {record['total']:.3f}"
+        if self.objective.num_prototypes and "dino" in record:
+            line += f" (class {record['dino']:.3f}, ln K {collapse_line(self.objective.num_prototypes):.3f})"
+        line += f", {MEASURES[self._headline]} {say(self._headline, self._value)}" if self._headline else ""
+        self.bar.set_postfix_str(f"{line}, {record['images_per_second']:.0f} images/s", refresh=False)
+
+    def check_finite(self) -> None:
+        """Stop, with the last good state kept, if any number was not finite."""
+        try:
+            self._watch.check(self.run.folder / "state")
+        except RuntimeError as error:
+            raise SystemExit(str(error)) from None
+
+    def look(self, *, step: int) -> None:
+        """Measure features and norms, draw, and name what is wrong."""
+        encoder = self.objective.encoder_of(gather_model(self.objective))
+        if self.run.is_main:
+            with evaluation_mode(encoder):
+                self._measure(encoder, step)
+        self.run.accelerator.wait_for_everyone()
+        self._last_time = time.monotonic()
+
+    def finish(self, *, step: int, is_stopped: bool) -> None:
+        """The facts of the run, and what to type next."""
+        self.bar.close()
+        if not self.run.is_main:
+            return
+        folder = self.run.folder
+        if is_stopped:
+            print(f"stopped after step {step + 1} of {self.run.recipe.num_steps}; the same command goes on")
+            return
+        facts = {
+            "recipe": self.run.recipe.as_dict(),
+            "data": {"name": self.run.options.data, "split": self.run.options.split},
+            "init": name_init(self.run.options.init),
+            "steps": step + 1,
+            "seconds": round(self.seconds, 1),
+            "processes": self.run.processes.size,
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+            "unreadable": self._unreadable,
+            "versions": versions(),
+            **{f"untrained_{name}": value for name, value in self._measured(first=True).items()},
+            **self._measured(first=False),
+        }
+        write_text(folder / "training.json", json.dumps(facts, indent=2) + "\n")
+        if self.run.options.push_to_hub:
+            self._publish(folder, self.run.options.push_to_hub)
+        shown = f"{self.sample.num_held_out} {self.sample.held_out_name}"
+        for name in [name for name in MEASURES if name in facts]:
+            before = f"{say(name, facts[f'untrained_{name}'])} untrained, " if f"untrained_{name}" in facts else ""
+            chance = f" (chance {facts['chance']:.1%})" if name == "knn" else ""
+            print(f"{MEASURES[name]} on {shown}: {before}{say(name, facts[name])} trained{chance}")
+        kind = getattr(self.objective.saved, "_auto_class", None) or type(self.objective.saved).__name__
+        print(f"{step + 1} steps in {self.seconds:.0f} seconds")
+        print(f"pictures: {', '.join(str(path) for path in sorted(folder.glob('*.png')))}")
+        print(f"model:    {folder / 'model'}")
+        print(
+            f'next:     python -c "from transformers import {kind}; '
+            f"print({kind}.from_pretrained('{folder / 'model'}', trust_remote_code=True))\""
+        )
+
+    def _publish(self, folder: pathlib.Path, name: str) -> None:
+        try:
+            publish(folder, name, licence=self.run.options.licence)
+        except (CardError, PublishError) as error:  # the run is done and stays, whatever the Hub says
+            print(f"not published: {error}\n  the run is whole; try again with: vitreg publish {folder} {name}")
+
+    def _measured(self, *, first: bool) -> dict:
+        """What held-out images showed at the first or at the last look."""
+        looks = [record for record in self.journal.records if "rank" in record]
+        chosen = looks[0 if first else -1] if looks else {}
+        return {name: chosen[name] for name in (*MEASURES, "chance") if name in chosen}
+
+    def _measure(self, encoder: ViTWithRegistersModel, step: int) -> None:
+        run, folder, sample = self.run, self.run.folder, self.sample
+        features = encode(encoder, sample.images)
+        record = {"step": step, "rank": effective_rank(features)}
+        similarity = register_similarity(encoder)
+        if similarity is not None:
+            record["register_similarity"] = similarity
+        if sample.num_classes > 1:
+            held_out = encode(encoder, sample.held_out)
+            accuracy = knn_accuracy(features, sample.labels, held_out, sample.truth["labels"])
+            record |= {"knn": accuracy, "chance": 1 / sample.num_classes}
+        if sample.held_out is not None:
+            record |= self.objective.evaluate(sample.held_out, sample.truth)
+        self._headline = next((name for name in reversed(MEASURES) if name in record), None)
+        self._value = record.get(self._headline)
+        self.journal.write(record)
+        self._track(record)
+        device = run.accelerator.device
+        self.norms.write({"step": step} | summarise_norms(token_norms(encoder, sample.images[:64].to(device))))
+        for alarm in diagnose(self.journal.records, num_prototypes=self.objective.num_prototypes):
+            kind = " ".join(alarm.split()[:5])
+            if kind not in self._named:
+                self._named.add(kind)
+                tqdm.write(f"warning: {alarm}")
+        if step >= 0:
+            draw_curves(self.journal.records, folder / "curves.png", num_prototypes=self.objective.num_prototypes)
+            draw_norms(self.norms.records, folder / "norms.png")
+            shown = sample.shown[:6].to(device)
+            pixels = {"mean": run.recipe.mean, "std": run.recipe.std}
+            draw_attention(encoder, shown, folder / "attention.png", **pixels)
+            if isinstance(self.objective, DensePrediction):
+                truth = sample.truth[self.objective.truth_name][:6]
+                num_classes = encoder.config.num_labels if self.objective.truth_name == "semantic_masks" else None
+                found = self.objective.predict(shown)
+                draw_maps(shown.cpu(), truth, found, folder / "maps.png", **pixels, num_classes=num_classes)
+
+    def _track(self, record: dict) -> None:
+        if self.run.options.tracker:
+            values = {name: value for name, value in record.items() if name != "step"}
+            self.run.accelerator.log(values, step=record["step"] + 1)
+
+
+class Sample:
+    """Images that are looked at during a run, and, where something is known of them, others to measure on.
+
+    Neighbours come from the training data; what is measured comes from another split, or else from other images of the
+    training data, of whose labels and maps nothing has seen either.
+
+    Attributes:
+        images, labels: of the training data; normalised (N, 3, h, w), and (N,).
+        num_classes: of the labels; fewer than two where there is nothing to tell apart.
+        held_out: others, normalised; None where nothing is known of them.
+        truth: what is known; see `Objective.evaluate`.
+        shown: that pictures are made of.
+    """
+
+    def __init__(self, run: Run, source):
+        recipe, number = run.recipe, run.options.num_looked_at
+        sides = recipe.crops.global_size
+        resize = v2.Resize(sides, interpolation=InterpolationMode.BICUBIC)
+        self._cut = v2.Compose([resize, v2.CenterCrop(sides)])
+        self._normalise = v2.Compose(
+            [
+                v2.PILToTensor(),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(list(recipe.mean), list(recipe.std)),
+            ]
+        )
+        images, truth = self._read(source, number + number // 4)
+        other, self.held_out_name = self._find_held_out(run, source)
+        labels = truth["labels"]
+        is_labelled = labels.min() >= 0 and recipe.objective not in MAPS
+        self.num_classes = len(labels.unique()) if is_labelled else 0
+        self.held_out, self.truth = None, {}
+        if self.num_classes > 1 or len(truth) > 1:
+            if other is None:
+                number = len(images) * 4 // 5
+                self.held_out, self.truth = images[number:], {name: values[number:] for name, values in truth.items()}
+            else:
+                self.held_out, self.truth = self._read(other, number // 4)
+        self.images, self.labels = images[:number], labels[:number]
+        self.shown = self.images if self.held_out is None else self.held_out
+
+    @property
+    def num_held_out(self) -> int:
+        return len(self.shown)
+
+    def _find_held_out(self, run: Run, source):
+        if run.options.data == "scenes":
+            return open_source(run.options, run.recipe, split="held-out scenes"), "held-out scenes"
+        if run.options.held_out:
+            other = open_source(run.options, run.recipe, split=run.options.held_out)
+            return other, f"images of the split {run.options.held_out}"
+        if isinstance(source, ImageSource):
+            for split in ("validation", "test"):
+                with contextlib.suppress(SystemExit):
+                    return open_source(run.options, run.recipe, split=split), f"images of the split {split}"
+        return None, "other images of the training data"
+
+    def _read(self, source, number: int) -> tuple[Tensor, dict[str, Tensor]]:
+        if isinstance(source, ImageSource):
+            order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:number].tolist()
+            raws = map(source.raw, order)
+        else:
+            raws = (raw for raw, _ in itertools.islice(source.examples(rank=0, num_processes=1, seed=0), number))
+        images, truth = [], collections.defaultdict(list)
+        for raw in tqdm(raws, total=number, desc="images to look at", leave=False, delay=2):
+            with contextlib.suppress(UnreadableImage):
+                image = decode_image(raw)
+                maps = {name: torch.from_numpy(values) for name, values in decode_maps(raw, size=image.size).items()}
+                image, *maps_cut = self._cut([image, *map(tv_tensors.Mask, maps.values())])
+                images.append(self._normalise(image))
+                truth["labels"].append(torch.tensor(-1 if raw["label"] is None else raw["label"]))
+                for name, values in zip(maps, maps_cut):
+                    truth[NAMES_OF_MAPS[name]].append(values.as_subclass(Tensor))
+        return torch.stack(images), {name: torch.stack(values) for name, values in truth.items()}
+
+
+def say(name: str, value: float) -> str:
+    """A measured number in words."""
+    return f"{value:.3f} m" if name == "rmse" else f"{value:.1%}"
+
+
+@torch.no_grad()
+def encode(encoder: ViTWithRegistersModel, images: Tensor, *, batch_size: int = 250) -> Tensor:
+    """Pooled features (images, D) of normalised images on the CPU."""
+    device = next(encoder.parameters()).device
+    parts = [encoder(part.to(device)).pooler_output.float() for part in images.split(batch_size)]
+    return torch.cat(parts).cpu()

@@ -1,0 +1,328 @@
+"""Segmentation and depth: a head on patches, and the backbone below it, learn from maps.
+
+The heads are those of DINOv2, which are linear; registers take part in the forward pass and are never read. What is
+summed up over pixels is summed up over the pixels of all processes, so that two processes learn as one does; images of
+a micro-batch alone share the statistics of the batch norm, as everywhere.
+
+Letters: B images, C classes, D channels.
+Source: Oquab et al. 2023, arXiv 2304.07193, section 7.4.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import pathlib
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modeling_vitreg.metrics import DEPTH_ERRORS, check_masks, depth_errors, measure_areas
+from modeling_vitreg.modeling_vitreg import (
+    ViTWithRegistersForDepthEstimation,
+    ViTWithRegistersForSemanticSegmentation,
+    ViTWithRegistersModel,
+    scale_invariant_loss,
+)
+from modeling_vitreg.modes import evaluation_mode
+
+from .crops import IGNORED, CropSettings, MapCrop
+from .masked_autoencoder import check_single_view
+from .objective import Objective
+from .processes import ALONE, Processes
+from .tuning import check_limits, limit_learning, merge_lora
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentationTuning:
+    """What is particular to segmentation.
+
+    Args:
+        class_names: of the classes 0, 1, ... of a mask; 255 is no class and does not count.
+        num_classes: where the classes have no names.
+        num_layers: last layers whose patches the head reads, side by side.
+        is_probe, lora_rank: see `ClassificationSettings`.
+    """
+
+    class_names: tuple[str, ...] = ()
+    num_classes: int = 0
+    num_layers: int = 1
+    is_probe: bool = False
+    lora_rank: int = 0
+
+    def __post_init__(self):
+        if bool(self.class_names) == bool(self.num_classes) or not 2 <= len(self.names) <= IGNORED:
+            raise ValueError(
+                f"settings: expected class_names or num_classes, 2 to {IGNORED} of them, got {len(self.class_names)} "
+                f"names and num_classes {self.num_classes}: the classes of masks are not found in the data"
+            )
+        check_limits(is_probe=self.is_probe, lora_rank=self.lora_rank)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """A name for each class."""
+        return self.class_names or tuple(f"class {number}" for number in range(self.num_classes))
+
+
+@dataclasses.dataclass(frozen=True)
+class DepthTuning:
+    """What is particular to depth.
+
+    Args:
+        min_depth, max_depth: metres, the range of the bins; true depths outside of it do not count.
+        num_bins: whose expected depth is the answer.
+        num_layers: that the head reads, spread over the depth, the last among them.
+        is_probe, lora_rank: see `ClassificationSettings`.
+    """
+
+    min_depth: float = 1e-3
+    max_depth: float = 10.0
+    num_bins: int = 256
+    num_layers: int = 1
+    is_probe: bool = False
+    lora_rank: int = 0
+
+    def __post_init__(self):
+        if not (0 < self.min_depth < self.max_depth and self.num_bins > 1):
+            raise ValueError(
+                f"settings: expected 0 < min_depth < max_depth and two or more num_bins, got {self.min_depth}, "
+                f"{self.max_depth} and {self.num_bins}"
+            )
+        check_limits(is_probe=self.is_probe, lora_rank=self.lora_rank)
+
+
+class DensePrediction(Objective):
+    """A backbone under a head that says something of each pixel.
+
+    Args:
+        backbone: without a mask token.
+        settings: of the objective.
+        crops: one global view.
+        num_steps, processes: see `Objective`.
+
+    Raises:
+        ValueError: several views, a backbone with a mask token, or fewer layers than are read.
+    """
+
+    truth_name: str  # of the maps in a batch
+    truth_dtype: torch.dtype
+
+    def __init__(
+        self,
+        backbone: ViTWithRegistersModel,
+        *,
+        settings: SegmentationTuning | DepthTuning,
+        crops: CropSettings,
+        num_steps: int,
+        processes: Processes = ALONE,
+    ):
+        super().__init__(num_steps=num_steps, processes=processes)
+        check_single_view(crops, objective="a map of each pixel")
+        if backbone.embeddings.mask_token is not None:
+            raise ValueError("nothing is hidden here: set has_mask_token=False in the model")
+        depth = backbone.config.num_hidden_layers
+        if not 1 <= settings.num_layers <= depth:
+            raise ValueError(f"settings: num_layers is in 1 ... {depth} for this model, got {settings.num_layers}")
+        self.settings, self.crops = settings, crops
+        backbone.config.out_indices = self._choose_layers(depth)
+        self.model = self._make_model(backbone)
+        for name in getattr(self.model, "_ddp_params_and_buffers_to_ignore", ()):  # a norm that the head does not read
+            self.model.get_parameter(name).requires_grad_(False)
+        limit_learning(backbone, is_probe=settings.is_probe, lora_rank=settings.lora_rank)
+
+    @property
+    def encoder(self) -> ViTWithRegistersModel:
+        """The backbone; there is no average."""
+        return self.model.vitreg
+
+    @property
+    def saved(self) -> ViTWithRegistersForSemanticSegmentation | ViTWithRegistersForDepthEstimation:
+        """Backbone and head."""
+        return self.model
+
+    @property
+    def make_views(self) -> MapCrop:
+        """See `Objective`; maps are cut with their image."""
+        return MapCrop(self.crops)
+
+    def train(self, mode: bool = True) -> DensePrediction:
+        """Set the mode; a backbone that is only probed evaluates."""
+        super().train(mode)
+        if self.settings.is_probe:
+            self.model.vitreg.eval()
+        return self
+
+    def write(self, model: nn.Module, folder: pathlib.Path) -> None:
+        """See `Objective`; products of LoRA are merged into a copy."""
+        super().write(merge_lora(model) if self.settings.lora_rank else model, folder)
+
+    def forward(self, batch: dict[str, Tensor], *, step: int) -> dict[str, Tensor]:
+        """The loss of the pixels, as `total`.
+
+        Args:
+            batch: `global_views` (1, B, 3, h, w), and `semantic_masks` or `depths` (1, B, h, w).
+            step: number of the step.
+        """
+        images, truth = batch["global_views"].flatten(0, 1), batch[self.truth_name].flatten(0, 1)
+        return {"total": self._loss(images, truth)}
+
+    @torch.no_grad()
+    def predict(self, images: Tensor, *, batch_size: int = 64) -> Tensor:
+        """Maps (N, h, w) on the CPU of normalised images (N, 3, h, w): class numbers, or metres."""
+        device = next(self.parameters()).device
+        with evaluation_mode(self.model):
+            parts = [self._predict(part.to(device)).cpu() for part in images.split(batch_size)]
+        return torch.cat(parts)
+
+    @abc.abstractmethod
+    def _choose_layers(self, depth: int) -> list[int]:
+        """Layers that are read, from 1 to depth."""
+
+    @abc.abstractmethod
+    def _make_model(self, backbone: ViTWithRegistersModel) -> nn.Module:
+        """A model with a new head, around the backbone."""
+
+    @abc.abstractmethod
+    def _loss(self, images: Tensor, truth: Tensor) -> Tensor:
+        """Of images (B, 3, h, w) and maps (B, h, w)."""
+
+    @abc.abstractmethod
+    def _predict(self, images: Tensor) -> Tensor:
+        """(B, 3, h, w) -> (B, h, w)."""
+
+
+class Segmentation(DensePrediction):
+    """Cross-entropy of the class of each pixel; see `DensePrediction`."""
+
+    truth_name, truth_dtype = "semantic_masks", torch.int32
+
+    @property
+    def trained(self) -> dict[str, nn.Module]:
+        """Backbone, and the head's norm and classifier."""
+        head = nn.ModuleList([self.model.segmentation_norm, self.model.segmentation_classifier])
+        return {"backbone": self.model.vitreg, "head": head}
+
+    def to_device(self, batch: dict, **options) -> dict[str, Tensor]:
+        """See `Objective`.
+
+        Raises:
+            ValueError: a class that does not exist; found here, where a GPU need not be waited for.
+        """
+        check_masks(batch[self.truth_name], num_classes=len(self.settings.names), ignore_index=IGNORED)
+        return super().to_device(batch, **options)
+
+    @torch.no_grad()
+    def evaluate(self, images: Tensor, truth: dict[str, Tensor]) -> dict[str, float]:
+        """`mean_iou` and `pixel_accuracy` over all pixels of held-out images; see `Objective`."""
+        if self.truth_name not in truth:
+            return {}
+        masks = truth[self.truth_name].long()
+        areas = measure_areas(self.predict(images), masks, num_classes=len(self.settings.names)).sum(dim=0)
+        found, predicted, true = areas
+        return {
+            "mean_iou": (found / (predicted + true - found)).nanmean().item(),
+            "pixel_accuracy": (found.sum() / true.sum()).item(),
+        }
+
+    def _choose_layers(self, depth: int) -> list[int]:
+        return list(range(depth + 1 - self.settings.num_layers, depth + 1))
+
+    def _make_model(self, backbone: ViTWithRegistersModel) -> ViTWithRegistersForSemanticSegmentation:
+        config = backbone.config
+        config.id2label = dict(enumerate(self.settings.names))
+        config.label2id = {name: number for number, name in config.id2label.items()}
+        config.semantic_loss_ignore_index = IGNORED
+        model = ViTWithRegistersForSemanticSegmentation(config)
+        model.vitreg = backbone
+        if self.processes.size > 1:
+            model.segmentation_norm = _SharedBatchNorm(model.segmentation_norm, self.processes.gather)
+        return model
+
+    def _loss(self, images: Tensor, truth: Tensor) -> Tensor:
+        total = F.cross_entropy(self._scores(images), truth.long(), ignore_index=IGNORED, reduction="sum")
+        # The mean over processes is taken of gradients: each divides by its share of all pixels that count.
+        count = self.processes.total((truth != IGNORED).sum().float()) / self.processes.size
+        return total / count.clamp(min=1)
+
+    def _predict(self, images: Tensor) -> Tensor:
+        return self._scores(images).argmax(dim=1)
+
+    def _scores(self, images: Tensor) -> Tensor:
+        logits = self.model(images).logits.float()
+        return F.interpolate(logits, size=images.shape[2:], mode="bilinear", align_corners=False)
+
+
+class DepthEstimation(DensePrediction):
+    """Scale-invariant loss of the depth of each pixel; see `DensePrediction`."""
+
+    truth_name, truth_dtype = "depths", torch.float32
+
+    @property
+    def trained(self) -> dict[str, nn.Module]:
+        """Backbone and classifier of bins."""
+        return {"backbone": self.model.vitreg, "head": self.model.depth_classifier}
+
+    @torch.no_grad()
+    def evaluate(self, images: Tensor, truth: dict[str, Tensor]) -> dict[str, float]:
+        """Errors `rmse`, `abs_rel` and `d1`, means over held-out images; see `Objective`."""
+        if self.truth_name not in truth:
+            return {}
+        limits = {"min_depth": self.settings.min_depth, "max_depth": self.settings.max_depth}
+        means = depth_errors(self.predict(images), truth[self.truth_name], **limits).nanmean(dim=0)
+        errors = dict(zip(DEPTH_ERRORS, means.tolist()))
+        return {name: errors[name] for name in ("rmse", "abs_rel", "d1")}
+
+    def _choose_layers(self, depth: int) -> list[int]:
+        num_layers = self.settings.num_layers
+        return [round(depth * number / num_layers) for number in range(1, num_layers + 1)]
+
+    def _make_model(self, backbone: ViTWithRegistersModel) -> ViTWithRegistersForDepthEstimation:
+        config = backbone.config
+        config.min_depth, config.max_depth = self.settings.min_depth, self.settings.max_depth
+        config.num_depth_bins = self.settings.num_bins
+        model = ViTWithRegistersForDepthEstimation(config)
+        model.vitreg = backbone
+        return model
+
+    def _loss(self, images: Tensor, truth: Tensor) -> Tensor:
+        # The loss is no mean over pixels: all of them are needed at once.
+        depths, truth = self.processes.gather(self._predict(images)), self.processes.gather(truth)
+        return scale_invariant_loss(depths, truth, max_depth=self.settings.max_depth)
+
+    def _predict(self, images: Tensor) -> Tensor:
+        return self.model(images).predicted_depth
+
+
+class _SharedBatchNorm(nn.BatchNorm2d):
+    """Batch norm by the pixels of all processes; torch's own works on GPUs only.
+
+    Args:
+        norm: whose values it takes.
+        gather: see `Processes`.
+    """
+
+    def __init__(self, norm: nn.BatchNorm2d, gather: Callable[[Tensor], Tensor]):
+        super().__init__(norm.num_features, eps=norm.eps, momentum=norm.momentum)
+        self.load_state_dict(norm.state_dict())
+        self._gather = gather
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, D, rows, columns), B the same in all processes."""
+        if not self.training:
+            return super().forward(features)
+        axes = (0, 2, 3)
+        mean = self._gather(features.float().mean(dim=axes)[None]).mean(dim=0)  # [processes, D] -> [D]
+        centred = features - mean[:, None, None]
+        parts = self._gather(centred.float().square().mean(dim=axes)[None])
+        variance, count = parts.mean(dim=0), features[:, 0].numel() * len(parts)
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return centred * scale[:, None, None] + self.bias[:, None, None]
+
+
+__all__ = ["DensePrediction", "DepthEstimation", "DepthTuning", "Segmentation", "SegmentationTuning"]
