@@ -189,6 +189,7 @@ def make_loader(run: Run, source, objective: Objective, facts: dict) -> ViewLoad
             make_text=objective.make_text,
             micro_batch_size=run.micro_batch,
             num_accumulations=run.num_accumulations,
+            num_repeats=run.recipe.num_repeats,
             rank=run.processes.rank,
             num_processes=run.processes.size,
             seed=run.recipe.seed,

@@ -131,6 +131,33 @@ def test_a_batch_may_hold_several_passes(tmp_path):
 
 
 @pytest.mark.parametrize("kind", OPEN)
+def test_an_image_is_repeated_in_a_step_cut_anew_each_time(tmp_path, kind):
+    source = OPEN[kind](tmp_path / "images")
+    loader = _make_loader(source, micro_batch_size=8, num_repeats=3)
+    batches = _take(loader, 4)  # of 3 images, two of them three times and one twice
+    for batch in batches:
+        seen, counts = np.unique(_seen([batch]), return_counts=True)
+        assert len(seen) == 3 and sorted(counts) == [2, 3, 3]
+        views = [view.numpy().tobytes() for view in batch["global_views"][0]]
+        assert len(set(views)) == 8
+    assert len(np.unique(_seen(batches))) == 12  # steps go on with other images
+    state = loader.state_after(1)
+    resumed = _make_loader(source, micro_batch_size=8, num_repeats=3, first_step=2, state=state)
+    _assert_equal(_take(resumed, 2), batches[2:])
+    alone = _seen(_take(_make_loader(source, micro_batch_size=8, num_repeats=1), 4))
+    assert alone == _seen(_take(_make_loader(source, micro_batch_size=8), 4))
+
+
+def test_repeats_of_an_image_are_spread_over_the_processes_as_in_deit(tmp_path):
+    source = _open_folder(tmp_path / "images")
+    parts = [
+        _seen(_take(_make_loader(source, micro_batch_size=3, num_repeats=3, rank=rank, num_processes=3), 1))
+        for rank in range(3)
+    ]
+    assert parts[0] == parts[1] == parts[2] and len(set(parts[0])) == 3
+
+
+@pytest.mark.parametrize("kind", OPEN)
 def test_batches_do_not_depend_on_workers_or_on_global_generators(tmp_path, kind):
     expected = _take(_make_loader(OPEN[kind](tmp_path / "set", broken=(3, 4))), 12)
     random.seed(5), np.random.seed(5), torch.manual_seed(5)

@@ -13,6 +13,7 @@ import collections
 import dataclasses
 import functools
 import itertools
+import math
 import signal
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -40,12 +41,14 @@ class ViewLoader:
 
     for step s, micro-batch m, process r, place i of B:
         number = s * G + (m * num_processes + r) * B + i
-        pass, position = divmod(number, len(source))
+        different = ceil(G / num_repeats)
+        pass, position = divmod(s * different + (number - s * G) % different, len(source))
         image = source[permutation(seed, pass)[position]]
         views[:, i] = make_views(image, **maps), with torch's generator seeded by (seed, number)
         masks = make_masks(num_processes * B, generator seeded by (seed, s, m))[:, r * B : (r + 1) * B]
 
-    Of a stream each process takes its own next images instead; a number then only seeds the views.
+    Of a stream each process takes its own next images instead, ceil(B / num_repeats) different ones for a micro-batch;
+    a number then only seeds the views.
 
     A batch is a dictionary: what `make_views` returns with the images along axis 1, (V, B, ...); `masks` (V, B, P) if
     there are any; `texts` (B, N) if `make_text` is given; `labels` int64 (B,), -1 for none; `numbers` int64 (B,);
@@ -61,6 +64,7 @@ class ViewLoader:
         make_masks: called as make_masks(num_images, generator=generator), returns bool (V, num_images, P); or None.
         micro_batch_size: B.
         num_accumulations: micro-batches of a step.
+        num_repeats: how often an image is in a step, each time cut anew (repeated augmentation, Hoffer et al. 2020).
         rank: of this process.
         num_processes: that share the images.
         seed: 0 or a positive integer, the same in all processes.
@@ -85,6 +89,7 @@ class ViewLoader:
         make_text: Callable[[str], Tensor] | None = None,
         micro_batch_size: int,
         num_accumulations: int = 1,
+        num_repeats: int = 1,
         rank: int = 0,
         num_processes: int = 1,
         seed: int,
@@ -95,7 +100,7 @@ class ViewLoader:
         pin_memory: bool = False,
     ):
         counts = {"micro_batch_size": micro_batch_size, "num_accumulations": num_accumulations}
-        for name, count in (counts | {"num_processes": num_processes}).items():
+        for name, count in (counts | {"num_repeats": num_repeats, "num_processes": num_processes}).items():
             _require(_is_count(count) and count > 0, f"{name} is a positive integer, got {count!r}")
         for name, count in {"seed": seed, "num_workers": num_workers, "first_step": first_step}.items():
             _require(_is_count(count), f"{name} is 0 or a positive integer, got {count!r}")
@@ -114,7 +119,7 @@ class ViewLoader:
             num_processes=num_processes,
             seed=seed,
         )
-        self._num_accumulations = num_accumulations
+        self._num_accumulations, self._num_repeats = num_accumulations, num_repeats
         self._num_workers = num_workers
         self._first_step = first_step
         self._max_unreadable_share = max_unreadable_share
@@ -210,7 +215,9 @@ class ViewLoader:
                 yield _Plan(step, micro, numbers, keys)
 
     def _index_of(self, number: int) -> int:
-        turn, position = divmod(number, len(self._source))
+        step, place = divmod(number, self.images_per_step)
+        num_different = math.ceil(self.images_per_step / self._num_repeats)
+        turn, position = divmod(step * num_different + place % num_different, len(self._source))
         return int(_permute(len(self._source), self._recipe.seed, turn)[position])
 
     def _read_stream(self) -> Iterator[tuple[list[dict], dict]]:
@@ -218,11 +225,14 @@ class ViewLoader:
         recipe, size = self._recipe, self._recipe.micro_batch_size
         owner = {"seed": recipe.seed, "rank": recipe.rank, "num_processes": recipe.num_processes}
         examples = self._stream.examples(**owner, state=self._first_state)
+        num_different = math.ceil(size / self._num_repeats)
         ahead = collections.deque()
         while True:
-            ahead.extend(itertools.islice(examples, max(size, _NUM_CANDIDATES) - len(ahead)))
-            yield [raw for raw, _ in ahead], ahead[size - 1][1]
-            for _ in range(size):
+            ahead.extend(itertools.islice(examples, max(num_different, _NUM_CANDIDATES) - len(ahead)))
+            raws = [raw for raw, _ in ahead]
+            repeated = [raws[place % num_different] for place in range(size)]
+            yield repeated + raws[num_different:], ahead[num_different - 1][1]
+            for _ in range(num_different):
                 ahead.popleft()
 
 

@@ -38,6 +38,7 @@ class Recipe:
         mean, std: of the pixels in [0, 1], saved with the model.
         num_steps: steps of the optimiser.
         batch_size: images a step, over all processes and accumulations.
+        num_repeats: how often an image is in a step, each time cut anew (repeated augmentation; DeiT takes 3).
         learning_rate: for the batch size that `learning_rate_rule` names.
         learning_rate_rule: see `scale_learning_rate`.
         last_learning_rate: at the end of the cosine.
@@ -63,6 +64,7 @@ class Recipe:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     num_steps: int = 125_000
     batch_size: int = 1024
+    num_repeats: int = 1
     learning_rate: float = 4e-3
     learning_rate_rule: str = "sqrt1024"
     last_learning_rate: float = 1e-6
@@ -78,7 +80,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("num_steps", "batch_size"):
+        for name in ("num_steps", "batch_size", "num_repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"recipe: {name} is a positive integer, got {getattr(self, name)!r}")
         for name in ("warmup", "freeze_last_layer"):
