@@ -1,5 +1,6 @@
 """Classification: losses beside timm's and plain loops, LAMB beside timm's, and the program as its users run it."""
 
+import collections
 import json
 import os
 import pathlib
@@ -7,13 +8,16 @@ import signal
 import subprocess
 import time
 
+import numpy as np
 import pytest
+import timm.data.mixup
 import timm.loss
 import timm.optim
+import timm.utils
 import torch
 import training_program
 import yaml
-from PIL import Image
+from PIL import Image, ImageFilter, ImageOps
 from safetensors.torch import load_file
 from test_remote_code import run_without_the_package
 from torchvision.transforms import v2
@@ -193,6 +197,23 @@ def test_contradictions_are_refused(make, settings, message):
         make(**settings)
 
 
+def test_the_average_of_the_weights_is_that_of_timm_and_is_what_is_saved(make):
+    objective = make(average_momentum=0.9)
+    theirs = timm.utils.ModelEmaV3(objective.model, decay=0.9)
+    assert objective.saved is not objective.model and objective.encoder is objective.saved.vitreg
+    for step in range(4):
+        with torch.no_grad():
+            for parameter in objective.model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        objective.follow(step=step)
+        theirs.update(objective.model)
+    for ours, other in zip(objective.saved.parameters(), theirs.module.parameters()):
+        torch.testing.assert_close(ours, other)
+    learned = [parameter for part in objective.trained.values() for parameter in part.parameters()]
+    assert {id(p) for p in learned} == {id(p) for p in objective.parameters() if p.requires_grad}
+    assert not objective.train().saved.training and objective.model.training
+
+
 def test_an_image_without_a_label_is_refused(make):
     batch = make_batch()
     batch["labels"][2] = -1
@@ -217,6 +238,42 @@ def test_simple_crops_and_three_augment_do_what_deit_iii_says(photograph):
         (view,) = MultiCrop(settings)(photograph)["global_views"]
         gray += bool((view[0] == view[1]).all())
     assert 10 <= gray <= 30  # one of three
+
+
+def test_each_part_of_three_augment_is_what_deit_does_with_pillow(photograph):
+    # DeiT works on images of Pillow: gray, solarised at 128, or blurred by a radius from 0.1 to 2 pixels.
+    small = photograph.resize((96, 96))
+    radii = np.linspace(0.1, 2.0, 39).tolist()
+    theirs = {
+        "gray": [np.asarray(small.convert("L").convert("RGB"))],
+        "solarised": [np.asarray(ImageOps.solarize(small, 128))],
+        "blurred": [np.asarray(small.filter(ImageFilter.GaussianBlur(radius))) for radius in radii],
+    }
+    size = {"num_global": 1, "num_local": 0, "global_size": 96, "global_scale": (1.0, 1.0), "flip": 0.0}
+    crop = MultiCrop(CropSettings(**size, colours="three", jitter=(0.0, 0.0, 0.0, 0.0)))
+    torch.manual_seed(0)
+    found = collections.Counter()
+    for _ in range(60):
+        view = crop(small)["global_views"][0].permute(1, 2, 0).numpy().astype(int)
+        errors = {name: min(np.abs(view - other).mean() for other in others) for name, others in theirs.items()}
+        best = min(errors, key=errors.get)
+        assert errors[best] < {"gray": 0.6, "solarised": 1e-9, "blurred": 1.0}[best], errors  # levels of 255
+        found[best] += 1
+    assert min(found[name] for name in theirs) >= 12  # each one of three
+
+
+def test_mixed_labels_are_those_of_timm_for_the_same_share_and_partners():
+    images, labels = torch.rand(6, 3, 8, 8), torch.tensor([0, 1, 2, 1, 0, 2])
+    torch.manual_seed(0)
+    mixed, targets = v2.MixUp(alpha=0.8, num_classes=3)(images, labels)
+    # torchvision mixes an image with the one before it, timm with that of the mirrored place.
+    partners = images.roll(1, 0)
+    share = (((mixed - partners) * (images - partners)).sum() / (images - partners).square().sum()).item()
+    torch.testing.assert_close(mixed, share * images + (1 - share) * partners)
+    # Pairs (image, partner) in an order in which mirrored places are partners.
+    ordered = torch.cat([labels, labels.roll(1).flip(0)])
+    theirs = timm.data.mixup.mixup_target(ordered, 3, lam=share)[:6]
+    torch.testing.assert_close(targets, theirs, atol=1e-5, rtol=0)
 
 
 def test_a_classifier_starts_from_a_model_of_another_objective(tiny, tmp_path):

@@ -24,6 +24,7 @@ from .crops import CropSettings
 from .masked_autoencoder import check_single_view
 from .objective import Objective
 from .processes import ALONE, Processes
+from .teacher import follow, make_teacher
 from .tuning import check_limits, limit_learning, merge_lora
 
 
@@ -39,6 +40,8 @@ class ClassificationSettings:
         loss: "softmax", or "binary", one decision for each class (DeiT-III from scratch).
         smoothing: of the labels; 0 with the binary loss, which would make every class true.
         mixup, cutmix: parameters of the distributions of shares; 0 for none. With both, either with probability 1/2.
+        average_momentum: of a moving average of the weights, which is then what is evaluated and saved; 0 for none.
+            DeiT's script keeps one of 0.99996 beside the weights, and reports the accuracy of the weights.
         is_probe: learn the classifier alone; the backbone stays as it is.
         lora_rank: learn a product of this rank beside each linear layer of attention, registers and classifier, by
             peft; 0 learns everything. What is saved has the products merged into its weights. Not with sharding.
@@ -53,6 +56,7 @@ class ClassificationSettings:
     smoothing: float = 0.1
     mixup: float = 0.8
     cutmix: float = 1.0
+    average_momentum: float = 0.0
     is_probe: bool = False
     lora_rank: int = 0
     distillation: str = "none"
@@ -73,6 +77,8 @@ class ClassificationSettings:
                 "settings: expected smoothing in [0, 1), mixup and cutmix of 0 or more, a positive temperature, got "
                 f"{self.smoothing}, {self.mixup}, {self.cutmix} and {self.temperature}"
             )
+        if not 0 <= self.average_momentum < 1:
+            raise ValueError(f"settings: average_momentum is in [0, 1), got {self.average_momentum}")
         check_limits(is_probe=self.is_probe, lora_rank=self.lora_rank)
         if (self.distillation != "none") != bool(self.teacher):
             raise ValueError(
@@ -112,6 +118,7 @@ class Classification(Objective):
         if num_classes < 2:
             raise ValueError(f"settings: class_names are two or more, got {num_classes}: the data needs labels")
         self.model = _make_classifier(backbone, settings)
+        self.average = make_teacher(self.model) if settings.average_momentum else None
         self._teacher = (teacher,)  # in a tuple: it is no part of the state
         mixers = [v2.MixUp(alpha=settings.mixup, num_classes=num_classes)] if settings.mixup else []
         mixers += [v2.CutMix(alpha=settings.cutmix, num_classes=num_classes)] if settings.cutmix else []
@@ -119,13 +126,13 @@ class Classification(Objective):
 
     @property
     def encoder(self) -> ViTWithRegistersModel:
-        """The backbone; there is no average."""
-        return self.model.vitreg
+        """The backbone, that of the average if there is one."""
+        return self.saved.vitreg
 
     @property
     def saved(self) -> ViTWithRegistersForImageClassification:
-        """Backbone and classifier."""
-        return self.model
+        """Backbone and classifier, their average if there is one."""
+        return self.model if self.average is None else self.average
 
     @property
     def trained(self) -> dict[str, nn.Module]:
@@ -142,7 +149,14 @@ class Classification(Objective):
         super().train(mode)
         if self.settings.is_probe:
             self.model.vitreg.eval()
+        if self.average is not None:
+            self.average.eval()
         return self
+
+    def follow(self, *, step: int) -> None:
+        """Move the average towards the weights."""
+        if self.average is not None:
+            follow(self.average, self.model, momentum=self.settings.average_momentum)
 
     def forward(self, batch: dict[str, Tensor], *, step: int) -> dict[str, Tensor]:
         """Losses `classes`, with a teacher `teacher`, and their weighted sum `total`.
@@ -184,8 +198,8 @@ class Classification(Objective):
         if "labels" not in truth:
             return {}
         device = next(self.parameters()).device
-        with evaluation_mode(self.model):
-            found = [self.model(part.to(device)).logits.argmax(dim=1).cpu() for part in images.split(batch_size)]
+        with evaluation_mode(self.saved):
+            found = [self.saved(part.to(device)).logits.argmax(dim=1).cpu() for part in images.split(batch_size)]
         return {"accuracy": (torch.cat(found) == truth["labels"]).float().mean().item()}
 
 
