@@ -57,6 +57,7 @@ ALLOWED_IN_FILE = {
     "discovery/corloc.py": {"evaluate"},
     "discovery/figures.py": {"matplotlib"},
     "evaluation/logistic.py": {"sklearn"},
+    "evaluation/metrics.py": {"evaluate"},
     "features/loading.py": {"timm"},
     "pretraining/classification.py": {"torchvision"},
     "pretraining/contrast.py": {"tokenizers"},

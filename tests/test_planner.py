@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_vitreg import ViTWithRegistersModel
 from modeling_vitreg.pretraining.build import make_config, make_objective
+from modeling_vitreg.pretraining.dense import DensePrediction
 from modeling_vitreg.pretraining.heads import PrototypeHead
 from modeling_vitreg.pretraining.masking import draw_masks
 from modeling_vitreg.pretraining.planner import plan
@@ -48,6 +49,8 @@ RECIPES = {
         "masks": {"kind": "random", "ratio": [0.5, 0.5], "share": 1.0},
         "settings": {},
     },
+    "segment": DINOV2 | {"objective": "segment", "crops": ONE_VIEW, "settings": {"num_classes": 5}},
+    "depth, a probe": DINOV2 | {"objective": "depth", "crops": ONE_VIEW, "settings": {"is_probe": True}},
 }
 
 
@@ -62,6 +65,9 @@ def _batch(recipe: Recipe, objective: torch.nn.Module, num_images: int) -> dict:
     batch = {"global_views": torch.randn(crops.num_global, num_images, 3, crops.global_size, crops.global_size)}
     if crops.num_local:
         batch["local_views"] = torch.randn(crops.num_local, num_images, 3, crops.local_size, crops.local_size)
+    if isinstance(objective, DensePrediction):
+        truth = torch.randint(1, 5, (1, num_images, crops.global_size, crops.global_size))
+        return batch | {objective.truth_name: truth.to(objective.truth_dtype)}
     grid = (crops.global_size // 8,) * 2
     draw = {"num_views": crops.num_global, "grid": grid, "settings": objective.masks}
     generator = torch.Generator().manual_seed(0)
