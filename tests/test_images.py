@@ -317,6 +317,19 @@ def test_masks_of_a_folder_are_named_in_its_metadata(tmp_path):
     assert len(source) == 2 and found == [7, 8]
 
 
+def test_masks_of_shards_are_named_by_their_suffix(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for number in range(4):
+            mask = _encode(Image.new("L", (8, 8), number))
+            for suffix, content in (("png", _encode(_image(number))), ("mask.png", mask)):
+                entry = tarfile.TarInfo(f"{number:03}.{suffix}")
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content))
+    stream = open_images(str(tmp_path / "a.tar"), maps=MapColumns("mask.png"))
+    for raw, _ in itertools.islice(stream.examples(seed=0), 4):
+        assert decode_maps(raw, size=(8, 8))["mask"].max() == np.asarray(decode_image(raw)).max()
+
+
 def test_a_hidden_label_is_none():
     assert ImageSource(_make_dataset([4]).map(lambda row: {"kind": -1})).read(0)[1] is None
 
