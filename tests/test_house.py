@@ -26,6 +26,7 @@ LAYERS = {
     "files": 1,
     "images": 1,
     "modes": 1,
+    "network": 1,
     "scenes": 1,
     "features": 1,
     "reports": 1,
