@@ -125,6 +125,11 @@ def test_results_on_the_hub_are_entries_that_its_client_parses(folder):
     (entry,) = parse(yaml.safe_load(make_plan(folder, "user/name").files[".eval_results/vitreg.yaml"]))
     assert (entry.dataset_id, entry.task_id, entry.value) == ("user/birds", "knn", 0.71828)
     assert "n = 2718" in entry.notes and entry.dataset_revision == "d" * 40
+    evaluation_report(folder, dataset="user/birds:rare")
+    plan = make_plan(folder, "user/name")
+    assert parse(yaml.safe_load(plan.files[".eval_results/vitreg.yaml"]))[0].dataset_id == "user/birds"
+    (result,) = _metadata(plan.card).eval_results
+    assert (result.dataset_type, result.dataset_config) == ("user/birds", "rare")
     evaluation_report(folder, revision=None, dataset="scenes of 32 pixels")
     plan = make_plan(folder, "user/name")
     assert ".eval_results/vitreg.yaml" not in plan.files

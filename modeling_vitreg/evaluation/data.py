@@ -71,6 +71,11 @@ class LabelledImages:
         """Names of the labels, None where they have none."""
         return self._images.class_names
 
+    @property
+    def revision(self) -> str | None:
+        """Commit of a dataset of the Hub, else None."""
+        return self._images.revision
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """Sixteen letters that change with images, labels, their order and their maps, of which 64 are read."""
@@ -137,7 +142,7 @@ class EvaluationData:
         mask_names: names of the classes of a mask; None: as many classes as the masks show.
         ignore_index: value of a mask that does not count.
         max_depth: metres, from which on depth does not count.
-        revision: of the data, where known.
+        revision: commit of a dataset of the Hub, else None.
     """
 
     name: str

@@ -4,7 +4,7 @@
 | --- | --- |
 | "scenes" | label, semantic mask and depth, exact; the test images lie far from those that one pretrains on |
 | folder with class folders | label |
-| dataset of a disk or the Hub | label; mask and depth where their columns are named |
+| dataset of a disk, or of the Hub with or without "@revision" | label; mask and depth where their columns are named |
 
 Without a split for the test, a share of the images is held out by a seed.
 """
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from modeling_vitreg.images import ImageSource, open_images
+from modeling_vitreg.images import ImageSource, open_dataset
 from modeling_vitreg.scenes import FARTHEST, SEMANTIC_NAMES, SceneSettings, make_scenes_dataset
 
 from .data import EvaluationData, LabelledImages
@@ -51,7 +51,8 @@ def open_data(
     """Open what a model is evaluated on, by one string; see the table above.
 
     Args:
-        source: as in `modeling_vitreg.images.open_images`, but no stream.
+        source: as in `modeling_vitreg.images.open_images`, but no stream. Of the Hub, the commit becomes the
+            `revision` of the data.
         image_size: of rendered scenes in pixels, a side or (rows, columns); that of the encoder leaves them as they
             are.
         split: to train on.
@@ -79,7 +80,7 @@ def open_data(
         kept, held_out = hold_out(len(train), share=TEST_SHARE, seed=seed)
         train, test = train.select(kept.numpy()), train.select(held_out.numpy())
     train, test = (_draw(part, number, seed) for part, number in ((train, num_train), (test, num_test)))
-    return EvaluationData(name=source, train=train, test=test, max_depth=max_depth)
+    return EvaluationData(_name(source, test), train, test, max_depth=max_depth, revision=test.revision)
 
 
 def _open_scenes(image_size: int | tuple[int, int], counts: tuple, label_column: str | None) -> EvaluationData:
@@ -104,41 +105,17 @@ def _open_test(source: str, split: str | None, columns: dict, maps: dict) -> Lab
 
 
 def _open_part(source: str, split: str, columns: dict, maps: dict) -> LabelledImages:
-    if maps["mask_column"] or maps["depth_column"]:
-        dataset = _open_dataset(source, split)
-        image_column = columns["image_column"] or _image_column(dataset, maps)
-        return LabelledImages(ImageSource(dataset, **{**columns, "image_column": image_column}), truth=dataset, **maps)
-    images = open_images(source, split=split, **columns)
-    if not isinstance(images, ImageSource):
+    opened = open_dataset(source, split=split)
+    if opened.is_stream:
         raise ValueError(f"expected data of known length, got a stream, {source!r}: save it as a dataset first")
-    return LabelledImages(images)
+    image_column = columns["image_column"] or _image_column(opened.dataset, maps)
+    images = ImageSource(opened.dataset, revision=opened.revision, **{**columns, "image_column": image_column})
+    return LabelledImages(images, truth=opened.dataset, **maps)
 
 
-def _open_dataset(source: str, split: str) -> datasets.Dataset:
-    import datasets
-
-    try:
-        splits = datasets.load_from_disk(source)
-    except FileNotFoundError:  # no folder of `save_to_disk`: parquet files, or a name
-        splits = _load_dataset(source)
-    splits = splits if isinstance(splits, dict) else {str(splits.split or "train"): splits}
-    if split not in splits:
-        raise ValueError(f"{source!r} has no split {split!r}; it has {', '.join(sorted(splits))}")
-    return splits[split]
-
-
-def _load_dataset(source: str) -> dict:
-    import datasets
-
-    name, _, configuration = source.partition(":")
-    try:
-        return datasets.load_dataset(name, configuration or None)
-    except FileNotFoundError as error:  # also datasets.exceptions.DatasetNotFoundError
-        raise ValueError(
-            f"expected a folder of a dataset or a name on the Hub, got {source!r}, which exists neither here nor there"
-        ) from error
-    except ConnectionError as error:
-        raise RuntimeError(f"{source!r} is no path here, and the Hub did not answer: {error}") from error
+def _name(source: str, images: LabelledImages) -> str:
+    """Of the Hub without a revision that was asked for: the report has the commit."""
+    return source.partition("@")[0] if images.revision else source
 
 
 def _image_column(dataset: datasets.Dataset, maps: dict) -> str | None:
