@@ -72,7 +72,7 @@ def test_scenes_have_exact_truth_and_test_images_that_lie_far_from_the_others():
     colours = open_data("scenes", image_size=32, num_train=3, num_test=2, label_column="colours")
     assert colours.train.read(1).label != data.train.read(1).label
     assert colours.train.fingerprint != data.train.fingerprint
-    with pytest.raises(ValueError, match="their own splits, images and maps"):
+    with pytest.raises(ValueError, match="their own splits, images, maps and boxes"):
         open_data("scenes", mask_column="mask")
 
 

@@ -1,4 +1,4 @@
-"""Images with what is true of them: a label, a semantic mask, depth; to train heads on, and to measure on."""
+"""Images with what is true of them: a label, a semantic mask, depth, boxes; to train heads on, and to measure on."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from modeling_vitreg.discovery import AnnotatedImage, read_cell
 from modeling_vitreg.images import ImageSource, UnreadableImage
 
 from .provenance import shorten
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 
 _NUM_SAMPLES = 64  # truths that enter a fingerprint
+_SLACK = 0.05  # of the sides of an image, by which a box may reach out of it
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +43,8 @@ class LabelledImages:
         mask_column: of class numbers.
         depth_column: of depths.
         depth_scale: metres of a unit of depth.
+        box_column: of boxes of objects; see `modeling_vitreg.discovery.annotations`.
+        box_layout: of a box, "xywh" or "corners"; None: as the column shows.
         indices: of the images that count, in order; None: all.
 
     Raises:
@@ -55,15 +59,21 @@ class LabelledImages:
         mask_column: str | None = None,
         depth_column: str | None = None,
         depth_scale: float = 1.0,
+        box_column: str | None = None,
+        box_layout: str | None = None,
         indices: np.ndarray | None = None,
     ):
         self._images, self._truth, self._depth_scale = images, truth, depth_scale
         self.mask_column, self.depth_column = mask_column, depth_column
-        for name in filter(None, (mask_column, depth_column)):
+        self.box_column, self.box_layout = box_column, box_layout
+        for name in filter(None, (mask_column, depth_column, box_column)):
             if truth is None or name not in truth.column_names:
                 known = "no dataset" if truth is None else ", ".join(truth.column_names)
-                raise ValueError(f"expected a column {name!r} of maps, got {known}")
+                raise ValueError(
+                    f"expected a column {name!r} of {'boxes' if name == box_column else 'maps'}, got {known}"
+                )
         self._maps = {name: truth.select_columns([name]) for name in (mask_column, depth_column) if name}
+        self._boxes = truth.select_columns([box_column]) if box_column else None
         self._indices = np.arange(len(images)) if indices is None else np.asarray(indices)
 
     @property
@@ -83,6 +93,15 @@ class LabelledImages:
         columns = [name for name in (self.mask_column, self.depth_column) if name]
         maps = [self._sum_up(index, name) for index in spread for name in columns]
         return shorten([self._images.fingerprint, self._indices.tolist(), columns, self._depth_scale, maps])
+
+    @functools.cached_property
+    def box_fingerprint(self) -> str | None:
+        """Sixteen letters that change with images, their order and any box; None without boxes."""
+        if self._boxes is None:
+            return None
+        cells = self._boxes[self.box_column][:]
+        boxes = [repr(cells[index]) for index in self._indices.tolist()]
+        return shorten([self._images.fingerprint, self._indices.tolist(), self.box_layout, boxes])
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -106,6 +125,16 @@ class LabelledImages:
             maps["depth"] = maps["depth"].astype(np.float32) * np.float32(self._depth_scale)
         return Example(image, label, **maps)
 
+    def annotate(self, number: int) -> AnnotatedImage:
+        """An image with its boxes, None where nobody has looked; opened later, and alone.
+
+        Raises:
+            ValueError: what the column holds are no boxes.
+        """
+        index = int(self._indices[number])
+        boxes = read_cell(self._boxes[index][self.box_column], layout=self.box_layout)
+        return AnnotatedImage(self._images.name_of(index), functools.partial(self._open, index, boxes), boxes)
+
     def select(self, numbers: np.ndarray) -> LabelledImages:
         """Some of these images, by their numbers."""
         return LabelledImages(
@@ -114,8 +143,18 @@ class LabelledImages:
             mask_column=self.mask_column,
             depth_column=self.depth_column,
             depth_scale=self._depth_scale,
+            box_column=self.box_column,
+            box_layout=self.box_layout,
             indices=self._indices[numbers],
         )
+
+    def _open(self, index: int, boxes: np.ndarray | None) -> Image.Image:
+        image = self._images.read(index)[0]
+        ends = np.zeros(2) if boxes is None else boxes[:, 2:].max(axis=0, initial=0)
+        if (ends > np.multiply(image.size, 1 + _SLACK)).any():  # corners that were taken for width and height?
+            reach = f"a box reaches to {ends.tolist()} in an image of {image.width} x {image.height} pixels"
+            raise UnreadableImage(self._images.name_of(index), f"{reach}: is the layout of the boxes another one?")
+        return image
 
     def _sum_up(self, index: int, column: str) -> str:
         try:

@@ -4,17 +4,20 @@
 | --- | --- |
 | "scenes" | label, semantic mask and depth, exact; the test images lie far from those that one pretrains on |
 | folder with class folders | label |
-| dataset of a disk, or of the Hub with or without "@revision" | label; mask and depth where their columns are named |
+| folder of images with a COCO file or a folder of VOC files | boxes |
+| dataset of a disk, or of the Hub, "@revision" too | label; mask, depth and boxes where their columns are named |
 
 Without a split for the test, a share of the images is held out by a seed.
 """
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from modeling_vitreg.discovery import read_annotations
 from modeling_vitreg.images import ImageSource, open_dataset
 from modeling_vitreg.scenes import FARTHEST, SEMANTIC_NAMES, SceneSettings, make_scenes_dataset
 
@@ -46,6 +49,9 @@ def open_data(
     depth_column: str | None = None,
     depth_scale: float = 1.0,
     max_depth: float = FARTHEST,
+    box_column: str | None = None,
+    box_layout: str | None = None,
+    boxes: str | os.PathLike | None = None,
     seed: int = 0,
 ) -> EvaluationData:
     """Open what a model is evaluated on, by one string; see the table above.
@@ -63,6 +69,10 @@ def open_data(
         mask_column, depth_column: None: no such maps; scenes have both.
         depth_scale: metres of a unit of depth, 0.001 for millimetres.
         max_depth: metres, from which on depth does not count.
+        box_column: None: no boxes; scenes have them. For what it may hold see `modeling_vitreg.discovery.annotations`.
+        box_layout: of a box, "xywh" or "corners"; None: as the column shows.
+        boxes: a COCO file (.json) or a folder of VOC files (.xml) with the boxes of the images in the folder `source`,
+            all of which are measured on, by discovery alone.
         seed: of what is drawn and held out.
 
     Raises:
@@ -70,11 +80,16 @@ def open_data(
         RuntimeError: the Hub could not be reached.
     """
     if source == "scenes":
-        if split != "train" or any((test_split, image_column, mask_column, depth_column)):
-            raise ValueError('"scenes" have their own splits, images and maps: leave these options out')
+        if split != "train" or any((test_split, image_column, mask_column, depth_column, box_column, boxes)):
+            raise ValueError('"scenes" have their own splits, images, maps and boxes: leave these options out')
         return _open_scenes(image_size, (num_train, num_test), label_column)
+    if boxes is not None:
+        if any((test_split, image_column, label_column, mask_column, depth_column, box_column)):
+            raise ValueError("a file of boxes names its images itself: leave out columns and splits")
+        return _open_annotated(source, boxes, num_test, seed)
     columns = {"image_column": image_column, "label_column": label_column}
     maps = {"mask_column": mask_column, "depth_column": depth_column, "depth_scale": depth_scale}
+    maps |= {"box_column": box_column, "box_layout": box_layout}
     train, test = _open_part(source, split, columns, maps), _open_test(source, test_split, columns, maps)
     if test is None:
         kept, held_out = hold_out(len(train), share=TEST_SHARE, seed=seed)
@@ -88,10 +103,27 @@ def _open_scenes(image_size: int | tuple[int, int], counts: tuple, label_column:
     for number, default, start in zip(counts, NUM_SCENES, (0, FIRST_TEST_SCENE)):
         dataset = make_scenes_dataset(default if number is None else number, settings=settings, start=start)
         images = ImageSource(dataset, image_column="image", label_column=label_column or "label")
-        parts.append(LabelledImages(images, truth=dataset, mask_column="semantic_mask", depth_column="depth"))
+        columns = {"mask_column": "semantic_mask", "depth_column": "depth", "box_column": "boxes"}
+        parts.append(LabelledImages(images, truth=dataset, **columns))
     size = " x ".join(map(str, dict.fromkeys(settings.shape)))
     name = f"scenes of {size} pixels, {label_column}" if label_column else f"scenes of {size} pixels"
     return EvaluationData(name, *parts, mask_names=SEMANTIC_NAMES, max_depth=FARTHEST)
+
+
+def _open_annotated(folder: str, boxes: str | os.PathLike, num_test: int | None, seed: int) -> EvaluationData:
+    """Images of a folder and their boxes of files, as a dataset like any other."""
+    import datasets
+
+    found = read_annotations(boxes, folder)
+    content = {
+        "image": [os.fspath(entry.image) for entry in found],
+        "boxes": [entry.boxes.tolist() for entry in found],
+    }
+    box = datasets.Sequence(datasets.Sequence(datasets.Value("float64"), length=4))
+    features = datasets.Features({"image": datasets.Image(), "boxes": box})
+    dataset = datasets.Dataset.from_dict(content, features=features)
+    images = LabelledImages(ImageSource(dataset), truth=dataset, box_column="boxes")
+    return EvaluationData(folder, images.select(np.arange(0)), _draw(images, num_test, seed))
 
 
 def _open_test(source: str, split: str | None, columns: dict, maps: dict) -> LabelledImages | None:
