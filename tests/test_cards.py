@@ -427,3 +427,12 @@ def test_the_programs_of_every_card_run_as_they_are_printed(tmp_path, photograph
     assert len(programs) == 11
     assert run.returncode == 0, run.stderr
     assert "torch.Size([1, 4, 4, 32])" in run.stdout and "registers torch.Size([1, 1, 4, 4, 4])" in run.stdout
+
+
+def test_a_data_set_of_the_hub_is_known_by_its_revision_and_named_without_what_was_pinned():
+    from modeling_vitreg.cards.results import find_on_hub
+
+    assert find_on_hub("user/birds:rare@v1", "d" * 40) == ("user/birds", "rare")
+    assert find_on_hub("birds", "d" * 40) == ("birds", None)
+    assert find_on_hub("user/birds", None) is None  # a folder of that name
+    assert find_on_hub("scenes of 32 pixels", "d" * 40) is None
