@@ -57,6 +57,7 @@ class Monitor:
         self.sample = Sample(run, source) if run.is_main else None
         self._first_step, self._watch, self._named = last_step + 1, FiniteWatch(), set()
         self._unreadable, self._headline, self._value = 0, None, None
+        self._data = {"name": run.options.data, "revision": source.revision}
         self._begin = time.monotonic() - facts["seconds"]
         self._last_time, self._last_step = time.monotonic(), last_step
         if run.options.tracker:
@@ -149,7 +150,7 @@ class Monitor:
             return
         facts = {
             "recipe": self.run.recipe.as_dict(),
-            "data": {"name": self.run.options.data, "split": self.run.options.split},
+            "data": {**self._data, "split": self.run.options.split},
             "init": name_init(self.run.options.init),
             "steps": step + 1,
             "seconds": round(self.seconds, 1),

@@ -178,7 +178,7 @@ def discover(
     * vitreg discover facebook/dino-vits16 VOC2007/JPEGImages --boxes VOC2007/Annotations
     """
     with _plain_errors(ValueError, RuntimeError):
-        from modeling_vitreg.discovery import DiscoverySettings, Sweep, figures
+        from modeling_vitreg.discovery import Sweep, figures
         from modeling_vitreg.discovery import discover as run_discovery
         from modeling_vitreg.features import load_encoder
         from modeling_vitreg.reports import write_report
@@ -188,12 +188,8 @@ def discover(
         found = run_discovery(
             encoder,
             annotated,
-            settings=DiscoverySettings(
-                method=method,
-                feature=feature,
-                layer=layer,
-                head=min(4, encoder.num_heads - 1),  # as published, where there are as many
-                longest_side=longest_side,
+            settings=_discovery_settings(
+                encoder, method=method, feature=feature, layer=layer, longest_side=longest_side
             ),
             sweep=Sweep(layers=(layer,)) if sweep else None,
             source=images,
@@ -210,15 +206,14 @@ def discover(
 @app.command(no_args_is_help=True)
 def evaluate(
     model: Annotated[str, typer.Argument(help=FROM)],
-    data: Annotated[str, typer.Argument(help='Folder with class folders, Hub dataset, or "scenes" (built in).')] = (
-        "scenes"
-    ),
-    tasks: Annotated[str, typer.Option(help="knn, linear, logistic, segmentation, depth, zero_shot; with commas.")] = (
-        "knn,logistic"
-    ),
+    data: Annotated[
+        str, typer.Argument(help='Folder with class folders, saved dataset, Hub dataset, or "scenes" (built in).')
+    ] = "scenes",
+    tasks: Annotated[
+        str, typer.Option(help="knn, linear, logistic, segmentation, depth, zero_shot, discovery; with commas.")
+    ] = "knn,logistic",
     report: Annotated[Path, typer.Option(help="Folder to write; what it holds is not measured again.")] = EVALUATION,
     compare: Annotated[list[str] | None, typer.Option(help="Another model, on the same; may be repeated.")] = None,
-    label_column: Annotated[str | None, typer.Option(help="Of scenes: colours (default) or label.")] = None,
     num_train: Annotated[int, typer.Option(help="Most images to learn from.")] = 2000,
     num_test: Annotated[int, typer.Option(help="Most images to measure on.")] = 500,
     image_size: Annotated[int | None, typer.Option(help="Side in pixels; default that of the model.")] = None,
@@ -226,39 +221,81 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
     device: Annotated[str | None, typer.Option(help="Such as cuda; default: a GPU if there is one.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that lies beside the weights.")] = False,
+    split: Annotated[str, _truth("To learn from.")] = "train",
+    test_split: Annotated[str | None, _truth("To measure on: test, else validation, else 30 % held out.")] = None,
+    image_column: Annotated[str | None, _truth("Default: the only one of type Image.")] = None,
+    label_column: Annotated[str | None, _truth("Of classes; of scenes colours (default) or label.")] = None,
+    mask_column: Annotated[str | None, _truth("For segmentation: class numbers; 255 does not count.")] = None,
+    reduce_labels: Annotated[
+        bool, _truth("Masks in which 0 is no class, and others count from 1, as in ADE20k.", "--reduce-labels")
+    ] = False,
+    depth_column: Annotated[str | None, _truth("For depth: a map as large as its image.")] = None,
+    depth_scale: Annotated[float, _truth("Metres of a unit of depth: 0.001 for millimetres.")] = 1.0,
+    max_depth: Annotated[float, _truth("Metres, from which on depth does not count.")] = 10.0,
+    box_column: Annotated[
+        str | None, _truth('For discovery, pixels: {"bbox": [[x, y, width, height], ...]}, or a list of corners.')
+    ] = None,
+    box_layout: Annotated[str | None, _truth("xywh or corners, where that column holds the other.")] = None,
+    boxes: Annotated[
+        Path | None, _truth("For discovery in a folder of images: a COCO .json, or a folder of VOC .xml.")
+    ] = None,
+    method: Annotated[str, _finding("lost, tokencut or dino_seg.")] = "lost",
+    feature: Annotated[str, _finding("query, key, value, token or mlp.")] = "key",
+    longest_side: Annotated[int | None, _finding("Pixels to which larger images are shrunk.")] = None,
 ) -> None:
-    """Measure how good frozen features are: k-NN, probes, linear segmentation and depth, each with an interval.
+    """Measure how good frozen features are: k-NN, probes, segmentation, depth, objects, each with an interval.
 
-    Scenes have labels, masks and depth; a folder with a folder for each class has labels. Features are encoded once
-    and kept; a task that is done is not done again, and Ctrl-C keeps what was measured. evaluation.json has every
-    number with its n, interval, seed, and the fingerprints of model and data.
+    Scenes have labels, masks, depth and boxes; a folder with a folder for each class has labels; of a dataset, name
+    the columns. OWNER/NAME@REVISION pins a dataset of the Hub, and the report has its commit. Features are encoded
+    once and kept; a task that is done is not done again, and Ctrl-C keeps what was measured. evaluation.json has
+    every number with its n, interval, seed, and the fingerprints of model and data.
 
-    * vitreg evaluate outputs/demo-cpu/model --tasks knn,logistic,segmentation,depth
+    * vitreg evaluate outputs/demo-cpu/model --tasks knn,logistic,segmentation,depth,discovery
 
     * vitreg evaluate outputs/without/model my_photos --compare outputs/demo-cpu/model
+
+    * vitreg evaluate facebook/dinov2-small owner/rooms --tasks segmentation,depth --mask-column annotation
+      --depth-column depth --depth-scale 0.001
+
+    * vitreg evaluate facebook/dino-vits16 VOC2007/JPEGImages --tasks discovery --boxes VOC2007/Annotations
     """
     with _plain_errors(ValueError, RuntimeError):
         from modeling_vitreg import evaluation
         from modeling_vitreg.features import load_encoder
 
-        names, wanted, found = [model, *(compare or [])], tasks.split(","), []
+        names, wanted, found = [model, *(compare or [])], [name.strip() for name in tasks.split(",")], []
         encoders = [load_encoder(name, device=_device(device), trust_remote_code=trust_remote_code) for name in names]
+        usual_labels = "colours" if data == "scenes" else None
         opened = evaluation.open_data(
             data,
             image_size=image_size or max(max(encoder.image_size) for encoder in encoders),  # the same for all
+            split=split,
+            test_split=test_split,
             num_train=num_train,
             num_test=num_test,
-            label_column=label_column or ("colours" if data == "scenes" else None),
+            image_column=image_column,
+            label_column=label_column or usual_labels,
+            mask_column=mask_column,
+            depth_column=depth_column,
+            depth_scale=depth_scale,
+            reduces_labels=reduce_labels,
+            max_depth=max_depth,
+            box_column=box_column,
+            box_layout=box_layout,
+            boxes=boxes,
             seed=seed,
         )
         encoding = evaluation.EncodingSettings(size=image_size, batch_size=batch_size)
+        objects = {"method": method, "feature": feature, "longest_side": longest_side}
+        objects["batch_size"] = min(8, batch_size)  # of images at full resolution
         for number, encoder in enumerate(encoders, start=1):
+            discovery = _discovery_settings(encoder, **objects)
             done = evaluation.evaluate(
                 encoder,
                 tasks=wanted,
                 data=opened,
                 output_folder=report / str(number) if len(encoders) > 1 else report,
-                settings=evaluation.EvaluationSettings(encoding=encoding, seed=seed),
+                settings=evaluation.EvaluationSettings(encoding=encoding, discovery=discovery, seed=seed),
                 tokenizer=evaluation.load_tokenizer(encoder) if "zero_shot" in wanted else None,
                 command=_command(),
             )
@@ -365,12 +402,28 @@ def _annotated(images: str, boxes: Path | None, split: str, num_images: int, loo
     if images == "scenes":
         return annotations.read_scenes(range(num_images), settings=looks)
     if boxes is not None:
-        read = annotations.read_coco if boxes.suffix == ".json" else annotations.read_voc
-        return read(boxes, images)[:num_images]
+        return annotations.read_annotations(boxes, images)[:num_images]
     source = open_images(images, split=split)
     if not isinstance(source, ImageSource):
         raise ValueError(f"{images}: a stream has no names: give a folder of images or a dataset that can be indexed")
     return annotations.read_source(source)[:num_images]
+
+
+def _truth(text: str, *names: str):
+    """An option about the data, in a panel of its own."""
+    return typer.Option(*names, help=text, rich_help_panel="Data, and what is true of them")
+
+
+def _finding(text: str):
+    """An option of discovery, likewise."""
+    return typer.Option(help=text, rich_help_panel="Discovery")
+
+
+def _discovery_settings(encoder, **settings):
+    """With the published head of attention, where there are as many."""
+    from modeling_vitreg.discovery import DiscoverySettings
+
+    return DiscoverySettings(**settings, head=min(4, encoder.num_heads - 1))
 
 
 def _describe_discovery(found) -> str:

@@ -25,8 +25,10 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image, ImageOps
 
+from modeling_vitreg.network import is_of_network
 from modeling_vitreg.scenes import SceneSettings, make_scenes_dataset
 
 
@@ -45,10 +47,13 @@ _SPLIT_FOLDERS = {
     "val": "validation",
     "test": "test",
 }
-_HUB_NAME = re.compile(r"([\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?::([\w.-]+))?")
+# Name, configuration and revision; a revision may be a branch such as refs/pr/1.
+_HUB_NAME = re.compile(r"([\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?::([\w.-]+))?(?:@([\w./-]+))?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _EXPECTED = (
     'expected "scenes", a folder of images, WebDataset shards (.tar files: one, a folder, a glob or a brace list), '
-    "a folder of a dataset (parquet, arrow), or a name on the Hub"
+    "a folder of a dataset (parquet, arrow), or a name on the Hub (owner/name, with :configuration and "
+    "@revision where they are wanted)"
 )
 _HIDDEN_LABEL = 255  # of a mask: nobody knows the class
 _NUM_SAMPLES = 256  # images whose size or bytes enter a fingerprint
@@ -167,6 +172,7 @@ class ImageSource:
         label_column: holds the classes; None: the only `ClassLabel`, or an integer column `label`, `labels` or `cls`.
         text_column: holds captions; None: captions are not read.
         maps: columns of maps; None: maps are not read.
+        revision: commit of a dataset of the Hub, for reports.
 
     Raises:
         ValueError: a column does not exist, or the choice is not clear.
@@ -180,7 +186,9 @@ class ImageSource:
         label_column: str | None = None,
         text_column: str | None = None,
         maps: MapColumns | None = None,
+        revision: str | None = None,
     ):
+        self.revision = revision
         names = {"image": image_column, "label": label_column, "text": text_column}
         self._columns = _find_columns(dataset.features, **names, maps=maps or MapColumns())
         self._dataset = self._columns.select(dataset)
@@ -257,6 +265,7 @@ class ImageStream:
         maps: see `ImageSource`.
         block_size: images that are held undecoded and shuffled among each other.
         files: local files of the stream, for the fingerprint.
+        revision: see `ImageSource`.
 
     Raises:
         ValueError: a column does not exist, the choice is not clear, or `block_size` is not positive.
@@ -272,6 +281,7 @@ class ImageStream:
         maps: MapColumns | None = None,
         block_size: int = 1000,
         files: Sequence[str] = (),
+        revision: str | None = None,
     ):
         if block_size < 1:
             raise ValueError(f"ImageStream: block_size is a positive integer, got {block_size!r}.")
@@ -281,6 +291,7 @@ class ImageStream:
         self._columns = _find_columns(dataset.features, **names, maps=maps or MapColumns())
         self._dataset = self._columns.select(dataset)
         self._block_size = block_size
+        self.revision = revision
         self._files = tuple(files)
 
     @property
@@ -376,7 +387,10 @@ def open_images(
     | folder of images | class folders become labels; `train`, `validation` and `test` folders become splits |
     | .tar, a folder of them, "a-{000..012}.tar", "a-*.tar" | WebDataset shards: always a stream |
     | folder of a dataset | parquet or arrow files, or what `Dataset.save_to_disk` wrote |
-    | "owner/name" or "owner/name:configuration" | a dataset of the Hub |
+    | "owner/name" or "owner/name:configuration" | a dataset of the Hub, as it is now |
+    | the same with "@revision" behind it | as it was at a commit, a tag or a branch |
+
+    What was opened says in `revision` which commit of the Hub it is; None where it is none of the Hub.
 
     Args:
         source: see the table. A path that exists goes before a name on the Hub; for a folder called scenes give
@@ -396,11 +410,7 @@ def open_images(
         ValueError: there is no such source, split or column, or the choice is not clear.
         RuntimeError: the Hub could not be reached.
     """
-    import datasets
-
     columns = {"image_column": image_column, "label_column": label_column, "text_column": text_column, "maps": maps}
-    if not source:
-        raise ValueError(f"open_images: {_EXPECTED}; got {source!r}.")
     if source == "scenes":
         if split != "train" or is_streaming or scenes.step != 1:
             raise ValueError(
@@ -409,20 +419,65 @@ def open_images(
             )
         settings = scene_settings or SceneSettings(image_size=64)
         return ImageSource(make_scenes_dataset(len(scenes), settings=settings, start=scenes.start), **columns)
+    opened = open_dataset(source, split=split, is_streaming=is_streaming)
+    if opened.is_stream:
+        options = {"block_size": block_size, "files": opened.files, "revision": opened.revision}
+        return ImageStream(opened.dataset, **options, **columns)
+    return ImageSource(opened.dataset, revision=opened.revision, **columns)
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedDataset:
+    """A dataset with all its columns, as it was stored.
+
+    Args:
+        dataset: of the library `datasets`.
+        files: local ones of a stream.
+        revision: commit of a dataset of the Hub, else None.
+    """
+
+    dataset: datasets.Dataset | datasets.IterableDataset
+    files: Sequence[str] = ()
+    revision: str | None = None
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether it has no length and no index."""
+        import datasets
+
+        return isinstance(self.dataset, datasets.IterableDataset)
+
+
+def open_dataset(source: str, *, split: str = "train", is_streaming: bool = False) -> OpenedDataset:
+    """Open one split of a source as a dataset of the library `datasets`; rendered scenes have their own function.
+
+    Args:
+        source, split, is_streaming: as in `open_images`.
+
+    Raises:
+        ValueError: there is no such source, configuration, revision or split, or it holds nothing.
+        RuntimeError: the Hub could not be reached.
+    """
+    if not source:
+        raise ValueError(f"open_images: {_EXPECTED}; got {source!r}.")
     path = pathlib.Path(source).expanduser()
     if path.is_dir():
-        dataset, files = _open_folder(path, split=split, is_streaming=is_streaming)
+        opened = OpenedDataset(*_open_folder(path, split=split, is_streaming=is_streaming))
     elif _names_shards(source):
-        dataset, files = _open_shards(_expand(source), split=split)
+        opened = OpenedDataset(*_open_shards(_expand(source), split=split))
     elif path.exists():
         raise ValueError(f"open_images: {_EXPECTED}; got the file {source!r}. Give the folder that holds it.")
     else:
-        dataset, files = _open_hub(source, split=split, is_streaming=is_streaming), []
-    if isinstance(dataset, datasets.IterableDataset):
-        return ImageStream(dataset, block_size=block_size, files=files, **columns)
-    if len(dataset) == 0:
+        opened = _open_hub(source, split=split, is_streaming=is_streaming)
+    if not opened.is_stream and len(opened.dataset) == 0:
         raise ValueError(f"open_images: the split {split!r} of {source!r} holds no images.")
-    return ImageSource(dataset, **columns)
+    return opened
+
+
+def split_hub_name(source: str) -> tuple[str, str | None, str | None] | None:
+    """Name, configuration and revision of "owner/name:configuration@revision"; None where it is no such name."""
+    found = _HUB_NAME.fullmatch(source)
+    return found.groups() if found else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -638,24 +693,47 @@ def _open_shards(shards: list[str], *, split: str):
     return stream[split], local
 
 
-def _open_hub(source: str, *, split: str, is_streaming: bool):
-    import datasets
+def _open_hub(source: str, *, split: str, is_streaming: bool) -> OpenedDataset:
+    from datasets.exceptions import DatasetNotFoundError
 
-    name = _HUB_NAME.fullmatch(source)
-    if not name:
+    if split_hub_name(source) is None:
         raise ValueError(f"open_images: {_EXPECTED}; got {source!r}, which does not exist.{_suggest(source)}")
     try:
-        splits = datasets.load_dataset(name[1], name[2], streaming=is_streaming)
-    except FileNotFoundError as error:  # also datasets.exceptions.DatasetNotFoundError
-        raise ValueError(
-            f"open_images: {_EXPECTED}; got {source!r}, which exists neither here nor on the Hub.{_suggest(source)}"
-        ) from error
-    except ConnectionError as error:
+        builder = _find_builder(source)
+        if not is_streaming:
+            builder.download_and_prepare()
+        splits = builder.as_streaming_dataset() if is_streaming else builder.as_dataset()
+    except FileNotFoundError as error:
+        is_missing = isinstance(error, DatasetNotFoundError)
+        what = "exists neither here nor on the Hub" if is_missing else "could not be opened"
+        words = f"{str(error).rstrip('.')}.{_suggest(source)}"
+        raise ValueError(f"open_images: {_EXPECTED}; got {source!r}, which {what}: {words}") from error
+    except Exception as error:
+        if not (is_of_network(error) or isinstance(error, HfHubHTTPError)):
+            raise
         raise RuntimeError(
             f"open_images: {source!r} is no path here, and the Hub did not answer: {error}.{_suggest(source)} "
             "If it is a dataset of the Hub, check the connection and HF_HUB_OFFLINE."
         ) from error
-    return _choose_split(splits, split, source=source)
+    revision = builder.hash if _COMMIT.fullmatch(builder.hash or "") else None
+    return OpenedDataset(_choose_split(splits, split, source=source), revision=revision)
+
+
+def _find_builder(source: str) -> datasets.DatasetBuilder:
+    """What the library knows of a dataset of the Hub before it reads one; `hash` is its commit."""
+    import datasets
+
+    name, configuration, revision = split_hub_name(source)
+    if revision and os.path.isdir(name):  # which would win over the Hub, and has no revisions
+        raise ValueError(f"open_images: {name!r} is a folder here, and has no revision {revision!r}: leave it out.")
+    builder = datasets.load_dataset_builder(name, configuration, revision=revision)
+    is_cached = type(builder).__module__.endswith(".cache")  # the Hub did not answer, and revisions do not count
+    if revision and is_cached and builder.hash != revision:
+        raise RuntimeError(
+            f"open_images: the Hub did not answer for {source!r}, and the cache holds {name!r} at {builder.hash}: "
+            "connect, or leave the revision out to take what the cache holds."
+        )
+    return builder
 
 
 def _choose_split(splits: dict, split: str, *, source: str):
@@ -700,9 +778,12 @@ __all__ = [
     "ImageSource",
     "ImageStream",
     "MapColumns",
+    "OpenedDataset",
     "UnreadableImage",
     "decode_image",
     "decode_maps",
     "derive_seed",
+    "open_dataset",
     "open_images",
+    "split_hub_name",
 ]

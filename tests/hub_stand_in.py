@@ -6,6 +6,8 @@ The client reads its settings when it is imported, so it runs in a child process
 
     objects/HASH   contents of files, by SHA-256
     repos.json     for each name: owner, visibility, branches, tags and commits; written whole after each change
+
+The name of a dataset has "datasets/" before it; it can be read, not written.
 """
 
 import base64
@@ -15,7 +17,6 @@ import json
 import os
 import pathlib
 import re
-import shutil
 import socket
 import sys
 import threading
@@ -26,6 +27,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 LARGE = 10 * 2**20  # bytes from which a file is stored beside git, as binary ones are
 _MODEL = "(?P<repo>[^/]+/[^/]+)"
+_DATASET = "(?P<repo>datasets/[^/]+/[^/]+)"
 _REVISION = "(?P<revision>[^/]+)"
 
 
@@ -105,11 +107,17 @@ class HubStandIn:
         """Content of a file."""
         return self.object_path(self.files(repo, revision)[path]["sha256"]).read_bytes()
 
-    def add(self, repo: str, files: dict[str, bytes], *, is_private: bool = True) -> None:
-        """Make a repository of these files as if somebody had uploaded them."""
-        self.repos[repo] = _new_repo(repo.split("/")[0], is_private)
+    def add(self, repo: str, files: dict[str, bytes], *, is_private: bool = True) -> str:
+        """Make a repository of these files, or a commit of them, as if somebody had uploaded them; returns the commit.
+
+        Args:
+            repo: OWNER/NAME of a model, or datasets/OWNER/NAME.
+            files: content by path.
+            is_private: a new repository is.
+        """
+        self.repos.setdefault(repo, _new_repo(repo.split("/")[-2], is_private))
         entries = {path: self.store(data, is_large=False) for path, data in files.items()}
-        self.write_commit(repo, "main", "files of somebody", entries)
+        return self.write_commit(repo, "main", "files of somebody", entries)
 
     # What the handler stands on ------------------------------------------------------------------------------------
 
@@ -163,7 +171,7 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def _serve(self) -> None:
-        self.path = urllib.parse.urlsplit(self.path).path
+        self.path, self.query = urllib.parse.urlsplit(self.path)[2:4]
         request = f"{self.command} {self.path}"
         self.hub.requests.append(request)
         if self._is_cut(request):
@@ -173,7 +181,7 @@ class _Handler(BaseHTTPRequestHandler):
             for method, pattern, answer, writes in _ROUTES:
                 match = re.fullmatch(pattern, self.path)
                 if match and self.command in method.split():
-                    found = {name: urllib.parse.unquote(text) for name, text in match.groupdict().items()}
+                    found = {name: urllib.parse.unquote(text) for name, text in match.groupdict().items() if text}
                     with self.hub.lock:
                         self._check_access(found.get("repo"), writes)
                         return answer(self, body, **found)
@@ -372,27 +380,49 @@ class _Handler(BaseHTTPRequestHandler):
     def info(self, body, repo, revision="main") -> None:
         sha, held = self.hub.sha_of(repo, revision), self.hub.repos[repo]
         siblings = [{"rfilename": path} for path in self.hub.files(repo, sha)]
-        facts = {"_id": repo, "id": repo, "modelId": repo, "private": held["private"], "gated": held["gated"]}
+        name = repo.removeprefix("datasets/")
+        facts = {"_id": name, "id": name, "modelId": name, "private": held["private"], "gated": held["gated"]}
         self._answer(facts | {"sha": sha, "siblings": siblings, "tags": [], "downloads": 0, "likes": 0})
 
-    def tree(self, body, repo, revision) -> None:
-        entries = []
-        for path, file in sorted(self.hub.files(repo, revision).items()):
+    def tree(self, body, repo, revision, folder="") -> None:
+        start = f"{folder}/" if folder else ""
+        entries = [entry for entry in self._entries(repo, revision) if entry["path"].startswith(start)]
+        if folder and not entries:
+            raise Refusal(404, f"{folder} does not exist on {revision}", "EntryNotFound")
+        is_deep = "true" in urllib.parse.parse_qs(self.query.lower()).get("recursive", [])
+        self._answer([entry for entry in entries if is_deep or "/" not in entry["path"][len(start) :]])
+
+    def paths(self, body, repo, revision) -> None:
+        wanted = urllib.parse.parse_qs(body.decode()).get("paths") or json.loads(body)["paths"]
+        self._answer([entry for entry in self._entries(repo, revision) if entry["path"] in wanted])
+
+    def _entries(self, repo: str, revision: str) -> list[dict]:
+        files = self.hub.files(repo, revision)
+        folders = {str(parent) for path in files for parent in pathlib.PurePosixPath(path).parents} - {"."}
+        entries = [{"type": "directory", "path": path, "size": 0, "oid": "0" * 40} for path in sorted(folders)]
+        for path, file in sorted(files.items()):
             entry = {"type": "file", "path": path, "size": file["size"], "oid": file["oid"]}
             large = {"oid": file["sha256"], "size": file["size"], "pointerSize": 134}
             entries.append(entry | ({"lfs": large} if file["is_large"] else {}))
-        self._answer(entries)
+        return entries
 
     def resolve(self, body, repo, revision, path) -> None:
         sha = self.hub.sha_of(repo, revision)
         file = self.hub.files(repo, sha).get(path)
         if file is None:
             raise Refusal(404, f"{path} does not exist on {revision}", "EntryNotFound", commit=sha)
-        headers = {"X-Repo-Commit": sha, "ETag": f'"{file["oid"]}"', "Content-Length": str(file["size"])}
-        self._send(200, headers | {"Content-Type": "application/octet-stream"})
+        first, last = self._range(file["size"])
+        headers = {"X-Repo-Commit": sha, "ETag": f'"{file["oid"]}"', "Content-Length": str(last - first + 1)}
+        is_part = "Range" in self.headers
+        headers |= {"Content-Range": f"bytes {first}-{last}/{file['size']}"} if is_part else {}
+        self._send(206 if is_part else 200, headers | {"Content-Type": "application/octet-stream"})
         if self.command == "GET":
-            with open(self.hub.object_path(file["sha256"]), "rb") as source:
-                shutil.copyfileobj(source, self.wfile)
+            self.wfile.write(self.hub.object_path(file["sha256"]).read_bytes()[first : last + 1])
+
+    def _range(self, size: int) -> tuple[int, int]:
+        """First and last byte that are asked for."""
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "bytes=0-"))
+        return int(wanted[1]), min(int(wanted[2] or size), size - 1)
 
 
 # Methods, path, answer, and whether it changes the repository.
@@ -413,6 +443,12 @@ _ROUTES = [
     ("GET", f"/api/models/{_MODEL}/revision/{_REVISION}", _Handler.info, False),
     ("GET", f"/api/models/{_MODEL}/tree/{_REVISION}", _Handler.tree, False),
     ("GET HEAD", f"/{_MODEL}/resolve/{_REVISION}/(?P<path>.+)", _Handler.resolve, False),
+    ("GET", f"/api/{_DATASET}", _Handler.info, False),
+    ("GET", f"/api/{_DATASET}/refs", _Handler.refs, False),
+    ("GET", f"/api/{_DATASET}/revision/{_REVISION}", _Handler.info, False),
+    ("GET", f"/api/{_DATASET}/tree/{_REVISION}(?:/(?P<folder>.+))?", _Handler.tree, False),
+    ("POST", f"/api/{_DATASET}/paths-info/{_REVISION}", _Handler.paths, False),
+    ("GET HEAD", f"/{_DATASET}/resolve/{_REVISION}/(?P<path>.+)", _Handler.resolve, False),
 ]
 
 

@@ -125,6 +125,11 @@ def test_results_on_the_hub_are_entries_that_its_client_parses(folder):
     (entry,) = parse(yaml.safe_load(make_plan(folder, "user/name").files[".eval_results/vitreg.yaml"]))
     assert (entry.dataset_id, entry.task_id, entry.value) == ("user/birds", "knn", 0.71828)
     assert "n = 2718" in entry.notes and entry.dataset_revision == "d" * 40
+    evaluation_report(folder, dataset="user/birds:rare")
+    plan = make_plan(folder, "user/name")
+    assert parse(yaml.safe_load(plan.files[".eval_results/vitreg.yaml"]))[0].dataset_id == "user/birds"
+    (result,) = _metadata(plan.card).eval_results
+    assert (result.dataset_type, result.dataset_config) == ("user/birds", "rare")
     evaluation_report(folder, revision=None, dataset="scenes of 32 pixels")
     plan = make_plan(folder, "user/name")
     assert ".eval_results/vitreg.yaml" not in plan.files
@@ -422,3 +427,12 @@ def test_the_programs_of_every_card_run_as_they_are_printed(tmp_path, photograph
     assert len(programs) == 11
     assert run.returncode == 0, run.stderr
     assert "torch.Size([1, 4, 4, 32])" in run.stdout and "registers torch.Size([1, 1, 4, 4, 4])" in run.stdout
+
+
+def test_a_data_set_of_the_hub_is_known_by_its_revision_and_named_without_what_was_pinned():
+    from modeling_vitreg.cards.results import find_on_hub
+
+    assert find_on_hub("user/birds:rare@v1", "d" * 40) == ("user/birds", "rare")
+    assert find_on_hub("birds", "d" * 40) == ("birds", None)
+    assert find_on_hub("user/birds", None) is None  # a folder of that name
+    assert find_on_hub("scenes of 32 pixels", "d" * 40) is None

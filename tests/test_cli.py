@@ -6,6 +6,8 @@ import pathlib
 import subprocess
 import sys
 
+import datasets
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -154,3 +156,59 @@ def test_the_doctor_names_equal_registers(tiny, tmp_path):
     sick.save_pretrained(tmp_path / "sick")
     done = run("doctor", tmp_path / "sick")
     assert done.exit_code == 1 and "register" in done.output
+
+
+def _rooms(folder) -> pathlib.Path:
+    """A saved dataset of images with masks, depth in millimetres and boxes, under names of its owner's."""
+    random = np.random.default_rng(0)
+    kinds = {name: datasets.Image() for name in ("photo", "annotation", "range")}
+    box = datasets.Sequence(datasets.Value("float64"), length=4)
+    features = datasets.Features({**kinds, "objects": {"bbox": datasets.List(box)}})
+    parts = {}
+    for split, number in (("learn", 12), ("measure", 6)):
+        masks = random.integers(0, 3, (number, 40, 48), np.uint8)
+        rows = {
+            "photo": [Image.fromarray(np.stack([80 * mask] * 3, axis=-1)) for mask in masks],
+            "annotation": [Image.fromarray(mask) for mask in masks],
+            "range": [Image.fromarray(1000 + 500 * mask.astype(np.int32)) for mask in masks],
+            "objects": [{"bbox": [[8, 8, 24, 16]]}] * number,
+        }
+        parts[split] = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict(parts).save_to_disk(str(folder))
+    return folder
+
+
+def test_evaluate_reads_maps_and_boxes_of_a_dataset_by_the_names_of_its_columns(model, tmp_path):
+    rooms, tasks = _rooms(tmp_path / "rooms"), "segmentation,depth,discovery"
+    columns = ["--mask-column", "annotation", "--depth-column", "range", "--depth-scale", 0.001, "--max-depth", 5]
+    columns += ["--image-column", "photo", "--box-column", "objects", "--split", "learn", "--test-split", "measure"]
+    done = run("evaluate", model, rooms, "--tasks", tasks, "--report", tmp_path / "out", *columns)
+    assert done.exit_code == 0 and "skipped" not in done.output, done.output
+    report = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    found = {(result["task"], result["metric"]): result for result in report["results"]}
+    assert found["segmentation", "mean_iou"]["facts"]["num_classes"] == 3
+    assert found["depth", "rmse"]["facts"] == {"max_depth": 5.0, "num_train": 12}
+    assert found["depth", "rmse"]["value"] < 1.5  # metres, between 1 and 2 everywhere: the scale was read
+    assert {result["n"] for result in report["results"]} == {6}
+    assert found["discovery", "corloc"]["settings"]["feature"] == "key"
+    assert "| discovery | corloc ↑, % |" in done.output
+    done = run(
+        "evaluate", model, rooms, "--tasks", tasks, "--report", tmp_path / "none", *columns[8:10], *columns[12:]
+    )
+    assert done.exit_code == 1 and "Traceback" not in done.output
+    assert all(option in done.output for option in ("--mask-column", "--depth-column", "--box-column"))
+
+
+def test_evaluate_reads_boxes_of_files_and_tries_another_method_beside(model, photographs, tmp_path):
+    images = [{"id": number, "file_name": f"{number}.png"} for number in range(4)]
+    content = {"images": images, "annotations": [{"image_id": number, "bbox": [0, 0, 48, 48]} for number in range(4)]}
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    usual = ["evaluate", model, photographs, "--tasks", "discovery", "--boxes", tmp_path / "boxes.json"]
+    assert run(*usual, "--report", tmp_path / "out").exit_code == 0
+    done = run(*usual, "--report", tmp_path / "out", "--method", "tokencut")
+    assert done.exit_code == 0 and "(method lost)" in done.output and "(method tokencut)" in done.output, done.output
+    same = run("discover", model, photographs, "--boxes", tmp_path / "boxes.json", "--report", tmp_path / "discovered")
+    assert same.exit_code == 0, same.output
+    published = json.loads((tmp_path / "discovered" / "discovery.json").read_text())["as_published"]
+    results = json.loads((tmp_path / "out" / "evaluation.json").read_text())["results"]
+    assert results[0]["value"] == published["corloc"]

@@ -129,6 +129,7 @@ def test_a_run_ends_with_a_model_pictures_and_facts(whole):
     assert facts["recipe"]["num_register_tokens"] == 4
     assert 0 <= facts["knn"] <= 1
     assert facts["chance"] == 0.5
+    assert (facts["data"]["split"], facts["data"]["revision"]) == ("train", None)  # a folder has no commit
     assert "next:" in out
     records = _records(output)
     assert [record["step"] for record in records] == list(range(10))

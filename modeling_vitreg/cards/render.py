@@ -17,7 +17,7 @@ from .citations import FAMILIES, citations_of
 from .facts import Facts
 from .folder import CardError
 from .licences import Licence
-from .results import is_on_hub
+from .results import find_on_hub
 from .sentences import describe_limits, describe_model, training_rows
 from .snippets import make_snippets, pipeline_tag
 
@@ -111,12 +111,12 @@ def render_results(facts: Facts) -> str | None:
     """
     entries = [
         {
-            "dataset": {"id": result["dataset"], "task_id": result["task"], "revision": result["revision"]},
+            "dataset": {"id": found[0], "task_id": result["task"], "revision": result["revision"]},
             "value": result["value"],
             "notes": f"{result['metric']}, n = {result['n']}, seed {result['seed']}: {result['command']}",
         }
         for result in facts.results
-        if is_on_hub(result["dataset"], result["revision"])
+        if (found := find_on_hub(result["dataset"], result["revision"]))
     ]
     return yaml_dump(entries) if entries else None
 
@@ -148,10 +148,12 @@ def _tags(facts: Facts) -> list[str]:
 
 def _index_entry(result: dict) -> EvalResult:
     name = result["dataset"]
+    hub_name, configuration = find_on_hub(name, result["revision"]) or (None, None)
     return EvalResult(
         task_type=_TASK_IDS.get(result["task"], result["task"]),
         # The Hub takes names only, also for what does not lie there.
-        dataset_type=name if is_on_hub(name, result["revision"]) else _NOT_IN_NAMES.sub("-", name).strip("-"),
+        dataset_type=hub_name or _NOT_IN_NAMES.sub("-", name).strip("-"),
+        dataset_config=configuration,
         dataset_name=name,
         dataset_revision=result["revision"],
         metric_type=_METRIC_IDS.get(result["metric"], result["metric"]),
@@ -176,7 +178,8 @@ def _hub_datasets(facts: Facts) -> list[str]:
     data = (facts.training or {}).get("data")
     pairs = [(str(data.get("name")), data.get("revision"))] if isinstance(data, dict) else []
     pairs += [(result["dataset"], result["revision"]) for result in facts.results]
-    return list(dict.fromkeys(name for name, revision in pairs if is_on_hub(name, revision)))
+    found = (find_on_hub(name, revision) for name, revision in pairs)
+    return list(dict.fromkeys(name for name, _ in filter(None, found)))
 
 
 def _families(facts: Facts) -> list[str | None]:

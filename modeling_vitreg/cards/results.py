@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import math
 import pathlib
-import re
+
+from modeling_vitreg.images import split_hub_name
 
 from .folder import CardError, ModelFolder, read_json
 
 
 _RESULT = ("task", "dataset", "metric", "value", "interval", "n", "seed", "data_fingerprint")
-_HUB_NAME = re.compile(r"([\w.-]+/)?[\w.-]+")
 
 
-def is_on_hub(name: str, revision: str | None) -> bool:
-    """Whether a data set is one of the Hub: it has a revision there. A folder may have a name like one."""
-    return bool(revision) and _HUB_NAME.fullmatch(name) is not None
+def find_on_hub(name: str, revision: str | None) -> tuple[str, str | None] | None:
+    """Name and configuration of a data set of the Hub; None for any other.
+
+    One of the Hub has a revision there; a folder may have a name like one. The name may be that which was typed,
+    "owner/name:configuration@revision".
+    """
+    found = split_hub_name(name) if revision else None
+    return found[:2] if found else None
 
 
 def read_results(path: pathlib.Path, *, model: ModelFolder) -> list[dict]:
@@ -100,4 +105,4 @@ def check_same_weights(results: list[dict]) -> None:
         )
 
 
-__all__ = ["check_same_model", "check_same_weights", "is_on_hub", "read_results"]
+__all__ = ["check_same_model", "check_same_weights", "find_on_hub", "read_results"]

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
+from modeling_vitreg.network import causes_of, is_of_network
 
-# Of the network libraries of all versions of the client: requests, httpx and httpx2.
-_NETWORK = {"TransportError", "ConnectionError", "Timeout", "TimeoutException"}
+
 _AGAIN = (
     "No half model can be seen, for all files appear at once. The same command goes on, and what has arrived is not "
     "sent twice"
@@ -45,10 +45,10 @@ def in_words(repo_id: str) -> Iterator[None]:
     except PublishError:
         raise
     except Exception as error:
-        refusal = next((one for one in _chain(error) if isinstance(one, HfHubHTTPError)), None)
+        refusal = next((one for one in causes_of(error) if isinstance(one, HfHubHTTPError)), None)
         if refusal is not None:
             raise PublishError(_describe_refusal(refusal, repo_id, words=str(error))) from error
-        if any(base.__name__ in _NETWORK for one in _chain(error) for base in type(one).__mro__):
+        if is_of_network(error):
             raise PublishError(f"the connection to {constants.ENDPOINT} broke ({_last(error)}). {_AGAIN}") from error
         raise
 
@@ -70,15 +70,9 @@ def _describe_refusal(error: HfHubHTTPError, repo_id: str, *, words: str = "") -
     return f"the Hub answered {status} ({said}). {_AGAIN}"
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
 def _last(error: BaseException) -> str:
     """The words of the first cause."""
-    *_, first = _chain(error)
+    *_, first = causes_of(error)
     words = str(first).strip().splitlines()
     return words[0] if words else type(first).__name__
 

@@ -2,7 +2,7 @@
 
 from modeling_vitreg.reports import DiscoveryReport
 
-from .annotations import AnnotatedImage, read_coco, read_scenes, read_source, read_voc
+from .annotations import AnnotatedImage, read_annotations, read_cell, read_coco, read_scenes, read_source, read_voc
 from .boxes import box_overlaps
 from .dino_seg import dino_seg
 from .evaluate import discover
@@ -23,6 +23,8 @@ __all__ = [
     "discover",
     "lost",
     "lost_with_biases",
+    "read_annotations",
+    "read_cell",
     "read_coco",
     "read_scenes",
     "read_source",

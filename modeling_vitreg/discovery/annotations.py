@@ -1,4 +1,13 @@
-"""Images with the boxes of their objects: COCO, Pascal VOC, rendered scenes; or images without any boxes."""
+"""Images with the boxes of their objects: COCO, Pascal VOC, a column of a dataset, rendered scenes; or without any.
+
+| a cell of a column of boxes | a box |
+| --- | --- |
+| {"bbox": [[x, y, width, height], ...], ...} | of COCO, as in most datasets of the Hub |
+| [{"bbox": [x, y, width, height], ...}, ...] | the same |
+| [[xmin, ymin, xmax, ymax], ...] | its corners, as in rendered scenes |
+
+All are in pixels, x to the right and y down. Where a dataset holds the other kind, `layout` says so.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +24,9 @@ from PIL import Image
 
 from modeling_vitreg.images import ImageSource, UnreadableImage, decode_image
 from modeling_vitreg.scenes import SceneSettings, render_scene
+
+
+LAYOUTS = ("xywh", "corners")
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +106,47 @@ def read_voc(
     return [_read_voc_file(path, pathlib.Path(images), has_hard) for path in paths]
 
 
+def read_annotations(annotations: str | os.PathLike, images: str | os.PathLike) -> list[AnnotatedImage]:
+    """Images and boxes of a COCO file, which ends in .json, or else of a folder of VOC; arguments as in both."""
+    read = read_coco if pathlib.Path(annotations).suffix == ".json" else read_voc
+    return read(annotations, images)
+
+
+def read_cell(cell: dict | list | None, *, layout: str | None = None) -> np.ndarray | None:
+    """Boxes (objects, 4) by their corners, of a cell of a column; see the table above.
+
+    Like those of COCO, boxes with width and height have their corners rounded to whole pixels.
+
+    Args:
+        cell: of one image; None: nobody has looked.
+        layout: of a box, "xywh" or "corners"; None: as in the table.
+
+    Raises:
+        ValueError: the cell holds something else, or there is no such layout.
+    """
+    if cell is None:
+        return None
+    if layout not in (None, *LAYOUTS):
+        raise ValueError(f"expected boxes of the layout {' or '.join(LAYOUTS)}, got {layout!r}")
+    is_plain = isinstance(cell, list) and not any(isinstance(entry, dict) for entry in cell)
+    try:
+        rows = cell if is_plain else cell["bbox"] if isinstance(cell, dict) else [entry["bbox"] for entry in cell]
+        boxes = _as_boxes(rows)
+        if len(boxes) != len(rows):
+            raise ValueError("a box has four numbers")
+    except (KeyError, TypeError, ValueError) as error:
+        found = sorted(cell) if isinstance(cell, dict) else type(cell).__name__
+        raise ValueError(
+            'expected boxes as {"bbox": [[x, y, width, height], ...]} or [[xmin, ymin, xmax, ymax], ...], got '
+            f"{found}: {type(error).__name__}: {error}"
+        ) from error
+    if (layout or ("corners" if is_plain else "xywh")) == "corners":
+        if (boxes[:, 2:] < boxes[:, :2]).any():
+            raise ValueError(f"expected boxes by their corners, got {rows[0]}: is the layout xywh?")
+        return boxes
+    return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1).round()
+
+
 def read_scenes(indices: Sequence[int], *, settings: SceneSettings | None = None) -> list[AnnotatedImage]:
     """Rendered scenes with their exact boxes; each is rendered now, for its boxes, and again when it is opened."""
     settings = settings or SceneSettings()
@@ -140,4 +193,13 @@ def _read(source: ImageSource, index: int) -> Image.Image:
     return source.read(index)[0]
 
 
-__all__ = ["AnnotatedImage", "read_coco", "read_scenes", "read_source", "read_voc"]
+__all__ = [
+    "LAYOUTS",
+    "AnnotatedImage",
+    "read_annotations",
+    "read_cell",
+    "read_coco",
+    "read_scenes",
+    "read_source",
+    "read_voc",
+]

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import scipy.ndimage
 import torch
 from torch import Tensor
 
@@ -28,7 +27,7 @@ def seed_components(mask: Tensor, seeds: Tensor, *, grid: tuple[int, int]) -> np
     """
     masks = _fold(mask, grid)
     images, places = np.arange(len(masks)), np.unravel_index(seeds.cpu().numpy(), grid)
-    labels = scipy.ndimage.label(masks, structure=_CROSS)[0]
+    labels = _label(masks)
     chosen = labels[images, places[0], places[1]]
     components = (labels == chosen[:, None, None]) & (chosen > 0)[:, None, None]
     components[images, places[0], places[1]] = True
@@ -38,7 +37,7 @@ def seed_components(mask: Tensor, seeds: Tensor, *, grid: tuple[int, int]) -> np
 def largest_components(mask: Tensor, *, grid: tuple[int, int]) -> np.ndarray:
     """Largest components (B, rows, columns) of masks (B, P), the first of several; all false for an empty mask."""
     masks = _fold(mask, grid)
-    labels = scipy.ndimage.label(masks, structure=_CROSS)[0]
+    labels = _label(masks)
     sizes = np.bincount(labels.reshape(-1))
     sizes[0] = 0
     own_sizes = sizes[labels].reshape(len(masks), -1)  # [B, rows, columns] -> [B, P]
@@ -109,6 +108,13 @@ def pad_to_patches(pixels: Tensor, *, patch_shape: tuple[int, int]) -> Tensor:
 
 def _fold(mask: Tensor, grid: tuple[int, int]) -> np.ndarray:
     return mask.detach().cpu().numpy().astype(bool).reshape(-1, *grid)
+
+
+def _label(masks: np.ndarray) -> np.ndarray:
+    """Numbers of components (B, rows, columns), 0 outside of them."""
+    import scipy.ndimage  # not above: settings and boxes are of use without it
+
+    return scipy.ndimage.label(masks, structure=_CROSS)[0]
 
 
 def _extent(lines: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -10,11 +10,9 @@ until patches fill them. Images of equal padded size share a batch.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 from collections.abc import Iterable
 
-import torch
 import tqdm
 
 from modeling_vitreg.features import Encoder
@@ -60,8 +58,8 @@ def discover(
     stopped_by = _pass_over(images, run)
     if not run.predictions:
         raise ValueError(
-            f"expected at least one image, got {run.num_unreadable} that cannot be read, {run.num_nonfinite} with "
-            "features that are not finite, and no other" + "".join(f"\n  {line}" for line in run.unreadable)
+            f"expected at least one image, got {len(run.unreadable)} that cannot be read, {run.num_nonfinite} with "
+            "features that are not finite, and no other" + "".join(f"\n  {line}" for line in run.unreadable[:3])
         )
     settings = {**dataclasses.asdict(run.settings), "layer": run.layer}
     entries = run.sweep_entries()
@@ -83,20 +81,9 @@ def _pass_over(images: Iterable[AnnotatedImage], run: Measurement) -> str | None
     """Feed all images to a run; returns why it stopped early, None if it did not."""
     total = len(images) if hasattr(images, "__len__") else None
     bar = tqdm.tqdm(total=total, unit="image", desc=run.encoder.name, disable=not run.settings.has_progress_bar)
-    waiting = collections.defaultdict(list)  # padded size -> images of it
     try:
         with bar:
-            for number, image in enumerate(images):
-                if (read := run.read(number, image)) is None:
-                    bar.update()
-                    continue
-                group = waiting[tuple(read[1].shape)]
-                group.append(read)
-                if len(group) == run.settings.batch_size:
-                    _flush(group, run, bar)
-            for group in waiting.values():
-                if group:
-                    _flush(group, run, bar)
+            run.pass_over(enumerate(images), tell=bar.update)
     except KeyboardInterrupt:
         return f"stopped by hand after {len(run.predictions)} images"
     except Exception as error:  # whatever it is, what was measured is worth more than the traceback
@@ -104,13 +91,6 @@ def _pass_over(images: Iterable[AnnotatedImage], run: Measurement) -> str | None
             raise
         return f"{type(error).__name__} after {len(run.predictions)} images: {error}"
     return None
-
-
-def _flush(group: list[tuple], run: Measurement, bar: tqdm.tqdm) -> None:
-    entries, pixels = zip(*group)
-    run.add(list(entries), torch.stack(pixels))
-    bar.update(len(group))
-    group.clear()
 
 
 __all__ = ["OPTIMISTIC", "DiscoveryReport", "discover"]

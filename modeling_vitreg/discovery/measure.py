@@ -5,7 +5,8 @@ Letters for shapes: B images, H heads, Q prefix tokens, N tokens, P patches.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import collections
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,16 +86,39 @@ class Measurement:
         self.pairs = list(dict.fromkeys((layer, feature) for layer in layers for feature in sweep.features))
         self.published = Score(settings.hit)
         self.scores = {(*pair, bias): Score(settings.hit) for pair in self.pairs for bias in sweep.biases}
-        self.predictions, self.unreadable = {}, []
-        self.num_unreadable = self.num_nonfinite = 0
+        self.predictions, self.unreadable, self.num_nonfinite = {}, [], 0
+
+    def pass_over(self, images: Iterable[tuple[int, AnnotatedImage]], *, tell: Callable[[int], object]) -> None:
+        """Read and measure images with their numbers, those of equal padded size together.
+
+        Args:
+            images: in any order.
+            tell: is called with the number of images that are done with, as they are.
+        """
+        waiting = collections.defaultdict(list)  # padded size -> images of it
+        for number, image in images:
+            if (read := self.read(number, image)) is None:
+                tell(1)
+                continue
+            group = waiting[tuple(read[1].shape)]
+            group.append(read)
+            if len(group) == self.settings.batch_size:
+                self._flush(group, tell)
+        for group in filter(None, waiting.values()):
+            self._flush(group, tell)
+
+    def _flush(self, group: list[tuple], tell: Callable[[int], object]) -> None:
+        entries, pixels = zip(*group)
+        self.add(list(entries), torch.stack(pixels))
+        tell(len(group))
+        group.clear()
 
     def read(self, number: int, image: AnnotatedImage) -> tuple[Entry, Tensor] | None:
         """Pixels (C, rows, columns), padded; None for an image that cannot be read."""
         try:
             picture = image.open()
         except UnreadableImage as error:
-            self.num_unreadable += 1
-            self.unreadable = [*self.unreadable, str(error)][:3]
+            self.unreadable.append(str(error))
             return None
         original = picture.size
         longest = self.settings.longest_side
@@ -133,9 +157,9 @@ class Measurement:
         return {
             "num_images": len(self.predictions),
             "num_annotated": len(self.published.overlaps),
-            "num_unreadable": self.num_unreadable,
+            "num_unreadable": len(self.unreadable),
             "num_nonfinite": self.num_nonfinite,
-            "unreadable": self.unreadable,
+            "unreadable": self.unreadable[:3],
         }
 
     def sweep_entries(self) -> list[dict]:

@@ -64,6 +64,16 @@ class DiscoverySettings:
                 f"{self.longest_side} and {self.hit}"
             )
 
+    def asked_for(self) -> dict:
+        """What the boxes depend on: the settings that this method reads, by their names."""
+        read = {
+            "lost": ("feature", "layer", "bias", "num_candidates", "is_centred", "is_normalised"),
+            "tokencut": ("feature", "layer", "tau", "epsilon"),
+            "dino_seg": ("layer", "mass", "head"),
+        }
+        names = ("method", *read[self.method], "longest_side", "hit")
+        return {name: getattr(self, name) for name in names}
+
 
 @dataclass(frozen=True)
 class Sweep:

@@ -8,8 +8,10 @@
 | segmentation | linear head on patches, mean intersection over union | masks |
 | depth | linear head of bins on patches and class token | depth |
 | zero_shot | prompts of a text tower | labels with names |
+| discovery | objects found without labels, CorLoc; see `modeling_vitreg.discovery` | boxes |
 """
 
+from modeling_vitreg.discovery import DiscoverySettings
 from modeling_vitreg.reports import EvaluationReport
 
 from .data import EvaluationData, LabelledImages
@@ -30,6 +32,7 @@ from .zero_shot import ZeroShotSettings, load_tokenizer
 __all__ = [
     "TASKS",
     "DepthSettings",
+    "DiscoverySettings",
     "EncodingSettings",
     "EvaluationData",
     "EvaluationReport",

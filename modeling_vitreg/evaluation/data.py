@@ -1,16 +1,25 @@
-"""Images with what is true of them: a label, a semantic mask, depth; to train heads on, and to measure on."""
+"""Images with what is true of them: a label, a semantic mask, depth, boxes; to train heads on, and to measure on."""
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
-from modeling_vitreg.images import ImageSource, MapColumns, decode_image, decode_maps
+from modeling_vitreg.discovery import AnnotatedImage, read_cell
+from modeling_vitreg.images import ImageSource, MapColumns, UnreadableImage, decode_image, decode_maps
 
 from .provenance import shorten
+
+
+if TYPE_CHECKING:
+    import datasets
+
+
+_SLACK = 0.05  # of the sides of an image, by which a box may reach out of it
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,11 +37,29 @@ class LabelledImages:
 
     Args:
         images: with labels and maps or without.
+        boxes: the dataset, of equal length, that holds boxes of objects; None: nobody knows them.
+        box_column: where they are; see `modeling_vitreg.discovery.annotations`.
+        box_layout: of a box, "xywh" or "corners"; None: as the column shows.
         indices: of the images that count, in order; None: all.
+
+    Raises:
+        ValueError: the column of boxes does not exist.
     """
 
-    def __init__(self, images: ImageSource, *, indices: np.ndarray | None = None):
+    def __init__(
+        self,
+        images: ImageSource,
+        *,
+        boxes: datasets.Dataset | None = None,
+        box_column: str = "boxes",
+        box_layout: str | None = None,
+        indices: np.ndarray | None = None,
+    ):
         self._images = images
+        if boxes is not None and box_column not in boxes.column_names:
+            raise ValueError(f"expected a column {box_column!r} of boxes, got {', '.join(boxes.column_names)}")
+        self._boxes = None if boxes is None else boxes.select_columns([box_column])  # reading one reads no image
+        self.box_column, self.box_layout = None if boxes is None else box_column, box_layout
         self._indices = np.arange(len(images)) if indices is None else np.asarray(indices)
 
     @property
@@ -45,10 +72,24 @@ class LabelledImages:
         """Where masks and depths are."""
         return self._images.maps
 
+    @property
+    def revision(self) -> str | None:
+        """Commit of a dataset of the Hub, else None."""
+        return self._images.revision
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """Sixteen letters that change with images, labels, maps and their order."""
         return shorten([self._images.fingerprint, self._indices.tolist()])
+
+    @functools.cached_property
+    def box_fingerprint(self) -> str | None:
+        """Sixteen letters that change with images, their order and any box; None without boxes."""
+        if self._boxes is None:
+            return None
+        cells = self._boxes[self.box_column][:]
+        boxes = [repr(cells[index]) for index in self._indices.tolist()]
+        return shorten([self._images.fingerprint, self._indices.tolist(), self.box_layout, boxes])
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -63,9 +104,33 @@ class LabelledImages:
         image = decode_image(raw)
         return Example(image, raw["label"], **decode_maps(raw, size=image.size))
 
+    def annotate(self, number: int) -> AnnotatedImage:
+        """An image with its boxes, None where nobody has looked; opened later, and alone.
+
+        Raises:
+            ValueError: what the column holds are no boxes.
+        """
+        index = int(self._indices[number])
+        boxes = read_cell(self._boxes[index][self.box_column], layout=self.box_layout)
+        return AnnotatedImage(self._images.name_of(index), functools.partial(self._open, index, boxes), boxes)
+
     def select(self, numbers: np.ndarray) -> LabelledImages:
         """Some of these images, by their numbers."""
-        return LabelledImages(self._images, indices=self._indices[numbers])
+        return LabelledImages(
+            self._images,
+            boxes=self._boxes,
+            box_column=self.box_column,
+            box_layout=self.box_layout,
+            indices=self._indices[numbers],
+        )
+
+    def _open(self, index: int, boxes: np.ndarray | None) -> Image.Image:
+        image = self._images.read(index)[0]
+        ends = np.zeros(2) if boxes is None else boxes[:, 2:].max(axis=0, initial=0)
+        if (ends > np.multiply(image.size, 1 + _SLACK)).any():  # corners that were taken for width and height?
+            reach = f"a box reaches to {ends.tolist()} in an image of {image.width} x {image.height} pixels"
+            raise UnreadableImage(self._images.name_of(index), f"{reach}: is the layout of the boxes another one?")
+        return image
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +144,7 @@ class EvaluationData:
         mask_names: names of the classes of a mask; None: as many classes as the masks show.
         ignore_index: value of a mask that does not count.
         max_depth: metres, from which on depth does not count.
-        revision: of the data, where known.
+        revision: commit of a dataset of the Hub, else None.
     """
 
     name: str

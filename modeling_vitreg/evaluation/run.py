@@ -1,7 +1,7 @@
 """An encoder and data in, a report of several tasks out; stopped at any time, it goes on where it was.
 
     OUTPUT/evaluation.json   the `EvaluationReport`, written after every task
-    OUTPUT/features/         see `encoding`; it may be deleted, or shared by several models and outputs
+    OUTPUT/features/         see `encoding` and `objects`; it may be deleted, or shared by several models and outputs
 
 A task whose numbers are in the report, for the same model, data, settings and seed, is not measured again. Ctrl-C
 keeps what was measured; images that were encoded are not encoded again either.
@@ -24,6 +24,7 @@ from modeling_vitreg.reports import EvaluationReport, read_report, write_report
 
 from .data import EvaluationData
 from .encoding import encode
+from .objects import OBJECTS, find_objects
 from .provenance import describe_makers, describe_model, fingerprint_model, shorten
 from .settings import EvaluationSettings
 from .shards import Features
@@ -70,12 +71,11 @@ def evaluate(
     """
     if not tasks or not set(tasks) <= set(TASKS):
         raise ValueError(f"expected tasks out of {', '.join(TASKS)}, got {', '.join(tasks) or 'none'}")
-    run = _Run(encoder, data, settings or EvaluationSettings(), pathlib.Path(output_folder), command)
+    run = _Run(encoder, data, settings or EvaluationSettings(), pathlib.Path(output_folder), feature_folder, command)
     text = Text(tokenizer, class_embeddings)
     waiting = run.choose(dict.fromkeys(tasks), text)
     try:
-        if waiting:
-            features = run.encode(waiting, feature_folder or run.folder / "features")
+        features = run.encode(waiting)
         for name in waiting:
             run.measure(name, features, text)
     except KeyboardInterrupt:
@@ -90,9 +90,16 @@ class _Run:
     """An evaluation on its way: what is known, and where it is written."""
 
     def __init__(
-        self, encoder: Encoder, data: EvaluationData, settings: EvaluationSettings, folder: pathlib.Path, command: str
+        self,
+        encoder: Encoder,
+        data: EvaluationData,
+        settings: EvaluationSettings,
+        folder: pathlib.Path,
+        feature_folder: str | os.PathLike | None,
+        command: str,
     ):
         self.encoder, self.data, self.settings, self.folder = encoder, data, settings, folder
+        self.feature_folder = pathlib.Path(feature_folder or folder / "features")
         self.command, self.made_with = command, describe_makers(encoder)
         self.model_fingerprint = fingerprint_model(encoder)
         self.parts = {"train": data.train.fingerprint, "test": data.test.fingerprint}
@@ -106,18 +113,16 @@ class _Run:
         for name in names:
             if any(self._is_of(result, name, text) for result in self.results):
                 continue
-            if reason := TASKS[name].obstacle(self.encoder, self.data, text):
+            if reason := self._obstacle(name, text):
                 self.skipped[name] = reason
             else:
                 waiting.append(name)
         return waiting
 
-    def encode(self, names: Sequence[str], folder: str | os.PathLike) -> dict[str, dict[str, Features]]:
-        """Features of both parts for tasks, in one pass over each."""
-        kinds = {
-            "train": [TASKS[name].kind for name in names if TASKS[name].reads_train],
-            "test": [TASKS[name].kind for name in names],
-        }
+    def encode(self, names: Sequence[str]) -> dict[str, dict[str, Features]]:
+        """Features of both parts for tasks, in one pass over each; objects are found later, by their task."""
+        tasks = [TASKS[name] for name in names if TASKS[name].kind != OBJECTS]
+        kinds = {"train": [task.kind for task in tasks if task.reads_train], "test": [task.kind for task in tasks]}
         features = {}
         for part, wanted in kinds.items():
             if not wanted:
@@ -126,36 +131,20 @@ class _Run:
                 self.encoder,
                 getattr(self.data, part),
                 kinds=list(dict.fromkeys(wanted)),
-                folder=folder,
+                folder=self.feature_folder,
                 model_fingerprint=self.model_fingerprint,
                 settings=self.settings.encoding,
                 title=f"images to {part}",
             )
-        counts = {part: next(iter(found.values())).counts() for part, found in features.items()}
-        facts = {"name": self.data.name, "fingerprints": self.parts, "revision": self.data.revision}
-        self.facts[self.data_fingerprint] = {**self.facts.get(self.data_fingerprint, {}), **facts, **counts}
+        if features:
+            self._note(self.data_fingerprint, self.parts, features)
         return features
 
     def measure(self, name: str, features: dict[str, dict[str, Features]], text: Text) -> None:
         """Measure a task and write the report; a task that fails is skipped with its reason."""
-        start, task = time.perf_counter(), TASKS[name]
-        train, test = (features.get(part, {}).get(task.kind) for part in ("train", "test"))
-        if empty := [part for part in (train, test) if part is not None and not len(part)]:
-            reasons = "".join(f"\n  {line}" for line in empty[0].unreadable[:3])
-            self.skipped[name] = f"no image could be read, or none has finite features{reasons}"
-            return
-        bench = Bench(
-            encoder=self.encoder,
-            data=self.data,
-            train=train,
-            test=test,
-            settings=getattr(self.settings, name),
-            seed=self.settings.seed,
-            has_progress_bar=self.settings.encoding.has_progress_bar,
-            text=text,
-        )
+        start = time.perf_counter()
         try:
-            measured, facts = task.measure(bench)
+            measured, facts = TASKS[name].measure(self._prepare(name, features, text))
         except Exception as error:  # the other tasks are worth more than the traceback
             is_plain = isinstance(error, (ValueError, RuntimeError))
             self.skipped[name] = str(error) if is_plain else f"{type(error).__name__}: {error}"
@@ -191,6 +180,59 @@ class _Run:
         write_report(report, self.folder / REPORT_NAME)
         return report
 
+    def _prepare(self, name: str, features: dict[str, dict[str, Features]], text: Text) -> Bench:
+        """What a task looks at.
+
+        Raises:
+            ValueError: of its images none is left.
+        """
+        kind = TASKS[name].kind
+        found = (
+            {"test": self._find_objects()}
+            if kind == OBJECTS
+            else {part: features[part].get(kind) for part in features}
+        )
+        parts = {part: found.get(part) for part in ("train", "test")}
+        if empty := [part for part in parts.values() if part is not None and not len(part)]:
+            reasons = "".join(f"\n  {line}" for line in empty[0].unreadable[:3])
+            raise ValueError(f"no image could be read, or none has finite features{reasons}")
+        return Bench(
+            encoder=self.encoder,
+            data=self.data,
+            **parts,
+            settings=getattr(self.settings, name),
+            seed=self.settings.seed,
+            has_progress_bar=self.settings.encoding.has_progress_bar,
+            text=text,
+        )
+
+    def _find_objects(self) -> Features:
+        encoding = self.settings.encoding
+        found = find_objects(
+            self.encoder,
+            self.data.test,
+            folder=self.feature_folder,
+            model_fingerprint=self.model_fingerprint,
+            settings=self.settings.discovery,
+            shard_size=encoding.shard_size,
+            has_progress_bar=encoding.has_progress_bar,
+        )
+        fingerprint = self.data.test.box_fingerprint
+        self._note(fingerprint, {"test": fingerprint}, {"test": {OBJECTS: found}})
+        return found
+
+    def _note(self, fingerprint: str, parts: dict[str, str], features: dict[str, dict[str, Features]]) -> None:
+        """Write down which data were read, and how many of the images."""
+        counts = {part: next(iter(found.values())).counts() for part, found in features.items()}
+        facts = {"name": self.data.name, "fingerprints": parts, "revision": self.data.revision}
+        self.facts[fingerprint] = {**self.facts.get(fingerprint, {}), **facts, **counts}
+
+    def _obstacle(self, name: str, text: Text) -> str | None:
+        """Why a task cannot be measured, None if nothing is known against it."""
+        if TASKS[name].reads_train and not len(self.data.train):
+            return "there are no images to train on: a file of boxes (--boxes) is for discovery alone"
+        return TASKS[name].obstacle(self.encoder, self.data, text)
+
     def _read(self) -> tuple[list, dict]:
         path = self.folder / REPORT_NAME
         if not path.exists():
@@ -205,9 +247,11 @@ class _Run:
 
     def _identify(self, name: str, text: Text) -> dict:
         """What two measurements of a task must share to be one."""
-        encoding = self.settings.encoding
+        encoding, is_discovery = self.settings.encoding, TASKS[name].kind == OBJECTS
         sides = self.encoder.image_size if encoding.size is None else (encoding.size, encoding.size)
         settings = {"image_size": sides, **dataclasses.asdict(getattr(self.settings, name))}
+        if is_discovery:
+            settings = self.settings.discovery.asked_for()  # images keep their size
         if TASKS[name].kind.endswith("patches"):
             settings["patch_precision"] = encoding.patch_precision
         if name == "zero_shot" and text.class_embeddings is not None:
@@ -216,7 +260,8 @@ class _Run:
             "task": name,
             "settings": json.loads(json.dumps(settings)),  # tuples become lists, as in a report that was read
             "seed": self.settings.seed,
-            "data_fingerprint": self.data_fingerprint,
+            # Other numbers do not change with the boxes, nor CorLoc with the images to train on.
+            "data_fingerprint": self.data.test.box_fingerprint if is_discovery else self.data_fingerprint,
             "model_fingerprint": self.model_fingerprint,
         }
 

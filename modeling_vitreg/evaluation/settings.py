@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from modeling_vitreg.discovery import DiscoverySettings
+
 from .depth import DepthSettings
 from .encoding import EncodingSettings
 from .linear import LinearSettings
@@ -36,6 +38,7 @@ class EvaluationSettings:
     segmentation: SegmentationSettings = field(default_factory=SegmentationSettings)
     depth: DepthSettings = field(default_factory=DepthSettings)
     zero_shot: ZeroShotSettings = field(default_factory=ZeroShotSettings)
+    discovery: DiscoverySettings = field(default_factory=DiscoverySettings)
     seed: int = 0
 
 

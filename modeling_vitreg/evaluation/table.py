@@ -14,7 +14,7 @@ from modeling_vitreg.reports import EvaluationReport
 
 
 _LESS_IS_BETTER = frozenset(("rmse", "abs_rel", "log10", "rmse_log", "silog", "sq_rel"))
-_SHARES = frozenset(("top1", "top5", "mean_iou", "mean_accuracy", "pixel_accuracy", "d1", "d2", "d3"))
+_SHARES = frozenset(("top1", "top5", "mean_iou", "mean_accuracy", "pixel_accuracy", "d1", "d2", "d3", "corloc"))
 _OF_THE_MODEL = frozenset(("image_size", "patch_precision"))  # settings that models of one row need not share
 _IDENTITY = ("task", "metric", "dataset", "data_fingerprint", "settings", "seed")
 
@@ -100,10 +100,16 @@ def _name_data(key: str, rows: dict) -> str:
     like = [other for other in others if all(other[name] == own[name] for name in ("task", "metric", "dataset"))]
     differs = [name for name in ("data_fingerprint", "seed") if any(other[name] != own[name] for other in like)]
     words = [f"{name.replace('_', ' ')} {own[name]}" for name in differs]
-    for name, value in own["settings"].items():
-        if any(other["settings"].get(name) != value for other in like):
-            words.append(f"{name} {value}")
+    settings = [other["settings"] for other in like]
+    differs = [name for name in own["settings"] if any(_differ(name, own["settings"], other) for other in settings)]
+    # Methods have settings of their own: where a shared one tells them apart, the others say nothing more.
+    differs = differs or [name for name in own["settings"] if any(name not in other for other in settings)]
+    words += [f"{name} {own['settings'][name]}" for name in differs]
     return f"{own['dataset']} ({', '.join(words)})" if words else own["dataset"]
+
+
+def _differ(name: str, settings: dict, others: dict) -> bool:
+    return name in others and others[name] != settings[name]
 
 
 def _caption(rows: dict, labels: Sequence[str]) -> str:
@@ -121,7 +127,9 @@ def _name_sizes(rows: dict, labels: Sequence[str]) -> str:
     """Which model saw images of which size, where that differs."""
     models = {}
     for number, result in (pair for row in rows.values() for pair in row.items()):
-        size = " x ".join(map(str, result["settings"].get("image_size", ["unknown"])))
+        if "image_size" not in result["settings"]:  # at full resolution
+            continue
+        size = " x ".join(map(str, result["settings"]["image_size"]))
         models.setdefault(size, {})[labels[number]] = None
     sizes = "; ".join(f"{', '.join(names)} at {size}" for size, names in models.items())
     return f"Images in pixels: {sizes}. " if len(models) > 1 else ""

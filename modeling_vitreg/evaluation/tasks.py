@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modeling_vitreg.features import Encoder
+from modeling_vitreg.features import Encoder, layer_numbers
 from modeling_vitreg.metrics import depth_errors, measure_areas
 
 from .data import EvaluationData
@@ -21,6 +21,7 @@ from .intervals import Measured, share_of_counts, share_of_images
 from .knn import knn_accuracy
 from .linear import fit_linear
 from .logistic import fit_logistic
+from .objects import OBJECTS, measure_objects
 from .segmentation import fit_segmentation, measure_segmentation
 from .shards import Features
 from .splits import require_classes
@@ -70,7 +71,7 @@ class Task:
     """A task.
 
     Args:
-        kind: of features; see `encoding`.
+        kind: of features; see `encoding` and `objects`.
         measure: from a bench to numbers, and to facts about them.
         reads_train: whether training images are encoded.
         obstacle: from encoder, data and text to the reason why there is nothing to measure, None if there is.
@@ -197,6 +198,13 @@ def measure_zero_shot(bench: Bench) -> tuple[list[Measured], dict]:
     }
 
 
+def measure_discovery(bench: Bench) -> tuple[list[Measured], dict]:
+    """CorLoc of the object that was found in each image."""
+    (layer,) = layer_numbers(bench.settings.layer, bench.encoder.num_layers, first=1)
+    measured, facts = measure_objects(bench.test, hit=bench.settings.hit)
+    return measured, {"layer": layer, **facts}
+
+
 def _top(scores: Tensor, truth: Tensor, classes: Tensor) -> list[Measured]:
     return [
         share_of_images(f"top{number}", is_in_top(scores, truth, classes=classes, num_best=number))
@@ -205,11 +213,19 @@ def _top(scores: Tensor, truth: Tensor, classes: Tensor) -> list[Measured]:
 
 
 def _no_masks(_: Encoder, data: EvaluationData, __: Text) -> str | None:
-    return None if data.train.maps.mask and data.test.maps.mask else "the images have no masks: name their column"
+    is_there = data.train.maps.mask and data.test.maps.mask
+    return None if is_there else "the images have no masks: name their column with --mask-column (mask_column)"
 
 
 def _no_depths(_: Encoder, data: EvaluationData, __: Text) -> str | None:
-    return None if data.train.maps.depth and data.test.maps.depth else "the images have no depth: name its column"
+    is_there = data.train.maps.depth and data.test.maps.depth
+    return None if is_there else "the images have no depth: name its column with --depth-column (depth_column)"
+
+
+def _no_boxes(_: Encoder, data: EvaluationData, __: Text) -> str | None:
+    if data.test.box_column:
+        return None
+    return "the images have no boxes: name their column with --box-column (box_column), or their file with --boxes"
 
 
 def _no_text(encoder: Encoder, data: EvaluationData, text: Text) -> str | None:
@@ -229,6 +245,7 @@ TASKS = {
     "segmentation": Task("normed_patches", measure_masks, obstacle=_no_masks),
     "depth": Task("raw_patches", measure_depths, obstacle=_no_depths),
     "zero_shot": Task("embeddings", measure_zero_shot, reads_train=False, obstacle=_no_text),
+    "discovery": Task(OBJECTS, measure_discovery, reads_train=False, obstacle=_no_boxes),
 }
 
 
