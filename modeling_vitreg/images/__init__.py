@@ -1,0 +1,31 @@
+"""Images from any source by one string: rendered scenes, a folder, WebDataset shards, a dataset of a disk or the Hub.
+
+What is opened holds images as they were stored; `decode_image` turns one into pixels, late, where a broken file can be
+reported and replaced. `ImageSource` can be indexed; `ImageStream` is read in order and remembers where it was.
+
+A raw image is a dictionary: `bytes` (or None), `path` (or None), `label` (int or None) and `name` for messages; `text`
+and `maps`, where a source was opened with them. Maps say something of each pixel: its class, or its depth.
+"""
+
+from .columns import MapColumns
+from .decoding import UnreadableImage, decode_image, decode_maps
+from .hub import split_hub_name
+from .opening import OpenedDataset, open_dataset, open_images
+from .seeds import derive_seed
+from .source import ImageSource
+from .stream import ImageStream
+
+
+__all__ = [
+    "ImageSource",
+    "ImageStream",
+    "MapColumns",
+    "OpenedDataset",
+    "UnreadableImage",
+    "decode_image",
+    "decode_maps",
+    "derive_seed",
+    "open_dataset",
+    "open_images",
+    "split_hub_name",
+]

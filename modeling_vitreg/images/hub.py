@@ -1,0 +1,75 @@
+"""A dataset of the Hub, as it is now or at a revision."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TYPE_CHECKING
+
+from huggingface_hub.errors import HfHubHTTPError
+
+from modeling_vitreg.network import is_of_network
+
+from .messages import EXPECTED, choose_split, suggest
+
+
+if TYPE_CHECKING:
+    import datasets
+
+
+# Name, configuration and revision; a revision may be a branch such as refs/pr/1.
+_HUB_NAME = re.compile(r"([\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?::([\w.-]+))?(?:@([\w./-]+))?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def split_hub_name(source: str) -> tuple[str, str | None, str | None] | None:
+    """Name, configuration and revision of "owner/name:configuration@revision"; None where it is no such name."""
+    found = _HUB_NAME.fullmatch(source)
+    return found.groups() if found else None
+
+
+def open_hub(source: str, *, split: str, is_streaming: bool):
+    """The dataset, no files, and its commit."""
+    from datasets.exceptions import DatasetNotFoundError
+
+    if split_hub_name(source) is None:
+        raise ValueError(f"open_images: {EXPECTED}; got {source!r}, which does not exist.{suggest(source)}")
+    try:
+        builder = _find_builder(source)
+        if not is_streaming:
+            builder.download_and_prepare()
+        splits = builder.as_streaming_dataset() if is_streaming else builder.as_dataset()
+    except FileNotFoundError as error:
+        is_missing = isinstance(error, DatasetNotFoundError)
+        what = "exists neither here nor on the Hub" if is_missing else "could not be opened"
+        words = f"{str(error).rstrip('.')}.{suggest(source)}"
+        raise ValueError(f"open_images: {EXPECTED}; got {source!r}, which {what}: {words}") from error
+    except Exception as error:
+        if not (is_of_network(error) or isinstance(error, HfHubHTTPError)):
+            raise
+        raise RuntimeError(
+            f"open_images: {source!r} is no path here, and the Hub did not answer: {error}.{suggest(source)} "
+            "If it is a dataset of the Hub, check the connection and HF_HUB_OFFLINE."
+        ) from error
+    revision = builder.hash if _COMMIT.fullmatch(builder.hash or "") else None
+    return choose_split(splits, split, source=source), (), revision
+
+
+def _find_builder(source: str) -> datasets.DatasetBuilder:
+    """What the library knows of a dataset of the Hub before it reads one; `hash` is its commit."""
+    import datasets
+
+    name, configuration, revision = split_hub_name(source)
+    if revision and os.path.isdir(name):  # which would win over the Hub, and has no revisions
+        raise ValueError(f"open_images: {name!r} is a folder here, and has no revision {revision!r}: leave it out.")
+    builder = datasets.load_dataset_builder(name, configuration, revision=revision)
+    is_cached = type(builder).__module__.endswith(".cache")  # the Hub did not answer, and revisions do not count
+    if revision and is_cached and builder.hash != revision:
+        raise RuntimeError(
+            f"open_images: the Hub did not answer for {source!r}, and the cache holds {name!r} at {builder.hash}: "
+            "connect, or leave the revision out to take what the cache holds."
+        )
+    return builder
+
+
+__all__ = ["open_hub", "split_hub_name"]

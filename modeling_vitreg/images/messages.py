@@ -1,0 +1,45 @@
+"""What messages about sources have in common."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import pathlib
+
+
+EXPECTED = (
+    'expected "scenes", a folder of images, WebDataset shards (.tar files: one, a folder, a glob or a brace list), '
+    "a folder of a dataset (parquet, arrow), or a name on the Hub (owner/name, with :configuration and "
+    "@revision where they are wanted)"
+)
+
+
+def choose_split(splits: dict, split: str, *, source: str):
+    """One of the splits.
+
+    Raises:
+        ValueError: there is no such split.
+    """
+    if split not in splits:
+        raise ValueError(f"open_images: {source!r} has no split {split!r}; it has {list_names(splits)}.")
+    return splits[split]
+
+
+def suggest(path: str) -> str:
+    """The nearest path that exists, as the end of a message."""
+    path = pathlib.Path(path).expanduser()
+    parent = next(parent for parent in path.parents if parent.is_dir())
+    name = path.relative_to(parent).parts[0]
+    for near in difflib.get_close_matches(name, sorted(os.listdir(parent)), n=1):
+        return f" Did you mean {str(parent / near)!r}?"
+    return f" The nearest folder is {str(parent.resolve())!r}."
+
+
+def list_names(names, *, num_shown: int = 8) -> str:
+    """The first names in quotes, and how many more there are."""
+    names = sorted(map(str, names))
+    more = f" and {len(names) - num_shown} more" if len(names) > num_shown else ""
+    return ", ".join(map(repr, names[:num_shown])) + more
+
+
+__all__ = ["EXPECTED", "choose_split", "list_names", "suggest"]

@@ -1,0 +1,133 @@
+"""Any source of images by one string."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from modeling_vitreg.scenes import SceneSettings, make_scenes_dataset
+
+from .columns import MapColumns
+from .folders import open_folder
+from .hub import open_hub
+from .messages import EXPECTED
+from .shards import expand, names_shards, open_shards
+from .source import ImageSource
+from .stream import ImageStream
+
+
+if TYPE_CHECKING:
+    import datasets
+
+
+def open_images(
+    source: str,
+    *,
+    split: str = "train",
+    is_streaming: bool = False,
+    block_size: int = 1000,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    text_column: str | None = None,
+    maps: MapColumns | None = None,
+    scenes: range = range(10_000),
+    scene_settings: SceneSettings | None = None,
+) -> ImageSource | ImageStream:
+    """Open images by one string.
+
+    | source | what is opened |
+    | --- | --- |
+    | "scenes" | rendered scenes, made once into the cache of the library `datasets` |
+    | folder of images | class folders become labels; `train`, `validation` and `test` folders become splits |
+    | .tar, a folder of them, "a-{000..012}.tar", "a-*.tar" | WebDataset shards: always a stream |
+    | folder of a dataset | parquet or arrow files, or what `Dataset.save_to_disk` wrote |
+    | "owner/name" or "owner/name:configuration" | a dataset of the Hub, as it is now |
+    | the same with "@revision" behind it | as it was at a commit, a tag or a branch |
+
+    What was opened says in `revision` which commit of the Hub it is; None where it is none of the Hub.
+
+    Args:
+        source: see the table. A path that exists goes before a name on the Hub; for a folder called scenes give
+            "./scenes".
+        split: which part. Shards that are listed (not a folder of them) are the split one asks for.
+        is_streaming: read in order instead of preparing everything first: no index, no length, at once.
+        block_size: images of a stream that are held undecoded and shuffled among each other.
+        image_column: None: found by its type.
+        label_column: None: found by its type or name; images without labels are fine.
+        text_column: holds captions; None: they are not read.
+        maps: columns of masks and depths; None: they are not read. Of scenes: `semantic_mask` and `depth`; of a folder
+            of images: what its metadata.jsonl calls `mask_file_name`, for example, is the column `mask`.
+        scenes: indices of the scenes; other ranges are other splits. Consecutive.
+        scene_settings: None: 64 pixels a side.
+
+    Raises:
+        ValueError: there is no such source, split or column, or the choice is not clear.
+        RuntimeError: the Hub could not be reached.
+    """
+    columns = {"image_column": image_column, "label_column": label_column, "text_column": text_column, "maps": maps}
+    if source == "scenes":
+        if split != "train" or is_streaming or scenes.step != 1:
+            raise ValueError(
+                'open_images: "scenes" has one split, "train", is never streamed and takes consecutive indices; got '
+                f"split={split!r}, is_streaming={is_streaming}, scenes={scenes}. For other images give another range."
+            )
+        settings = scene_settings or SceneSettings(image_size=64)
+        return ImageSource(make_scenes_dataset(len(scenes), settings=settings, start=scenes.start), **columns)
+    opened = open_dataset(source, split=split, is_streaming=is_streaming)
+    if opened.is_stream:
+        options = {"block_size": block_size, "files": opened.files, "revision": opened.revision}
+        return ImageStream(opened.dataset, **options, **columns)
+    return ImageSource(opened.dataset, revision=opened.revision, **columns)
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedDataset:
+    """A dataset with all its columns, as it was stored.
+
+    Args:
+        dataset: of the library `datasets`.
+        files: local ones of a stream.
+        revision: commit of a dataset of the Hub, else None.
+    """
+
+    dataset: datasets.Dataset | datasets.IterableDataset
+    files: Sequence[str] = ()
+    revision: str | None = None
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether it has no length and no index."""
+        import datasets
+
+        return isinstance(self.dataset, datasets.IterableDataset)
+
+
+def open_dataset(source: str, *, split: str = "train", is_streaming: bool = False) -> OpenedDataset:
+    """Open one split of a source as a dataset of the library `datasets`; rendered scenes have their own function.
+
+    Args:
+        source, split, is_streaming: as in `open_images`.
+
+    Raises:
+        ValueError: there is no such source, configuration, revision or split, or it holds nothing.
+        RuntimeError: the Hub could not be reached.
+    """
+    if not source:
+        raise ValueError(f"open_images: {EXPECTED}; got {source!r}.")
+    path = pathlib.Path(source).expanduser()
+    if path.is_dir():
+        opened = OpenedDataset(*open_folder(path, split=split, is_streaming=is_streaming))
+    elif names_shards(source):
+        opened = OpenedDataset(*open_shards(expand(source), split=split))
+    elif path.exists():
+        raise ValueError(f"open_images: {EXPECTED}; got the file {source!r}. Give the folder that holds it.")
+    else:
+        opened = OpenedDataset(*open_hub(source, split=split, is_streaming=is_streaming))
+    if not opened.is_stream and len(opened.dataset) == 0:
+        raise ValueError(f"open_images: the split {split!r} of {source!r} holds no images.")
+    return opened
+
+
+__all__ = ["OpenedDataset", "open_dataset", "open_images"]

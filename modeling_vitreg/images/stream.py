@@ -1,0 +1,134 @@
+"""Images that are read in order, and a stream that remembers where it was."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .columns import MapColumns, find_columns
+from .fingerprints import shorten, sum_up_content
+from .seeds import derive_seed
+
+
+if TYPE_CHECKING:
+    import datasets
+
+
+class ImageStream:
+    """Images that are read in order, without end, each pass in another one: `stream.examples(seed=0)`.
+
+    Args:
+        dataset: a stream of the library `datasets`.
+        image_column: see `ImageSource`.
+        label_column: see `ImageSource`.
+        text_column: see `ImageSource`.
+        maps: see `ImageSource`.
+        block_size: images that are held undecoded and shuffled among each other.
+        files: local files of the stream, for the fingerprint.
+        revision: see `ImageSource`.
+
+    Raises:
+        ValueError: a column does not exist, the choice is not clear, or `block_size` is not positive.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.IterableDataset,
+        *,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        text_column: str | None = None,
+        maps: MapColumns | None = None,
+        block_size: int = 1000,
+        files: Sequence[str] = (),
+        revision: str | None = None,
+    ):
+        if block_size < 1:
+            raise ValueError(f"ImageStream: block_size is a positive integer, got {block_size!r}.")
+        if dataset.features is None:
+            raise ValueError("ImageStream: expected a stream that knows the types of its columns; give it `features`.")
+        names = {"image": image_column, "label": label_column, "text": text_column}
+        self._columns = find_columns(dataset.features, **names, maps=maps or MapColumns())
+        self._dataset = self._columns.select(dataset)
+        self._block_size = block_size
+        self.revision = revision
+        self._files = tuple(files)
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the labels, None where they have none."""
+        return self._columns.class_names
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Sixteen letters that change with the data: names and sizes of local files, number of shards, first image."""
+        files = [(os.path.basename(path), os.path.getsize(path)) for path in self._files]
+        first = [self._columns.to_raw(row, fallback="") for row in itertools.islice(self._dataset, 1)]
+        contents = [(os.path.basename(raw["name"]), sum_up_content(raw)) for raw in first]
+        facts = [self.class_names, self._dataset.num_shards, files, contents]
+        return shorten([*facts, *self._columns.sum_up_maps(first)])
+
+    def examples(
+        self, *, seed: int, rank: int = 0, num_processes: int = 1, state: dict | None = None
+    ) -> Iterator[tuple[dict, dict]]:
+        """Raw images of one process, without end, each with the state that goes on after it.
+
+        In every pass each image is seen once, by one process. The order of the shards is drawn from (seed, pass), the
+        order inside a block of consecutive images from (seed, rank, pass, block): unlike a shuffle buffer, which would
+        be lost, a block is read again when a stream resumes.
+
+        Args:
+            seed: 0 or a positive integer, the same in all processes.
+            rank: of this process.
+            num_processes: among which the shards are split, or, if their number does not divide, the images.
+            state: what came with an image of this process; the first image is the one after it. It can be stored as
+                JSON and holds no image.
+
+        Raises:
+            ValueError: `rank` is not in 0 ... num_processes - 1, or `state` belongs to another seed or process.
+            RuntimeError: this process has no image in a pass.
+        """
+        from datasets.distributed import split_dataset_by_node
+
+        if not 0 <= rank < num_processes:
+            raise ValueError(f"ImageStream: rank is in 0 ... {num_processes - 1}, got {rank!r}.")
+        owner = {"seed": seed, "rank": rank, "num_processes": num_processes}
+        state = {**owner, "pass": 0, "block": 0, "offset": 0, "dataset": None} if state is None else state
+        found = {name: state.get(name) for name in owner}
+        if found != owner:
+            raise ValueError(
+                f"ImageStream: expected the state of {owner}, got one of {found}; a stream resumes with the seed, the "
+                "number of processes and in the process it was stopped with."
+            )
+        return self._read(split_dataset_by_node(self._dataset, rank=rank, world_size=num_processes), owner, state)
+
+    def _read(self, dataset: datasets.IterableDataset, owner: dict, state: dict) -> Iterator[tuple[dict, dict]]:
+        number, block, offset, start = (state[name] for name in ("pass", "block", "offset", "dataset"))
+        seed, rank = owner["seed"], owner["rank"]
+        while True:
+            dataset.set_epoch(derive_seed(seed, number))  # a pass that is not 0 shuffles the shards, with this as seed
+            dataset.load_state_dict(start)
+            rows = iter(dataset)
+            while images := list(itertools.islice(rows, self._block_size)):
+                following = dataset.state_dict()
+                order = np.random.default_rng([seed, rank, number, block]).permutation(len(images))
+                position = {**owner, "pass": number, "block": block, "dataset": start}
+                for place in range(offset, len(images)):
+                    fallback = f"image {order[place]} of block {block} of pass {number}"
+                    raw = self._columns.to_raw(images[order[place]], fallback=fallback)
+                    yield raw, {**position, "offset": place + 1}
+                block, offset, start = block + 1, 0, following
+            if block == 0:
+                raise RuntimeError(
+                    f"ImageStream: process {rank} of {owner['num_processes']} found no image in a whole pass. "
+                    "Use fewer processes or check that the source holds images."
+                )
+            number, block, offset, start = number + 1, 0, 0, None
+
+
+__all__ = ["ImageStream"]
