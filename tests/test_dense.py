@@ -22,6 +22,7 @@ from modeling_vitreg import (
     ViTWithRegistersForSemanticSegmentation,
     ViTWithRegistersModel,
 )
+from modeling_vitreg.cards import make_plan
 from modeling_vitreg.pretraining.build import make_objective
 from modeling_vitreg.pretraining.crops import CropSettings, MapCrop
 from modeling_vitreg.pretraining.dense import DepthEstimation, DepthTuning, Segmentation, SegmentationTuning
@@ -265,6 +266,16 @@ def test_a_run_ends_with_its_metric_a_picture_and_a_model_that_loads_without_the
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == {"segment": f"1 {len(SEMANTIC_NAMES)} 4 4", "depth": "1 32 32"}[kind]
+
+
+def test_the_card_of_a_run_has_its_metric_and_its_picture(folder, whole):
+    kind = yaml.safe_load((folder / "tiny.yaml").read_text())["objective"]
+    plan = make_plan(folder / "whole", "me/dense", licence="apache-2.0")
+    words = {
+        "segment": ("image-segmentation", "mean IoU after"),
+        "depth": ("depth-estimation", "(RMSE, metres) after"),
+    }
+    assert all(word in plan.card for word in (*words[kind], "training/maps.png"))
 
 
 def test_a_killed_run_goes_on_with_the_same_bits(folder, whole):

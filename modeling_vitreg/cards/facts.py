@@ -26,7 +26,7 @@ from .results import check_same_model, check_same_weights, read_results
 _KINDS = {"conversion.json": "conversion", "artifacts.json": "artifacts", "evaluation*.json": "evaluation"}
 _FOLDERS = ("", "reports", "analysis", "evaluation")
 _FIGURES = ("norms.png", "norm_maps.png")  # of the analysis
-_RUN_FILES = ("training.json", "recipe.yaml", "curves.png", "norms.png", "attention.png")
+_RUN_FILES = ("training.json", "recipe.yaml", "curves.png", "norms.png", "attention.png", "maps.png")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 

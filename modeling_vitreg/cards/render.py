@@ -42,6 +42,7 @@ _TITLES = {
     "training/curves.png": "Curves of the training run",
     "training/norms.png": "Norms of the patches during training",
     "training/attention.png": "Where class token and registers look",
+    "training/maps.png": "Images, what is true of each pixel, and what the model predicts",
 }
 
 

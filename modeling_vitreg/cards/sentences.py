@@ -16,7 +16,15 @@ _DOES = {
     "zero-shot-image-classification": "It compares images with texts",
 }
 # Names of facts of a run in words; others keep theirs.
-_WORDS = {"unreadable": "images that could not be read", "knn": "k-NN accuracy"}
+_WORDS = {
+    "unreadable": "images that could not be read",
+    "knn": "k-NN accuracy",
+    "zero_shot": "zero-shot accuracy",
+    "pixel_accuracy": "accuracy of pixels",
+    "mean_iou": "mean IoU",
+    "d1": "share of depths within 25 %",
+    "rmse": "error of depth (RMSE, metres)",
+}
 _NOT_ROWS = ("recipe", "data", "init", "versions", "untrained_chance")
 
 

@@ -375,23 +375,21 @@ def draw_maps(
     expected = (len(images), *images.shape[2:])
     if tuple(truth.shape) != expected or tuple(predicted.shape) != expected:
         raise ValueError(f"expected maps {expected}, got {tuple(truth.shape)} and {tuple(predicted.shape)}")
-    pictures = _unnormalise(images, mean, std)
-    if num_classes is None:
-        is_known = truth > 0
-        largest = truth[is_known].max().item() if is_known.any() else 1.0
-        scale = {"cmap": "viridis", "vmin": 0, "vmax": largest}
-    else:
-        is_known = (truth >= 0) & (truth < num_classes)
+    pictures, is_depth = _unnormalise(images, mean, std), num_classes is None
+    is_known = truth > 0 if is_depth else (truth >= 0) & (truth < num_classes)
+    if not is_depth:
         # Neighbouring numbers get colours far from each other.
         places = np.arange(num_classes) * 0.618034 % 1
         scale = {"cmap": ListedColormap(matplotlib.colormaps["turbo"](places)), "vmin": 0, "vmax": num_classes - 1}
     figure, axes = _cells(len(images), 3, aspect=images.shape[2] / images.shape[3])
     for row, axs in enumerate(axes):
+        if is_depth:  # one scale for truth and prediction
+            scale = {"cmap": "viridis", "vmin": 0, "vmax": max(truth[row].max().item(), 1e-6)}
         _show(axs[0], pictures[row])
-        _show(axs[1], np.ma.masked_where(~is_known[row].numpy(), truth[row].numpy()), **scale)
+        text = f"to {scale['vmax']:.3g} m" if is_depth else None
+        _show(axs[1], np.ma.masked_where(~is_known[row].numpy(), truth[row].numpy()), text=text, **scale)
         _show(axs[2], predicted[row].numpy(), **scale)
-    words = "classes" if num_classes else f"metres, to {largest:.3g}"
-    for ax, title in zip(axes[0], ("image", f"true {words}", "predicted")):
+    for ax, title in zip(axes[0], ("image", "true depth" if is_depth else "true classes", "predicted")):
         ax.set_title(title, fontsize=9, color=INK)
     return _save(figure, path)
 
