@@ -1,5 +1,6 @@
 """CLIP: the loss beside open_clip's, one and two processes, captions to tokens, and the program as one runs it."""
 
+import json
 import os
 import pathlib
 import signal
@@ -27,6 +28,7 @@ from modeling_vitreg.pretraining.contrast import (
     contrastive_loss,
     find_words,
     make_tokenizer,
+    save_tokenizer,
 )
 from modeling_vitreg.pretraining.crops import CropSettings
 from modeling_vitreg.pretraining.loader import ViewLoader
@@ -87,6 +89,17 @@ def test_captions_are_words_between_a_start_and_an_end():
     assert words == ["<start>", "a", "red", "ball", "<unknown>", "of", "<end>"] and tokens[-1] == -1
     cut = CaptionTokens(tokenizer, 4)("a red ball on the grass")
     assert tokenizer.convert_ids_to_tokens(cut.tolist()) == ["<start>", "a", "red", "<end>"]
+
+
+def test_a_saved_tokenizer_has_a_name_that_every_version_of_transformers_knows(tmp_path):
+    tokenizer = make_tokenizer(ContrastSettings(words=tuple(find_words(CAPTIONS)), num_tokens=8))
+    save_tokenizer(tokenizer, tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    expected = tokenizer("a red ball", return_tensors="pt")
+    assert again("a red ball")["input_ids"] == expected["input_ids"][0].tolist() and again.model_max_length == 8
+    assert list(expected) == list(again("a")) == ["input_ids", "attention_mask"]  # all that CLIP's text tower takes
 
 
 def test_padding_changes_no_text(make):

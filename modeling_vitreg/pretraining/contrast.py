@@ -24,6 +24,7 @@ from transformers import (
     AutoTokenizer,
     CLIPTextConfig,
     CLIPTextModel,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     VisionTextDualEncoderConfig,
     VisionTextDualEncoderModel,
@@ -139,7 +140,7 @@ class Contrast(Objective):
     def write(self, model: VisionTextDualEncoderModel, folder: pathlib.Path) -> None:
         """See `Objective`: both towers, the tokenizer, and the image processor."""
         model.save_pretrained(folder)
-        self.make_text.tokenizer.save_pretrained(folder)
+        save_tokenizer(self.make_text.tokenizer, folder)
         settings = model.vision_model.image_processor_settings()
         (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
@@ -215,7 +216,23 @@ def make_tokenizer(settings: ContrastSettings) -> PreTrainedTokenizerFast:
     ends = [(word, known[word]) for word in ("<start>", "<end>")]
     tokenizer.post_processor = processors.TemplateProcessing(single="<start> $A <end>", special_tokens=ends)
     special = {"pad_token": "<pad>", "bos_token": "<start>", "unk_token": "<unknown>", "eos_token": "<end>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=settings.num_tokens, **special)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=settings.num_tokens,
+        model_input_names=["input_ids", "attention_mask"],  # a text tower of CLIP takes no kinds of tokens
+        **special,
+    )
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: pathlib.Path) -> None:
+    """Save a tokenizer under a name that every version of transformers knows: version 5 writes a newer one, which 4
+    cannot load; both load this."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, *, processes: Processes = ALONE) -> Tensor:
@@ -263,4 +280,5 @@ __all__ = [
     "contrastive_loss",
     "find_words",
     "make_tokenizer",
+    "save_tokenizer",
 ]
