@@ -16,9 +16,9 @@ from open_clip.loss import ClipLoss
 from PIL import Image as PILImage
 from safetensors.torch import load_file
 from training_program import losses_of
-from transformers import AutoTokenizer, VisionTextDualEncoderModel, pipeline
+from transformers import AutoModel, AutoTokenizer, pipeline
 
-from modeling_vitreg import ViTWithRegistersModel
+from modeling_vitreg import ViTWithRegistersDualEncoderModel, ViTWithRegistersModel
 from modeling_vitreg.images import ImageSource
 from modeling_vitreg.pretraining.contrast import (
     LARGEST_SCALE,
@@ -222,13 +222,22 @@ def whole(folder) -> str:
 
 
 def test_a_run_ends_with_a_dual_encoder_for_the_zero_shot_pipeline(folder, whole):
-    assert "zero-shot accuracy on" in whole
-    model = VisionTextDualEncoderModel.from_pretrained(folder / "whole" / "model")
-    assert isinstance(model.vision_model, ViTWithRegistersModel) and model.vision_model.config.num_register_tokens == 4
+    assert "zero-shot accuracy on" in whole and "from transformers import AutoModel; " in whole
+    model = AutoModel.from_pretrained(folder / "whole" / "model")
+    assert type(model) is ViTWithRegistersDualEncoderModel and model.vision_model.config.num_register_tokens == 4
     assert AutoTokenizer.from_pretrained(folder / "whole" / "model").model_max_length == 40
     classify = pipeline("zero-shot-image-classification", str(folder / "whole" / "model"))
     found = classify(PILImage.new("RGB", (50, 40)), candidate_labels=["red ball", "blue cube"])
     assert sorted(entry["label"] for entry in found) == ["blue cube", "red ball"]
+
+
+def test_the_objective_is_the_loss_of_the_model_that_it_saves(make):
+    objective = make()
+    texts = torch.stack(list(map(objective.make_text, CAPTIONS)))
+    images = torch.randn(1, 3, 3, 32, 32)
+    loss = objective({"global_views": images, "texts": texts}, step=0)["total"]
+    output = objective.model(texts.clamp(min=0), images[0], attention_mask=(texts >= 0).long(), return_loss=True)
+    torch.testing.assert_close(loss, output.loss)
 
 
 def test_a_killed_run_goes_on_with_the_same_bits(folder, whole):
