@@ -17,9 +17,13 @@ from PIL import Image as PILImage
 from safetensors.torch import load_file
 from training_program import losses_of
 from transformers import AutoModel, AutoTokenizer, pipeline
+from typer.testing import CliRunner
 
 from modeling_vitreg import ViTWithRegistersDualEncoderModel, ViTWithRegistersModel
+from modeling_vitreg.cli import app
+from modeling_vitreg.features import load_encoder
 from modeling_vitreg.images import ImageSource
+from modeling_vitreg.pretraining.build import make_objective
 from modeling_vitreg.pretraining.contrast import (
     LARGEST_SCALE,
     CaptionTokens,
@@ -33,6 +37,7 @@ from modeling_vitreg.pretraining.contrast import (
 from modeling_vitreg.pretraining.crops import CropSettings
 from modeling_vitreg.pretraining.loader import ViewLoader
 from modeling_vitreg.pretraining.processes import Processes
+from modeling_vitreg.pretraining.recipe import Recipe
 
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -169,6 +174,28 @@ def test_the_loader_brings_the_caption_of_each_image():
 
 
 @pytest.mark.parametrize(
+    ("objective", "settings"),
+    [
+        ("classify", {"class_names": ["a", "b"]}),
+        ("classify", {"class_names": ["a", "b"], "lora_rank": 2}),
+        ("clip", {"words": ["a"], **SMALL}),
+        ("simmim", {}),
+    ],
+)
+def test_other_objectives_start_from_the_image_tower_of_a_saved_model(make, tmp_path, objective, settings):
+    model = make().model
+    model.save_pretrained(tmp_path / "model")
+    processor = tmp_path / "model" / "preprocessor_config.json"
+    processor.write_text(json.dumps(json.loads(processor.read_text()) | {"image_mean": [0.1, 0.2, 0.3]}))
+    recipe = Recipe(objective=objective, model={"drop_path_rate": 0.1}, crops=ONE_VIEW, settings=settings)
+    encoder = make_objective(recipe, init=tmp_path / "model").encoder
+    weights = {name.replace(".base_layer", ""): value for name, value in encoder.state_dict().items()}
+    assert all(torch.equal(weights[name], value) for name, value in model.vision_model.state_dict().items())
+    assert encoder.config.drop_path_rate == 0.1 and encoder.image_processor_settings()["image_mean"] == [0.1, 0.2, 0.3]
+    assert (encoder.embeddings.mask_token is not None) == (objective == "simmim")
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"words": ()}, "expected words, .* or a tokenizer, got neither"),
@@ -238,6 +265,17 @@ def test_the_objective_is_the_loss_of_the_model_that_it_saves(make):
     loss = objective({"global_views": images, "texts": texts}, step=0)["total"]
     output = objective.model(texts.clamp(min=0), images[0], attention_mask=(texts >= 0).long(), return_loss=True)
     torch.testing.assert_close(loss, output.loss)
+
+
+def test_a_run_is_evaluated_with_prompts_and_looked_at(folder, whole, monkeypatch):
+    monkeypatch.chdir(folder)
+    usual = ["--num-train", "8", "--num-test", "8", "--report", "report"]
+    found = CliRunner().invoke(app, ["evaluate", "whole/model", "scenes", "--tasks", "zero_shot", *usual])
+    assert found.exit_code == 0 and "| zero_shot | top1" in found.output and "skipped" not in found.output
+    (top1, _) = json.loads((folder / "report" / "evaluation.json").read_text())["results"]
+    assert (top1["task"], top1["n"]) == ("zero_shot", 8)
+    encoder = load_encoder(folder / "whole" / "model")
+    assert (encoder.family, encoder.num_registers, encoder.num_layers) == ("vitreg", 4, 2)
 
 
 def test_a_killed_run_goes_on_with_the_same_bits(folder, whole):
