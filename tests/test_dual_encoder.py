@@ -58,10 +58,15 @@ def make(tiny, randomise):
 
 
 def write(model: ViTWithRegistersDualEncoderModel, folder: pathlib.Path) -> pathlib.Path:
-    """Save a model with a tokenizer of 10 words."""
+    """Save a model with its tokenizer."""
     model.save_pretrained(folder)
-    save_tokenizer(make_tokenizer(ContrastSettings(words=WORDS, num_tokens=12)), folder)
+    write_tokenizer(folder)
     return folder
+
+
+def write_tokenizer(folder: pathlib.Path) -> None:
+    """Save one of ten words, as many as the text towers have."""
+    save_tokenizer(make_tokenizer(ContrastSettings(words=WORDS, num_tokens=12)), folder)
 
 
 @pytest.mark.parametrize("text", TEXT_TOWERS)
