@@ -25,6 +25,7 @@ from .modeling_vitreg import ViTWithRegistersModel, set_initial
 
 # The names under which transformers finds the model; its pipeline looks for the second.
 DUAL_ENCODER_AUTO_CLASSES = ("AutoModel", "AutoModelForZeroShotImageClassification")
+_NOT_OF_A_TOWER = ("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")
 _OF_THE_HUB = ("repo_id", "commit_message", "commit_description", "private", "create_pr", "revision", "tags")
 
 
@@ -69,11 +70,13 @@ class ViTWithRegistersDualEncoderConfig(PretrainedConfig):
         self.logit_scale_init_value = logit_scale_init_value
         super().__init__(**kwargs)
 
-    def to_dict(self) -> dict:
-        """Every field, without where the towers were found before, for these may be folders of their author."""
-        fields = super().to_dict()
+    def to_diff_dict(self) -> dict:
+        """What is saved: of each tower its architecture alone, so that versions agree, and no word of where it lay,
+        which may be a folder of its author."""
+        fields = super().to_diff_dict()
         for tower in self.sub_configs:
-            for name in ("_name_or_path", "auto_map"):
+            fields[tower] = getattr(self, tower).to_diff_dict()
+            for name in _NOT_OF_A_TOWER:
                 fields[tower].pop(name, None)
         return fields
 
@@ -168,7 +171,7 @@ class ViTWithRegistersDualEncoderModel(PreTrainedModel):
             attention_mask: (T, N), zero behind the end of a text.
             position_ids, token_type_ids: (T, N), for text towers that have them.
             return_loss: add the contrastive loss of images and texts that are pairs.
-            output_attentions, output_hidden_states: of both towers.
+            output_attentions, output_hidden_states: of both towers; 5.0 records none of CLIP's text tower.
             return_dict: a `ViTWithRegistersDualEncoderOutput` (default), or a tuple of what is there.
 
         Raises:
