@@ -5,11 +5,12 @@
     accelerate launch examples/pretrain_clip.py --recipe clip-vitb16 --data "shards/{000..099}.tar" --text-column txt
 
 The loop, its robustness, its data and its instruments are those of pretrain.py; what differs is the recipe. The output
-folder holds model/, a VisionTextDualEncoderModel with tokenizer and image processor, for zero-shot classification:
+folder holds model/, a ViTWithRegistersDualEncoderModel with code, tokenizer and image processor, for zero-shot
+classification anywhere:
 
-    import modeling_vitreg
     from transformers import pipeline
-    pipeline("zero-shot-image-classification", "outputs/clip-cpu/model")(image, candidate_labels=["cat", "dog"])
+    classify = pipeline("zero-shot-image-classification", "outputs/clip-cpu/model", trust_remote_code=True)
+    classify("photograph.jpg", candidate_labels=["red ball", "blue cube"])
 """
 
 from pretrain import main

@@ -8,6 +8,12 @@ import transformers
 
 try:
     from modeling_vitreg.configuration_vitreg import ViTWithRegistersConfig
+    from modeling_vitreg.dual_encoder_vitreg import (
+        DUAL_ENCODER_AUTO_CLASSES,
+        ViTWithRegistersDualEncoderConfig,
+        ViTWithRegistersDualEncoderModel,
+        ViTWithRegistersDualEncoderOutput,
+    )
     from modeling_vitreg.modeling_vitreg import (
         AUTO_MODELS,
         ViTWithRegistersAttentionMaps,
@@ -31,15 +37,23 @@ except RuntimeError as error:
     ) from error
 
 
-transformers.AutoConfig.register(ViTWithRegistersConfig.model_type, ViTWithRegistersConfig, exist_ok=True)
+for _config in (ViTWithRegistersConfig, ViTWithRegistersDualEncoderConfig):
+    transformers.AutoConfig.register(_config.model_type, _config, exist_ok=True)
 for _model in AUTO_MODELS:
     getattr(transformers, _model._auto_class).register(ViTWithRegistersConfig, _model, exist_ok=True)
+for _name in DUAL_ENCODER_AUTO_CLASSES:
+    getattr(transformers, _name).register(
+        ViTWithRegistersDualEncoderConfig, ViTWithRegistersDualEncoderModel, exist_ok=True
+    )
 
 __all__ = [
     "ViTWithRegistersAttentionMaps",
     "ViTWithRegistersBackbone",
     "ViTWithRegistersClassifierOutput",
     "ViTWithRegistersConfig",
+    "ViTWithRegistersDualEncoderConfig",
+    "ViTWithRegistersDualEncoderModel",
+    "ViTWithRegistersDualEncoderOutput",
     "ViTWithRegistersForDepthEstimation",
     "ViTWithRegistersForImageClassification",
     "ViTWithRegistersForMaskedImageModeling",

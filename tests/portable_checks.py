@@ -1,11 +1,12 @@
-"""What one version of transformers does with the two Hub files; `test_versions.py` runs this program in several.
+"""What one version of transformers does with the Hub files; `test_versions.py` runs this program in several.
 
     python portable_checks.py save MODELS RESULT    with the package: every model, and what it computes
     python portable_checks.py load MODELS RESULT    without the package: what the same models compute here
     python portable_checks.py check MODELS RESULT   without the package: every check below
 
-MODELS holds <architecture>/<head>/ as `save_pretrained` writes it. RESULT is a safetensors file of outputs by the name
-<architecture>/<head>/<attention>/<rows>x<columns>.<path>, or JSON: the tracebacks of each check.
+MODELS holds <architecture>/<head>/ as `save_pretrained` writes it; the dual encoder counts as a head. RESULT is a
+safetensors file of outputs by the name <architecture>/<head>/<attention>/<rows>x<columns>.<path>, or JSON: the
+tracebacks of each check.
 """
 
 import json
@@ -32,6 +33,7 @@ HEADS = {
     "depth": "AutoModelForDepthEstimation",
     "backbone": "AutoBackbone",
 }
+CLASSES = {**HEADS, "dual": "AutoModelForZeroShotImageClassification"}
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 ROPE = {"position_embedding_type": "rope", "num_register_tokens": 2, "has_key_bias": False, "hidden_act": "swiglu"}
 ARCHITECTURES = {
@@ -41,6 +43,18 @@ ARCHITECTURES = {
     "clip": {"has_pre_norm": True, "has_patch_bias": False, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
     "distilled": {"has_distillation_token": True, "pooling": "cls_distillation", "interpolate_antialias": False},
 }
+TEXT = {
+    "model_type": "clip_text_model",
+    "vocab_size": 10,
+    "max_position_embeddings": 12,
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 3,
+    "pad_token_id": 0,
+}
 ATTENTIONS = ("eager", "sdpa")
 SIZES = ((32, 32), (24, 48))  # the size of the position table, and another
 WEIGHTS, PROCESSOR = "model.safetensors", "preprocessor_config.json"
@@ -49,14 +63,21 @@ CHECKS = {}
 
 def save(models: Path, result: Path) -> None:
     """Save every model with weights that no other version has, and what they compute."""
-    from modeling_vitreg import ViTWithRegistersConfig
+    from modeling_vitreg import (
+        ViTWithRegistersConfig,
+        ViTWithRegistersDualEncoderConfig,
+        ViTWithRegistersDualEncoderModel,
+    )
     from modeling_vitreg.modeling_vitreg import AUTO_MODELS
 
     classes, outputs = {model._auto_class: model for model in AUTO_MODELS}, {}
-    for folder in folders(models):
+    classes[CLASSES["dual"]] = ViTWithRegistersDualEncoderModel
+    for folder in folders(models, *CLASSES):
         torch.manual_seed(zlib.crc32(f"{transformers.__version__} {folder.parent.name} {folder.name}".encode()))
         config = ViTWithRegistersConfig(**TINY, **ARCHITECTURES[folder.parent.name], num_labels=5, num_depth_bins=16)
-        model = classes[HEADS[folder.name]](config).eval()
+        if folder.name == "dual":
+            config = ViTWithRegistersDualEncoderConfig(config, TEXT, projection_dim=16)
+        model = classes[CLASSES[folder.name]](config).eval()
         for name, tensor in model.state_dict().items():  # no bias is zero, no norm the identity
             if tensor.is_floating_point():
                 noise = torch.randn_like(tensor) / 8
@@ -73,7 +94,7 @@ def load(models: Path, result: Path) -> None:
     transformers.utils.logging.disable_progress_bar()
     warnings.simplefilter("always")
     outputs = {}
-    for folder in folders(models):
+    for folder in folders(models, *CLASSES):
         for attention in ATTENTIONS:
             outputs |= compute(open_model(folder, attn_implementation=attention), folder, attention)
     save_file(outputs, result)
@@ -94,13 +115,13 @@ def check(models: Path, result: Path) -> None:
 
 
 def folders(models: Path, *heads: str) -> list:
-    """One folder for each head, by default all, of each architecture."""
+    """One folder for each head, by default all but the dual encoder, of each architecture."""
     return [models / architecture / head for architecture in ARCHITECTURES for head in heads or HEADS]
 
 
 def open_model(folder: Path, head: str | None = None, **kwargs):
     """Load a folder as remote code, through the Auto class of a head, by default of the one it is named after."""
-    auto = HEADS[head or folder.name]
+    auto = CLASSES[head or folder.name]
     loader, kwargs = getattr(transformers, auto), {"trust_remote_code": True, **kwargs}
     if auto == "AutoBackbone" and not transformers.__version__.startswith(("4.", "5.0.")):
         # From 5.1 on AutoBackbone asks the Hub about a local folder.
@@ -124,6 +145,11 @@ def inputs(folder: Path, size: tuple = SIZES[1]) -> dict:
         "segmentation": {"labels": (values * 5).long()},
         "depth": {"labels": values * 10},
         "backbone": {},
+        "dual": {
+            "input_ids": torch.tensor([[1, 4, 9, 5, 3], [1, 6, 7, 3, 0]]),
+            "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]),
+            "return_loss": True,
+        },
     }
     return {"pixel_values": images, "output_hidden_states": True, **targets[folder.name]}
 
@@ -134,7 +160,10 @@ def compute(model, folder: Path, attention: str) -> dict:
     outputs = {}
     for size in SIZES:
         output = model(**inputs(folder, size), output_attentions=attention == "eager")
-        outputs |= named(output, f"{folder.parent.name}/{folder.name}/{attention}/{size[0]}x{size[1]}")
+        found = named(output, f"{folder.parent.name}/{folder.name}/{attention}/{size[0]}x{size[1]}")
+        # 5.0 records no layer of a text tower that is unwrapped.
+        layers = ("text_model_output.hidden_states", "text_model_output.attentions")
+        outputs |= {name: value for name, value in found.items() if not any(layer in name for layer in layers)}
     return outputs
 
 
@@ -317,6 +346,59 @@ def pipelines_read_a_photograph(folder: Path, scratch: Path) -> None:
     assert {label["mask"].size for label in run("image-segmentation", "segmentation")} == {photograph.size}
     depth = run("depth-estimation", "depth")
     assert depth["depth"].size == photograph.size and depth["predicted_depth"].isfinite().all()
+
+
+@on("dual")
+def a_dual_encoder_classifies_with_words_of_the_user(folder: Path, scratch: Path) -> None:
+    from PIL import Image
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = {word: i for i, word in enumerate(["<pad>", "<start>", "<unknown>", "<end>", "a", "red", "blue", "cube"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unknown>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    ends = [("<start>", 1), ("<end>", 3)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<start> $A <end>", special_tokens=ends)
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", model_input_names=["input_ids", "attention_mask"]
+    )
+    shutil.copytree(folder, scratch)
+    fast.save_pretrained(scratch)
+    run = transformers.pipeline("zero-shot-image-classification", model=str(scratch), trust_remote_code=True)
+    labels = ["a red cube", "a blue cube"]
+    image = Image.new("RGB", (96, 64), (200, 30, 30))
+    found = {entry["label"]: entry["score"] for entry in run(image, candidate_labels=labels, hypothesis_template="{}")}
+    inputs = {**fast(labels, return_tensors="pt", padding=True), **run.image_processor([image], return_tensors="pt")}
+    expected = open_model(folder)(**inputs).logits_per_image.softmax(dim=-1)[0]
+    torch.testing.assert_close(torch.tensor([found[label] for label in labels]), expected)
+
+
+@on("dual")
+def a_dual_encoder_saves_and_shards_and_starts_anew_what_is_missing(folder: Path, scratch: Path) -> None:
+    model, weights = open_model(folder), load_file(folder / WEIGHTS)
+    model.save_pretrained(scratch / "again")
+    for path in folder.iterdir():
+        assert (scratch / "again" / path.name).read_bytes() == path.read_bytes(), path.name
+    model.save_pretrained(scratch / "shards", max_shard_size="20KB")
+    assert_same(open_model(scratch / "shards", "dual").state_dict(), weights)
+    for dropped in ("visual_projection.weight", "logit_scale", "text_model.final_layer_norm.weight"):
+        kept = {name: weights[name] for name in weights if name != dropped}
+        save_file(kept, scratch / "again" / WEIGHTS, {"format": "pt"})
+        state = open_model(scratch / "again", "dual").state_dict()
+        found = state.pop(dropped)
+        assert_same(state, kept)
+        initial = {"logit_scale": 2.6592, "text_model.final_layer_norm.weight": 1.0}
+        if dropped in initial:
+            torch.testing.assert_close(found, torch.full_like(found, initial[dropped]))
+        else:
+            assert abs(found.std() / 0.02 - 1) < 5 / math.sqrt(2 * found.numel()), found.std()
+
+
+@on("dual")
+def the_attention_of_both_towers_can_be_switched(folder: Path, scratch: Path) -> None:
+    model = open_model(folder)
+    for attention in ("eager", "sdpa"):
+        model.set_attn_implementation(attention)
+        assert {tower.config._attn_implementation for tower in (model.vision_model, model.text_model)} == {attention}
 
 
 def assert_same(found: dict, expected: dict) -> None:

@@ -12,9 +12,12 @@ import torch
 from hub_stand_in import HubStandIn
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
+from test_dual_encoder import TEXT_TOWERS, write, write_tokenizer
 
 from modeling_vitreg import (
     ViTWithRegistersConfig,
+    ViTWithRegistersDualEncoderConfig,
+    ViTWithRegistersDualEncoderModel,
     ViTWithRegistersForDepthEstimation,
     ViTWithRegistersForImageClassification,
     ViTWithRegistersForSemanticSegmentation,
@@ -378,6 +381,39 @@ def test_weights_that_changed_since_the_fingerprint_are_refused(folder):
         check_plan(plan, say=said.append)
 
 
+@pytest.mark.parametrize("name", ["layers.0.mlp.fc1.weight", "embeddings.token_embedding.weight", "logit_scale"])
+def test_a_change_in_any_part_of_a_dual_encoder_is_seen(tiny, randomise, tmp_path, name):
+    config = ViTWithRegistersDualEncoderConfig(tiny(), TEXT_TOWERS["clip"], projection_dim=16)
+    folder = write(randomise(ViTWithRegistersDualEncoderModel(config)), tmp_path / "model")
+    record_fingerprint(folder)
+    recorded = json.loads((folder / "fingerprint.json").read_text())
+    assert {"logits_per_image", "text_embeds", "image_embeds"} <= set(recorded["outputs"])
+    tensors = load_file(folder / "model.safetensors")
+    (changed,) = [tensor for key, tensor in tensors.items() if key.endswith(name) and "text_model.encoder" not in key]
+    changed *= 1.01
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CardError, match=r"differs by .* weights, configuration or code were changed"):
+        check_plan(make_plan(folder, "user/name"), say=lambda text: None)
+
+
+@pytest.mark.parametrize("name", ["dual_encoder_vitreg.py", "modeling_vitreg.py", "configuration_vitreg.py"])
+def test_a_dual_encoder_without_a_file_of_its_code_is_refused(tiny, tmp_path, name):
+    config = ViTWithRegistersDualEncoderConfig(tiny(), TEXT_TOWERS["clip"])
+    folder = write(ViTWithRegistersDualEncoderModel(config), tmp_path / "model")
+    assert _metadata(make_plan(folder, "user/name").card).pipeline_tag == "zero-shot-image-classification"
+    (folder / name).unlink()
+    with pytest.raises(CardError, match=f"{name} missing: save the model again"):
+        make_plan(folder, "user/name")
+
+
+def test_a_dual_encoder_without_a_tokenizer_is_refused(tiny, tmp_path):
+    ViTWithRegistersDualEncoderModel(ViTWithRegistersDualEncoderConfig(tiny(), TEXT_TOWERS["clip"])).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(CardError, match=r"has no tokenizer, .* nobody could give it a text: save that too"):
+        make_plan(tmp_path, "user/name")
+
+
 def test_a_folder_that_needs_the_package_is_refused(folder):
     code = folder / "modeling_vitreg.py"
     code.write_text(code.read_text() + "\nimport modeling_vitreg\n")
@@ -405,12 +441,18 @@ def test_the_programs_of_every_card_run_as_they_are_printed(tmp_path, photograph
         ViTWithRegistersForSemanticSegmentation,
         ViTWithRegistersForDepthEstimation,
     )
+    configs = [
+        ViTWithRegistersConfig(**TINY, num_labels=3, num_register_tokens=4 * (n % 2)) for n in range(len(kinds))
+    ]
+    models = [kind(config) for kind, config in zip(kinds, configs)]
+    models.append(ViTWithRegistersDualEncoderModel(ViTWithRegistersDualEncoderConfig(configs[1], TEXT_TOWERS["clip"])))
     with HubStandIn(tmp_path / "hub") as hub:
         programs = []
-        for number, kind in enumerate(kinds):
-            model = kind(ViTWithRegistersConfig(**TINY, num_labels=3, num_register_tokens=4 * (number % 2)))
-            model.save_pretrained(tmp_path / kind.__name__)
-            plan = make_plan(tmp_path / kind.__name__, f"user/model-{number}")
+        for number, model in enumerate(models):
+            model.save_pretrained(tmp_path / type(model).__name__)
+            if model is models[-1]:
+                write_tokenizer(tmp_path / type(model).__name__)
+            plan = make_plan(tmp_path / type(model).__name__, f"user/model-{number}")
             contents = {
                 path: file if isinstance(file, bytes) else file.read_bytes() for path, file in plan.files.items()
             }
@@ -424,8 +466,9 @@ def test_the_programs_of_every_card_run_as_they_are_printed(tmp_path, photograph
             capture_output=True,
             text=True,
         )
-    assert len(programs) == 11
+    assert len(programs) == 12
     assert run.returncode == 0, run.stderr
+    assert "'label': 'a red cube'" in run.stdout and "'label': 'a blue sphere'" in run.stdout
     assert "torch.Size([1, 4, 4, 32])" in run.stdout and "registers torch.Size([1, 1, 4, 4, 4])" in run.stdout
 
 

@@ -1,5 +1,6 @@
 """CLIP: the loss beside open_clip's, one and two processes, captions to tokens, and the program as one runs it."""
 
+import json
 import os
 import pathlib
 import signal
@@ -15,10 +16,14 @@ from open_clip.loss import ClipLoss
 from PIL import Image as PILImage
 from safetensors.torch import load_file
 from training_program import losses_of
-from transformers import AutoTokenizer, VisionTextDualEncoderModel, pipeline
+from transformers import AutoModel, AutoTokenizer, pipeline
+from typer.testing import CliRunner
 
-from modeling_vitreg import ViTWithRegistersModel
+from modeling_vitreg import ViTWithRegistersDualEncoderModel, ViTWithRegistersModel
+from modeling_vitreg.cli import app
+from modeling_vitreg.features import load_encoder
 from modeling_vitreg.images import ImageSource
+from modeling_vitreg.pretraining.build import make_objective
 from modeling_vitreg.pretraining.contrast import (
     LARGEST_SCALE,
     CaptionTokens,
@@ -27,10 +32,12 @@ from modeling_vitreg.pretraining.contrast import (
     contrastive_loss,
     find_words,
     make_tokenizer,
+    save_tokenizer,
 )
 from modeling_vitreg.pretraining.crops import CropSettings
 from modeling_vitreg.pretraining.loader import ViewLoader
 from modeling_vitreg.pretraining.processes import Processes
+from modeling_vitreg.pretraining.recipe import Recipe
 
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -87,6 +94,17 @@ def test_captions_are_words_between_a_start_and_an_end():
     assert words == ["<start>", "a", "red", "ball", "<unknown>", "of", "<end>"] and tokens[-1] == -1
     cut = CaptionTokens(tokenizer, 4)("a red ball on the grass")
     assert tokenizer.convert_ids_to_tokens(cut.tolist()) == ["<start>", "a", "red", "<end>"]
+
+
+def test_a_saved_tokenizer_has_a_name_that_every_version_of_transformers_knows(tmp_path):
+    tokenizer = make_tokenizer(ContrastSettings(words=tuple(find_words(CAPTIONS)), num_tokens=8))
+    save_tokenizer(tokenizer, tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    expected = tokenizer("a red ball", return_tensors="pt")
+    assert again("a red ball")["input_ids"] == expected["input_ids"][0].tolist() and again.model_max_length == 8
+    assert list(expected) == list(again("a")) == ["input_ids", "attention_mask"]  # all that CLIP's text tower takes
 
 
 def test_padding_changes_no_text(make):
@@ -156,6 +174,28 @@ def test_the_loader_brings_the_caption_of_each_image():
 
 
 @pytest.mark.parametrize(
+    ("objective", "settings"),
+    [
+        ("classify", {"class_names": ["a", "b"]}),
+        ("classify", {"class_names": ["a", "b"], "lora_rank": 2}),
+        ("clip", {"words": ["a"], **SMALL}),
+        ("simmim", {}),
+    ],
+)
+def test_other_objectives_start_from_the_image_tower_of_a_saved_model(make, tmp_path, objective, settings):
+    model = make().model
+    model.save_pretrained(tmp_path / "model")
+    processor = tmp_path / "model" / "preprocessor_config.json"
+    processor.write_text(json.dumps(json.loads(processor.read_text()) | {"image_mean": [0.1, 0.2, 0.3]}))
+    recipe = Recipe(objective=objective, model={"drop_path_rate": 0.1}, crops=ONE_VIEW, settings=settings)
+    encoder = make_objective(recipe, init=tmp_path / "model").encoder
+    weights = {name.replace(".base_layer", ""): value for name, value in encoder.state_dict().items()}
+    assert all(torch.equal(weights[name], value) for name, value in model.vision_model.state_dict().items())
+    assert encoder.config.drop_path_rate == 0.1 and encoder.image_processor_settings()["image_mean"] == [0.1, 0.2, 0.3]
+    assert (encoder.embeddings.mask_token is not None) == (objective == "simmim")
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"words": ()}, "expected words, .* or a tokenizer, got neither"),
@@ -209,13 +249,33 @@ def whole(folder) -> str:
 
 
 def test_a_run_ends_with_a_dual_encoder_for_the_zero_shot_pipeline(folder, whole):
-    assert "zero-shot accuracy on" in whole
-    model = VisionTextDualEncoderModel.from_pretrained(folder / "whole" / "model")
-    assert isinstance(model.vision_model, ViTWithRegistersModel) and model.vision_model.config.num_register_tokens == 4
+    assert "zero-shot accuracy on" in whole and "from transformers import AutoModel; " in whole
+    model = AutoModel.from_pretrained(folder / "whole" / "model")
+    assert type(model) is ViTWithRegistersDualEncoderModel and model.vision_model.config.num_register_tokens == 4
     assert AutoTokenizer.from_pretrained(folder / "whole" / "model").model_max_length == 40
     classify = pipeline("zero-shot-image-classification", str(folder / "whole" / "model"))
     found = classify(PILImage.new("RGB", (50, 40)), candidate_labels=["red ball", "blue cube"])
     assert sorted(entry["label"] for entry in found) == ["blue cube", "red ball"]
+
+
+def test_the_objective_is_the_loss_of_the_model_that_it_saves(make):
+    objective = make()
+    texts = torch.stack(list(map(objective.make_text, CAPTIONS)))
+    images = torch.randn(1, 3, 3, 32, 32)
+    loss = objective({"global_views": images, "texts": texts}, step=0)["total"]
+    output = objective.model(texts.clamp(min=0), images[0], attention_mask=(texts >= 0).long(), return_loss=True)
+    torch.testing.assert_close(loss, output.loss)
+
+
+def test_a_run_is_evaluated_with_prompts_and_looked_at(folder, whole, monkeypatch):
+    monkeypatch.chdir(folder)
+    usual = ["--num-train", "8", "--num-test", "8", "--report", "report"]
+    found = CliRunner().invoke(app, ["evaluate", "whole/model", "scenes", "--tasks", "zero_shot", *usual])
+    assert found.exit_code == 0 and "| zero_shot | top1" in found.output and "skipped" not in found.output
+    (top1, _) = json.loads((folder / "report" / "evaluation.json").read_text())["results"]
+    assert (top1["task"], top1["n"]) == ("zero_shot", 8)
+    encoder = load_encoder(folder / "whole" / "model")
+    assert (encoder.family, encoder.num_registers, encoder.num_layers) == ("vitreg", 4, 2)
 
 
 def test_a_killed_run_goes_on_with_the_same_bits(folder, whole):

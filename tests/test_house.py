@@ -16,12 +16,13 @@ import modeling_vitreg
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "modeling_vitreg"
-HUB_FILES = [PACKAGE / "configuration_vitreg.py", PACKAGE / "modeling_vitreg.py"]
+HUB_FILES = [PACKAGE / f"{name}_vitreg.py" for name in ("configuration", "modeling", "dual_encoder")]
 
 # Layer of each module or subpackage; a module imports from lower layers and from its own subpackage only.
 LAYERS = {
     "configuration_vitreg": 0,
     "modeling_vitreg": 0,
+    "dual_encoder_vitreg": 0,
     "__init__": 0,
     "files": 1,
     "images": 1,
@@ -115,7 +116,8 @@ def test_the_library_sees_the_imports_of_a_hub_file_as_they_are(path):
     from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
     true = {module for module in _imports(path) if module.startswith(".")}
-    assert {f".{name}" for name in get_relative_imports(path)} == true <= {".configuration_vitreg"}
+    assert {f".{name}" for name in get_relative_imports(path)} == true
+    assert true <= {f".{other.stem}" for other in HUB_FILES[: HUB_FILES.index(path)]}
     assert set(get_imports(path)) - set(sys.stdlib_module_names) <= {"torch", "transformers", "huggingface_hub"}
 
 
@@ -137,8 +139,7 @@ def test_importing_the_package_loads_only_layer_0_and_what_transformers_loads_it
     ours = loaded_by("import modeling_vitreg")
     assert {name for name in ours if name.startswith("modeling_vitreg")} == {
         "modeling_vitreg",
-        "modeling_vitreg.configuration_vitreg",
-        "modeling_vitreg.modeling_vitreg",
+        *(f"modeling_vitreg.{path.stem}" for path in HUB_FILES),
     }
     tops = {name.split(".")[0] for name in ours - library}
     assert not tops - {"modeling_vitreg"} - sys.stdlib_module_names
@@ -147,6 +148,7 @@ def test_importing_the_package_loads_only_layer_0_and_what_transformers_loads_it
 def test_public_names_are_a_list_that_changes_on_purpose():
     names = """
         ViTWithRegistersAttentionMaps ViTWithRegistersBackbone ViTWithRegistersClassifierOutput ViTWithRegistersConfig
+        ViTWithRegistersDualEncoderConfig ViTWithRegistersDualEncoderModel ViTWithRegistersDualEncoderOutput
         ViTWithRegistersForDepthEstimation ViTWithRegistersForImageClassification
         ViTWithRegistersForMaskedImageModeling ViTWithRegistersForSemanticSegmentation ViTWithRegistersModel
         ViTWithRegistersModelOutput ViTWithRegistersPreTrainedModel ViTWithRegistersTokens

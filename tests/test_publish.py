@@ -13,9 +13,12 @@ import pytest
 import torch
 from hub_stand_in import Cut, HubStandIn
 from safetensors.torch import load_file, save_file
+from transformers import pipeline
 
 from modeling_vitreg import ViTWithRegistersForImageClassification, ViTWithRegistersModel
 from modeling_vitreg.cards import record_fingerprint
+from modeling_vitreg.pretraining.contrast import Contrast, ContrastSettings
+from modeling_vitreg.pretraining.crops import CropSettings
 
 
 # Publishes what each line of its input says; the network is used here only. Without "check" nothing is loaded.
@@ -310,6 +313,52 @@ def test_a_card_that_the_hub_refuses_is_said_in_its_words(hub, publisher, folder
     answer = publisher(folder, "user/refused-card")
     assert answer["error"] == "PublishError" and "license is not one of ours" in answer["words"]
     assert _large(hub) == []
+
+
+def test_a_clip_run_is_published_and_gives_a_stranger_the_same_numbers(hub, publisher, tiny, tmp_path, photograph):
+    run, texts = tmp_path / "run", ("a red ball", "a blue cube")
+    objective = Contrast(
+        ViTWithRegistersModel(tiny(initializer_range=0.2)),
+        settings=ContrastSettings(
+            words=("a", "red", "ball"), text_width=32, num_text_layers=1, num_text_heads=2, num_tokens=12
+        ),
+        crops=CropSettings(num_global=1, num_local=0, global_size=32),
+        num_steps=1,
+    ).eval()
+    objective.write(objective.saved, run / "model")
+    facts = {"steps": 7, "data": {"name": "scenes", "split": "train"}, "recipe": {"objective": "clip"}}
+    (run / "training.json").write_text(json.dumps(facts))
+    answer = publisher(run, "user/clip", licence="mit", check=True)
+    assert answer.get("commit"), answer
+    assert "loads without the package, with the same outputs" in answer["said"][0]
+    files = {"dual_encoder_vitreg.py", "tokenizer.json", "preprocessor_config.json", "fingerprint.json"}
+    assert files <= set(hub.files("user/clip"))
+    assert "pipeline_tag: zero-shot-image-classification" in answer["card"] and "radford2021clip" in answer["card"]
+    assert "A Vision Transformer with 4 registers" in answer["card"] and str(tmp_path) not in answer["card"]
+
+    photograph.resize((64, 64)).save(tmp_path / "photograph.jpg")
+    program = f"""
+        import json, sys
+        sys.modules["modeling_vitreg"] = None
+        from transformers import AutoModel, pipeline
+        classify = pipeline("zero-shot-image-classification", model="user/clip", trust_remote_code=True)
+        found = classify("photograph.jpg", candidate_labels={texts}, hypothesis_template="{{}}")
+        model = AutoModel.from_pretrained("user/clip", trust_remote_code=True)
+        inputs = classify.tokenizer({texts}, return_tensors="pt", padding=True)
+        json.dump([found, model.get_text_features(**inputs).tolist()], open("found.json", "w"))
+    """
+    environment = hub.environment(tmp_path / "home")
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found, features = json.loads((tmp_path / "found.json").read_text())
+    inputs = objective.make_text.tokenizer(texts, return_tensors="pt", padding=True)
+    torch.testing.assert_close(torch.tensor(features), objective.model.get_text_features(**inputs))
+    classify = pipeline("zero-shot-image-classification", model=str(run / "model"))
+    expected = classify(str(tmp_path / "photograph.jpg"), candidate_labels=texts, hypothesis_template="{}")
+    assert [entry["label"] for entry in found] == [entry["label"] for entry in expected]
+    assert [entry["score"] for entry in found] == pytest.approx([entry["score"] for entry in expected], abs=1e-6)
 
 
 def test_a_training_run_travels_with_its_facts_and_pictures(hub, publisher, folder, tmp_path):

@@ -1,4 +1,4 @@
-"""The two Hub files on several versions of transformers, as remote code, each against what the others saved.
+"""The Hub files on several versions of transformers, as remote code, each against what the others saved.
 
 The environments share torch with the running one and stay in build/versions; making them needs the package index.
 """

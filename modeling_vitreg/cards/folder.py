@@ -1,6 +1,7 @@
 """What a folder is that shall be published, which of its files travel, and whether they are all there.
 
-    MODEL/  config.json, model.safetensors (or shards with an index), preprocessor_config.json, the code of the family
+    MODEL/  config.json, model.safetensors (or shards with an index), preprocessor_config.json, the code of the family;
+            for a dual encoder tokenizer_config.json and what it needs
     MODEL/  adapter_config.json, adapter_model.safetensors
     RUN/    model/, one of the above, with training.json, recipe.yaml and pictures of a training run beside it
 
@@ -99,6 +100,11 @@ def open_folder(path: str | os.PathLike) -> ModelFolder:
         if kind != "vitreg":
             raise CardError(f"{model}: is a model of type {kind!r}: expected one of this family, vitreg")
         _require(model, files, [*weights, "preprocessor_config.json", *_code(model, settings)])
+        if "text_config" in settings and "tokenizer_config.json" not in files:
+            raise CardError(
+                f"{model}: has no tokenizer, tokenizer_config.json, so nobody could give it a text: save that too, by "
+                "its own save_pretrained"
+            )
     shapes: dict[str, tuple[int, ...]] = {}
     for name in weights:
         shapes |= read_shapes(model / name)
@@ -189,7 +195,7 @@ def _weights(model: pathlib.Path) -> list[str]:
 def _code(model: pathlib.Path, settings: dict) -> list[str]:
     """Files with the code that the configuration names, and those that they import."""
     names = {f"{value.split('.')[0]}.py" for value in (settings.get("auto_map") or {}).values() if "--" not in value}
-    if settings.get("model_type") == "vitreg" and not names:
+    if not names:
         raise CardError(
             f"{model / 'config.json'}: has no auto_map, so nobody can load it: save the model with save_pretrained"
         )

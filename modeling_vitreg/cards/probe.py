@@ -45,19 +45,24 @@ def load(folder: str, *, classes: dict[str, type] | None = None) -> nn.Module:
 def take_fingerprint(model: nn.Module) -> dict:
     """Of each output its shape, largest absolute value, means and first values.
 
+    A dual encoder is given an image and a text, so that both towers are seen.
     `mean` would not see two values that changed places, `weighted_mean` does: it is that of value times sin(i).
 
     Raises:
         ValueError: a value is not finite.
     """
-    images = probe_images(model.config)
-    run = getattr(model, "get_image_features", model)  # of a dual encoder
-    outputs = _name_tensors(run(pixel_values=images.to(next(model.parameters()).device)))
+    inputs = {"pixel_values": probe_images(model.config)}
+    described = {"shape": list(inputs["pixel_values"].shape), "formula": "sin(0.7 i + 0.1)"}
+    if hasattr(model.config, "text_config"):  # a dual encoder
+        inputs["input_ids"] = probe_text(model.config.text_config)
+        described["text"] = inputs["input_ids"].tolist()
+    device = next(model.parameters()).device
+    outputs = _name_tensors(model(**{name: value.to(device) for name, value in inputs.items()}))
     summaries = {name: _summarise(tensor) for name, tensor in outputs.items()}
     broken = [name for name, summary in summaries.items() if not math.isfinite(summary["mean_absolute"])]
     if broken:
         raise ValueError(f"the model gives values that are not finite in {', '.join(broken)}")
-    return {"input": {"shape": list(images.shape), "formula": "sin(0.7 i + 0.1)"}, "outputs": summaries}
+    return {"input": described, "outputs": summaries}
 
 
 def probe_images(config) -> Tensor:
@@ -67,6 +72,15 @@ def probe_images(config) -> Tensor:
     height, width = (min(side, _MAX_PATCHES * of_patch) for side, of_patch in zip(image, patch))
     shape = (1, getattr(config, "num_channels", 3), height, width)
     return (0.7 * torch.arange(math.prod(shape), dtype=torch.float64) + 0.1).sin().float().reshape(shape)
+
+
+def probe_text(config) -> Tensor:
+    """One text (1, 8 or fewer), of words spread over all, with its end behind them."""
+    num_tokens = min(8, getattr(config, "max_position_embeddings", 8))
+    words = (7919 * torch.arange(1, num_tokens + 1)) % config.vocab_size
+    if isinstance(getattr(config, "eos_token_id", None), int):
+        words[-1] = config.eos_token_id
+    return words[None]
 
 
 def main() -> None:
@@ -98,8 +112,6 @@ def _labels(folder: str) -> dict[str, int]:
 
 
 def _name_tensors(output) -> dict[str, Tensor]:
-    if isinstance(output, Tensor):
-        return {"image_features": output}
     named = {}
     for name, value in output.items():
         values = value if isinstance(value, tuple) else (value,)
@@ -123,4 +135,4 @@ def _pair(side) -> tuple[int, int]:
     return (side, side) if isinstance(side, int) else tuple(side)
 
 
-__all__ = ["MEASURES", "NUM_FIRST", "load", "main", "probe_images", "take_fingerprint"]
+__all__ = ["MEASURES", "NUM_FIRST", "load", "main", "probe_images", "probe_text", "take_fingerprint"]

@@ -12,7 +12,7 @@ _TASKS = {
     "ViTWithRegistersForSemanticSegmentation": ("image-segmentation", "AutoModelForSemanticSegmentation"),
     "ViTWithRegistersForDepthEstimation": ("depth-estimation", "AutoModelForDepthEstimation"),
     "ViTWithRegistersForMaskedImageModeling": ("image-feature-extraction", "AutoModelForMaskedImageModeling"),
-    "VisionTextDualEncoderModel": ("zero-shot-image-classification", "AutoModel"),
+    "ViTWithRegistersDualEncoderModel": ("zero-shot-image-classification", "AutoModel"),
 }
 _OTHERS = ("image-feature-extraction", "AutoModel")
 _PIPELINES = ("image-classification", "image-segmentation", "depth-estimation")

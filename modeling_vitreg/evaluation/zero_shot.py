@@ -41,8 +41,8 @@ class ZeroShotSettings:
 def embed_images(encoder: Encoder, pixel_values: Tensor) -> Tensor:
     """Embeddings (B, E) of images, in the space of text where the model has one.
 
-    That is `get_image_features` of a dual encoder of transformers, `image_embeds` of a model with a projection, and
-    otherwise the normed class token, or the mean of the normed patches of a model without.
+    That is `get_image_features` of a dual encoder, `image_embeds` of a model with a projection, and otherwise the
+    normed class token, or the mean of the normed patches of a model without.
     """
     model, pixels = encoder.model, pixel_values.to(encoder.device, encoder.dtype)
     with evaluation_mode(model):
@@ -61,7 +61,7 @@ def embed_classes(
     """Embeddings of classes: the mean over prompts of text embeddings of norm 1, brought to norm 1 again.
 
     Args:
-        model: with `get_text_features`, a dual encoder of transformers.
+        model: with `get_text_features`, a dual encoder.
         tokenizer: of transformers.
         class_names: C.
         templates: T, each with one "{}".

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForImageClassification, PretrainedConfig
 
 from modeling_vitreg.configuration_vitreg import ViTWithRegistersConfig
+from modeling_vitreg.dual_encoder_vitreg import ViTWithRegistersDualEncoderConfig, ViTWithRegistersDualEncoderModel
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersModel
 
 from .classification import Classification, ClassificationSettings
@@ -51,8 +52,8 @@ def make_objective(
     Args:
         recipe: of the run. With `init`, the architecture is that of the loaded model; of the recipe's, stochastic
             depth and the number of registers hold, and positions are resized to the views of the recipe.
-        init: a folder or a name on the Hub to start from; of the output folder of another run, heads and teacher
-            are taken too.
+        init: a folder or a name on the Hub to start from, of a dual encoder its image tower; of the output folder of
+            another run, heads and teacher are taken too.
         processes: that share a batch.
 
     Raises:
@@ -64,7 +65,7 @@ def make_objective(
     folder = pathlib.Path(init)
     kept = {name: value for name, value in _model_keywords(recipe).items() if name.startswith("drop_path")}
     kept["has_mask_token"] = recipe.objective in WITH_MASK_TOKEN
-    backbone = ViTWithRegistersModel.from_pretrained(_model_in(init), dtype=torch.float32, **kept)
+    backbone = _load_backbone(_model_in(init), kept)
     objective = _wrap(backbone, recipe, processes)
     state = last_state(folder / "state") if folder.is_dir() else None
     # These start from any model; the heads of what made it are of no use to them.
@@ -80,6 +81,18 @@ def make_objective(
     if objective.encoder is not objective.trained["backbone"]:
         objective.encoder.requires_grad_(False)  # registers where there were none before are new parameters
     return objective
+
+
+def _load_backbone(source: str | pathlib.Path, changes: dict) -> ViTWithRegistersModel:
+    """The image tower of a folder or a name, whatever head or text tower it is saved with, with other settings."""
+    kind = PretrainedConfig.get_config_dict(source)[0].get("model_type")
+    if kind != ViTWithRegistersDualEncoderConfig.model_type:
+        return ViTWithRegistersModel.from_pretrained(source, dtype=torch.float32, **changes)
+    tower = ViTWithRegistersDualEncoderModel.from_pretrained(source, dtype=torch.float32).vision_model
+    config = ViTWithRegistersConfig.from_dict({**tower.config.to_dict(), **changes})
+    backbone = ViTWithRegistersModel.from_pretrained(None, config=config, state_dict=tower.state_dict())
+    backbone.config._name_or_path = str(source)  # where the image processor lies
+    return backbone
 
 
 def _model_keywords(recipe: Recipe) -> dict:

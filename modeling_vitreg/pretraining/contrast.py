@@ -1,8 +1,8 @@
 """CLIP: images and their captions find each other among all others of a batch.
 
 The image tower is ours, with registers behind the positions and before the first norm; the text tower is that of
-transformers. Both are saved as one `VisionTextDualEncoderModel`, with tokenizer and image processor. Only the pooled
-vector enters the loss, never a register.
+transformers. Both are saved as one `ViTWithRegistersDualEncoderModel`, with code, tokenizer and image processor. Only
+the pooled vector enters the loss, never a register.
 
 Letters: B pairs, E width of the common space, N tokens of a caption, C classes.
 Source: Radford et al. 2021, arXiv 2103.00020; OpenCLIP.
@@ -24,11 +24,15 @@ from transformers import (
     AutoTokenizer,
     CLIPTextConfig,
     CLIPTextModel,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
-    VisionTextDualEncoderConfig,
-    VisionTextDualEncoderModel,
 )
 
+from modeling_vitreg.dual_encoder_vitreg import (
+    ViTWithRegistersDualEncoderConfig,
+    ViTWithRegistersDualEncoderModel,
+    matching_loss,
+)
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersModel
 from modeling_vitreg.modes import evaluation_mode
 
@@ -107,13 +111,13 @@ class Contrast(Objective):
         self.settings, self.crops = settings, crops
         self.make_text = CaptionTokens(make_tokenizer(settings), settings.num_tokens)
         text = _make_text_model(settings, self.make_text.tokenizer)
-        config = VisionTextDualEncoderConfig.from_vision_text_configs(
+        config = ViTWithRegistersDualEncoderConfig(
             backbone.config,
             text.config,
             projection_dim=settings.projection_size,
             logit_scale_init_value=settings.logit_scale,
         )
-        self.model = VisionTextDualEncoderModel(config=config, vision_model=backbone, text_model=text)
+        self.model = ViTWithRegistersDualEncoderModel(config, vision_model=backbone, text_model=text)
 
     @property
     def encoder(self) -> ViTWithRegistersModel:
@@ -121,7 +125,7 @@ class Contrast(Objective):
         return self.model.vision_model
 
     @property
-    def saved(self) -> VisionTextDualEncoderModel:
+    def saved(self) -> ViTWithRegistersDualEncoderModel:
         """Both towers."""
         return self.model
 
@@ -132,16 +136,14 @@ class Contrast(Objective):
         scale = nn.ParameterList([self.model.logit_scale])
         return {"backbone": self.encoder, "text": self.model.text_model, "projections": joints, "scale": scale}
 
-    def encoder_of(self, model: VisionTextDualEncoderModel) -> ViTWithRegistersModel:
+    def encoder_of(self, model: ViTWithRegistersDualEncoderModel) -> ViTWithRegistersModel:
         """See `Objective`."""
         return model.vision_model
 
-    def write(self, model: VisionTextDualEncoderModel, folder: pathlib.Path) -> None:
-        """See `Objective`: both towers, the tokenizer, and the image processor."""
+    def write(self, model: ViTWithRegistersDualEncoderModel, folder: pathlib.Path) -> None:
+        """See `Objective`: both towers, with what they are loaded with, and the tokenizer."""
         model.save_pretrained(folder)
-        self.make_text.tokenizer.save_pretrained(folder)
-        settings = model.vision_model.image_processor_settings()
-        (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        save_tokenizer(self.make_text.tokenizer, folder)
 
     def follow(self, *, step: int) -> None:
         """Keep the scale below its limit, beyond which training is unstable."""
@@ -162,13 +164,13 @@ class Contrast(Objective):
 
     def embed_images(self, images: Tensor) -> Tensor:
         """(B, 3, h, w) -> (B, E), of length one."""
-        return F.normalize(self.model.visual_projection(self.encoder(images).pooler_output), dim=-1)
+        return F.normalize(self.model.get_image_features(images), dim=-1)
 
     def embed_texts(self, tokens: Tensor) -> Tensor:
         """(B, N) with -1 behind the end -> (B, E), of length one."""
         padding = self.make_text.tokenizer.pad_token_id
-        inputs = {"input_ids": tokens.masked_fill(tokens < 0, padding), "attention_mask": (tokens >= 0).long()}
-        return F.normalize(self.model.text_projection(self.model.text_model(**inputs).pooler_output), dim=-1)
+        texts = self.model.get_text_features(tokens.masked_fill(tokens < 0, padding), (tokens >= 0).long())
+        return F.normalize(texts, dim=-1)
 
     @torch.no_grad()
     def evaluate(self, images: Tensor, truth: dict[str, Tensor], *, batch_size: int = 250) -> dict[str, float]:
@@ -215,16 +217,27 @@ def make_tokenizer(settings: ContrastSettings) -> PreTrainedTokenizerFast:
     ends = [(word, known[word]) for word in ("<start>", "<end>")]
     tokenizer.post_processor = processors.TemplateProcessing(single="<start> $A <end>", special_tokens=ends)
     special = {"pad_token": "<pad>", "bos_token": "<start>", "unk_token": "<unknown>", "eos_token": "<end>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=settings.num_tokens, **special)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=settings.num_tokens,
+        model_input_names=["input_ids", "attention_mask"],  # a text tower of CLIP takes no kinds of tokens
+        **special,
+    )
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: pathlib.Path) -> None:
+    """Save a tokenizer under a name that every version of transformers knows: version 5 writes a newer one, which 4
+    cannot load; both load this."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, *, processes: Processes = ALONE) -> Tensor:
-    """Cross-entropy of each image among all texts, and of each text among all images, averaged.
-
-    for each pair i of all processes:
-        add  - log softmax_j(scale * images[i] . texts[j])[i] / 2
-        add  - log softmax_j(scale * texts[i] . images[j])[i] / 2
-    divide by the number of pairs
+    """`matching_loss` of the pairs of all processes, with logits[i, j] = scale * images[i] . texts[j], in float32.
 
     Args:
         images, texts: (B, E) of this process, of length one.
@@ -232,9 +245,7 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, *, processes:
         processes: whose pairs compete.
     """
     images, texts = processes.gather(images.float()), processes.gather(texts.float())
-    logits = scale.float() * images @ texts.T
-    truth = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2
+    return matching_loss(scale.float() * images @ texts.T)
 
 
 def _make_text_model(settings: ContrastSettings, tokenizer: PreTrainedTokenizerFast) -> CLIPTextModel:
@@ -263,4 +274,5 @@ __all__ = [
     "contrastive_loss",
     "find_words",
     "make_tokenizer",
+    "save_tokenizer",
 ]

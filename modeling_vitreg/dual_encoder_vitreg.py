@@ -1,0 +1,321 @@
+"""A Vision Transformer with registers beside a text tower of transformers, in one space: CLIP (Radford et al. 2021).
+
+Images and texts become vectors whose products say how well they fit. Only the pooled vector of the image tower enters
+them, never a register. Names of tensors are those of transformers' `VisionTextDualEncoderModel`, which loads them too.
+
+Letters for shapes: B images, T texts, N tokens of a text, E width of the common space.
+
+This file travels next to the weights, with the two files of the image tower, and runs without the package.
+"""
+
+import copy
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PretrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .configuration_vitreg import ViTWithRegistersConfig
+from .modeling_vitreg import ViTWithRegistersModel, set_initial
+
+
+# The names under which transformers finds the model; its pipeline looks for the second.
+DUAL_ENCODER_AUTO_CLASSES = ("AutoModel", "AutoModelForZeroShotImageClassification")
+_NOT_OF_A_TOWER = ("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")
+_OF_THE_HUB = ("repo_id", "commit_message", "commit_description", "private", "create_pr", "revision", "tags")
+
+
+class ViTWithRegistersDualEncoderConfig(PretrainedConfig):
+    """Architecture of an image tower with registers beside a text tower. The defaults are CLIP's ViT-B/16's.
+
+    Args:
+        vision_config: `ViTWithRegistersConfig`, or a dictionary of its fields.
+        text_config: configuration of a text tower of transformers, or a dictionary of its fields and its `model_type`,
+            by default that of CLIP.
+        projection_dim: width E of the common space.
+        logit_scale_init_value: logarithm of the inverse temperature that training starts from.
+
+    Raises:
+        ValueError: a value that the image tower does not allow, or a text tower that transformers does not know.
+
+    Example:
+        >>> from transformers import CLIPTextConfig
+        >>> from modeling_vitreg import ViTWithRegistersConfig, ViTWithRegistersDualEncoderConfig
+        >>> tower = ViTWithRegistersConfig.from_preset("small/16")
+        >>> config = ViTWithRegistersDualEncoderConfig(tower, CLIPTextConfig(), projection_dim=512)
+        >>> config.vision_config.num_register_tokens
+        4
+    """
+
+    model_type = "vitreg_dual_encoder"
+    _auto_class = "AutoConfig"
+    sub_configs = {"vision_config": ViTWithRegistersConfig, "text_config": AutoConfig}
+
+    def __init__(
+        self,
+        vision_config=None,
+        text_config=None,
+        projection_dim=512,
+        logit_scale_init_value=2.6592,
+        **kwargs,
+    ):
+        # Before the constructor of the library, which hands the attention back end on to both, and therefore copies.
+        self.vision_config = _make_config(vision_config, default=ViTWithRegistersConfig.model_type)
+        self.text_config = _make_config(text_config, default="clip_text_model")
+        self.projection_dim = projection_dim
+        self.logit_scale_init_value = logit_scale_init_value
+        super().__init__(**kwargs)
+
+    def to_diff_dict(self) -> dict:
+        """What is saved: of each tower its architecture alone, so that versions agree, and no word of where it lay,
+        which may be a folder of its author."""
+        fields = super().to_diff_dict()
+        for tower in self.sub_configs:
+            fields[tower] = getattr(self, tower).to_diff_dict()
+            for name in _NOT_OF_A_TOWER:
+                fields[tower].pop(name, None)
+        return fields
+
+
+@dataclass
+class ViTWithRegistersDualEncoderOutput(ModelOutput):
+    """Output of `ViTWithRegistersDualEncoderModel`, with the fields of transformers' `CLIPOutput`.
+
+    Args:
+        loss: contrastive, on request.
+        logits_per_image: (B, T), products of images and texts times the scale.
+        logits_per_text: (T, B), the same.
+        text_embeds: (T, E), of length one.
+        image_embeds: (B, E), of length one.
+        text_model_output: of the text tower.
+        vision_model_output: of the image tower, a `ViTWithRegistersModelOutput` with all tokens by name.
+    """
+
+    loss: Tensor | None = None
+    logits_per_image: Tensor | None = None
+    logits_per_text: Tensor | None = None
+    text_embeds: Tensor | None = None
+    image_embeds: Tensor | None = None
+    text_model_output: ModelOutput | None = None
+    vision_model_output: ModelOutput | None = None
+
+    def to_tuple(self) -> tuple:
+        """What is there, in order, the outputs of the towers as tuples too."""
+        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
+
+
+class ViTWithRegistersDualEncoderModel(PreTrainedModel):
+    """Images and texts to vectors of one space.
+
+    Args:
+        config: the architecture.
+        vision_model: `ViTWithRegistersModel` to use, as it is; default a new one of `config.vision_config`.
+        text_model: text tower to use, as it is; default a new one of `config.text_config`.
+    """
+
+    config_class = ViTWithRegistersDualEncoderConfig
+    base_model_prefix = "dual_encoder"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _auto_class = "AutoModel"
+    _no_split_modules = []  # each tower has its own
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(
+        self,
+        config: ViTWithRegistersDualEncoderConfig,
+        vision_model: ViTWithRegistersModel | None = None,
+        text_model: PreTrainedModel | None = None,
+    ):
+        super().__init__(config)
+        if vision_model is None:
+            vision_model = ViTWithRegistersModel(config.vision_config)
+        if text_model is None:
+            text_model = AutoModel.from_config(config.text_config)
+        self.vision_model, self.text_model = vision_model, unwrap_text_model(text_model)
+        self._init_text_weights = text_model._init_weights
+        # One configuration for each tower, so that what is changed in it is saved.
+        config.vision_config, config.text_config = self.vision_model.config, self.text_model.config
+        if config._name_or_path:  # where the image processor lies
+            config.vision_config._name_or_path = config._name_or_path
+            config.vision_config._commit_hash = getattr(config, "_commit_hash", None)
+        self.visual_projection = nn.Linear(config.vision_config.pooled_size, config.projection_dim, bias=False)
+        self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        return_loss: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> ViTWithRegistersDualEncoderOutput | tuple:
+        """Compare every image with every text.
+
+        Args:
+            input_ids: (T, N), from the tokenizer.
+            pixel_values: images (B, C, height, width).
+            attention_mask: (T, N), zero behind the end of a text.
+            position_ids, token_type_ids: (T, N), for text towers that have them.
+            return_loss: add the contrastive loss of images and texts that are pairs.
+            output_attentions, output_hidden_states: of both towers; 5.0 records none of CLIP's text tower.
+            return_dict: a `ViTWithRegistersDualEncoderOutput` (default), or a tuple of what is there.
+
+        Raises:
+            ValueError: images or texts are missing, or a loss of unequal numbers of them.
+        """
+        if input_ids is None or pixel_values is None:
+            raise ValueError(
+                "expected texts and images, got no "
+                f"{'pixel_values' if pixel_values is None else 'input_ids'}: for one of them alone use "
+                "get_text_features or get_image_features"
+            )
+        wanted = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        images = self.vision_model(pixel_values, **wanted, return_dict=True)
+        texts = self._read_texts(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            token_type_ids=token_type_ids,
+            **wanted,
+        )
+        image_embeds = F.normalize(self.visual_projection(images.pooler_output), dim=-1)
+        text_embeds = F.normalize(self.text_projection(texts.pooler_output), dim=-1)
+        logits_per_text = text_embeds @ image_embeds.t() * self.logit_scale.exp()  # [T, E] x [B, E] -> [T, B]
+        output = ViTWithRegistersDualEncoderOutput(
+            loss=matching_loss(logits_per_text) if return_loss else None,
+            logits_per_image=logits_per_text.t(),
+            logits_per_text=logits_per_text,
+            text_embeds=text_embeds,
+            image_embeds=image_embeds,
+            text_model_output=texts,
+            vision_model_output=images,
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        """Images (B, C, height, width) in the common space, (B, E), of any length; on every version a tensor."""
+        return self.visual_projection(self.vision_model(pixel_values, return_dict=True).pooler_output)
+
+    def get_text_features(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Texts in the common space, (T, E), of any length; arguments as in `forward`."""
+        texts = self._read_texts(
+            input_ids, attention_mask=attention_mask, position_ids=position_ids, token_type_ids=token_type_ids
+        )
+        return self.text_projection(texts.pooler_output)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> None:
+        """Save as in transformers, and with it the code, an entry for every Auto class, and an image processor.
+
+        The image processor is that of the image tower, see there. The tokenizer is saved by its own method.
+        """
+        to_hub = {name: kwargs.pop(name) for name in _OF_THE_HUB if name in kwargs}
+        self.config.auto_map = {
+            "AutoConfig": "dual_encoder_vitreg.ViTWithRegistersDualEncoderConfig",
+            **dict.fromkeys(DUAL_ENCODER_AUTO_CLASSES, "dual_encoder_vitreg.ViTWithRegistersDualEncoderModel"),
+        }
+        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+        if is_main_process and os.path.isdir(save_directory):
+            self.vision_model._save_image_processor(save_directory)
+        if push_to_hub:  # now, so that the image processor travels too
+            repo_id = to_hub.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
+            self.push_to_hub(repo_id, token=kwargs.get("token"), **to_hub)
+
+    def _read_texts(self, input_ids: Tensor, **inputs) -> ModelOutput:
+        """The output of the text tower, which is given only what the caller has: not every tower takes everything."""
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        output = self.text_model(input_ids=input_ids, **inputs)
+        if getattr(output, "pooler_output", None) is None:
+            raise ValueError(
+                f"expected a text tower with a pooled vector, `pooler_output`, got {type(self.text_model).__name__}: "
+                "take another, such as CLIPTextModel or BertModel"
+            )
+        return output
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # A tower initialises itself where transformers still knows it as a model, which an unwrapped one is not; what
+        # joins them starts as in the model of transformers that has these names.
+        if module is self:
+            set_initial(self.logit_scale, nn.init.constant_, float(self.config.logit_scale_init_value))
+        elif module is self.visual_projection or module is self.text_projection:
+            std = getattr(self.config.text_config, "initializer_range", 0.02)
+            set_initial(module.weight, nn.init.normal_, std=std)
+        else:
+            self._init_text_weights(module)
+
+
+def matching_loss(logits: Tensor) -> Tensor:
+    """Cross-entropy of each image among all texts, and of each text among all images, averaged.
+
+    for each pair i:
+        add  - log softmax_j(logits[i, j])[i] / 2
+        add  - log softmax_j(logits[j, i])[i] / 2
+    divide by the number of pairs
+
+    Args:
+        logits: (B, B), of images and texts, or of texts and images; pairs lie on the diagonal.
+
+    Raises:
+        ValueError: unequal numbers of images and texts.
+    """
+    if logits.shape[0] != logits.shape[1]:
+        raise ValueError(
+            f"expected as many texts as images, in pairs, got logits of shape {tuple(logits.shape)}: leave the loss "
+            "out, or give each image its text"
+        )
+    truth = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, truth) + F.cross_entropy(logits.t(), truth)) / 2
+
+
+def unwrap_text_model(text_model: nn.Module) -> nn.Module:
+    """The network of a text tower. Shim: older versions, 5.0 among them, hold that of CLIP and SigLIP one level
+    deeper, as `text_model`, where its tensors have longer names; its own names are the same in every version."""
+    return getattr(text_model, "text_model", text_model)
+
+
+def _make_config(fields: PretrainedConfig | dict | None, *, default: str) -> PretrainedConfig:
+    """A configuration of its own from one, from its fields, or from nothing.
+
+    No class is asked for: a file that was loaded from a folder may meet those of a second copy of the other file.
+    """
+    if isinstance(fields, PretrainedConfig):
+        return copy.deepcopy(fields)
+    fields = dict(fields or {"model_type": default})
+    kind = fields.pop("model_type", default)
+    if kind == ViTWithRegistersConfig.model_type:
+        return ViTWithRegistersConfig(**fields)
+    return AutoConfig.for_model(kind, **fields)
+
+
+__all__ = [
+    "ViTWithRegistersDualEncoderConfig",
+    "ViTWithRegistersDualEncoderModel",
+    "ViTWithRegistersDualEncoderOutput",
+]
