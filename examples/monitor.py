@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from modeling_vitreg import ViTWithRegistersModel
 from modeling_vitreg.analysis import summarise_norms, token_norms
@@ -132,10 +133,10 @@ class Monitor:
 
     def look(self, *, step: int) -> None:
         """Measure features and norms, draw, and name what is wrong."""
-        encoder = self.objective.encoder_of(gather_model(self.objective))
+        model = gather_model(self.objective)
         if self.run.is_main:
-            with evaluation_mode(encoder):
-                self._measure(encoder, step)
+            with evaluation_mode(model):
+                self._measure(model, step)
         self.run.accelerator.wait_for_everyone()
         self._last_time = time.monotonic()
 
@@ -190,7 +191,8 @@ class Monitor:
         chosen = looks[0 if first else -1] if looks else {}
         return {name: chosen[name] for name in (*MEASURES, "chance") if name in chosen}
 
-    def _measure(self, encoder: ViTWithRegistersModel, step: int) -> None:
+    def _measure(self, model: PreTrainedModel, step: int) -> None:
+        encoder = self.objective.encoder_of(model)
         run, folder, sample = self.run, self.run.folder, self.sample
         features = encode(encoder, sample.images)
         record = {"step": step, "rank": effective_rank(features)}
@@ -202,7 +204,7 @@ class Monitor:
             accuracy = knn_accuracy(features, sample.labels, held_out, sample.truth["labels"])
             record |= {"knn": accuracy, "chance": 1 / sample.num_classes}
         if sample.held_out is not None:
-            record |= self.objective.evaluate(sample.held_out, sample.truth)
+            record |= self.objective.evaluate(model, sample.held_out, sample.truth)
         self._headline = next((name for name in reversed(MEASURES) if name in record), None)
         self._value = record.get(self._headline)
         self.journal.write(record)
@@ -223,7 +225,7 @@ class Monitor:
             if isinstance(self.objective, DensePrediction):
                 truth = sample.truth[self.objective.truth_name][:6]
                 num_classes = encoder.config.num_labels if self.objective.truth_name == "semantic_masks" else None
-                found = self.objective.predict(shown)
+                found = self.objective.predict(model, shown)
                 draw_maps(shown.cpu(), truth, found, folder / "maps.png", **pixels, num_classes=num_classes)
 
     def _track(self, record: dict) -> None:

@@ -73,7 +73,10 @@ def main(*, description: str = __doc__, default_recipe: str = "demo-cpu") -> Non
         objective.compile_layers()
     objective = objective.to(accelerator.device)
     if options.shard:
-        objective = shard(objective, precision=accelerator.mixed_precision)
+        try:
+            objective = shard(objective, precision=accelerator.mixed_precision)
+        except (ValueError, RuntimeError) as error:
+            raise SystemExit(str(error)) from None
     optimizer = make_optimizer(objective, recipe)
     model = objective if options.shard else accelerator.prepare_model(objective)
 

@@ -30,6 +30,7 @@ from modeling_vitreg.pretraining.contrast import (
     Contrast,
     ContrastSettings,
     contrastive_loss,
+    embed_images,
     find_words,
     make_tokenizer,
     save_tokenizer,
@@ -112,7 +113,9 @@ def test_padding_changes_no_text(make):
     tokens = objective.make_text("a red ball")
     longer = torch.nn.functional.pad(tokens[tokens >= 0], (0, 3), value=-1)
     shorter = tokens[tokens >= 0]
-    torch.testing.assert_close(objective.embed_texts(longer[None]), objective.embed_texts(shorter[None]))
+    torch.testing.assert_close(
+        objective.embed_texts(objective.saved, longer[None]), objective.embed_texts(objective.saved, shorter[None])
+    )
 
 
 def test_registers_enter_no_loss_and_learn_through_attention(make):
@@ -144,9 +147,10 @@ def test_zero_shot_accuracy_is_that_of_the_nearest_name(make):
         prompts = torch.stack(
             [objective.make_text(f"a picture of a {name}.") for name in objective.settings.class_names]
         )
-        nearest = (objective.embed_images(images) @ objective.embed_texts(prompts).T).argmax(dim=1)
-    assert objective.evaluate(images, {"labels": nearest}) == {"zero_shot": 1.0}
-    assert objective.evaluate(images, {"labels": (nearest + 1) % 3}) == {"zero_shot": 0.0}
+        classes = objective.embed_texts(objective.saved, prompts)
+        nearest = (embed_images(objective.saved, images) @ classes.T).argmax(dim=1)
+    assert objective.evaluate(objective.saved, images, {"labels": nearest}) == {"zero_shot": 1.0}
+    assert objective.evaluate(objective.saved, images, {"labels": (nearest + 1) % 3}) == {"zero_shot": 0.0}
 
 
 def test_the_loader_brings_the_caption_of_each_image():
@@ -298,3 +302,9 @@ def test_two_processes_follow_one(folder, whole):
         rtol=1e-3,
         atol=1e-3,
     )
+
+
+def test_sharding_is_refused_in_words_for_the_scale_is_a_single_number(folder):
+    process = start(folder, "--shard", output="sharded", processes=2)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode != 0 and "torch does not shard model.logit_scale" in err and "leave --shard out" in err

@@ -1,5 +1,6 @@
 """Training on maps: cuts that keep image and map together, losses beside the models' own, metrics, and the program."""
 
+import json
 import os
 import signal
 import subprocess
@@ -125,20 +126,23 @@ def test_mean_iou_is_that_of_torchmetrics(make):
     images, masks = batch["global_views"][0], batch["semantic_masks"][0]
     with torch.no_grad():
         logits = F.interpolate(objective.model(images).logits, size=(32, 32), mode="bilinear", align_corners=False)
-    found = objective.train().evaluate(images, {"semantic_masks": masks})
+    found = objective.train().evaluate(objective.saved, images, {"semantic_masks": masks})
     predicted = logits.argmax(dim=1)
-    assert torch.equal(objective.predict(images, batch_size=3), predicted) and objective.training
+    assert torch.equal(objective.predict(objective.saved, images, batch_size=3), predicted) and objective.training
     theirs = MulticlassJaccardIndex(5, ignore_index=255)(predicted, masks)
     assert found["mean_iou"] == pytest.approx(theirs.item(), rel=1e-5)
     is_known = masks != 255
     assert found["pixel_accuracy"] == pytest.approx((predicted == masks)[is_known].float().mean().item(), rel=1e-5)
-    assert objective.evaluate(images, {"labels": torch.zeros(8)}) == {}
+    assert objective.evaluate(objective.saved, images, {"labels": torch.zeros(8)}) == {}
 
 
 def test_errors_of_depth_are_those_of_the_formulas(make):
     objective, batch = make("depth"), make_batch(3)
     images, depths = batch["global_views"][0], batch["depths"][0]
-    found, predicted = objective.evaluate(images, {"depths": depths}), objective.predict(images)
+    found, predicted = (
+        objective.evaluate(objective.saved, images, {"depths": depths}),
+        objective.predict(objective.saved, images),
+    )
     pairs = []
     for own, true in zip(predicted, depths):
         is_known = (true > 1e-3) & (true < 10)
@@ -158,12 +162,14 @@ def test_a_probe_leaves_the_backbone_as_it_is_and_lora_is_merged(make, kind, tmp
     for name, parameter in objective.named_parameters():
         if "lora" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    before = objective.predict(images)
+    before = objective.predict(objective.saved, images)
     objective.write(objective.saved, tmp_path)
     loaded = make(kind)
     loaded.model = type(objective.model).from_pretrained(tmp_path)
-    after = loaded.predict(images)
-    assert torch.allclose(after.float(), before.float(), atol=1e-4) and objective.predict(images).equal(before)
+    after = loaded.predict(loaded.saved, images)
+    assert torch.allclose(after.float(), before.float(), atol=1e-4) and objective.predict(
+        objective.saved, images
+    ).equal(before)
 
 
 @pytest.mark.parametrize(
@@ -298,6 +304,15 @@ def test_two_processes_follow_one(folder, whole):
     ours, theirs = (load_file(folder / name / "model" / "model.safetensors") for name in ("two", "whole"))
     for name in theirs:  # running means and variances too
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-3, msg=name)
+
+
+def test_two_processes_that_share_the_parameters_follow_one(folder, whole):
+    run(folder, "--shard", output="sharded", processes=2)
+    ours, theirs = (torch.tensor(losses_of(folder / name)) for name in ("sharded", "whole"))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    ours, theirs = (json.loads((folder / name / "training.json").read_text()) for name in ("sharded", "whole"))
+    for name in {"mean_iou", "rmse"} & theirs.keys():  # of the model that was gathered
+        assert ours[name] == pytest.approx(theirs[name], abs=2e-3)
 
 
 def test_maps_of_a_dataset_on_the_disk_are_named_by_their_columns(folder, whole):

@@ -193,13 +193,14 @@ class Classification(Objective):
         return super().to_device(batch, **options)
 
     @torch.no_grad()
-    def evaluate(self, images: Tensor, truth: dict[str, Tensor], *, batch_size: int = 250) -> dict[str, float]:
+    def evaluate(
+        self, model: nn.Module, images: Tensor, truth: dict[str, Tensor], *, batch_size: int = 250
+    ) -> dict[str, float]:
         """Share of held-out images whose class is found, as `accuracy`; see `Objective`."""
         if "labels" not in truth:
             return {}
-        device = next(self.parameters()).device
-        with evaluation_mode(self.saved):
-            found = [self.saved(part.to(device)).logits.argmax(dim=1).cpu() for part in images.split(batch_size)]
+        with evaluation_mode(model):
+            found = [model(part.to(model.device)).logits.argmax(dim=1).cpu() for part in images.split(batch_size)]
         return {"accuracy": (torch.cat(found) == truth["labels"]).float().mean().item()}
 
 

@@ -157,35 +157,37 @@ class Contrast(Objective):
             batch: `global_views` (1, B, 3, h, w) and `texts` (B, N) with -1 behind the end.
             step: number of the step.
         """
-        images = self.embed_images(batch["global_views"].flatten(0, 1))
-        texts = self.embed_texts(batch["texts"])
+        images = embed_images(self.model, batch["global_views"].flatten(0, 1))
+        texts = self.embed_texts(self.model, batch["texts"])
         scale = self.model.logit_scale.exp()
         return {"total": contrastive_loss(images, texts, scale, processes=self.processes), "scale": scale.detach()}
 
-    def embed_images(self, images: Tensor) -> Tensor:
-        """(B, 3, h, w) -> (B, E), of length one."""
-        return F.normalize(self.model.get_image_features(images), dim=-1)
-
-    def embed_texts(self, tokens: Tensor) -> Tensor:
+    def embed_texts(self, model: ViTWithRegistersDualEncoderModel, tokens: Tensor) -> Tensor:
         """(B, N) with -1 behind the end -> (B, E), of length one."""
         padding = self.make_text.tokenizer.pad_token_id
-        texts = self.model.get_text_features(tokens.masked_fill(tokens < 0, padding), (tokens >= 0).long())
+        texts = model.get_text_features(tokens.masked_fill(tokens < 0, padding), (tokens >= 0).long())
         return F.normalize(texts, dim=-1)
 
     @torch.no_grad()
-    def evaluate(self, images: Tensor, truth: dict[str, Tensor], *, batch_size: int = 250) -> dict[str, float]:
+    def evaluate(
+        self, model: nn.Module, images: Tensor, truth: dict[str, Tensor], *, batch_size: int = 250
+    ) -> dict[str, float]:
         """Share of held-out images whose class has the nearest name, as `zero_shot`; see `Objective`."""
         if not self.settings.class_names or "labels" not in truth:
             return {}
-        device = next(self.parameters()).device
         prompts = [self.make_text(self.settings.prompt.format(name)) for name in self.settings.class_names]
-        with evaluation_mode(self.model):
-            classes = self.embed_texts(torch.stack(prompts).to(device))  # [C, E]
+        with evaluation_mode(model):
+            classes = self.embed_texts(model, torch.stack(prompts).to(model.device))  # [C, E]
             found = [
-                (self.embed_images(part.to(device)) @ classes.T).argmax(dim=1).cpu()
+                (embed_images(model, part.to(model.device)) @ classes.T).argmax(dim=1).cpu()
                 for part in images.split(batch_size)
             ]
         return {"zero_shot": (torch.cat(found) == truth["labels"]).float().mean().item()}
+
+
+def embed_images(model: ViTWithRegistersDualEncoderModel, images: Tensor) -> Tensor:
+    """(B, 3, h, w) -> (B, E), of length one."""
+    return F.normalize(model.get_image_features(images), dim=-1)
 
 
 class CaptionTokens:
@@ -272,6 +274,7 @@ __all__ = [
     "Contrast",
     "ContrastSettings",
     "contrastive_loss",
+    "embed_images",
     "find_words",
     "make_tokenizer",
     "save_tokenizer",

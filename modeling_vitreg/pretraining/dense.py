@@ -169,11 +169,10 @@ class DensePrediction(Objective):
         return {"total": self._loss(images, truth)}
 
     @torch.no_grad()
-    def predict(self, images: Tensor, *, batch_size: int = 64) -> Tensor:
-        """Maps (N, h, w) on the CPU of normalised images (N, 3, h, w): class numbers, or metres."""
-        device = next(self.parameters()).device
-        with evaluation_mode(self.model):
-            parts = [self._predict(part.to(device)).cpu() for part in images.split(batch_size)]
+    def predict(self, model: nn.Module, images: Tensor, *, batch_size: int = 64) -> Tensor:
+        """Maps (N, h, w) on the CPU of normalised images (N, 3, h, w), by what is saved: class numbers, or metres."""
+        with evaluation_mode(model):
+            parts = [self._predict(model, part.to(model.device)).cpu() for part in images.split(batch_size)]
         return torch.cat(parts)
 
     @abc.abstractmethod
@@ -189,7 +188,7 @@ class DensePrediction(Objective):
         """Of images (B, 3, h, w) and maps (B, h, w)."""
 
     @abc.abstractmethod
-    def _predict(self, images: Tensor) -> Tensor:
+    def _predict(self, model: nn.Module, images: Tensor) -> Tensor:
         """(B, 3, h, w) -> (B, h, w)."""
 
 
@@ -214,12 +213,12 @@ class Segmentation(DensePrediction):
         return super().to_device(batch, **options)
 
     @torch.no_grad()
-    def evaluate(self, images: Tensor, truth: dict[str, Tensor]) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, images: Tensor, truth: dict[str, Tensor]) -> dict[str, float]:
         """`mean_iou` and `pixel_accuracy` over all pixels of held-out images; see `Objective`."""
         if self.truth_name not in truth:
             return {}
         masks = truth[self.truth_name].long()
-        areas = measure_areas(self.predict(images), masks, num_classes=len(self.settings.names)).sum(dim=0)
+        areas = measure_areas(self.predict(model, images), masks, num_classes=len(self.settings.names)).sum(dim=0)
         found, predicted, true = areas
         return {
             "mean_iou": (found / (predicted + true - found)).nanmean().item(),
@@ -241,16 +240,16 @@ class Segmentation(DensePrediction):
         return model
 
     def _loss(self, images: Tensor, truth: Tensor) -> Tensor:
-        total = F.cross_entropy(self._scores(images), truth.long(), ignore_index=IGNORED, reduction="sum")
+        total = F.cross_entropy(self._scores(self.model, images), truth.long(), ignore_index=IGNORED, reduction="sum")
         # The mean over processes is taken of gradients: each divides by its share of all pixels that count.
         count = self.processes.total((truth != IGNORED).sum().float()) / self.processes.size
         return total / count.clamp(min=1)
 
-    def _predict(self, images: Tensor) -> Tensor:
-        return self._scores(images).argmax(dim=1)
+    def _predict(self, model: nn.Module, images: Tensor) -> Tensor:
+        return self._scores(model, images).argmax(dim=1)
 
-    def _scores(self, images: Tensor) -> Tensor:
-        logits = self.model(images).logits.float()
+    def _scores(self, model: nn.Module, images: Tensor) -> Tensor:
+        logits = model(images).logits.float()
         return F.interpolate(logits, size=images.shape[2:], mode="bilinear", align_corners=False)
 
 
@@ -265,12 +264,12 @@ class DepthEstimation(DensePrediction):
         return {"backbone": self.model.vitreg, "head": self.model.depth_classifier}
 
     @torch.no_grad()
-    def evaluate(self, images: Tensor, truth: dict[str, Tensor]) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, images: Tensor, truth: dict[str, Tensor]) -> dict[str, float]:
         """Errors `rmse`, `abs_rel` and `d1`, means over held-out images; see `Objective`."""
         if self.truth_name not in truth:
             return {}
         limits = {"min_depth": self.settings.min_depth, "max_depth": self.settings.max_depth}
-        means = depth_errors(self.predict(images), truth[self.truth_name], **limits).nanmean(dim=0)
+        means = depth_errors(self.predict(model, images), truth[self.truth_name], **limits).nanmean(dim=0)
         errors = dict(zip(DEPTH_ERRORS, means.tolist()))
         return {name: errors[name] for name in ("rmse", "abs_rel", "d1")}
 
@@ -288,11 +287,11 @@ class DepthEstimation(DensePrediction):
 
     def _loss(self, images: Tensor, truth: Tensor) -> Tensor:
         # The loss is no mean over pixels: all of them are needed at once.
-        depths, truth = self.processes.gather(self._predict(images)), self.processes.gather(truth)
+        depths, truth = self.processes.gather(self._predict(self.model, images)), self.processes.gather(truth)
         return scale_invariant_loss(depths, truth, max_depth=self.settings.max_depth)
 
-    def _predict(self, images: Tensor) -> Tensor:
-        return self.model(images).predicted_depth
+    def _predict(self, model: nn.Module, images: Tensor) -> Tensor:
+        return model(images).predicted_depth
 
 
 class _SharedBatchNorm(nn.BatchNorm2d):

@@ -74,10 +74,11 @@ class Objective(nn.Module, abc.ABC):
         """Write what is saved into a folder."""
         model.save_pretrained(folder)
 
-    def evaluate(self, images: Tensor, truth: dict[str, Tensor]) -> dict[str, float]:
+    def evaluate(self, model: PreTrainedModel, images: Tensor, truth: dict[str, Tensor]) -> dict[str, float]:
         """What can be said of held-out images (N, 3, h, w), for the log.
 
         Args:
+            model: what is saved, whole; see `sharding.gather_model`.
             images: normalised.
             truth: what is known of them, out of `labels` (N,), `semantic_masks` and `depths`, both (N, h, w).
         """

@@ -8,12 +8,9 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from transformers import PreTrainedModel
 
-from modeling_vitreg.modeling_vitreg import (
-    ViTWithRegistersLayer,
-    ViTWithRegistersModel,
-    ViTWithRegistersPreTrainedModel,
-)
+from modeling_vitreg.modeling_vitreg import ViTWithRegistersLayer
 
 from .heads import PrototypeHead
 from .objective import Objective
@@ -30,6 +27,7 @@ def shard(objective: Objective, *, precision: str = "no") -> Objective:
 
     Raises:
         RuntimeError: there is only one process.
+        ValueError: a parameter is a single number, which torch does not shard.
     """
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
@@ -37,6 +35,9 @@ def shard(objective: Objective, *, precision: str = "no") -> Objective:
             "sharding needs several processes, got one: start them with `accelerate launch --num_processes ...`, or "
             "on CPUs with `python -m torch.distributed.run --nproc_per_node ...`"
         )
+    scalars = [name for name, parameter in objective.named_parameters() if not parameter.ndim]
+    if scalars:
+        raise ValueError(f"torch does not shard {', '.join(scalars)}, a single number: leave --shard out")
     device = next(objective.parameters()).device.type
     mesh = init_device_mesh(device, (distributed.get_world_size(),))
     kind = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
@@ -47,21 +48,16 @@ def shard(objective: Objective, *, precision: str = "no") -> Objective:
     return fully_shard(objective, mesh=mesh, mp_policy=policy)
 
 
-def gather_model(objective: Objective) -> ViTWithRegistersPreTrainedModel:
+def gather_model(objective: Objective) -> PreTrainedModel:
     """What an objective saves, as a whole, on its device; of a sharded one all processes call it together."""
     model = objective.saved
     if not isinstance(objective, FSDPModule):
         return model
-    if not isinstance(model, ViTWithRegistersPreTrainedModel):
-        raise RuntimeError(f"{type(model).__name__} cannot be gathered: run this objective without sharding")
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     # Sharding has put a class of its own in the place of the model's.
-    kind = next(kind for kind in type(model).__mro__ if kind.__module__ == ViTWithRegistersModel.__module__)
-    with torch.device("meta"):
-        whole = kind(copy.deepcopy(model.config))
-    whole.to_empty(device=next(model.parameters()).device)
-    whole.load_state_dict(weights)
-    return whole.eval()
+    kind = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+    whole = kind.from_pretrained(None, config=copy.deepcopy(model.config), state_dict=weights)
+    return whole.to(next(model.parameters()).device)
 
 
 __all__ = ["gather_model", "shard"]
