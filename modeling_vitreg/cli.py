@@ -211,7 +211,7 @@ def evaluate(
     ] = "scenes",
     tasks: Annotated[
         str, typer.Option(help="knn, linear, logistic, segmentation, depth, zero_shot, discovery; with commas.")
-    ] = "knn,logistic",
+    ] = "knn,linear",
     report: Annotated[Path, typer.Option(help="Folder to write; what it holds is not measured again.")] = EVALUATION,
     compare: Annotated[list[str] | None, typer.Option(help="Another model, on the same; may be repeated.")] = None,
     num_train: Annotated[int, typer.Option(help="Most images to learn from.")] = 2000,
@@ -250,7 +250,7 @@ def evaluate(
     once and kept; a task that is done is not done again, and Ctrl-C keeps what was measured. evaluation.json has
     every number with its n, interval, seed, and the fingerprints of model and data.
 
-    * vitreg evaluate outputs/demo-cpu/model --tasks knn,logistic,segmentation,depth,discovery
+    * vitreg evaluate outputs/demo-cpu/model --tasks knn,linear,segmentation,depth,discovery
 
     * vitreg evaluate outputs/without/model my_photos --compare outputs/demo-cpu/model
 
