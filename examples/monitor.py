@@ -204,7 +204,10 @@ class Monitor:
             accuracy = knn_accuracy(features, sample.labels, held_out, sample.truth["labels"])
             record |= {"knn": accuracy, "chance": 1 / sample.num_classes}
         if sample.held_out is not None:
-            record |= self.objective.evaluate(model, sample.held_out, sample.truth)
+            try:
+                record |= self.objective.evaluate(model, sample.held_out, sample.truth)
+            except ValueError as error:  # the data are not what the recipe says
+                raise SystemExit(str(error)) from None
         self._headline = next((name for name in reversed(MEASURES) if name in record), None)
         self._value = record.get(self._headline)
         self.journal.write(record)

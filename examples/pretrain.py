@@ -102,7 +102,10 @@ def main(*, description: str = __doc__, default_recipe: str = "demo-cpu") -> Non
         for micro in range(run.num_accumulations):
             batch = next(batches)
             monitor.report_unreadable(batch)
-            batch = objective.to_device(batch, device=accelerator.device, mean=recipe.mean, std=recipe.std)
+            try:
+                batch = objective.to_device(batch, device=accelerator.device, mean=recipe.mean, std=recipe.std)
+            except ValueError as error:  # the data are not what the recipe says
+                raise SystemExit(str(error)) from None
             # Whatever is drawn in a step is seeded by it: there is no random state to save.
             torch.manual_seed(derive_seed(recipe.seed, step, micro, run.processes.rank))
             is_last = micro + 1 == run.num_accumulations

@@ -315,6 +315,13 @@ def test_two_processes_that_share_the_parameters_follow_one(folder, whole):
         assert ours[name] == pytest.approx(theirs[name], abs=2e-3)
 
 
+@pytest.mark.parametrize("folder", ["segment"], indirect=True)
+def test_masks_with_more_classes_than_the_recipe_names_are_refused_in_words(folder):
+    process = start(folder, "--set", "settings.num_classes=3", output="few")
+    _, err = process.communicate(timeout=300)
+    assert process.returncode != 0 and "expected classes 0 ... 2 in a mask" in err and "Traceback" not in err
+
+
 def test_maps_of_a_dataset_on_the_disk_are_named_by_their_columns(folder, whole):
     import datasets
 

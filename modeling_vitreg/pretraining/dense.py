@@ -1,8 +1,8 @@
 """Segmentation and depth: a head on patches, and the backbone below it, learn from maps.
 
 The heads are those of DINOv2, which are linear; registers take part in the forward pass and are never read. What is
-summed up over pixels is summed up over the pixels of all processes, so that two processes learn as one does; images of
-a micro-batch alone share the statistics of the batch norm, as everywhere.
+summed up over pixels is summed up over the pixels of all processes, statistics of the batch norm too, so that two
+processes learn as one does. Micro-batches that are accumulated are each on their own, as everywhere.
 
 Letters: B images, C classes, D channels.
 Source: Oquab et al. 2023, arXiv 2304.07193, section 7.4.
