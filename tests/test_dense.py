@@ -154,7 +154,6 @@ def test_errors_of_depth_are_those_of_the_formulas(make):
 
 @pytest.mark.parametrize("kind", ["segment", "depth"])
 def test_a_probe_leaves_the_backbone_as_it_is_and_lora_is_merged(make, kind, tmp_path):
-    pytest.importorskip("peft")
     probe = make(kind, is_probe=True)
     probe(make_batch(), step=0)["total"].backward()
     assert not any(p.requires_grad for p in probe.encoder.parameters()) and not probe.encoder.training

@@ -279,8 +279,9 @@ def recipe():
 
 
 def test_every_objective_of_a_recipe_is_listed():
-    assert OBJECTIVES == ("dinov2", "mae", "simmim", "distill", "classify", "clip")
-    with pytest.raises(ValueError, match="one of dinov2, mae, simmim, distill, classify, clip, got 'dino'"):
+    names = "dinov2, mae, simmim, distill, classify, clip, segment, depth"
+    assert ", ".join(OBJECTIVES) == names
+    with pytest.raises(ValueError, match=f"one of {names}, got 'dino'"):
         make_objective(Recipe(objective="dino", model={"hidden_size": 32, "num_attention_heads": 2}))
 
 
