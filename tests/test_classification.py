@@ -2,11 +2,8 @@
 
 import collections
 import json
-import os
 import pathlib
-import signal
 import subprocess
-import time
 
 import numpy as np
 import pytest
@@ -18,7 +15,6 @@ import torch
 import training_program
 import yaml
 from PIL import Image, ImageFilter, ImageOps
-from safetensors.torch import load_file
 from test_remote_code import run_without_the_package
 from torchvision.transforms import v2
 from training_program import losses_of
@@ -350,16 +346,7 @@ def test_a_run_ends_with_an_accuracy_and_a_classifier_that_loads_without_the_pac
 
 
 def test_a_killed_run_goes_on_with_the_same_bits(folder, whole):
-    process = start(folder, output="killed")
-    while not (folder / "killed" / "state" / "LAST").exists() and process.poll() is None:
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert len(losses_of(folder / "killed")) < RECIPE["num_steps"]
-    run(folder, output="killed")
-    assert losses_of(folder / "killed") == losses_of(folder / "whole")
-    ours, theirs = (load_file(folder / name / "model" / "model.safetensors") for name in ("killed", "whole"))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    training_program.assert_a_killed_run_goes_on("finetune.py", folder, *USUAL, num_steps=RECIPE["num_steps"])
 
 
 def test_two_processes_follow_one(folder):

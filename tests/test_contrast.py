@@ -1,11 +1,8 @@
 """CLIP: the loss beside open_clip's, one and two processes, captions to tokens, and the program as one runs it."""
 
 import json
-import os
 import pathlib
-import signal
 import subprocess
-import time
 
 import pytest
 import torch
@@ -14,7 +11,6 @@ import yaml
 from datasets import Dataset, Features, Image, Value
 from open_clip.loss import ClipLoss
 from PIL import Image as PILImage
-from safetensors.torch import load_file
 from training_program import losses_of
 from transformers import AutoModel, AutoTokenizer, pipeline
 from typer.testing import CliRunner
@@ -283,15 +279,7 @@ def test_a_run_is_evaluated_with_prompts_and_looked_at(folder, whole, monkeypatc
 
 
 def test_a_killed_run_goes_on_with_the_same_bits(folder, whole):
-    process = start(folder, output="killed")
-    while not (folder / "killed" / "state" / "LAST").exists() and process.poll() is None:
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    run(folder, output="killed")
-    assert losses_of(folder / "killed") == losses_of(folder / "whole")
-    ours, theirs = (load_file(folder / name / "model" / "model.safetensors") for name in ("killed", "whole"))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    training_program.assert_a_killed_run_goes_on("pretrain_clip.py", folder, *USUAL, num_steps=RECIPE["num_steps"])
 
 
 def test_two_processes_follow_one(folder, whole):

@@ -1,10 +1,7 @@
 """Training on maps: cuts that keep image and map together, losses beside the models' own, metrics, and the program."""
 
 import json
-import os
-import signal
 import subprocess
-import time
 
 import numpy as np
 import pytest
@@ -284,16 +281,7 @@ def test_the_card_of_a_run_has_its_metric_and_its_picture(folder, whole):
 
 
 def test_a_killed_run_goes_on_with_the_same_bits(folder, whole):
-    process = start(folder, output="killed")
-    while not (folder / "killed" / "state" / "LAST").exists() and process.poll() is None:
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert len(losses_of(folder / "killed")) < RECIPE["num_steps"]
-    run(folder, output="killed")
-    assert losses_of(folder / "killed") == losses_of(folder / "whole")
-    ours, theirs = (load_file(folder / name / "model" / "model.safetensors") for name in ("killed", "whole"))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    training_program.assert_a_killed_run_goes_on("finetune.py", folder, *USUAL, num_steps=RECIPE["num_steps"])
 
 
 def test_two_processes_follow_one(folder, whole):

@@ -3,8 +3,13 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
+
+import torch
+from safetensors.torch import load_file
 
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -32,6 +37,20 @@ def run(program: str, folder: pathlib.Path, *options: str, **settings) -> str:
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err[-3000:]
     return out + err
+
+
+def assert_a_killed_run_goes_on(program: str, folder: pathlib.Path, *options: str, num_steps: int) -> None:
+    """Kill a run after its first state, go on, and compare with the one in "whole": the same losses, the same bits."""
+    process = start(program, folder, *options, output="killed")
+    while not (folder / "killed" / "state" / "LAST").exists() and process.poll() is None:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert len(losses_of(folder / "killed")) < num_steps
+    run(program, folder, *options, output="killed")
+    assert losses_of(folder / "killed") == losses_of(folder / "whole")
+    ours, theirs = (load_file(folder / name / "model" / "model.safetensors") for name in ("killed", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def losses_of(folder: pathlib.Path) -> list[float]:
