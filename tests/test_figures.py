@@ -98,10 +98,19 @@ def test_figures_are_drawn_without_pyplot_and_no_setting_is_touched(drawn, tmp_p
 # Curves ------------------------------------------------------------------------------------------------------------
 
 
+def test_what_a_head_reaches_has_a_panel(drawn, tmp_path):
+    numbers = {"accuracy": 0.9, "mean_iou": 0.4, "pixel_accuracy": 0.8, "rmse": 0.6}
+    draw_curves([{"step": step, "total": 1.0, **numbers} for step in range(3)], tmp_path / "heads.png")
+    titles = [ax.get_title(loc="left") for ax in drawn[0].axes]
+    assert titles == ["Loss", *(title for title in figures.PANELS if "held-out" in title)]
+    assert {line.get_label() for line in drawn[0].axes[2].lines} == {"mean IoU", "accuracy of pixels"}
+
+
 def test_panels_show_what_the_log_has(drawn, tmp_path):
     draw_curves(_log(), tmp_path / "all.png", num_prototypes=1024)
     axes = drawn[0].axes
-    assert [ax.get_title(loc="left") for ax in axes] == list(figures.PANELS)
+    titles = [ax.get_title(loc="left") for ax in axes]
+    assert titles == [title for title in figures.PANELS if "held-out" not in title]  # which heads alone have
     lines = {line.get_label(): line for line in axes[0].lines}
     assert lines["total"].get_ydata()[-1] == pytest.approx(12 - 29 / 50)
     assert lines["class token (DINO)"].get_xdata()[-1] == 29
