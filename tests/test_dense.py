@@ -231,6 +231,9 @@ RECIPE = {
 }
 AUTO = {"segment": "AutoModelForSemanticSegmentation", "depth": "AutoModelForDepthEstimation"}
 USUAL = ("--num-scenes", "48", "--num-looked-at", "40")
+# The machinery is the same for both.
+KINDS = ["segment", pytest.param("depth", marks=pytest.mark.slow)]
+SLOW_FOR_DEPTH = pytest.mark.parametrize("folder", KINDS, indirect=True)
 
 
 @pytest.fixture(scope="module", params=["segment", "depth"])
@@ -280,10 +283,12 @@ def test_the_card_of_a_run_has_its_metric_and_its_picture(folder, whole):
     assert all(word in plan.card for word in (*words[kind], "training/maps.png"))
 
 
+@SLOW_FOR_DEPTH
 def test_a_killed_run_goes_on_with_the_same_bits(folder, whole):
     training_program.assert_a_killed_run_goes_on("finetune.py", folder, *USUAL, num_steps=RECIPE["num_steps"])
 
 
+@SLOW_FOR_DEPTH
 def test_two_processes_follow_one(folder, whole):
     run(folder, output="two", processes=2)
     ours, theirs = (torch.tensor(losses_of(folder / name)) for name in ("two", "whole"))
@@ -293,6 +298,7 @@ def test_two_processes_follow_one(folder, whole):
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-3, msg=name)
 
 
+@SLOW_FOR_DEPTH
 def test_two_processes_that_share_the_parameters_follow_one(folder, whole):
     run(folder, "--shard", output="sharded", processes=2)
     ours, theirs = (torch.tensor(losses_of(folder / name)) for name in ("sharded", "whole"))
@@ -309,6 +315,7 @@ def test_masks_with_more_classes_than_the_recipe_names_are_refused_in_words(fold
     assert process.returncode != 0 and "expected classes 0 ... 2 in a mask" in err and "Traceback" not in err
 
 
+@SLOW_FOR_DEPTH
 def test_maps_of_a_dataset_on_the_disk_are_named_by_their_columns(folder, whole):
     import datasets
 
