@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 
-FOLDERS = sorted(path.parent for path in (pathlib.Path(__file__).parents[1] / "hub_cards").glob("*/README.md"))
+FOLDERS = sorted(path.parent for path in (pathlib.Path(__file__).parents[2] / "hub_cards").glob("*/README.md"))
 
 
 def test_there_are_cards():

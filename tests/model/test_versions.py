@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).with_name("portable_checks.py")
 CHECKS = list(runpy.run_path(str(PROGRAM))["CHECKS"])
 NEWEST = transformers.__version__

@@ -33,7 +33,7 @@ from modeling_vitreg.pretraining.recipe import Recipe
 from modeling_vitreg.scenes import SceneSettings, render_scene
 
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 PLAIN = {"class_names": ("cat", "dog", "bird"), "mixup": 0.0, "cutmix": 0.0}
 ONE_VIEW = CropSettings(num_global=1, num_local=0, global_size=32)
 

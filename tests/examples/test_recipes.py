@@ -12,7 +12,7 @@ from modeling_vitreg.pretraining.recipe import make_settings, read_recipe
 from modeling_vitreg.pretraining.self_distillation import SelfDistillationSettings
 
 
-EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 PATHS = sorted((EXAMPLES / "recipes").glob("*.yaml"))
 
 

@@ -61,7 +61,7 @@ import sys
 from modeling_vitreg.cli import app
 print([name for name in ("timm", "matplotlib", "sklearn") if name in sys.modules])
 """
-    root = pathlib.Path(__file__).parents[1]
+    root = pathlib.Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=root, check=True)
     assert done.stdout.strip() in ("[]", "['sklearn']")  # transformers imports scikit-learn where it is installed
 

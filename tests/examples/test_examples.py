@@ -8,7 +8,7 @@ import sys
 from modeling_vitreg import ViTWithRegistersConfig, ViTWithRegistersModel
 
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def _snippet(name: str) -> str:

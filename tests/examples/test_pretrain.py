@@ -20,7 +20,7 @@ from modeling_vitreg import ViTWithRegistersModel
 from modeling_vitreg.scenes import SceneSettings, render_scene
 
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 PROGRAM = ROOT / "examples" / "pretrain.py"
 RECIPE = {
     "objective": "dinov2",

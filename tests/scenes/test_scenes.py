@@ -76,7 +76,7 @@ scene = render_scene(5, settings=SceneSettings(image_size=48))
 print(scene.image.tobytes().hex(), scene.depth.tobytes().hex(), scene.caption)
 """
     command = [sys.executable, "-c", program]
-    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=pathlib.Path(__file__).parents[1])
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=pathlib.Path(__file__).parents[2])
     image, depth, caption = run.stdout.strip().split(" ", 2)
     scene = scenes[5]
     assert (image, depth, caption) == (scene.image.tobytes().hex(), scene.depth.tobytes().hex(), scene.caption)

@@ -37,7 +37,7 @@ from modeling_vitreg.pretraining.processes import Processes
 from modeling_vitreg.pretraining.recipe import Recipe
 
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 CAPTIONS = ("A red ball on the grass.", "A blue cube, in front of a wall!", "Sand.")
 SMALL = {"text_width": 32, "num_text_layers": 1, "num_text_heads": 2, "num_tokens": 12, "projection_size": 16}
 ONE_VIEW = CropSettings(num_global=1, num_local=0, global_size=32)

@@ -14,7 +14,7 @@ import pytest
 import modeling_vitreg
 
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 PACKAGE = ROOT / "modeling_vitreg"
 HUB_FILES = [PACKAGE / f"{name}_vitreg.py" for name in ("configuration", "modeling", "dual_encoder")]
 
