@@ -11,6 +11,7 @@ from transformers import AutoModelForImageClassification, PretrainedConfig
 from modeling_vitreg.configuration_vitreg import ViTWithRegistersConfig
 from modeling_vitreg.dual_encoder_vitreg import ViTWithRegistersDualEncoderConfig, ViTWithRegistersDualEncoderModel
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersModel
+from modeling_vitreg.settings import make_keywords, make_settings
 
 from .classification import Classification, ClassificationSettings
 from .contrast import Contrast, ContrastSettings
@@ -21,7 +22,7 @@ from .masked_pixels import MaskedPixels
 from .masking import MaskSettings
 from .objective import Objective
 from .processes import ALONE, Processes
-from .recipe import Recipe, make_keywords, make_settings
+from .recipe import Recipe
 from .self_distillation import SelfDistillation, SelfDistillationSettings
 from .state import last_state, load_objective, read_facts
 

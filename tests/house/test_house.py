@@ -32,6 +32,7 @@ LAYERS = {
     "scenes": 1,
     "features": 1,
     "reports": 1,
+    "settings": 1,
     "analysis": 2,
     "conversion": 2,
     "discovery": 2,
