@@ -12,10 +12,10 @@ Letters: N samples of the image (4 to a pixel). Vectors are columns, x right, y 
 a solid has a space of its own, in which its shape has unit size.
 """
 
-from .data import make_scenes_dataset, stream_scenes
+from .dataset import make_scenes_dataset, stream_scenes
 from .render import render_scene
 from .settings import CLASS_NAMES, FARTHEST, SEMANTIC_NAMES, SHAPE_NAMES, TEXTURE_NAMES, Scene, SceneSettings
-from .solids import COLOUR_NAMES
+from .world import COLOUR_NAMES
 
 
 __all__ = [

@@ -297,7 +297,7 @@ def test_a_dataset_holds_what_was_rendered(scenes):
 
 def test_a_second_call_opens_what_the_first_has_written(monkeypatch):
     first = make_scenes_dataset(3, settings=SMALL)
-    monkeypatch.setattr("modeling_vitreg.scenes.data.render_scene", None)
+    monkeypatch.setattr("modeling_vitreg.scenes.dataset.render_scene", None)
     again = make_scenes_dataset(3, settings=SMALL)
     assert again.cache_files == first.cache_files
     assert again[2] == first[2]
@@ -323,7 +323,7 @@ def test_a_stream_resumes_at_the_next_scene_and_renders_nothing_twice(monkeypatc
     state = stream.state_dict()
     rendered = []
     monkeypatch.setattr(
-        "modeling_vitreg.scenes.data.render_scene",
+        "modeling_vitreg.scenes.dataset.render_scene",
         lambda index, *, settings: rendered.append(index) or render_scene(index, settings=settings),
     )
     resumed = stream_scenes(settings=SMALL, num_scenes=2000)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from .render import render_scene
 from .settings import CLASS_NAMES, SceneSettings, is_count, require
-from .solids import COLOUR_NAMES
+from .world import COLOUR_NAMES
 
 
 if TYPE_CHECKING:
