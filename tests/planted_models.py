@@ -5,6 +5,8 @@ adds a vector of a chosen length to them; no other layer changes a token. So the
 the chosen layer on, and they are redundant: a white patch holds nothing that its neighbours do not.
 """
 
+import zlib
+
 import numpy as np
 import torch
 from PIL import Image
@@ -21,11 +23,13 @@ def plain_model(**overrides) -> ViTWithRegistersModel:
     """A model whose layers change no token, with registers and a class token."""
     sizes = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": 2}
     settings = {**sizes, "image_size": SIDE, "patch_size": PATCH, "num_register_tokens": 2, **overrides}
-    torch.manual_seed(0)
     model = ViTWithRegistersModel(ViTWithRegistersConfig(**settings)).eval()
     with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:  # by its name, for libraries draw initial weights in different orders
+                parameter.normal_(0, 0.02, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
         embedding = model.embeddings.patch_embeddings
-        embedding.weight.normal_(0, 0.05)
+        embedding.weight *= 2.5
         embedding.weight -= embedding.weight.mean(dim=(1, 2, 3), keepdim=True)  # white has nothing in other channels
         embedding.weight[0] = 1 / embedding.weight[0].numel()  # channel 0 is the mean of the pixels
         for token in (model.embeddings.cls_token, model.embeddings.register_tokens):
