@@ -43,10 +43,10 @@ import torch
 from torch import Tensor, nn
 
 from modeling_vitreg import ViTWithRegistersConfig, ViTWithRegistersModel
-from modeling_vitreg.pretraining.crops import CropSettings
-from modeling_vitreg.pretraining.masking import MaskSettings, draw_masks
-from modeling_vitreg.pretraining.parameters import parameter_groups, set_rates
-from modeling_vitreg.pretraining.self_distillation import SelfDistillation, SelfDistillationSettings
+from modeling_vitreg.pretraining.objectives.dinov2 import SelfDistillation, SelfDistillationSettings
+from modeling_vitreg.pretraining.run.parameters import parameter_groups, set_rates
+from modeling_vitreg.pretraining.views.crops import CropSettings
+from modeling_vitreg.pretraining.views.masking import MaskSettings, draw_masks
 
 
 CLIP, MOMENTUM, LEARNING_RATE, WEIGHT_DECAY = 3.0, 0.992, 1e-4, 0.04

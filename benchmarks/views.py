@@ -32,9 +32,9 @@ from PIL import Image
 from torch import Tensor
 
 from modeling_vitreg import ViTWithRegistersConfig, ViTWithRegistersModel
-from modeling_vitreg.pretraining.crops import CropSettings, MultiCrop
-from modeling_vitreg.pretraining.masking import MaskSettings
-from modeling_vitreg.pretraining.self_distillation import SelfDistillation, SelfDistillationSettings
+from modeling_vitreg.pretraining.objectives.dinov2 import SelfDistillation, SelfDistillationSettings
+from modeling_vitreg.pretraining.views.crops import CropSettings, MultiCrop
+from modeling_vitreg.pretraining.views.masking import MaskSettings
 
 
 GLOBAL_SCALE, LOCAL_SCALE = (0.32, 1.0), (0.05, 0.32)

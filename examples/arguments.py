@@ -13,10 +13,10 @@ import yaml
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from modeling_vitreg.distributed import Processes
 from modeling_vitreg.images import ImageSource, MapColumns, open_images
-from modeling_vitreg.pretraining.contrast import find_words
-from modeling_vitreg.pretraining.processes import Processes
-from modeling_vitreg.pretraining.recipe import Recipe, read_recipe
+from modeling_vitreg.pretraining.objectives.clip import find_words
+from modeling_vitreg.pretraining.run.recipe import Recipe, read_recipe
 from modeling_vitreg.scenes import SEMANTIC_NAMES, SceneSettings
 
 

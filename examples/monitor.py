@@ -23,15 +23,15 @@ from modeling_vitreg.cards import CardError, PublishError, publish
 from modeling_vitreg.evaluation import knn_accuracy
 from modeling_vitreg.images import ImageSource, UnreadableImage, decode_image, decode_maps
 from modeling_vitreg.modes import evaluation_mode
-from modeling_vitreg.pretraining.dense import DensePrediction
-from modeling_vitreg.pretraining.diagnosis import diagnose
-from modeling_vitreg.pretraining.figures import draw_attention, draw_curves, draw_maps, draw_norms
-from modeling_vitreg.pretraining.instruments import collapse_line, effective_rank, register_similarity
-from modeling_vitreg.pretraining.journal import Journal
-from modeling_vitreg.pretraining.objective import Objective
-from modeling_vitreg.pretraining.sharding import gather_model
+from modeling_vitreg.pretraining.monitoring.curves import draw_attention, draw_curves, draw_maps, draw_norms
+from modeling_vitreg.pretraining.monitoring.diagnosis import diagnose
+from modeling_vitreg.pretraining.monitoring.instruments import collapse_line, effective_rank, register_similarity
+from modeling_vitreg.pretraining.monitoring.jsonl import Journal
+from modeling_vitreg.pretraining.monitoring.non_finite import FiniteWatch
+from modeling_vitreg.pretraining.objectives.dense import DensePrediction
+from modeling_vitreg.pretraining.objectives.objective import Objective
+from modeling_vitreg.pretraining.run.sharding import gather_model
 from modeling_vitreg.pretraining.state import write_text
-from modeling_vitreg.pretraining.watch import FiniteWatch
 
 
 # What is measured on held-out images, the most telling last.

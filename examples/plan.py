@@ -9,8 +9,8 @@ import pathlib
 
 import yaml
 
-from modeling_vitreg.pretraining.planner import PRECISIONS, plan
-from modeling_vitreg.pretraining.recipe import read_recipe
+from modeling_vitreg.pretraining.estimate import PRECISIONS, plan
+from modeling_vitreg.pretraining.run.recipe import read_recipe
 
 
 RECIPES = pathlib.Path(__file__).parent / "recipes"

@@ -33,18 +33,18 @@ from monitor import Monitor
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from modeling_vitreg.distributed import all_processes
 from modeling_vitreg.images import ImageSource, derive_seed
 from modeling_vitreg.pretraining.build import make_objective
-from modeling_vitreg.pretraining.lamb import Lamb
-from modeling_vitreg.pretraining.loader import ViewLoader
-from modeling_vitreg.pretraining.masking import MaskMaker
-from modeling_vitreg.pretraining.objective import Objective
-from modeling_vitreg.pretraining.parameters import parameter_groups, set_rates
-from modeling_vitreg.pretraining.processes import all_processes
-from modeling_vitreg.pretraining.recipe import Recipe, make_recipe
-from modeling_vitreg.pretraining.schedules import cosine
-from modeling_vitreg.pretraining.sharding import gather_model, shard
+from modeling_vitreg.pretraining.objectives.objective import Objective
+from modeling_vitreg.pretraining.run.lamb import Lamb
+from modeling_vitreg.pretraining.run.parameters import parameter_groups, set_rates
+from modeling_vitreg.pretraining.run.recipe import Recipe, make_recipe
+from modeling_vitreg.pretraining.run.schedules import cosine
+from modeling_vitreg.pretraining.run.sharding import gather_model, shard
 from modeling_vitreg.pretraining.state import last_state, load_state, read_facts, save_state, write_text
+from modeling_vitreg.pretraining.views.loader import ViewLoader
+from modeling_vitreg.pretraining.views.masking import MaskMaker
 
 
 def main(*, description: str = __doc__, default_recipe: str = "demo-cpu") -> None:

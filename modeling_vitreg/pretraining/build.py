@@ -9,22 +9,22 @@ import torch
 from transformers import AutoModelForImageClassification, PretrainedConfig
 
 from modeling_vitreg.configuration_vitreg import ViTWithRegistersConfig
+from modeling_vitreg.distributed import ALONE, Processes
 from modeling_vitreg.dual_encoder_vitreg import ViTWithRegistersDualEncoderConfig, ViTWithRegistersDualEncoderModel
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersModel
 from modeling_vitreg.settings import make_keywords, make_settings
 
-from .classification import Classification, ClassificationSettings
-from .contrast import Contrast, ContrastSettings
-from .dense import DensePrediction, DepthEstimation, DepthTuning, Segmentation, SegmentationTuning
-from .distillation import Distillation, DistillationSettings
-from .masked_autoencoder import MaskedAutoencoder, MaskedAutoencoderSettings
-from .masked_pixels import MaskedPixels
-from .masking import MaskSettings
-from .objective import Objective
-from .processes import ALONE, Processes
-from .recipe import Recipe
-from .self_distillation import SelfDistillation, SelfDistillationSettings
+from .objectives.classify import Classification, ClassificationSettings
+from .objectives.clip import Contrast, ContrastSettings
+from .objectives.dense import DensePrediction, DepthEstimation, DepthTuning, Segmentation, SegmentationTuning
+from .objectives.dinov2 import SelfDistillation, SelfDistillationSettings
+from .objectives.distill import Distillation, DistillationSettings
+from .objectives.mae import MaskedAutoencoder, MaskedAutoencoderSettings
+from .objectives.objective import Objective
+from .objectives.simmim import MaskedPixels
+from .run.recipe import Recipe
 from .state import last_state, load_objective, read_facts
+from .views.masking import MaskSettings
 
 
 WITH_OWN_HEAD = ("classify", "clip", "segment", "depth")

@@ -17,8 +17,8 @@ from transformers import pipeline
 
 from modeling_vitreg import ViTWithRegistersForImageClassification, ViTWithRegistersModel
 from modeling_vitreg.cards import record_fingerprint
-from modeling_vitreg.pretraining.contrast import Contrast, ContrastSettings
-from modeling_vitreg.pretraining.crops import CropSettings
+from modeling_vitreg.pretraining.objectives.clip import Contrast, ContrastSettings
+from modeling_vitreg.pretraining.views.crops import CropSettings
 
 
 # Publishes what each line of its input says; the network is used here only. Without "check" nothing is loaded.

@@ -8,8 +8,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from modeling_vitreg import ViTWithRegistersModel
 from modeling_vitreg.pretraining.build import make_config
-from modeling_vitreg.pretraining.recipe import read_recipe
-from modeling_vitreg.pretraining.self_distillation import SelfDistillationSettings
+from modeling_vitreg.pretraining.objectives.dinov2 import SelfDistillationSettings
+from modeling_vitreg.pretraining.run.recipe import read_recipe
 from modeling_vitreg.settings import make_settings
 
 

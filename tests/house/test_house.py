@@ -30,6 +30,7 @@ LAYERS = {
     "modes": 1,
     "network": 1,
     "scenes": 1,
+    "distributed": 1,
     "features": 1,
     "reports": 1,
     "settings": 1,
@@ -64,12 +65,12 @@ ALLOWED_IN_FILE = {
     "evaluation/logistic.py": {"sklearn"},
     "evaluation/metrics.py": {"evaluate"},
     "features/loading.py": {"timm"},
-    "pretraining/classification.py": {"torchvision"},
-    "pretraining/contrast.py": {"tokenizers"},
-    "pretraining/crops.py": {"torchvision"},
-    "pretraining/figures.py": {"matplotlib"},
-    "pretraining/recipe.py": {"yaml"},
-    "pretraining/tuning.py": {"peft"},
+    "pretraining/objectives/classify.py": {"torchvision"},
+    "pretraining/objectives/clip.py": {"tokenizers"},
+    "pretraining/views/crops.py": {"torchvision"},
+    "pretraining/monitoring/curves.py": {"matplotlib"},
+    "pretraining/run/recipe.py": {"yaml"},
+    "pretraining/objectives/adaptation.py": {"peft"},
 }
 ROOTS = ("benchmarks", "convert", "examples", "tests")
 

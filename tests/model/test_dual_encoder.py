@@ -27,7 +27,7 @@ from modeling_vitreg import (
     ViTWithRegistersDualEncoderOutput,
     ViTWithRegistersModel,
 )
-from modeling_vitreg.pretraining.contrast import ContrastSettings, make_tokenizer, save_tokenizer
+from modeling_vitreg.pretraining.objectives.clip import ContrastSettings, make_tokenizer, save_tokenizer
 
 
 WORDS = ("a", "ball", "blue", "cube", "photo", "red")

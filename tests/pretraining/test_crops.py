@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from modeling_vitreg.pretraining.crops import CropSettings, MultiCrop
+from modeling_vitreg.pretraining.views.crops import CropSettings, MultiCrop
 
 
 SIDE = 256

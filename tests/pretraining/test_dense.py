@@ -22,10 +22,10 @@ from modeling_vitreg import (
 )
 from modeling_vitreg.cards import make_plan
 from modeling_vitreg.pretraining.build import make_objective
-from modeling_vitreg.pretraining.crops import CropSettings, MapCrop
-from modeling_vitreg.pretraining.dense import DepthEstimation, DepthTuning, Segmentation, SegmentationTuning
-from modeling_vitreg.pretraining.figures import draw_maps
-from modeling_vitreg.pretraining.recipe import Recipe
+from modeling_vitreg.pretraining.monitoring.curves import draw_maps
+from modeling_vitreg.pretraining.objectives.dense import DepthEstimation, DepthTuning, Segmentation, SegmentationTuning
+from modeling_vitreg.pretraining.run.recipe import Recipe
+from modeling_vitreg.pretraining.views.crops import CropSettings, MapCrop
 from modeling_vitreg.scenes import SEMANTIC_NAMES
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from modeling_vitreg import ViTWithRegistersForImageClassification, ViTWithRegistersModel
-from modeling_vitreg.pretraining.diagnosis import diagnose, read_series
-from modeling_vitreg.pretraining.instruments import (
+from modeling_vitreg.distributed import Processes
+from modeling_vitreg.pretraining.monitoring.diagnosis import diagnose, read_series
+from modeling_vitreg.pretraining.monitoring.instruments import (
     collapse_line,
     effective_rank,
     entropy,
@@ -18,7 +19,6 @@ from modeling_vitreg.pretraining.instruments import (
     perplexity_of_mean,
     register_similarity,
 )
-from modeling_vitreg.pretraining.processes import Processes
 
 
 K = 1024

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from modeling_vitreg.images import ImageSource, ImageStream, open_images
-from modeling_vitreg.pretraining.loader import ViewLoader
+from modeling_vitreg.pretraining.views.loader import ViewLoader
 
 
 @pytest.fixture(autouse=True)

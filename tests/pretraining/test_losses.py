@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modeling_vitreg.pretraining.losses import (
+from modeling_vitreg.pretraining.objectives.losses import (
     MovingCentre,
     cross_view_loss,
     koleo_loss,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modeling_vitreg.pretraining.masking import (
+from modeling_vitreg.pretraining.views.masking import (
     MaskMaker,
     MaskSettings,
     draw_block_masks,

@@ -6,9 +6,14 @@ import pytest
 import torch
 
 from modeling_vitreg import ViTWithRegistersModel
-from modeling_vitreg.pretraining.heads import PrototypeHead
-from modeling_vitreg.pretraining.parameters import is_decayed, learning_rate_multiplier, parameter_groups, set_rates
-from modeling_vitreg.pretraining.schedules import cosine, linear, scale_learning_rate
+from modeling_vitreg.pretraining.objectives.heads import PrototypeHead
+from modeling_vitreg.pretraining.run.parameters import (
+    is_decayed,
+    learning_rate_multiplier,
+    parameter_groups,
+    set_rates,
+)
+from modeling_vitreg.pretraining.run.schedules import cosine, linear, scale_learning_rate
 
 
 NUM_STEPS, NUM_WARMUP, NUM_COLD = 125_000, 12_500, 37_500

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .processes import ALONE, Processes
+from modeling_vitreg.distributed import ALONE, Processes
 
 
 @torch.no_grad()

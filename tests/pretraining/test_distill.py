@@ -10,16 +10,16 @@ import torch.nn.functional as F
 
 from modeling_vitreg import ViTWithRegistersModel
 from modeling_vitreg.pretraining.build import OBJECTIVES, make_objective
-from modeling_vitreg.pretraining.crops import CropSettings
-from modeling_vitreg.pretraining.distillation import (
+from modeling_vitreg.pretraining.objectives.distill import (
     Distillation,
     DistillationSettings,
     class_distance,
     patch_distance,
     resize_patches,
 )
-from modeling_vitreg.pretraining.recipe import Recipe
+from modeling_vitreg.pretraining.run.recipe import Recipe
 from modeling_vitreg.pretraining.state import load_state, save_state
+from modeling_vitreg.pretraining.views.crops import CropSettings
 
 
 CROPS = CropSettings(num_global=2, num_local=2, global_size=32, local_size=16)

@@ -13,18 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from modeling_vitreg.configuration_vitreg import ViTWithRegistersConfig
+from modeling_vitreg.distributed import ALONE, Processes
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersModel
 
-from .crops import CropSettings
+from ..monitoring.instruments import entropy, entropy_of_mean
+from ..run.schedules import cosine, linear
+from ..views.crops import CropSettings
+from ..views.masking import MaskSettings
+from ..views.packing import encode_views
+from .ema import follow, make_teacher
 from .heads import PrototypeHead
-from .instruments import entropy, entropy_of_mean
 from .losses import MovingCentre, cross_view_loss, koleo_loss, masked_patch_loss, sinkhorn
-from .masking import MaskSettings
 from .objective import Objective
-from .packing import encode_views
-from .processes import ALONE, Processes
-from .schedules import cosine, linear
-from .teacher import follow, make_teacher
 
 
 @dataclasses.dataclass(frozen=True)

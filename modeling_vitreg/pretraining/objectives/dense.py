@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modeling_vitreg.distributed import ALONE, Processes
 from modeling_vitreg.metrics import DEPTH_ERRORS, check_masks, depth_errors, measure_areas
 from modeling_vitreg.modeling_vitreg import (
     ViTWithRegistersForDepthEstimation,
@@ -28,11 +29,10 @@ from modeling_vitreg.modeling_vitreg import (
 )
 from modeling_vitreg.modes import evaluation_mode
 
-from .crops import IGNORED, CropSettings, MapCrop
-from .masked_autoencoder import check_single_view
+from ..views.crops import IGNORED, CropSettings, MapCrop
+from .adaptation import check_limits, limit_learning, merge_lora
+from .mae import check_single_view
 from .objective import Objective
-from .processes import ALONE, Processes
-from .tuning import check_limits, limit_learning, merge_lora
 
 
 @dataclasses.dataclass(frozen=True)

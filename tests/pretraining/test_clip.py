@@ -17,10 +17,11 @@ from typer.testing import CliRunner
 
 from modeling_vitreg import ViTWithRegistersDualEncoderModel, ViTWithRegistersModel
 from modeling_vitreg.cli import app
+from modeling_vitreg.distributed import Processes
 from modeling_vitreg.features import load_encoder
 from modeling_vitreg.images import ImageSource
 from modeling_vitreg.pretraining.build import make_objective
-from modeling_vitreg.pretraining.contrast import (
+from modeling_vitreg.pretraining.objectives.clip import (
     LARGEST_SCALE,
     CaptionTokens,
     Contrast,
@@ -31,10 +32,9 @@ from modeling_vitreg.pretraining.contrast import (
     make_tokenizer,
     save_tokenizer,
 )
-from modeling_vitreg.pretraining.crops import CropSettings
-from modeling_vitreg.pretraining.loader import ViewLoader
-from modeling_vitreg.pretraining.processes import Processes
-from modeling_vitreg.pretraining.recipe import Recipe
+from modeling_vitreg.pretraining.run.recipe import Recipe
+from modeling_vitreg.pretraining.views.crops import CropSettings
+from modeling_vitreg.pretraining.views.loader import ViewLoader
 
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .processes import ALONE, Processes
+from modeling_vitreg.distributed import ALONE, Processes
 
 
 @torch.no_grad()

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersLayer
 
-from .heads import PrototypeHead
-from .objective import Objective
+from ..objectives.heads import PrototypeHead
+from ..objectives.objective import Objective
 
 
 def shard(objective: Objective, *, precision: str = "no") -> Objective:

@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from modeling_vitreg.distributed import ALONE, Processes
 from modeling_vitreg.dual_encoder_vitreg import (
     ViTWithRegistersDualEncoderConfig,
     ViTWithRegistersDualEncoderModel,
@@ -36,10 +37,9 @@ from modeling_vitreg.dual_encoder_vitreg import (
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersModel
 from modeling_vitreg.modes import evaluation_mode
 
-from .crops import CropSettings
-from .masked_autoencoder import check_single_view
+from ..views.crops import CropSettings
+from .mae import check_single_view
 from .objective import Objective
-from .processes import ALONE, Processes
 
 
 LARGEST_SCALE = math.log(100)

@@ -9,10 +9,10 @@ from transformers import ViTConfig, ViTForMaskedImageModeling
 
 from modeling_vitreg import ViTWithRegistersForMaskedImageModeling, ViTWithRegistersModel
 from modeling_vitreg.pretraining.build import make_objective
-from modeling_vitreg.pretraining.crops import CropSettings
-from modeling_vitreg.pretraining.masked_pixels import MaskedPixels
-from modeling_vitreg.pretraining.masking import MaskMaker, MaskSettings
-from modeling_vitreg.pretraining.recipe import Recipe
+from modeling_vitreg.pretraining.objectives.simmim import MaskedPixels
+from modeling_vitreg.pretraining.run.recipe import Recipe
+from modeling_vitreg.pretraining.views.crops import CropSettings
+from modeling_vitreg.pretraining.views.masking import MaskMaker, MaskSettings
 
 
 ONE_VIEW = CropSettings(num_global=1, num_local=0, global_size=32)

@@ -9,12 +9,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_vitreg import ViTWithRegistersModel
 from modeling_vitreg.pretraining.build import make_config, make_objective
-from modeling_vitreg.pretraining.dense import DensePrediction
-from modeling_vitreg.pretraining.heads import PrototypeHead
-from modeling_vitreg.pretraining.masking import draw_masks
-from modeling_vitreg.pretraining.planner import plan
-from modeling_vitreg.pretraining.recipe import Recipe, make_recipe
+from modeling_vitreg.pretraining.estimate import plan
+from modeling_vitreg.pretraining.objectives.dense import DensePrediction
+from modeling_vitreg.pretraining.objectives.heads import PrototypeHead
+from modeling_vitreg.pretraining.run.recipe import Recipe, make_recipe
 from modeling_vitreg.pretraining.state import save_state
+from modeling_vitreg.pretraining.views.masking import draw_masks
 
 
 MODEL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 8}

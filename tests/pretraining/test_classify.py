@@ -21,15 +21,15 @@ from training_program import losses_of
 
 from modeling_vitreg import ViTWithRegistersForImageClassification, ViTWithRegistersModel
 from modeling_vitreg.pretraining.build import make_objective
-from modeling_vitreg.pretraining.classification import (
+from modeling_vitreg.pretraining.objectives.classify import (
     Classification,
     ClassificationSettings,
     classification_loss,
     distillation_loss,
 )
-from modeling_vitreg.pretraining.crops import CropSettings, MultiCrop
-from modeling_vitreg.pretraining.lamb import Lamb
-from modeling_vitreg.pretraining.recipe import Recipe
+from modeling_vitreg.pretraining.run.lamb import Lamb
+from modeling_vitreg.pretraining.run.recipe import Recipe
+from modeling_vitreg.pretraining.views.crops import CropSettings, MultiCrop
 from modeling_vitreg.scenes import SceneSettings, render_scene
 
 

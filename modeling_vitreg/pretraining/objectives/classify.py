@@ -17,15 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from modeling_vitreg.distributed import ALONE, Processes
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersForImageClassification, ViTWithRegistersModel
 from modeling_vitreg.modes import evaluation_mode
 
-from .crops import CropSettings
-from .masked_autoencoder import check_single_view
+from ..views.crops import CropSettings
+from .adaptation import check_limits, limit_learning, merge_lora
+from .ema import follow, make_teacher
+from .mae import check_single_view
 from .objective import Objective
-from .processes import ALONE, Processes
-from .teacher import follow, make_teacher
-from .tuning import check_limits, limit_learning, merge_lora
 
 
 LOSSES, DISTILLATIONS = ("softmax", "binary"), ("none", "hard", "soft")

@@ -14,8 +14,8 @@ import yaml
 
 from modeling_vitreg.settings import make_settings, suggest_name
 
-from .crops import CropSettings
-from .masking import MaskSettings
+from ..views.crops import CropSettings
+from ..views.masking import MaskSettings
 from .schedules import scale_learning_rate
 
 

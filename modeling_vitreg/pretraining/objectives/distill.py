@@ -22,14 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modeling_vitreg.distributed import ALONE, Processes
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersModel
 
-from .crops import CropSettings
+from ..run.schedules import cosine
+from ..views.crops import CropSettings
+from ..views.packing import encode_views
+from .ema import follow, make_teacher
 from .objective import Objective
-from .packing import encode_views
-from .processes import ALONE, Processes
-from .schedules import cosine
-from .teacher import follow, make_teacher
 
 
 COSINE_SHARE, ABSOLUTE_SHARE = 0.9, 0.1  # of the distance of patches

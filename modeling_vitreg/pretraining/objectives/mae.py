@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from modeling_vitreg.configuration_vitreg import ViTWithRegistersConfig
+from modeling_vitreg.distributed import ALONE, Processes
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersLayer, ViTWithRegistersModel, sincos_position_table
 
-from .crops import CropSettings
-from .masking import MaskSettings
+from ..views.crops import CropSettings
+from ..views.masking import MaskSettings
 from .objective import Objective
-from .processes import ALONE, Processes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from modeling_vitreg import ViTWithRegistersConfig, ViTWithRegistersModel
-from modeling_vitreg.pretraining.crops import CropSettings
-from modeling_vitreg.pretraining.instruments import entropy_of_mean
-from modeling_vitreg.pretraining.losses import MovingCentre, koleo_loss, sinkhorn
-from modeling_vitreg.pretraining.masking import MaskSettings, draw_masks
-from modeling_vitreg.pretraining.processes import ALONE, Processes, all_processes
-from modeling_vitreg.pretraining.self_distillation import SelfDistillation, SelfDistillationSettings
+from modeling_vitreg.distributed import ALONE, Processes, all_processes
+from modeling_vitreg.pretraining.monitoring.instruments import entropy_of_mean
+from modeling_vitreg.pretraining.objectives.dinov2 import SelfDistillation, SelfDistillationSettings
+from modeling_vitreg.pretraining.objectives.losses import MovingCentre, koleo_loss, sinkhorn
+from modeling_vitreg.pretraining.views.crops import CropSettings
+from modeling_vitreg.pretraining.views.masking import MaskSettings, draw_masks
 
 
 NUM_PROCESSES = 2

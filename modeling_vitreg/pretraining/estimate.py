@@ -28,11 +28,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersLayer
 
 from .build import make_objective
-from .dense import DensePrediction
-from .heads import PrototypeHead
-from .masking import draw_masks
-from .objective import Objective
-from .recipe import Recipe
+from .objectives.dense import DensePrediction
+from .objectives.heads import PrototypeHead
+from .objectives.objective import Objective
+from .run.recipe import Recipe
+from .views.masking import draw_masks
 
 
 PRECISIONS = ("no", "bf16", "fp16")

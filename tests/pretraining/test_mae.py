@@ -11,15 +11,15 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 from modeling_vitreg import ViTWithRegistersModel
 from modeling_vitreg.modeling_vitreg import sincos_position_table
 from modeling_vitreg.pretraining.build import make_objective
-from modeling_vitreg.pretraining.crops import CropSettings
-from modeling_vitreg.pretraining.masked_autoencoder import (
+from modeling_vitreg.pretraining.objectives.mae import (
     MaskedAutoencoder,
     MaskedAutoencoderSettings,
     patchify,
     standardise,
 )
-from modeling_vitreg.pretraining.masking import MaskMaker, MaskSettings
-from modeling_vitreg.pretraining.recipe import Recipe
+from modeling_vitreg.pretraining.run.recipe import Recipe
+from modeling_vitreg.pretraining.views.crops import CropSettings
+from modeling_vitreg.pretraining.views.masking import MaskMaker, MaskSettings
 
 
 ONE_VIEW = CropSettings(num_global=1, num_local=0, global_size=32)

@@ -10,12 +10,18 @@ from torch import Tensor
 from modeling_vitreg import ViTWithRegistersModel
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersDropPath
 from modeling_vitreg.pretraining.build import make_config, make_objective
-from modeling_vitreg.pretraining.crops import CropSettings
-from modeling_vitreg.pretraining.losses import MovingCentre, cross_view_loss, koleo_loss, masked_patch_loss, sinkhorn
-from modeling_vitreg.pretraining.masking import MaskSettings, draw_masks
-from modeling_vitreg.pretraining.recipe import Recipe, make_recipe, read_recipe
-from modeling_vitreg.pretraining.self_distillation import SelfDistillation, SelfDistillationSettings
+from modeling_vitreg.pretraining.objectives.dinov2 import SelfDistillation, SelfDistillationSettings
+from modeling_vitreg.pretraining.objectives.losses import (
+    MovingCentre,
+    cross_view_loss,
+    koleo_loss,
+    masked_patch_loss,
+    sinkhorn,
+)
+from modeling_vitreg.pretraining.run.recipe import Recipe, make_recipe, read_recipe
 from modeling_vitreg.pretraining.state import save_state
+from modeling_vitreg.pretraining.views.crops import CropSettings
+from modeling_vitreg.pretraining.views.masking import MaskSettings, draw_masks
 
 
 NUM_IMAGES, NUM_GLOBAL, NUM_LOCAL = 4, 2, 3

@@ -7,7 +7,7 @@ import pathlib
 import torch
 from torch import Tensor
 
-from .state import last_state
+from ..state import last_state
 
 
 class FiniteWatch:

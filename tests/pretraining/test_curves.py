@@ -13,8 +13,8 @@ from PIL import Image
 
 from modeling_vitreg import ViTWithRegistersForImageClassification, ViTWithRegistersModel
 from modeling_vitreg.analysis import summarise_norms, token_norms
-from modeling_vitreg.pretraining import figures
-from modeling_vitreg.pretraining.figures import draw_attention, draw_curves, draw_norms
+from modeling_vitreg.pretraining.monitoring import curves as figures
+from modeling_vitreg.pretraining.monitoring.curves import draw_attention, draw_curves, draw_norms
 
 
 STATISTICS = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]}

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from modeling_vitreg.distributed import ALONE, Processes
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersLayer, ViTWithRegistersModel
 
-from .crops import CropSettings, MultiCrop
-from .masking import MaskSettings
-from .processes import ALONE, Processes
+from ..views.crops import CropSettings, MultiCrop
+from ..views.masking import MaskSettings
 
 
 class Objective(nn.Module, abc.ABC):

@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modeling_vitreg.distributed import ALONE, Processes
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersModel
 
-from .crops import CropSettings
-from .masked_autoencoder import check_single_view
-from .masking import MaskSettings
+from ..views.crops import CropSettings
+from ..views.masking import MaskSettings
+from .mae import check_single_view
 from .objective import Objective
-from .processes import ALONE, Processes
 
 
 class MaskedPixels(Objective):

@@ -1,0 +1,1 @@
+"""How a run is set and driven: recipe, schedules, optimiser, sharding."""
