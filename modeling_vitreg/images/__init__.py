@@ -10,10 +10,8 @@ and `maps`, where a source was opened with them. Maps say something of each pixe
 from .columns import MapColumns
 from .decoding import UnreadableImage, decode_image, decode_maps
 from .hub import split_hub_name
-from .opening import OpenedDataset, open_dataset, open_images
-from .seeds import derive_seed
-from .source import ImageSource
-from .stream import ImageStream
+from .open import OpenedDataset, open_dataset, open_images
+from .sources import ImageSource, ImageStream, derive_seed
 
 
 __all__ = [

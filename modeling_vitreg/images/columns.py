@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import os
 from typing import TYPE_CHECKING
 
-from .fingerprints import sum_up_map
+import numpy as np
+
 from .messages import list_names
 
 
@@ -128,4 +131,18 @@ def _choose(names: list[str], *, usual: tuple[str, ...], argument: str) -> str:
     return best[0]
 
 
-__all__ = ["Columns", "MapColumns", "find_columns", "join_texts"]
+def sum_up_content(raw: dict) -> str | int | None:
+    """Of a raw image its bytes, of a file its size."""
+    if raw["bytes"] is not None:
+        return hashlib.sha256(raw["bytes"]).hexdigest()
+    return os.path.getsize(raw["path"]) if raw["path"] and os.path.exists(raw["path"]) else None
+
+
+def sum_up_map(value: dict | list | np.ndarray) -> str | int | None:
+    """Of a map as it was stored, an image or an array."""
+    if isinstance(value, dict):
+        return sum_up_content(value)
+    return hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
+
+
+__all__ = ["Columns", "MapColumns", "find_columns", "join_texts", "sum_up_content"]

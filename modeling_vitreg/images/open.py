@@ -14,8 +14,7 @@ from .folders import open_folder
 from .hub import open_hub
 from .messages import EXPECTED
 from .shards import expand, names_shards, open_shards
-from .source import ImageSource
-from .stream import ImageStream
+from .sources import ImageSource, ImageStream
 
 
 if TYPE_CHECKING:
