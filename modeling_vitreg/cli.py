@@ -122,8 +122,8 @@ def analyze(
     * vitreg analyze outputs/without/model --compare outputs/demo-cpu/model --report pair
     """
     with _plain_errors(ValueError, RuntimeError):
-        from modeling_vitreg.analysis.folder import analyze as run_analysis
-        from modeling_vitreg.analysis.folder import compare as run_comparison
+        from modeling_vitreg.analysis.report_dir import analyze as run_analysis
+        from modeling_vitreg.analysis.report_dir import compare as run_comparison
         from modeling_vitreg.analysis.survey import SurveySettings
         from modeling_vitreg.features import load_encoder
         from modeling_vitreg.images import open_images

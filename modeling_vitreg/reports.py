@@ -31,8 +31,8 @@ class ArtifactReport:
             behind it.
         bins: `edges` of the histograms of norms, below and above which lies one more bin.
         layers: one dictionary a layer: moments, quantiles, histogram, and for each rule its threshold and share.
-        places: where outliers lie and how like their neighbours they are; see `analysis.places`.
-        sinks: massive activations; see `analysis.sinks`.
+        places: where outliers lie and how like their neighbours they are; see `analysis.positions`.
+        sinks: massive activations; see `analysis.activations`.
         attention: of class token and registers; see `analysis.attention`.
         ablation: what registers are worth; see `analysis.ablation`.
         probes: what tokens hold; see `analysis.probes`.

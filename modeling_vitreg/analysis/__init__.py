@@ -1,9 +1,9 @@
-"""What artifacts a Vision Transformer has, where they are, what they hold, and what registers are worth.
+"""Artifacts of a Vision Transformer: outliers, where they lie, what tokens encode, and what registers contribute.
 
-`folder.analyze` measures and writes everything, `folder.compare` does so for several models; they stand on `survey`,
-which makes an `ArtifactReport` in one pass. Below lie `norms` and `histograms` (what an outlier is), `verdict`,
-`places`, `probes`, `attention`, `sinks` and `ablation`; `figures` and `page` draw. Only what needs no further package
-is imported here.
+`report_dir.analyze` measures one model and writes the whole report; `report_dir.compare` does so for several models.
+Both call `survey`, which makes an `ArtifactReport` in one pass over the images. `norms`, `histograms` and `verdict`
+define an outlier; `positions`, `attention`, `activations`, `ablation` and `probes` are the sections of the report;
+`figures` and `html` show it. Only modules without optional dependencies are imported here.
 """
 
 from .norms import TokenNorms, outlier_share, outlier_threshold, summarise_norms, token_norms

@@ -15,11 +15,11 @@ from torch import Tensor
 from modeling_vitreg.features import Encoder, TokenFeatures, extract_many
 
 from .ablation import ablate_registers
+from .activations import ActivationPeaks
 from .attention import AttentionMeans, find_duplicates, register_similarity
-from .bank import TokenBank, draw_tokens, make_sample
 from .histograms import NormHistograms, bin_numbers
-from .places import PlaceCounts, neighbour_similarity
-from .sinks import ActivationPeaks
+from .positions import PlaceCounts, neighbour_similarity
+from .reservoir import TokenBank, draw_tokens, make_sample
 from .verdict import judge, summarise_layer
 
 

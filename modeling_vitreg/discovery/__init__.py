@@ -5,8 +5,8 @@ from modeling_vitreg.reports import DiscoveryReport
 from .annotations import AnnotatedImage, read_annotations, read_cell, read_coco, read_scenes, read_source, read_voc
 from .boxes import box_overlaps
 from .dino_seg import dino_seg
-from .evaluate import discover
 from .lost import LostResult, lost, lost_with_biases
+from .run import discover
 from .settings import DiscoverySettings, Sweep
 from .tokencut import TokenCutResult, tokencut
 

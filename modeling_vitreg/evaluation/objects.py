@@ -20,7 +20,7 @@ import torch
 import tqdm
 
 from modeling_vitreg.discovery import DiscoverySettings
-from modeling_vitreg.discovery.measure import Measurement
+from modeling_vitreg.discovery.measurement import Measurement
 from modeling_vitreg.features import Encoder
 
 from .data import LabelledImages

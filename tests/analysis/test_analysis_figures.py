@@ -9,8 +9,8 @@ from PIL import Image
 from planted_models import DEPTH, GRID, pictures, plain_model, planted_model
 
 from modeling_vitreg.analysis import figures
-from modeling_vitreg.analysis.folder import write_comparison, write_folder
-from modeling_vitreg.analysis.page import render_comparison, render_page
+from modeling_vitreg.analysis.html import render_comparison, render_page
+from modeling_vitreg.analysis.report_dir import write_comparison, write_folder
 from modeling_vitreg.analysis.survey import SurveySettings, survey
 from modeling_vitreg.features import load_encoder
 
@@ -121,7 +121,7 @@ def test_a_figure_that_fails_is_left_out_with_a_warning(planted, monkeypatch, ca
     def fail(*_):
         raise RuntimeError("no paper")
 
-    monkeypatch.setattr("modeling_vitreg.analysis.folder.draw_norms", fail)
+    monkeypatch.setattr("modeling_vitreg.analysis.report_dir.draw_norms", fail)
     write_folder(*planted, tmp_path)
     assert "the figure norms was left out: RuntimeError: no paper" in caplog.text
     assert not (tmp_path / "norms.png").exists() and (tmp_path / "places.png").exists()

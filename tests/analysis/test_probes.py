@@ -6,7 +6,6 @@ import torch
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 
-from modeling_vitreg.analysis.bank import NUM_LARGEST, NUM_RANDOM, TokenBank, draw_tokens, make_sample
 from modeling_vitreg.analysis.probes import (
     TokenSample,
     normalise,
@@ -15,6 +14,7 @@ from modeling_vitreg.analysis.probes import (
     probe_position,
     split_images,
 )
+from modeling_vitreg.analysis.reservoir import NUM_LARGEST, NUM_RANDOM, TokenBank, draw_tokens, make_sample
 from modeling_vitreg.features import TokenFeatures
 
 

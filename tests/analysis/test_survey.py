@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from planted_models import DEPTH, GRID, pictures, plain_model, planted_model
 
-from modeling_vitreg.analysis.folder import analyze, compare
-from modeling_vitreg.analysis.page import render_page
+from modeling_vitreg.analysis.html import render_page
+from modeling_vitreg.analysis.report_dir import analyze, compare
 from modeling_vitreg.analysis.survey import SurveySettings, survey
 from modeling_vitreg.features import load_encoder
 from modeling_vitreg.images import open_images

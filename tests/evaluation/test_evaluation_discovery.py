@@ -12,7 +12,7 @@ from PIL import Image
 
 from modeling_vitreg import ViTWithRegistersModel
 from modeling_vitreg.discovery import DiscoverySettings, discover, read_annotations, read_cell, read_scenes
-from modeling_vitreg.discovery.measure import Measurement
+from modeling_vitreg.discovery.measurement import Measurement
 from modeling_vitreg.evaluation import EncodingSettings, EvaluationSettings, compare, evaluate, open_data
 from modeling_vitreg.evaluation.intervals import wilson_interval
 from modeling_vitreg.evaluation.sources import FIRST_TEST_SCENE

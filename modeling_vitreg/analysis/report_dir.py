@@ -29,7 +29,7 @@ from .figures import (
     draw_series,
     draw_shares,
 )
-from .page import render_comparison, render_page
+from .html import render_comparison, render_page
 from .survey import Examples, SurveySettings, survey
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from modeling_vitreg.analysis.sinks import ActivationPeaks, sample_medians
+from modeling_vitreg.analysis.activations import ActivationPeaks, sample_medians
 
 
 KINDS = {"cls": 1, "distillation": 0, "registers": 2, "patches": 30}

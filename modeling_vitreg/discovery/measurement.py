@@ -68,7 +68,7 @@ class Measurement:
     """Everything that grows while the images pass.
 
     Args:
-        encoder, settings, sweep: as in `evaluate.discover`.
+        encoder, settings, sweep: as in `run.discover`.
 
     Raises:
         ValueError: settings that do not fit the model.

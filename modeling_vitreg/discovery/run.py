@@ -19,7 +19,7 @@ from modeling_vitreg.features import Encoder
 from modeling_vitreg.reports import DiscoveryReport
 
 from .annotations import AnnotatedImage
-from .measure import Measurement
+from .measurement import Measurement
 from .settings import DiscoverySettings, Sweep
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from modeling_vitreg.analysis.histograms import bin_numbers, next_edge
-from modeling_vitreg.analysis.places import SIMILARITY_EDGES, PlaceCounts, neighbour_similarity
+from modeling_vitreg.analysis.positions import SIMILARITY_EDGES, PlaceCounts, neighbour_similarity
 
 
 def _slow_similarity(patches: np.ndarray, grid: tuple) -> np.ndarray:
