@@ -52,6 +52,10 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
         patch_size: pixels, a side or (rows, columns); must divide `image_size`.
         num_channels: channels of an image.
         num_register_tokens: registers R, 0 or more.
+        num_test_time_registers: last registers that take the activation of `register_neurons`; they start at zero
+            and are not trained (Jiang et al. 2025, arXiv 2506.08010). 0 for models that were not retrofitted.
+        register_neurons: hidden units of MLPs whose activation moves from all other tokens to the test-time
+            registers, as {layer: [unit, ...]}; layers count from 1.
         has_cls_token: whether the sequence starts with a class token.
         has_distillation_token: whether a distillation token follows the class token (DeiT).
         position_embedding_type: "learned" table, fixed "sincos" (MAE), "rope" (DINOv3) or "none".
@@ -124,6 +128,8 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
         patch_size=16,
         num_channels=3,
         num_register_tokens=4,
+        num_test_time_registers=0,
+        register_neurons=None,
         has_cls_token=True,
         has_distillation_token=False,
         position_embedding_type="learned",
@@ -177,6 +183,9 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
         self.patch_size = patch_size if isinstance(patch_size, int) else list(patch_size)
         self.num_channels = num_channels
         self.num_register_tokens = num_register_tokens
+        self.num_test_time_registers = num_test_time_registers
+        # Strings as keys, as JSON gives them back.
+        self.register_neurons = {str(layer): list(units) for layer, units in (register_neurons or {}).items()}
         self.has_cls_token = has_cls_token
         self.has_distillation_token = has_distillation_token
         self.position_embedding_type = position_embedding_type
@@ -305,6 +314,7 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
     def _validate(self):
         self._validate_sizes()
         self._validate_tokens()
+        self._validate_register_neurons()
         self._validate_positions()
         for name, allowed in (
             ("hidden_act", ACTIVATIONS),
@@ -380,6 +390,32 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
             f"num_classifier_layers={self.num_classifier_layers} concatenates class tokens: it needs pooling='cls' or "
             f"'cls_mean', got {self.pooling!r}",
         )
+
+    def _validate_register_neurons(self):
+        count = self.num_test_time_registers
+        _require(
+            _is_count(count) and 0 <= count <= self.num_register_tokens,
+            f"num_test_time_registers lies in 0 ... num_register_tokens ({self.num_register_tokens}), got {count!r}",
+        )
+        _require(
+            count > 0 or not self.register_neurons,
+            "register_neurons need a register to move to: set num_test_time_registers=1",
+        )
+        _require(
+            count == 0 or self.rope_style != "capi",
+            "rope_style='capi' gives every register a position, and a test-time register has none",
+        )
+        for layer, units in self.register_neurons.items():
+            _require(
+                layer.isdigit() and 1 <= int(layer) <= self.num_hidden_layers,
+                f"register_neurons: layers lie in 1 ... {self.num_hidden_layers}, got {layer!r}",
+            )
+            _require(
+                len(units) == len(set(units)) > 0
+                and all(_is_count(unit) and 0 <= unit < self.intermediate_size for unit in units),
+                f"register_neurons: expected distinct units in 0 ... {self.intermediate_size - 1} in layer {layer}, "
+                f"got {units}",
+            )
 
     def _validate_positions(self):
         kind = self.position_embedding_type

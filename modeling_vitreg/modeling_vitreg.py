@@ -576,13 +576,41 @@ class ViTWithRegistersMLP(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.dropout(self.fc2(self.activate(hidden_states)))
+
+    def activate(self, hidden_states: Tensor) -> Tensor:
+        """Activations of the hidden units: (..., D) -> (..., `intermediate_size`)."""
         hidden_states = self.fc1(hidden_states)
-        if self.is_gated:
-            gate, value = hidden_states.chunk(2, dim=-1)
-            hidden_states = self.activation(gate) * value
-        else:
-            hidden_states = self.activation(hidden_states)
-        return self.dropout(self.fc2(hidden_states))
+        if not self.is_gated:
+            return self.activation(hidden_states)
+        gate, value = hidden_states.chunk(2, dim=-1)
+        return self.activation(gate) * value
+
+
+class ViTWithRegistersRegisterNeuronMLP(ViTWithRegistersMLP):
+    """An MLP in which some units act on the test-time registers only (Jiang et al. 2025, arXiv 2506.08010).
+
+    for each image and each unit u of `units`:
+        a[registers, u] = the activation of largest magnitude over all tokens, with its sign
+        a[all other tokens, u] = 0
+    """
+
+    def __init__(self, config: ViTWithRegistersConfig, units: list):
+        super().__init__(config)
+        stop = config.token_slices["registers"].stop
+        self.registers = (stop - config.num_test_time_registers, stop)
+        self.initial_units = units
+        self.register_buffer("units", torch.tensor(units), persistent=False)
+
+    def activate(self, hidden_states: Tensor) -> Tensor:
+        """As in `ViTWithRegistersMLP`, for whole sequences (B, N, D) only."""
+        hidden_states = super().activate(hidden_states)
+        activations = hidden_states[..., self.units]  # [B, N, E] -> [B, N, U]
+        largest = activations.gather(1, activations.abs().argmax(dim=1, keepdim=True))  # [B, N, U] -> [B, 1, U]
+        start, stop = self.registers
+        moved = torch.zeros_like(activations)
+        moved = torch.cat([moved[:, :start], largest.expand(-1, stop - start, -1), moved[:, stop:]], dim=1)
+        return hidden_states.index_copy(-1, self.units, moved)
 
 
 class ViTWithRegistersLayerScale(nn.Module):
@@ -639,7 +667,7 @@ class ViTWithRegistersDropPath(nn.Module):
 class ViTWithRegistersLayer(GradientCheckpointingLayer):
     """Attention and MLP, each behind a norm, with LayerScale and stochastic depth."""
 
-    def __init__(self, config: ViTWithRegistersConfig, drop_path_rate: float):
+    def __init__(self, config: ViTWithRegistersConfig, drop_path_rate: float, register_neurons: list | None = None):
         super().__init__()
         has_scale = config.layer_scale_init_value is not None
         self.norm1 = make_norm(config)
@@ -647,6 +675,8 @@ class ViTWithRegistersLayer(GradientCheckpointingLayer):
         self.layer_scale1 = ViTWithRegistersLayerScale(config) if has_scale else nn.Identity()
         self.norm2 = make_norm(config)
         self.mlp = ViTWithRegistersMLP(config)
+        if register_neurons:
+            self.mlp = ViTWithRegistersRegisterNeuronMLP(config, register_neurons)
         self.layer_scale2 = ViTWithRegistersLayerScale(config) if has_scale else nn.Identity()
         self.drop_path = ViTWithRegistersDropPath(config, drop_path_rate)
 
@@ -754,6 +784,8 @@ class ViTWithRegistersPreTrainedModel(PreTrainedModel):
         elif isinstance(module, ViTWithRegistersRegisterTokens):
             # They have no position: equal ones would get equal gradients and stay equal for ever.
             set_initial(module.weight, nn.init.trunc_normal_, std=std)
+        elif isinstance(module, ViTWithRegistersRegisterNeuronMLP):
+            set_initial(module.units, lambda units: units.copy_(torch.tensor(module.initial_units)))
         elif isinstance(module, ViTWithRegistersPositionEmbeddings):
             module.initialise()
         elif isinstance(module, ViTWithRegistersEmbeddings):
@@ -787,6 +819,11 @@ class ViTWithRegistersPreTrainedModel(PreTrainedModel):
         """
         if num_register_tokens < 0:
             raise ValueError(f"expected 0 or more register tokens, got {num_register_tokens}")
+        if self.config.num_test_time_registers:
+            raise ValueError(
+                "this model has test-time registers, which stay the last ones: resize the registers of the original "
+                "model, then retrofit it again"
+            )
         embeddings = self.base_model.embeddings
         old, weight = embeddings.register_tokens, embeddings.patch_embeddings.weight
         new = ViTWithRegistersRegisterTokens(num_register_tokens, self.config.hidden_size).to(weight)
@@ -1026,7 +1063,10 @@ class ViTWithRegistersModel(ViTWithRegistersPreTrainedModel):
         self.pre_layernorm = nn.Identity()
         if config.has_pre_norm:
             self.pre_layernorm = make_norm(config)
-        self.layers = nn.ModuleList(ViTWithRegistersLayer(config, rate) for rate in config.drop_path_rates)
+        self.layers = nn.ModuleList(
+            ViTWithRegistersLayer(config, rate, config.register_neurons.get(str(number)))
+            for number, rate in enumerate(config.drop_path_rates, start=1)
+        )
         self.layernorm = make_norm(config)
         self.projection = None
         if use_projection and config.projection_size is not None:
