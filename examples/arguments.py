@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from modeling_vitreg.distributed import Processes
-from modeling_vitreg.images import ImageSource, MapColumns, open_images
+from modeling_vitreg.images import DataOptions, ImageSource, open_images
 from modeling_vitreg.pretraining.objectives.clip import find_words
 from modeling_vitreg.pretraining.run.recipe import Recipe, read_recipe
 from modeling_vitreg.scenes import SEMANTIC_NAMES, SceneSettings
@@ -158,10 +158,7 @@ def open_source(options: argparse.Namespace, recipe: Recipe, *, split: str | Non
             options.data,
             split=split or options.split,
             is_streaming=options.streaming,
-            image_column=options.image_column,
-            label_column=options.label_column or ("colours" if options.data == "scenes" else None),
-            text_column=(options.text_column or "caption") if recipe.objective == "clip" else None,
-            maps=choose_maps(options, recipe),
+            options=make_data_options(options, recipe),
             scenes=scenes,
             scene_settings=looks,
         )
@@ -169,14 +166,19 @@ def open_source(options: argparse.Namespace, recipe: Recipe, *, split: str | Non
         raise SystemExit(str(error)) from None
 
 
-def choose_maps(options: argparse.Namespace, recipe: Recipe) -> MapColumns:
-    """The columns of maps that the objective learns from."""
-    if recipe.objective not in MAPS:
-        return MapColumns()
-    of_scenes = {"mask": "semantic_mask", "depth": "depth"} if options.data == "scenes" else {}
-    kind = MAPS[recipe.objective]
-    column = getattr(options, f"{kind}_column") or of_scenes.get(kind, kind)
-    return MapColumns(**{kind: column}, depth_scale=options.depth_scale, reduces_labels=options.reduce_labels)
+def make_data_options(options: argparse.Namespace, recipe: Recipe) -> DataOptions:
+    """The columns that the objective learns from, and the meaning of their values."""
+    of_scenes = {"mask": "semantic_mask", "label": "colours"} if options.data == "scenes" else {}
+    columns = {"image_column": options.image_column, "label_column": options.label_column or of_scenes.get("label")}
+    if recipe.objective == "clip":
+        columns["text_column"] = options.text_column or "caption"
+    if recipe.objective in MAPS:
+        kind = MAPS[recipe.objective]
+        columns[f"{kind}_column"] = getattr(options, f"{kind}_column") or of_scenes.get(kind, kind)
+    max_depth = recipe.settings.get("max_depth", DataOptions.max_depth)
+    return DataOptions(
+        **columns, depth_scale=options.depth_scale, reduce_labels=options.reduce_labels, max_depth=max_depth
+    )
 
 
 def name_classes(recipe: Recipe, source, *, data: str) -> Recipe:

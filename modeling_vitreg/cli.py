@@ -235,7 +235,7 @@ def evaluate(
     box_column: Annotated[
         str | None, _truth('For discovery, pixels: {"bbox": [[x, y, width, height], ...]}, or a list of corners.')
     ] = None,
-    box_layout: Annotated[str | None, _truth("xywh or corners, where that column holds the other.")] = None,
+    box_layout: Annotated[str | None, _truth("xywh or xyxy, where that column holds the other.")] = None,
     boxes: Annotated[
         Path | None, _truth("For discovery in a folder of images: a COCO .json, or a folder of VOC .xml.")
     ] = None,
@@ -262,27 +262,32 @@ def evaluate(
     with _plain_errors(ValueError, RuntimeError):
         from modeling_vitreg import evaluation
         from modeling_vitreg.features import load_encoder
+        from modeling_vitreg.images import DataOptions
 
         names, wanted, found = [model, *(compare or [])], [name.strip() for name in tasks.split(",")], []
         encoders = [load_encoder(name, device=_device(device), trust_remote_code=trust_remote_code) for name in names]
         usual_labels = "colours" if data == "scenes" else None
+        layout = {"corners": "xyxy", None: "auto"}.get(box_layout, box_layout)
+        options = DataOptions(
+            image_column=image_column,
+            label_column=label_column or usual_labels,
+            mask_column=mask_column,
+            depth_column=depth_column,
+            box_column=box_column,
+            depth_scale=depth_scale,
+            reduce_labels=reduce_labels,
+            max_depth=max_depth,
+            box_format=layout,
+        )
         opened = evaluation.open_data(
             data,
+            options=options,
             image_size=image_size or max(max(encoder.image_size) for encoder in encoders),  # the same for all
             split=split,
             test_split=test_split,
             num_train=num_train,
             num_test=num_test,
-            image_column=image_column,
-            label_column=label_column or usual_labels,
-            mask_column=mask_column,
-            depth_column=depth_column,
-            depth_scale=depth_scale,
-            reduces_labels=reduce_labels,
-            max_depth=max_depth,
-            box_column=box_column,
-            box_layout=box_layout,
-            boxes=boxes,
+            annotations=boxes,
             seed=seed,
         )
         encoding = evaluation.EncodingSettings(size=image_size, batch_size=batch_size)

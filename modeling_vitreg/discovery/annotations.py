@@ -6,7 +6,7 @@
 | [{"bbox": [x, y, width, height], ...}, ...] | the same |
 | [[xmin, ymin, xmax, ymax], ...] | its corners, as in rendered scenes |
 
-All are in pixels, x to the right and y down. Where a dataset holds the other kind, `layout` says so.
+All are in pixels, x to the right and y down. Where a dataset holds the other kind, `box_format` says so.
 """
 
 from __future__ import annotations
@@ -23,10 +23,8 @@ import numpy as np
 from PIL import Image
 
 from modeling_vitreg.images import ImageSource, UnreadableImage, decode_image
+from modeling_vitreg.images.options import BOX_FORMATS
 from modeling_vitreg.scenes import SceneSettings, render_scene
-
-
-LAYOUTS = ("xywh", "corners")
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,22 +110,22 @@ def read_annotations(annotations: str | os.PathLike, images: str | os.PathLike) 
     return read(annotations, images)
 
 
-def read_cell(cell: dict | list | None, *, layout: str | None = None) -> np.ndarray | None:
+def read_cell(cell: dict | list | None, *, box_format: str = "auto") -> np.ndarray | None:
     """Boxes (objects, 4) by their corners, of a cell of a column; see the table above.
 
     Like those of COCO, boxes with width and height have their corners rounded to whole pixels.
 
     Args:
         cell: of one image; None: nobody has looked.
-        layout: of a box, "xywh" or "corners"; None: as in the table.
+        box_format: "xyxy", "xywh" or "cxcywh"; "auto": as in the table.
 
     Raises:
-        ValueError: the cell holds something else, or there is no such layout.
+        ValueError: the cell holds something else, or there is no such format.
     """
     if cell is None:
         return None
-    if layout not in (None, *LAYOUTS):
-        raise ValueError(f"expected boxes of the layout {' or '.join(LAYOUTS)}, got {layout!r}")
+    if box_format not in BOX_FORMATS:
+        raise ValueError(f"expected box_format {', '.join(BOX_FORMATS)}, got {box_format!r}")
     is_plain = isinstance(cell, list) and not any(isinstance(entry, dict) for entry in cell)
     try:
         rows = cell if is_plain else cell["bbox"] if isinstance(cell, dict) else [entry["bbox"] for entry in cell]
@@ -140,11 +138,14 @@ def read_cell(cell: dict | list | None, *, layout: str | None = None) -> np.ndar
             'expected boxes as {"bbox": [[x, y, width, height], ...]} or [[xmin, ymin, xmax, ymax], ...], got '
             f"{found}: {type(error).__name__}: {error}"
         ) from error
-    if (layout or ("corners" if is_plain else "xywh")) == "corners":
+    if box_format == "auto":
+        box_format = "xyxy" if is_plain else "xywh"
+    if box_format == "xyxy":
         if (boxes[:, 2:] < boxes[:, :2]).any():
-            raise ValueError(f"expected boxes by their corners, got {rows[0]}: is the layout xywh?")
+            raise ValueError(f"expected boxes by their corners, got {rows[0]}: is the format xywh?")
         return boxes
-    return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1).round()
+    starts = boxes[:, :2] - boxes[:, 2:] / 2 if box_format == "cxcywh" else boxes[:, :2]
+    return np.concatenate([starts, starts + boxes[:, 2:]], axis=1).round()
 
 
 def read_scenes(indices: Sequence[int], *, settings: SceneSettings | None = None) -> list[AnnotatedImage]:
@@ -194,7 +195,6 @@ def _read(source: ImageSource, index: int) -> Image.Image:
 
 
 __all__ = [
-    "LAYOUTS",
     "AnnotatedImage",
     "read_annotations",
     "read_cell",

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from modeling_vitreg.discovery import AnnotatedImage, read_cell
-from modeling_vitreg.images import ImageSource, MapColumns, UnreadableImage, decode_image, decode_maps
+from modeling_vitreg.images import DataOptions, ImageSource, UnreadableImage, decode_image, decode_maps
 
 from .provenance import shorten
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import datasets
 
 
+# What older fingerprints called a format of boxes.
+_LAYOUTS = {"auto": None, "xyxy": "corners", "xywh": "xywh", "cxcywh": "cxcywh"}
 _SLACK = 0.05  # of the sides of an image, by which a box may reach out of it
 
 
@@ -37,13 +39,8 @@ class LabelledImages:
 
     Args:
         images: with labels and maps or without.
-        boxes: the dataset, of equal length, that holds boxes of objects; None: nobody knows them.
-        box_column: where they are; see `modeling_vitreg.discovery.annotations`.
-        box_layout: of a box, "xywh" or "corners"; None: as the column shows.
+        boxes: the dataset, of equal length, that holds the boxes of objects in `options.box_column`; None: unknown.
         indices: of the images that count, in order; None: all.
-
-    Raises:
-        ValueError: the column of boxes does not exist.
     """
 
     def __init__(
@@ -51,15 +48,11 @@ class LabelledImages:
         images: ImageSource,
         *,
         boxes: datasets.Dataset | None = None,
-        box_column: str = "boxes",
-        box_layout: str | None = None,
         indices: np.ndarray | None = None,
     ):
         self._images = images
-        if boxes is not None and box_column not in boxes.column_names:
-            raise ValueError(f"expected a column {box_column!r} of boxes, got {', '.join(boxes.column_names)}")
-        self._boxes = None if boxes is None else boxes.select_columns([box_column])  # reading one reads no image
-        self.box_column, self.box_layout = None if boxes is None else box_column, box_layout
+        self.box_column = None if boxes is None else images.options.box_column
+        self._boxes = None if boxes is None else boxes.select_columns([self.box_column])  # reading one reads no image
         self._indices = np.arange(len(images)) if indices is None else np.asarray(indices)
 
     @property
@@ -68,9 +61,9 @@ class LabelledImages:
         return self._images.class_names
 
     @property
-    def maps(self) -> MapColumns:
-        """Where masks and depths are."""
-        return self._images.maps
+    def options(self) -> DataOptions:
+        """Columns and the meaning of their values."""
+        return self._images.options
 
     @property
     def revision(self) -> str | None:
@@ -89,7 +82,7 @@ class LabelledImages:
             return None
         cells = self._boxes[self.box_column][:]
         boxes = [repr(cells[index]) for index in self._indices.tolist()]
-        return shorten([self._images.fingerprint, self._indices.tolist(), self.box_layout, boxes])
+        return shorten([self._images.fingerprint, self._indices.tolist(), _LAYOUTS[self.options.box_format], boxes])
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -111,18 +104,12 @@ class LabelledImages:
             ValueError: what the column holds are no boxes.
         """
         index = int(self._indices[number])
-        boxes = read_cell(self._boxes[index][self.box_column], layout=self.box_layout)
+        boxes = read_cell(self._boxes[index][self.box_column], box_format=self.options.box_format)
         return AnnotatedImage(self._images.name_of(index), functools.partial(self._open, index, boxes), boxes)
 
     def select(self, numbers: np.ndarray) -> LabelledImages:
         """Some of these images, by their numbers."""
-        return LabelledImages(
-            self._images,
-            boxes=self._boxes,
-            box_column=self.box_column,
-            box_layout=self.box_layout,
-            indices=self._indices[numbers],
-        )
+        return LabelledImages(self._images, boxes=self._boxes, indices=self._indices[numbers])
 
     def _open(self, index: int, boxes: np.ndarray | None) -> Image.Image:
         image = self._images.read(index)[0]

@@ -213,12 +213,12 @@ def _top(scores: Tensor, truth: Tensor, classes: Tensor) -> list[Measured]:
 
 
 def _no_masks(_: Encoder, data: EvaluationData, __: Text) -> str | None:
-    is_there = data.train.maps.mask and data.test.maps.mask
+    is_there = data.train.options.mask_column and data.test.options.mask_column
     return None if is_there else "the images have no masks: name their column with --mask-column (mask_column)"
 
 
 def _no_depths(_: Encoder, data: EvaluationData, __: Text) -> str | None:
-    is_there = data.train.maps.depth and data.test.maps.depth
+    is_there = data.train.options.depth_column and data.test.options.depth_column
     return None if is_there else "the images have no depth: name its column with --depth-column (depth_column)"
 
 

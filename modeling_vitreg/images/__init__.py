@@ -7,17 +7,17 @@ A raw image is a dictionary: `bytes` (or None), `path` (or None), `label` (int o
 and `maps`, where a source was opened with them. Maps say something of each pixel: its class, or its depth.
 """
 
-from .columns import MapColumns
 from .decoding import UnreadableImage, decode_image, decode_maps
 from .hub import split_hub_name
 from .open import OpenedDataset, open_dataset, open_images
+from .options import DataOptions, parse_columns
 from .sources import ImageSource, ImageStream, derive_seed
 
 
 __all__ = [
+    "DataOptions",
     "ImageSource",
     "ImageStream",
-    "MapColumns",
     "OpenedDataset",
     "UnreadableImage",
     "decode_image",
@@ -25,5 +25,6 @@ __all__ = [
     "derive_seed",
     "open_dataset",
     "open_images",
+    "parse_columns",
     "split_hub_name",
 ]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .messages import list_names
+from .options import DataOptions
 
 
 if TYPE_CHECKING:
@@ -22,32 +23,6 @@ _LABEL_NAMES = ("label", "labels", "cls")
 
 
 @dataclasses.dataclass(frozen=True)
-class MapColumns:
-    """Where maps of an image are; a map is stored as an image, or as an array.
-
-    Args:
-        mask: column of class numbers, 255 where nobody knows the class; None: there is none.
-        depth: column of depths; None: there is none.
-        depth_scale: metres of a unit of depth, 0.001 for millimetres.
-        reduces_labels: of the stored masks 0 says that nobody knows, and classes count from 1, as in ADE20k.
-    """
-
-    mask: str | None = None
-    depth: str | None = None
-    depth_scale: float = 1.0
-    reduces_labels: bool = False
-
-    def __post_init__(self):
-        if not self.depth_scale > 0:
-            raise ValueError(f"depth_scale is above 0, metres of a unit, got {self.depth_scale!r}")
-
-    @property
-    def named(self) -> dict[str, str]:
-        """Columns by what they hold: `mask`, `depth`."""
-        return {kind: column for kind, column in (("mask", self.mask), ("depth", self.depth)) if column}
-
-
-@dataclasses.dataclass(frozen=True)
 class Columns:
     """Where the image, the label, the caption and the maps of a row are."""
 
@@ -55,13 +30,13 @@ class Columns:
     label: str | None
     text: str | None
     class_names: tuple[str, ...] | None
-    maps: MapColumns
+    options: DataOptions
 
     def select(self, dataset: datasets.Dataset | datasets.IterableDataset):
         """Keep these columns, with images as they were stored."""
         from datasets import Image as ImageFeature
 
-        maps = tuple(self.maps.named.values())
+        maps = tuple(self.options.maps.values())
         kept = dataset.select_columns([name for name in (self.image, self.label, self.text, *maps) if name])
         for name in (self.image, *maps):
             if name == self.image or isinstance(kept.features[name], ImageFeature):
@@ -76,16 +51,18 @@ class Columns:
         label = None if label is None or label < 0 else int(label)
         text = {"text": join_texts(row[self.text])} if self.text else {}
         raw = {**image, "label": label, "name": image["path"] or fallback, **text}
-        if self.maps.named:
-            raw["maps"] = {kind: row[column] for kind, column in self.maps.named.items()}
-            raw |= {"depth_scale": self.maps.depth_scale, "reduces_labels": self.maps.reduces_labels}
+        if self.options.maps:
+            raw["maps"] = {kind: row[column] for kind, column in self.options.maps.items()}
+            raw |= {"depth_scale": self.options.depth_scale, "reduce_labels": self.options.reduce_labels}
         return raw
 
     def sum_up_maps(self, raws: list[dict]) -> list:
         """What a fingerprint holds of maps, nothing where there are none."""
-        if not self.maps.named:
+        if not self.options.maps:
             return []
-        return [dataclasses.astuple(self.maps), [list(map(sum_up_map, raw["maps"].values())) for raw in raws]]
+        names = ("mask_column", "depth_column", "depth_scale", "reduce_labels")
+        how = [getattr(self.options, name) for name in names]
+        return [how, [list(map(sum_up_map, raw["maps"].values())) for raw in raws]]
 
 
 def join_texts(text: str | list[str] | None) -> str:
@@ -93,9 +70,7 @@ def join_texts(text: str | list[str] | None) -> str:
     return " ".join(text) if isinstance(text, list) else text or ""
 
 
-def find_columns(
-    features: datasets.Features, *, image: str | None, label: str | None, text: str | None, maps: MapColumns
-) -> Columns:
+def find_columns(features: datasets.Features, options: DataOptions) -> Columns:
     """The columns that are named, or else found.
 
     Raises:
@@ -104,7 +79,9 @@ def find_columns(
     from datasets import ClassLabel, Value
     from datasets import Image as ImageFeature
 
-    for name in filter(None, (image, label, text, *maps.named.values())):
+    image, label, text = options.image_column, options.label_column, options.text_column
+    maps = tuple(options.maps.values())
+    for name in filter(None, (image, label, text, options.box_column, *maps)):
         if name not in features:
             raise ValueError(f"open_images: there is no column {name!r}; the columns are {list_names(features)}.")
     integers = {name for name, kind in features.items() if isinstance(kind, Value) and "int" in kind.dtype}
@@ -112,22 +89,25 @@ def find_columns(
     if label and label not in classes | integers:
         raise ValueError(f"open_images: the column {label!r} holds no classes but {features[label]}.")
     images = [name for name, kind in features.items() if isinstance(kind, ImageFeature)]
-    images = [name for name in images if name not in maps.named.values()]
+    images = [name for name in images if name not in maps]
     if not images and not image:
         raise ValueError(
             f"open_images: expected a column of type Image, got {list_names(features)}. If one of them holds paths "
-            "or the bytes of image files, name it with image_column."
+            "or the bytes of image files, name it: --columns image=NAME (image_column)."
         )
-    image = image or _choose(images, usual=_IMAGE_NAMES, argument="image_column")
+    image = image or _choose(images, usual=_IMAGE_NAMES, kind="image")
     labels = [name for name in features if name in classes or (name in integers and name in _LABEL_NAMES)]
-    label = label or (_choose(labels, usual=_LABEL_NAMES, argument="label_column") if labels else None)
-    return Columns(image, label, text, tuple(features[label].names) if label in classes else None, maps)
+    label = label or (_choose(labels, usual=_LABEL_NAMES, kind="label") if labels else None)
+    return Columns(image, label, text, tuple(features[label].names) if label in classes else None, options)
 
 
-def _choose(names: list[str], *, usual: tuple[str, ...], argument: str) -> str:
+def _choose(names: list[str], *, usual: tuple[str, ...], kind: str) -> str:
     best = names if len(names) == 1 else [name for name in usual if name in names][:1]
     if not best:
-        raise ValueError(f"open_images: several columns qualify: {list_names(names)}; choose one with {argument}.")
+        raise ValueError(
+            f"open_images: several columns qualify: {list_names(names)}; choose one with --columns {kind}=NAME "
+            f"({kind}_column)."
+        )
     return best[0]
 
 
@@ -145,4 +125,4 @@ def sum_up_map(value: dict | list | np.ndarray) -> str | int | None:
     return hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
 
 
-__all__ = ["Columns", "MapColumns", "find_columns", "join_texts", "sum_up_content"]
+__all__ = ["Columns", "find_columns", "join_texts", "sum_up_content"]

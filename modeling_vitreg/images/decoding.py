@@ -75,7 +75,7 @@ def decode_maps(raw: dict, *, size: tuple[int, int]) -> dict[str, np.ndarray]:
             raise UnreadableImage(raw["name"], problem)
     if "mask" in maps:
         maps["mask"] = maps["mask"].astype(np.int32)
-        if raw["reduces_labels"]:
+        if raw["reduce_labels"]:
             is_hidden = (maps["mask"] == 0) | (maps["mask"] == _HIDDEN_LABEL)
             maps["mask"] = np.where(is_hidden, np.int32(_HIDDEN_LABEL), maps["mask"] - 1)
     if "depth" in maps:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from modeling_vitreg.scenes import SceneSettings, make_scenes_dataset
 
-from .columns import MapColumns
 from .folders import open_folder
 from .hub import open_hub
 from .messages import EXPECTED
+from .options import DataOptions
 from .shards import expand, names_shards, open_shards
 from .sources import ImageSource, ImageStream
 
@@ -27,10 +27,7 @@ def open_images(
     split: str = "train",
     is_streaming: bool = False,
     block_size: int = 1000,
-    image_column: str | None = None,
-    label_column: str | None = None,
-    text_column: str | None = None,
-    maps: MapColumns | None = None,
+    options: DataOptions | None = None,
     scenes: range = range(10_000),
     scene_settings: SceneSettings | None = None,
 ) -> ImageSource | ImageStream:
@@ -53,11 +50,9 @@ def open_images(
         split: which part. Shards that are listed (not a folder of them) are the split one asks for.
         is_streaming: read in order instead of preparing everything first: no index, no length, at once.
         block_size: images of a stream that are held undecoded and shuffled among each other.
-        image_column: None: found by its type.
-        label_column: None: found by its type or name; images without labels are fine.
-        text_column: holds captions; None: they are not read.
-        maps: columns of masks and depths; None: they are not read. Of scenes: `semantic_mask` and `depth`; of a folder
-            of images: what its metadata.jsonl calls `mask_file_name`, for example, is the column `mask`.
+        options: columns and the meaning of their values; None: image and label are found, nothing else is read. Scenes
+            have `semantic_mask`, `depth` and `boxes`; in a folder of images, what its metadata.jsonl calls
+            `mask_file_name`, for example, is the column `mask`.
         scenes: indices of the scenes; other ranges are other splits. Consecutive.
         scene_settings: None: 64 pixels a side.
 
@@ -65,7 +60,6 @@ def open_images(
         ValueError: there is no such source, split or column, or the choice is not clear.
         RuntimeError: the Hub could not be reached.
     """
-    columns = {"image_column": image_column, "label_column": label_column, "text_column": text_column, "maps": maps}
     if source == "scenes":
         if split != "train" or is_streaming or scenes.step != 1:
             raise ValueError(
@@ -73,12 +67,12 @@ def open_images(
                 f"split={split!r}, is_streaming={is_streaming}, scenes={scenes}. For other images give another range."
             )
         settings = scene_settings or SceneSettings(image_size=64)
-        return ImageSource(make_scenes_dataset(len(scenes), settings=settings, start=scenes.start), **columns)
+        return ImageSource(make_scenes_dataset(len(scenes), settings=settings, start=scenes.start), options=options)
     opened = open_dataset(source, split=split, is_streaming=is_streaming)
     if opened.is_stream:
-        options = {"block_size": block_size, "files": opened.files, "revision": opened.revision}
-        return ImageStream(opened.dataset, **options, **columns)
-    return ImageSource(opened.dataset, revision=opened.revision, **columns)
+        words = {"block_size": block_size, "files": opened.files, "revision": opened.revision}
+        return ImageStream(opened.dataset, options=options, **words)
+    return ImageSource(opened.dataset, options=options, revision=opened.revision)
 
 
 @dataclasses.dataclass(frozen=True)

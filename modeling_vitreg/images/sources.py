@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from .columns import MapColumns, find_columns, join_texts, sum_up_content
+from .columns import find_columns, join_texts, sum_up_content
 from .decoding import decode_image
+from .options import DataOptions
 
 
 if TYPE_CHECKING:
@@ -29,10 +30,7 @@ class ImageSource:
 
     Args:
         dataset: of the library `datasets`.
-        image_column: holds the images; None: the only column of type `Image`, or the one of a usual name.
-        label_column: holds the classes; None: the only `ClassLabel`, or an integer column `label`, `labels` or `cls`.
-        text_column: holds captions; None: captions are not read.
-        maps: columns of maps; None: maps are not read.
+        options: columns and the meaning of their values; None: image and label are found, nothing else is read.
         revision: commit of a dataset of the Hub, for reports.
 
     Raises:
@@ -43,15 +41,11 @@ class ImageSource:
         self,
         dataset: datasets.Dataset,
         *,
-        image_column: str | None = None,
-        label_column: str | None = None,
-        text_column: str | None = None,
-        maps: MapColumns | None = None,
+        options: DataOptions | None = None,
         revision: str | None = None,
     ):
         self.revision = revision
-        names = {"image": image_column, "label": label_column, "text": text_column}
-        self._columns = find_columns(dataset.features, **names, maps=maps or MapColumns())
+        self._columns = find_columns(dataset.features, options or DataOptions())
         self._dataset = self._columns.select(dataset)
 
     @property
@@ -60,9 +54,9 @@ class ImageSource:
         return self._columns.class_names
 
     @property
-    def maps(self) -> MapColumns:
-        """Where the maps are."""
-        return self._columns.maps
+    def options(self) -> DataOptions:
+        """Columns and the meaning of their values."""
+        return self._columns.options
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -120,10 +114,7 @@ class ImageStream:
 
     Args:
         dataset: a stream of the library `datasets`.
-        image_column: see `ImageSource`.
-        label_column: see `ImageSource`.
-        text_column: see `ImageSource`.
-        maps: see `ImageSource`.
+        options: see `ImageSource`.
         block_size: images that are held undecoded and shuffled among each other.
         files: local files of the stream, for the fingerprint.
         revision: see `ImageSource`.
@@ -136,10 +127,7 @@ class ImageStream:
         self,
         dataset: datasets.IterableDataset,
         *,
-        image_column: str | None = None,
-        label_column: str | None = None,
-        text_column: str | None = None,
-        maps: MapColumns | None = None,
+        options: DataOptions | None = None,
         block_size: int = 1000,
         files: Sequence[str] = (),
         revision: str | None = None,
@@ -148,8 +136,7 @@ class ImageStream:
             raise ValueError(f"ImageStream: block_size is a positive integer, got {block_size!r}.")
         if dataset.features is None:
             raise ValueError("ImageStream: expected a stream that knows the types of its columns; give it `features`.")
-        names = {"image": image_column, "label": label_column, "text": text_column}
-        self._columns = find_columns(dataset.features, **names, maps=maps or MapColumns())
+        self._columns = find_columns(dataset.features, options or DataOptions())
         self._dataset = self._columns.select(dataset)
         self._block_size = block_size
         self.revision = revision

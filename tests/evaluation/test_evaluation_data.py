@@ -13,7 +13,7 @@ from modeling_vitreg.evaluation.inputs import count_mask_classes, linear_inputs
 from modeling_vitreg.evaluation.provenance import fingerprint_model
 from modeling_vitreg.evaluation.sources import FIRST_TEST_SCENE
 from modeling_vitreg.features import extract_features, load_encoder
-from modeling_vitreg.images import ImageSource, MapColumns, UnreadableImage
+from modeling_vitreg.images import DataOptions, ImageSource, UnreadableImage
 from modeling_vitreg.scenes import SEMANTIC_NAMES, SceneSettings, render_scene
 
 
@@ -51,7 +51,9 @@ def _dataset(num_images=7, **columns):
 
 
 def _labelled(dataset):
-    return LabelledImages(ImageSource(dataset, maps=MapColumns("mask", "depth", depth_scale=0.001)))
+    return LabelledImages(
+        ImageSource(dataset, options=DataOptions(mask_column="mask", depth_column="depth", depth_scale=0.001))
+    )
 
 
 def _encode(encoder, images, folder, *, kinds=KINDS, **settings):
@@ -68,11 +70,11 @@ def test_scenes_have_exact_truth_and_test_images_that_lie_far_from_the_others():
         for found, expected in ((example.image, scene.image), (example.mask, scene.semantic_mask)):
             assert np.array_equal(np.asarray(found), expected)
         assert np.array_equal(example.depth, scene.depth)
-    colours = open_data("scenes", image_size=32, num_train=3, num_test=2, label_column="colours")
+    colours = open_data("scenes", image_size=32, num_train=3, num_test=2, options=DataOptions(label_column="colours"))
     assert colours.train.read(1).label != data.train.read(1).label
     assert colours.train.fingerprint != data.train.fingerprint
     with pytest.raises(ValueError, match="their own splits, images, maps and boxes"):
-        open_data("scenes", mask_column="mask")
+        open_data("scenes", options=DataOptions(mask_column="mask"))
 
 
 def _folder(path, parts, *, num_images=5):
@@ -88,7 +90,7 @@ def test_a_folder_of_class_folders_has_labels_and_holds_a_share_out(tmp_path):
     data = open_data(_folder(tmp_path / "images", [""]))
     assert (len(data.train), len(data.test)) == (7, 3) and data.train.class_names == ("cat", "dog")
     names = [{part.read(number).image.tobytes() for number in range(len(part))} for part in (data.train, data.test)]
-    assert not data.train.maps.named and names[0] and names[1]
+    assert not data.train.options.maps and names[0] and names[1]
     again = open_data(_folder(tmp_path / "copy", [""]))
     assert (
         again.test.fingerprint == data.test.fingerprint != open_data(str(tmp_path / "copy"), seed=1).test.fingerprint
@@ -106,17 +108,17 @@ def test_a_test_split_is_found_and_images_are_drawn_by_the_seed(tmp_path):
 
 def test_maps_of_a_saved_dataset_are_read_by_the_names_of_their_columns(tmp_path):
     datasets.DatasetDict(train=_dataset(6), test=_dataset(4)).save_to_disk(str(tmp_path / "saved"))
-    names = {"mask_column": "mask", "depth_column": "depth"}
-    data = open_data(str(tmp_path / "saved"), **names, depth_scale=0.001)
+    options = DataOptions(mask_column="mask", depth_column="depth", depth_scale=0.001)
+    data = open_data(str(tmp_path / "saved"), options=options)
     example = data.test.read(2)
     assert (len(data.train), len(data.test)) == (6, 4)
     assert example.mask.shape == example.depth.shape == (32, 40) and 0.5 <= example.depth.min() <= 9
     with pytest.raises(ValueError, match=r"no column 'masks'; the columns are .*'mask'"):
-        open_data(str(tmp_path / "saved"), mask_column="masks", image_column="photo")
+        open_data(str(tmp_path / "saved"), options=DataOptions(mask_column="masks", image_column="photo"))
     with pytest.raises(ValueError, match=r"elsewhere', which does not exist"):
-        open_data(str(tmp_path / "elsewhere"), mask_column="mask")
-    with pytest.raises(ValueError, match=r"several columns qualify: .* choose one with image_column"):
-        open_data(str(tmp_path / "saved"), depth_column="depth")
+        open_data(str(tmp_path / "elsewhere"), options=DataOptions(mask_column="mask"))
+    with pytest.raises(ValueError, match=r"several columns qualify: .* choose one with --columns image=NAME"):
+        open_data(str(tmp_path / "saved"), options=DataOptions(depth_column="depth"))
 
 
 def test_an_empty_folder_says_what_was_expected(tmp_path):

@@ -17,6 +17,7 @@ from modeling_vitreg.evaluation import EncodingSettings, EvaluationSettings, com
 from modeling_vitreg.evaluation.intervals import wilson_interval
 from modeling_vitreg.evaluation.sources import FIRST_TEST_SCENE
 from modeling_vitreg.features import load_encoder
+from modeling_vitreg.images import DataOptions
 from modeling_vitreg.scenes import SceneSettings
 
 
@@ -117,7 +118,12 @@ def test_the_pass_is_of_its_model_boxes_and_settings(encoder, tiny, scenes, tmp_
 def test_boxes_do_not_change_what_other_tasks_measured(encoder, tmp_path):
     source = _save(tmp_path / "saved", _painted(), layout="corners")
     first = _run(encoder, open_data(source), tmp_path / "out", tasks=("knn",))
-    both = _run(encoder, open_data(source, box_column="objects"), tmp_path / "out", tasks=("knn", "discovery"))
+    both = _run(
+        encoder,
+        open_data(source, options=DataOptions(box_column="objects")),
+        tmp_path / "out",
+        tasks=("knn", "discovery"),
+    )
     assert both.results[0] == first.results[0] and [result["task"] for result in both.results] == ["knn", "discovery"]
 
 
@@ -194,10 +200,10 @@ def test_boxes_of_every_source_give_one_corloc(encoder, tmp_path):
         settings=DiscoverySettings(has_progress_bar=False),
     ).as_published
     opened = [
-        open_data(_save(tmp_path / layout, painted, layout=layout), box_column="objects")
+        open_data(_save(tmp_path / layout, painted, layout=layout), options=DataOptions(box_column="objects"))
         for layout in ("corners", "dictionary", "list")
     ]
-    opened += [open_data(str(folder / "images"), boxes=folder / name) for name in ("coco.json", "voc")]
+    opened += [open_data(str(folder / "images"), annotations=folder / name) for name in ("coco.json", "voc")]
     for number, data in enumerate(opened):
         (result,) = _run(encoder, data, tmp_path / f"out {number}").results
         assert (result["n"], result["value"]) == (10, expected["corloc"]), number
@@ -209,17 +215,17 @@ def test_a_cell_of_boxes_is_read_by_its_layout():
     boxes = [[1, 2, 11, 22], [0, 0, 5, 5]]
     for layout in ("corners", "dictionary", "list"):
         assert read_cell(_cell(boxes, layout)).tolist() == boxes
-    assert read_cell({"bbox": boxes}, layout="corners").tolist() == boxes
-    assert read_cell(_wide(boxes), layout="xywh").tolist() == boxes
+    assert read_cell({"bbox": boxes}, box_format="xyxy").tolist() == boxes
+    assert read_cell(_wide(boxes), box_format="xywh").tolist() == boxes
     assert read_cell({"bbox": [[0.4, 0.4, 10.3, 10]]}).tolist() == [[0, 0, 11, 10]]  # rounded, as those of COCO files
     assert read_cell(None) is None and read_cell([]).shape == read_cell({"bbox": []}).shape == (0, 4)
     for cell in (7, {"boxes": boxes}, [1, 2, 3, 4], [[1, 2, 3]], [{"box": [1, 2, 3, 4]}]):
         with pytest.raises(ValueError, match="expected boxes as"):
             read_cell(cell)
-    with pytest.raises(ValueError, match="is the layout xywh"):
+    with pytest.raises(ValueError, match="is the format xywh"):
         read_cell([[10, 10, 5, 5]])
-    with pytest.raises(ValueError, match="layout xywh or corners, got 'yolo'"):
-        read_cell([], layout="yolo")
+    with pytest.raises(ValueError, match="box_format auto, xyxy, xywh, cxcywh, got 'yolo'"):
+        read_cell([], box_format="yolo")
 
 
 def test_images_without_boxes_that_cannot_be_read_or_with_boxes_outside_are_left_out(encoder, tmp_path):
@@ -227,7 +233,7 @@ def test_images_without_boxes_that_cannot_be_read_or_with_boxes_outside_are_left
     painted[1] = (painted[1][0], [[0, 0, 200, 20]])
     folder = _write_files(tmp_path / "files", painted)
     (folder / "images" / "0.png").write_bytes(b"no picture")
-    report = _run(encoder, open_data(str(folder / "images"), boxes=folder / "coco.json"), tmp_path / "out")
+    report = _run(encoder, open_data(str(folder / "images"), annotations=folder / "coco.json"), tmp_path / "out")
     (result,) = report.results
     counts = report.data[result["data_fingerprint"]]["test"]
     assert (result["n"], counts["num_images"], counts["num_unreadable"]) == (4, 4, 2)
@@ -235,7 +241,7 @@ def test_images_without_boxes_that_cannot_be_read_or_with_boxes_outside_are_left
     with pytest.raises(ValueError, match="discovery: no image could be read"):
         for path in (folder / "images").iterdir():
             path.unlink()
-        _run(encoder, open_data(str(folder / "images"), boxes=folder / "voc"), tmp_path / "none")
+        _run(encoder, open_data(str(folder / "images"), annotations=folder / "voc"), tmp_path / "none")
 
 
 def test_what_lacks_its_truth_names_the_option_to_type(encoder, tmp_path):
@@ -248,14 +254,14 @@ def test_what_lacks_its_truth_names_the_option_to_type(encoder, tmp_path):
     ):
         assert option in report.skipped[task]
     with pytest.raises(ValueError, match=r"expected boxes as .* got int"):
-        _run(encoder, open_data(source, box_column="label"), tmp_path / "b")
-    with pytest.raises(ValueError, match=r"a column 'boxes' of boxes, got .*objects"):
-        open_data(source, box_column="boxes")
+        _run(encoder, open_data(source, options=DataOptions(box_column="label")), tmp_path / "b")
+    with pytest.raises(ValueError, match=r"no column 'boxes'; the columns are .*objects"):
+        open_data(source, options=DataOptions(box_column="boxes"))
     folder = _write_files(tmp_path / "files", _painted(4))
     with pytest.raises(ValueError, match="knn: there are no images to train on"):
-        _run(encoder, open_data(str(folder / "images"), boxes=folder / "voc"), tmp_path / "c", tasks=("knn",))
-    with pytest.raises(ValueError, match="a file of boxes names its images itself"):
-        open_data(str(folder / "images"), boxes=folder / "voc", label_column="label")
+        _run(encoder, open_data(str(folder / "images"), annotations=folder / "voc"), tmp_path / "c", tasks=("knn",))
+    with pytest.raises(ValueError, match="a file of annotations names its images itself"):
+        open_data(str(folder / "images"), annotations=folder / "voc", options=DataOptions(label_column="label"))
 
 
 def test_models_that_have_no_class_token_skip_dino_seg_only(tiny, scenes, tmp_path):

@@ -27,6 +27,7 @@ from modeling_vitreg.evaluation.logistic import LogisticSettings
 from modeling_vitreg.evaluation.segmentation import SegmentationSettings
 from modeling_vitreg.evaluation.table import find_best
 from modeling_vitreg.features import extract_features, load_encoder
+from modeling_vitreg.images import DataOptions
 from modeling_vitreg.reports import read_report, write_report
 
 
@@ -215,7 +216,7 @@ def test_the_task_can_fail_and_succeed(tiny, scenes, tmp_path):
     whole = {"image_size": 32, "num_train": 150, "num_test": 60}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-        colours = open_data("scenes", **whole, label_column="colours")
+        colours = open_data("scenes", **whole, options=DataOptions(label_column="colours"))
     accuracy = knn_accuracy(*_pixels(colours.train, 8), *_pixels(colours.test, 8), num_neighbours=5)
     chance = 1 / len(colours.train.class_names)
     assert wilson_interval(round(accuracy * 60), 60)[0] > chance

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from modeling_vitreg.images import (
+    DataOptions,
     ImageSource,
     ImageStream,
-    MapColumns,
     UnreadableImage,
     decode_image,
     decode_maps,
@@ -239,15 +239,15 @@ def test_a_fingerprint_follows_the_data_and_not_the_place(tmp_path):
 def test_columns_are_found_by_type_or_asked_for():
     both = _make_dataset(range(3)).add_column("label", [7, 8, 9]).add_column("caption", ["a", "b", "c"])
     assert ImageSource(both).read(1)[1] == 8  # the usual name wins over the type
-    assert ImageSource(both, label_column="kind").read(1)[1] == 1
+    assert ImageSource(both, options=DataOptions(label_column="kind")).read(1)[1] == 1
     two = both.add_column("mask", [{"path": "a.png", "bytes": None}] * 3, feature=datasets.Image())
-    with pytest.raises(ValueError, match="'mask', 'picture'; choose one with image_column"):
+    with pytest.raises(ValueError, match="'mask', 'picture'; choose one with --columns image=NAME"):
         ImageSource(two)
-    assert len(ImageSource(two, image_column="mask")) == 3
+    assert len(ImageSource(two, options=DataOptions(image_column="mask"))) == 3
     with pytest.raises(ValueError, match="no column 'pixels'; the columns are 'caption', 'kind', 'label', 'picture'"):
-        ImageSource(both, image_column="pixels")
+        ImageSource(both, options=DataOptions(image_column="pixels"))
     with pytest.raises(ValueError, match="'caption' holds no classes"):
-        ImageSource(both, label_column="caption")
+        ImageSource(both, options=DataOptions(label_column="caption"))
     with pytest.raises(ValueError, match="expected a column of type Image, got 'caption'"):
         ImageSource(both.select_columns("caption"))
 
@@ -271,25 +271,28 @@ def _with_maps(*, num_images: int = 3) -> datasets.Dataset:
 
 def test_maps_are_read_beside_the_only_image_that_is_no_map():
     dataset = _with_maps()
-    maps = MapColumns("annotation", "millimetres", depth_scale=0.001)
-    source, stream = ImageSource(dataset, maps=maps), ImageStream(dataset.to_iterable_dataset(), maps=maps)
+    options = DataOptions(mask_column="annotation", depth_column="millimetres", depth_scale=0.001)
+    source = ImageSource(dataset, options=options)
+    stream = ImageStream(dataset.to_iterable_dataset(), options=options)
     streamed = {raw["bytes"]: raw for raw, _ in itertools.islice(stream.examples(seed=0), 3)}
     for index, row in enumerate(dataset):
         raw = source.raw(index)
         for found in (decode_maps(raw, size=(8, 6)), decode_maps(streamed[raw["bytes"]], size=(8, 6))):
             assert np.array_equal(found["mask"], np.asarray(row["annotation"]))
             assert np.allclose(found["depth"], np.asarray(row["millimetres"]) / 1000) and found["depth"].dtype == "f4"
-    assert decode_maps(ImageSource(dataset, image_column="photo").raw(0), size=(8, 6)) == {}
-    plain = ImageSource(dataset, image_column="photo").fingerprint
-    scaled = ImageSource(dataset, maps=MapColumns("annotation", "millimetres")).fingerprint
+    assert decode_maps(ImageSource(dataset, options=DataOptions(image_column="photo")).raw(0), size=(8, 6)) == {}
+    plain = ImageSource(dataset, options=DataOptions(image_column="photo")).fingerprint
+    scaled = ImageSource(
+        dataset, options=DataOptions(mask_column="annotation", depth_column="millimetres")
+    ).fingerprint
     assert len({plain, source.fingerprint, scaled}) == 3
     with pytest.raises(ValueError, match=r"no column 'mask'; the columns are 'annotation'"):
-        ImageSource(dataset, maps=MapColumns("mask"))
+        ImageSource(dataset, options=DataOptions(mask_column="mask"))
 
 
 def test_classes_that_count_from_one_are_reduced_and_zero_is_hidden():
     dataset = _with_maps()
-    raw = ImageSource(dataset, maps=MapColumns("annotation", reduces_labels=True)).raw(1)
+    raw = ImageSource(dataset, options=DataOptions(mask_column="annotation", reduce_labels=True)).raw(1)
     stored, (found,) = np.asarray(dataset[1]["annotation"]), decode_maps(raw, size=(8, 6)).values()
     assert np.array_equal(found[stored > 0], stored[stored > 0].astype(int) - 1)
     assert (found[stored == 0] == 255).all() and (stored == 0).any()
@@ -297,7 +300,7 @@ def test_classes_that_count_from_one_are_reduced_and_zero_is_hidden():
 
 def test_a_map_that_is_missing_broken_or_of_another_size_makes_an_image_unreadable():
     dataset = _with_maps()
-    raw = ImageSource(dataset, maps=MapColumns("annotation")).raw(0)
+    raw = ImageSource(dataset, options=DataOptions(mask_column="annotation")).raw(0)
     for value, reason in ((None, "mask of shape"), ({"bytes": b"no", "path": None}, "UnidentifiedImageError")):
         with pytest.raises(UnreadableImage, match=f"image 0: .*{reason}"):
             decode_maps({**raw, "maps": {"mask": value}}, size=(8, 6))
@@ -312,7 +315,7 @@ def test_masks_of_a_folder_are_named_in_its_metadata(tmp_path):
         Image.open(tmp_path / f"train/masks/{name}.png").convert("L").save(tmp_path / f"train/masks/{name}.png")
     rows = [{"file_name": f"images/{name}.png", "mask_file_name": f"masks/{name}.png"} for name in "ab"]
     (tmp_path / "train" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    source = open_images(str(tmp_path), maps=MapColumns("mask"))
+    source = open_images(str(tmp_path), options=DataOptions(mask_column="mask"))
     found = [decode_maps(source.raw(index), size=(8, 8))["mask"].max() for index in range(2)]
     assert len(source) == 2 and found == [7, 8]
 
@@ -325,7 +328,7 @@ def test_masks_of_shards_are_named_by_their_suffix(tmp_path):
                 entry = tarfile.TarInfo(f"{number:03}.{suffix}")
                 entry.size = len(content)
                 archive.addfile(entry, io.BytesIO(content))
-    stream = open_images(str(tmp_path / "a.tar"), maps=MapColumns("mask.png"))
+    stream = open_images(str(tmp_path / "a.tar"), options=DataOptions(mask_column="mask.png"))
     for raw, _ in itertools.islice(stream.examples(seed=0), 4):
         assert decode_maps(raw, size=(8, 8))["mask"].max() == np.asarray(decode_image(raw)).max()
 

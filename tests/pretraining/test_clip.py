@@ -19,7 +19,7 @@ from modeling_vitreg import ViTWithRegistersDualEncoderModel, ViTWithRegistersMo
 from modeling_vitreg.cli import app
 from modeling_vitreg.distributed import Processes
 from modeling_vitreg.features import load_encoder
-from modeling_vitreg.images import ImageSource
+from modeling_vitreg.images import DataOptions, ImageSource
 from modeling_vitreg.pretraining.build import make_objective
 from modeling_vitreg.pretraining.objectives.clip import (
     LARGEST_SCALE,
@@ -155,7 +155,7 @@ def test_the_loader_brings_the_caption_of_each_image():
     texts = [" ".join(text) if isinstance(text, list) else text for text in texts]
     features = Features({"image": Image(), "caption": Value("string")})
     dataset = Dataset.from_dict({"image": images, "caption": texts}, features=features)
-    source = ImageSource(dataset, text_column="caption")
+    source = ImageSource(dataset, options=DataOptions(text_column="caption"))
     assert list(source.texts()) == texts and source.raw(2)["text"] == "a red ball on grass"
     loader = ViewLoader(
         source,
@@ -170,7 +170,7 @@ def test_the_loader_brings_the_caption_of_each_image():
     with pytest.raises(ValueError, match="opened without text_column"):
         ImageSource(dataset).texts()
     with pytest.raises(ValueError, match="there is no column 'words'"):
-        ImageSource(dataset, text_column="words")
+        ImageSource(dataset, options=DataOptions(text_column="words"))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,80 @@
+"""Which columns of a dataset are read, and how its annotations are stored: said once, for verbs and for training."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+
+
+BOX_FORMATS = ("auto", "xyxy", "xywh", "cxcywh")  # as in torchvision.ops.box_convert
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions:
+    """Columns of a dataset and the meaning of their values.
+
+    Args:
+        image_column: None: the only column of type `Image`, or the one with a usual name.
+        label_column: class numbers; None: the only `ClassLabel`, or an integer column `label`, `labels` or `cls`.
+        text_column: captions; None: not read.
+        mask_column: class number of each pixel, an image or an array, 255 where the class is unknown; None: not read.
+        depth_column: depth of each pixel, an image or an array; None: not read.
+        box_column: boxes of objects, see `modeling_vitreg.images.annotations`; None: not read.
+        reduce_labels: masks hold 0 where the class is unknown, and classes count from 1, as in ADE20k.
+        depth_scale: metres per stored unit of depth, 0.001 for millimetres.
+        max_depth: metres; larger depths are ignored.
+        box_format: format of a box, one of `BOX_FORMATS`; "auto": found from the data.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    image_column: str | None = None
+    label_column: str | None = None
+    text_column: str | None = None
+    mask_column: str | None = None
+    depth_column: str | None = None
+    box_column: str | None = None
+    reduce_labels: bool = False
+    depth_scale: float = 1.0
+    max_depth: float = 10.0
+    box_format: str = "auto"
+
+    def __post_init__(self):
+        for name in ("depth_scale", "max_depth"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"data: expected {name} above 0, got {getattr(self, name)!r}")
+        if self.box_format not in BOX_FORMATS:
+            raise ValueError(f"data: expected box_format {', '.join(BOX_FORMATS)}, got {self.box_format!r}")
+
+    @property
+    def maps(self) -> dict[str, str]:
+        """Columns of maps by their kind: `mask`, `depth`."""
+        kinds = {"mask": self.mask_column, "depth": self.depth_column}
+        return {kind: column for kind, column in kinds.items() if column}
+
+
+COLUMNS = {field.name.removesuffix("_column"): field.name for field in dataclasses.fields(DataOptions)[:6]}
+
+
+def parse_columns(texts: Iterable[str]) -> dict[str, str]:
+    """Fields of `DataOptions` from texts such as "label=fine,mask=annotation", as the option --columns takes them.
+
+    Raises:
+        ValueError: a text without "=", or an unknown kind of column.
+    """
+    found = {}
+    for part in (part.strip() for text in texts for part in text.split(",")):
+        kind, separator, column = (word.strip() for word in part.partition("="))
+        if not (separator and column):
+            raise ValueError(f"--columns: expected KIND=COLUMN such as label=fine, got {part!r}")
+        if (kind := kind.removesuffix("_column")) not in COLUMNS and kind != "boxes":
+            nearest = difflib.get_close_matches(kind, COLUMNS, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"the kinds are {', '.join(COLUMNS)}"
+            raise ValueError(f"--columns: there is no kind of column {kind!r}; {hint}")
+        found[COLUMNS["box" if kind == "boxes" else kind]] = column
+    return found
+
+
+__all__ = ["BOX_FORMATS", "COLUMNS", "DataOptions", "parse_columns"]
