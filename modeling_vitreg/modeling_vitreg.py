@@ -176,8 +176,9 @@ def resize_position_table(table: Tensor, grid: tuple, *, antialias: bool, offset
         Table (*grid, D) in the dtype of `table`.
     """
     rows, columns, width = table.shape
-    # In arithmetic, for a comparison would tie a traced graph to the sizes it was traced with.
-    offset = offset * torch.sym_min(abs(grid[0] - rows) + abs(grid[1] - columns), 1)
+    # 0 where the grid stays the same, else 1, by arithmetic: a comparison would tie a traced graph to its sizes.
+    difference = (grid[0] - rows) ** 2 + (grid[1] - columns) ** 2
+    offset = offset * (2 * difference // (difference + 1))
     with _without_autocast(table.device):
         row_weights = _bicubic_weights(rows, grid[0], antialias=antialias, offset=offset, device=table.device)
         column_weights = _bicubic_weights(columns, grid[1], antialias=antialias, offset=offset, device=table.device)
@@ -198,7 +199,7 @@ def _bicubic_weights(source: int, target: int, *, antialias: bool, offset: float
     scale = source / (target + offset)
     centres = (torch.arange(target, device=device, dtype=torch.float32) + 0.5) * scale
     if antialias:
-        stretch = torch.sym_max(scale, 1.0)
+        stretch = (2 * centres[:1]).clamp(min=1)  # the first centre lies at half the scale
         pixels = torch.arange(source, device=device, dtype=torch.float32) + 0.5
         weights = _cubic_kernel((pixels - centres[:, None]) / stretch, sharpness=-0.5)
         return weights / weights.sum(dim=1, keepdim=True)
@@ -227,7 +228,7 @@ def sincos_position_table(grid: tuple, width: int) -> Tensor:
 
 
 def is_traced() -> bool:
-    """Whether a graph is being recorded, in which sizes are symbols and nothing may be decided or remembered."""
+    """Whether a graph is being recorded, in which sizes are symbols and no value may decide anything."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
@@ -245,8 +246,6 @@ class ViTWithRegistersPositionEmbeddings(nn.Module):
         else:
             table = sincos_position_table(self.native_grid, config.hidden_size)
             self.register_buffer("weight", table.flatten(0, 1)[None])
-        self._resized = {}  # grid -> table
-        self._resized_from = None  # what the weight looked like then
 
     def initialise(self) -> None:
         """Initial values: random for a learned table, sines and cosines for a fixed one."""
@@ -259,14 +258,7 @@ class ViTWithRegistersPositionEmbeddings(nn.Module):
     def forward(self, grid: tuple) -> tuple[Tensor | None, Tensor]:
         """Positions of the prefix, (1, slots, D) or None, and of the patches of a grid, (1, P, D)."""
         slots = self.config.num_prefix_positions
-        prefix = self.weight[:, :slots] if slots else None
-        if not self._may_remember() or grid == self.native_grid:
-            return prefix, self._fit(self.weight[:, slots:], grid)
-        if not self._is_unchanged() or len(self._resized) > 16:
-            self._resized = {}
-        if grid not in self._resized:
-            self._resized[grid] = self._fit(self.weight[:, slots:], grid)
-        return prefix, self._resized[grid]
+        return self.weight[:, :slots] if slots else None, self._fit(self.weight[:, slots:], grid)
 
     @torch.no_grad()
     def resize(self, grid: tuple) -> None:
@@ -277,7 +269,7 @@ class ViTWithRegistersPositionEmbeddings(nn.Module):
             self.weight = nn.Parameter(table, requires_grad=self.weight.requires_grad)
         else:
             self.weight = table
-        self.native_grid, self._resized, self._resized_from = grid, {}, None
+        self.native_grid = grid
 
     def _fit(self, positions: Tensor, grid: tuple) -> Tensor:
         if not is_traced() and grid == self.native_grid:
@@ -289,18 +281,6 @@ class ViTWithRegistersPositionEmbeddings(nn.Module):
             offset=self.config.interpolate_offset,
         )
         return table.flatten(0, 1)[None]
-
-    def _may_remember(self) -> bool:
-        # On an accelerator the two products cost less than finding out whether the table changed.
-        return not is_traced() and not torch.is_grad_enabled() and self.weight.device.type == "cpu"
-
-    def _is_unchanged(self) -> bool:
-        weight = self.weight.detach()
-        # The version counter misses writes through `.data`, the way DINO updates its teacher; a sample shows them.
-        state = (None if weight.is_inference() else weight._version, weight.data_ptr(), weight.dtype)
-        sample = weight.flatten()[:: max(1, weight.numel() // 1024)]
-        before, self._resized_from = self._resized_from, (state, sample.clone())
-        return before is not None and before[0] == state and torch.equal(before[1], sample)
 
 
 def rotary_tables(config: ViTWithRegistersConfig, grid: tuple, *, training: bool, device) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,14 @@
-"""Graphs: `torch.compile`, `torch.export` and ONNX, with batch, height and width left open."""
+"""Graphs: `torch.compile`, `torch.export`, ONNX and `torch.jit.trace`, with batch, height and width left open; and the
+transforms of torch that run the model on tensors without values of their own: vmap, fake tensors, the meta device."""
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.export import Dim
+from torch.func import functional_call, stack_module_state, vmap
 
 from modeling_vitreg import ViTWithRegistersForDepthEstimation, ViTWithRegistersModel
+from modeling_vitreg.modeling_vitreg import AUTO_MODELS
 
 
 ARCHITECTURES = {
@@ -111,3 +115,56 @@ def test_a_head_exports_with_open_sizes(tiny, randomise, dynamic_shapes):
         images = torch.randn(shape)
         depth = program.module()(images).predicted_depth
         torch.testing.assert_close(depth, model(images).predicted_depth, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*deprecated")
+@pytest.mark.parametrize("size", [(32, 32), (48, 40)], ids=str)
+def test_a_trace_serves_every_image_size(model, size):
+    # The oldest exporters, `SummaryWriter.add_graph` and counters of FLOPs trace.
+    with torch.no_grad():
+        traced = torch.jit.trace(model, torch.randn(2, 3, *size), strict=False, check_trace=False)
+    _assert_same(traced, model)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*deprecated")
+@pytest.mark.parametrize("cls", AUTO_MODELS, ids=lambda cls: cls.__name__)
+def test_every_head_is_traced(tiny, randomise, cls):
+    model, images = randomise(cls(tiny())), torch.randn(2, 3, 48, 40)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, images, strict=False, check_trace=False)(images)
+        for name, value in model(images).items():
+            for found, expected in zip(*((v if isinstance(v, tuple) else (v,)) for v in (traced[name], value))):
+                torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (48, 40)], ids=str)
+def test_an_ensemble_runs_under_vmap(model, randomise, size):
+    members = [model, randomise(ViTWithRegistersModel(model.config))]
+    images = torch.randn(2, 3, *size)
+
+    def run(weights, buffers):
+        return functional_call(model, (weights, buffers), (images,)).last_hidden_state
+
+    with torch.no_grad():
+        found = vmap(run)(*stack_module_state(members))
+        torch.testing.assert_close(found, torch.stack([member(images).last_hidden_state for member in members]))
+
+
+@pytest.mark.parametrize("cls", AUTO_MODELS, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("size", [(32, 32), (48, 40)], ids=str)
+def test_a_dry_run_gives_shapes_and_leaves_nothing_behind(model, cls, size):
+    model = cls(model.config).eval()
+    images = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        expected = model(images)
+        mode = FakeTensorMode()
+        state = {name: mode.from_tensor(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+        with mode:
+            fake = functional_call(model, state, (torch.randn(2, 3, *size),))
+        shapes = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
+        meta = functional_call(model, shapes, (images.to("meta"),))
+        again = model(images)
+    for name, value in expected.items():
+        for parts in zip(*(v if isinstance(v, tuple) else (v,) for v in (value, fake[name], meta[name], again[name]))):
+            assert len({part.shape for part in parts}) == 1
+            assert torch.equal(parts[0], parts[3])

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import modeling_vitreg
 from modeling_vitreg import (
     ViTWithRegistersConfig,
     ViTWithRegistersForImageClassification,
@@ -234,47 +233,6 @@ def test_the_batch_is_not_mixed(tiny, randomise):
 # Positions ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_position_table_is_resized_once_per_size(tiny, monkeypatch):
-    model = ViTWithRegistersModel(tiny()).eval()
-    calls = []
-    original = modeling_vitreg.modeling_vitreg.resize_position_table
-    monkeypatch.setattr(
-        modeling_vitreg.modeling_vitreg,
-        "resize_position_table",
-        lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs),
-    )
-    with torch.no_grad():
-        for size in (48, 48, 24, 48, 24, 32):
-            model(torch.randn(1, 3, size, 40))
-    assert len(calls) == 3  # 48, 24 and 32 rows of 40 columns
-
-
-def _write_through_data(weight):
-    weight.data.mul_(0.5).add_(0.1)  # DINO's update of the teacher: the version counter does not see it
-
-
-def _write_in_place(weight):
-    with torch.no_grad():
-        weight[:, 3] += 1.0
-
-
-def _replace_data(weight):
-    weight.data = weight.data * 2
-
-
-@pytest.mark.parametrize("change", [_write_through_data, _write_in_place, _replace_data])
-def test_a_changed_position_table_is_resized_anew(tiny, change):
-    model = ViTWithRegistersModel(tiny()).eval()
-    images = torch.randn(1, 3, 48, 40)
-    with torch.no_grad():
-        model(images)
-        change(model.embeddings.position_embeddings.weight)
-        remembered = model(images).last_hidden_state
-        fresh = copy.deepcopy(model)
-        fresh.embeddings.position_embeddings._resized_from = None
-        assert torch.equal(remembered, fresh(images).last_hidden_state)
-
-
 def test_a_resized_position_table_gets_gradients(tiny):
     model = ViTWithRegistersModel(tiny())
     with torch.no_grad():
@@ -299,14 +257,6 @@ def test_positions_are_resized_in_float32_under_autocast(tiny):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         reduced = positions((6, 5))[1]
     assert torch.equal(reduced, positions((6, 5))[1])
-
-
-def test_many_image_sizes_do_not_fill_the_memory(tiny):
-    model = ViTWithRegistersModel(tiny()).eval()
-    with torch.no_grad():
-        for rows in range(1, 40):
-            model(torch.randn(1, 3, 8 * rows, 16))
-    assert len(model.embeddings.position_embeddings._resized) <= 17
 
 
 def test_rotary_positions_are_augmented_only_while_training(tiny, randomise):
