@@ -21,6 +21,7 @@ from modeling_vitreg import ViTWithRegistersModel
 from modeling_vitreg.analysis import summarise_norms, token_norms
 from modeling_vitreg.cards import CardError, PublishError, publish
 from modeling_vitreg.evaluation import knn_accuracy
+from modeling_vitreg.files import write_text
 from modeling_vitreg.images import ImageSource, UnreadableImage, decode_image, decode_maps
 from modeling_vitreg.modes import evaluation_mode
 from modeling_vitreg.pretraining.monitoring.curves import draw_attention, draw_curves, draw_maps, draw_norms
@@ -31,7 +32,6 @@ from modeling_vitreg.pretraining.monitoring.non_finite import FiniteWatch
 from modeling_vitreg.pretraining.objectives.dense import DensePrediction
 from modeling_vitreg.pretraining.objectives.objective import Objective
 from modeling_vitreg.pretraining.run.sharding import gather_model
-from modeling_vitreg.pretraining.state import write_text
 
 
 # What is measured on held-out images, the most telling last.

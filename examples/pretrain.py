@@ -17,7 +17,6 @@ import json
 import math
 import os
 import pathlib
-import shutil
 import signal
 
 
@@ -34,6 +33,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from modeling_vitreg.distributed import all_processes
+from modeling_vitreg.files import atomic_folder, write_text
 from modeling_vitreg.images import ImageSource, derive_seed
 from modeling_vitreg.pretraining.build import make_objective
 from modeling_vitreg.pretraining.objectives.objective import Objective
@@ -42,7 +42,7 @@ from modeling_vitreg.pretraining.run.parameters import parameter_groups, set_rat
 from modeling_vitreg.pretraining.run.recipe import Recipe, make_recipe
 from modeling_vitreg.pretraining.run.schedules import cosine
 from modeling_vitreg.pretraining.run.sharding import gather_model, shard
-from modeling_vitreg.pretraining.state import last_state, load_state, read_facts, save_state, write_text
+from modeling_vitreg.pretraining.state import last_state, load_state, read_metadata, save_state
 from modeling_vitreg.pretraining.views.loader import ViewLoader
 from modeling_vitreg.pretraining.views.masking import MaskMaker
 
@@ -145,7 +145,7 @@ def open_output(run: Run) -> pathlib.Path | None:
         raise SystemExit(f"the output folder {run.folder} cannot be used: {error}") from None
     if last is not None:
         # Values that a recipe did not have yet are those that it has by default.
-        before, now = make_recipe(read_facts(last)["recipe"]).as_dict(), run.recipe.as_dict()
+        before, now = make_recipe(read_metadata(last)["recipe"]).as_dict(), run.recipe.as_dict()
         differing = [name for name in now if before.get(name) != now[name]]
         if differing:
             changes = "; ".join(f"{name}: {before.get(name)} there, {now[name]} now" for name in differing)
@@ -298,17 +298,13 @@ def save(run: Run, objective, optimizer, loader: ViewLoader, source, *, step: in
 
 def save_model(objective: Objective, model: PreTrainedModel, folder: pathlib.Path, *, mean, std) -> None:
     """Write a folder for `from_pretrained` beside the old one, and put it in its place."""
-    partial, old = folder.with_name("model.partial"), folder.with_name("model.old")
-    shutil.rmtree(partial, ignore_errors=True)
-    objective.write(model, partial)
-    processor = partial / "preprocessor_config.json"
-    settings = json.loads(processor.read_text())
-    processor.write_text(json.dumps(settings | {"image_mean": list(mean), "image_std": list(std)}, indent=2) + "\n")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with atomic_folder(folder) as part:
+        objective.write(model, part)
+        processor = part / "preprocessor_config.json"
+        settings = json.loads(processor.read_text())
+        processor.write_text(
+            json.dumps(settings | {"image_mean": list(mean), "image_std": list(std)}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":

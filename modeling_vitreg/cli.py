@@ -262,6 +262,7 @@ def evaluate(
     with _plain_errors(ValueError, RuntimeError):
         from modeling_vitreg import evaluation
         from modeling_vitreg.features import load_encoder
+        from modeling_vitreg.files import write_text
         from modeling_vitreg.images import DataOptions
 
         names, wanted, found = [model, *(compare or [])], [name.strip() for name in tasks.split(",")], []
@@ -307,7 +308,7 @@ def evaluate(
             found.append(done)
         measured = [done for done in found if done.results]
         table = evaluation.compare(measured) if measured else "nothing was measured before it was stopped"
-        (report / "table.md").write_text(table, encoding="utf-8")
+        write_text(report / "table.md", table)
     typer.echo(table)
     for done in found:
         for task, reason in done.skipped.items():
@@ -333,12 +334,13 @@ def card(
     """
     with _plain_errors(ValueError, RuntimeError):
         from modeling_vitreg.cards import make_plan
+        from modeling_vitreg.files import write_text
 
         plan = make_plan(folder, name, reports=report or (), licence=licence, accepts_licence=accept_licence)
         if output is None:
             typer.echo(plan.card)
             return
-        output.write_text(plan.card, encoding="utf-8")
+        write_text(output, plan.card)
         typer.echo(f"wrote {output}")
 
 

@@ -1,27 +1,163 @@
-"""Files that are whole or not there."""
+"""Files and folders that are whole or absent. Everything that replaces a file does it here.
+
+A file or folder is written under a hidden name beside its place (`.NAME.HOST-PID.part`), flushed to the disk and
+renamed. After an error, a full disk or a kill the old content is still there. The next writer of the same place
+removes what killed processes of this machine left behind.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pathlib
-from collections.abc import Iterator
+import re
+import shutil
+import socket
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """Write the path of the block, in the same folder, which is made; at its end the file takes the place of `path`.
+def atomic_write(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """Write the path of the block; at its end the file replaces `path`, whose folder is made.
 
-    A block that fails leaves `path` as it was, and nothing beside it.
+    Raises:
+        OSError: the file cannot be written; `path` is as it was, and nothing lies beside it.
     """
     path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sibling = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with _errors_about(path):
+        part = _part_of(path)
+        try:
+            yield part
+            _flush(part)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike, *, files: Sequence[str] | None = None) -> Iterator[pathlib.Path]:
+    """Fill the folder of the block; at its end it replaces `path`, which may be a folder with files.
+
+    Args:
+        path: folder to make.
+        files: names of the files of the folder that move beside `path`, in place of the folder.
+
+    Raises:
+        OSError: the folder cannot be written; `path` is as it was, and nothing lies beside it.
+    """
+    path = pathlib.Path(path)
+    with _errors_about(path):
+        part = _part_of(path)
+        old = part.with_suffix(".old")
+        part.mkdir()
+        try:
+            yield part
+            for file in part.rglob("*"):
+                if file.is_file():
+                    _flush(file)
+            if files is not None:
+                for name in files:
+                    os.replace(part / name, path.parent / name)
+                return
+            if path.is_dir():
+                os.replace(path, old)
+            try:
+                os.replace(part, path)
+            except OSError:
+                if old.is_dir():
+                    os.replace(old, path)
+                raise
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text file in UTF-8, whole or not at all."""
+    with atomic_write(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def make_folder(path: str | os.PathLike) -> pathlib.Path:
+    """Make a folder and those above it.
+
+    Raises:
+        OSError: it cannot be made; a file that stands in its way is named.
+    """
+    path = pathlib.Path(path)
+    for place in (path, *path.parents):
+        if place.exists() and not place.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "Is a file where a folder is needed", str(place))
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def checksum(path: str | os.PathLike) -> str:
+    """CRC-32 of a file, 8 hexadecimal digits: finds damage, not deceit."""
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(2**22):
+            value = zlib.crc32(block, value)
+    return f"{value:08x}"
+
+
+def _part_of(path: pathlib.Path) -> pathlib.Path:
+    """The hidden name beside `path`, free to be written."""
+    make_folder(path.parent)
+    host = re.sub(r"\W", "", socket.gethostname())
+    for left in path.parent.glob(f".{_escaped(path.name)}.{host}-*"):
+        match = re.fullmatch(rf"{host}-(\d+)\.(part|old)", left.name.removeprefix(f".{path.name}."))
+        if match is None or (int(match[1]) != os.getpid() and _is_running(int(match[1]))):
+            continue
+        if match[2] == "old" and not path.exists():  # killed between the two renames of a folder
+            os.replace(left, path)
+        else:
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    return path.with_name(f".{path.name}.{host}-{os.getpid()}.part")
+
+
+def _escaped(name: str) -> str:
+    return re.sub(r"([*?[])", r"[\1]", name)
+
+
+def _is_running(process: int) -> bool:
+    if sys.platform == "win32":  # where the question would end the process
+        return True
     try:
-        yield sibling
-        os.replace(sibling, path)
-    finally:
-        sibling.unlink(missing_ok=True)
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # of another user
+        return True
+    return True
 
 
-__all__ = ["replacing"]
+def _flush(path: pathlib.Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _errors_about(path: pathlib.Path) -> Iterator[None]:
+    """Errors of the disk as OSError under the name of the file that was to be written."""
+    try:
+        yield
+    except OSError as error:
+        is_about = error.filename is None or f".{path.name}." in str(error.filename)
+        if error.errno is None or not is_about:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    except Exception as error:
+        # safetensors and torch.save tell of a full disk in classes of their own.
+        text = str(error)
+        if number := re.search(r"\(os error (\d+)\)", text):
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        if "PytorchStreamWriter" in text or "inline_container" in text:
+            raise OSError(errno.EIO, "Could not be written, is the disk full?", str(path)) from error
+        raise
+
+
+__all__ = ["atomic_folder", "atomic_write", "checksum", "make_folder", "write_text"]

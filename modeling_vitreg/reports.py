@@ -13,7 +13,7 @@ import pathlib
 from dataclasses import dataclass, field
 from typing import ClassVar, TypeVar
 
-from modeling_vitreg.files import replacing
+from modeling_vitreg.files import write_text
 
 
 @dataclass(frozen=True)
@@ -174,8 +174,7 @@ def write_report(report: object, path: str | os.PathLike) -> pathlib.Path:
         text = json.dumps(content, indent=1, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"expected a report of finite numbers, words, lists and dictionaries: {error}") from error
-    with replacing(path) as sibling:
-        sibling.write_text(text + "\n", encoding="utf-8")
+    write_text(path, text + "\n")
     return path
 
 

@@ -19,7 +19,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from modeling_vitreg.files import replacing
+from modeling_vitreg.files import atomic_write
 from modeling_vitreg.reports import ArtifactReport
 
 from .survey import Examples
@@ -377,8 +377,8 @@ def _write_plainly(value: float, _: int | None) -> str:
 
 def _save(figure: Figure, path: str | os.PathLike) -> pathlib.Path:
     path = pathlib.Path(path)
-    with replacing(path) as sibling:
-        figure.savefig(sibling, format=path.suffix.removeprefix(".") or "png", dpi=120)
+    with atomic_write(path) as part:
+        figure.savefig(part, format=path.suffix.removeprefix(".") or "png", dpi=120)
     return path
 
 

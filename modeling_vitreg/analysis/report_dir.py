@@ -16,7 +16,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 
 from modeling_vitreg.features import Encoder
-from modeling_vitreg.files import replacing
+from modeling_vitreg.files import write_text
 from modeling_vitreg.reports import ArtifactReport, write_report
 
 from .figures import (
@@ -171,8 +171,7 @@ def _draw(tasks: dict, folder: pathlib.Path) -> dict[str, pathlib.Path]:
 
 
 def _write_page(path: pathlib.Path, text: str) -> pathlib.Path:
-    with replacing(path) as sibling:
-        sibling.write_text(text, encoding="utf-8")
+    write_text(path, text)
     return path
 
 

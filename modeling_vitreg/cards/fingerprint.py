@@ -20,7 +20,7 @@ import transformers
 from transformers.utils import logging as transformers_logging
 
 import modeling_vitreg
-from modeling_vitreg.files import replacing
+from modeling_vitreg.files import write_text
 
 from . import probe
 from .folder import FINGERPRINT_FILE, CardError, read_json
@@ -51,8 +51,7 @@ def record_fingerprint(folder: str | os.PathLike, model: torch.nn.Module | None 
             raise ValueError(f"expected a model on the CPU, in float32, in evaluation mode, got {found}: leave it out")
     path = pathlib.Path(folder) / FINGERPRINT_FILE
     text = write_fingerprint(take_here(folder) if model is None else probe.take_fingerprint(model))
-    with replacing(path) as sibling:
-        sibling.write_text(text, encoding="utf-8")
+    write_text(path, text)
     return path
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from modeling_vitreg import ViTWithRegistersConfig
 from modeling_vitreg import modeling_vitreg as models
+from modeling_vitreg.files import atomic_folder
 from modeling_vitreg.reports import ConversionReport, write_report
 
 from . import dinov2, timm_layout
@@ -30,7 +31,6 @@ from .pipeline import (
     prove,
     quietly,
     short,
-    sibling,
     versions,
 )
 from .references import find_reference, run_timm, timm_arguments, timm_positions, title_of
@@ -128,7 +128,7 @@ def export(
     report_name = f"{output.stem}.{REPORT_FILE}" if to == "dinov2" else REPORT_FILE
     if to == "transformers":
         entries = [dataclasses.replace(entry, name=name_in_file(layout, written, entry.name)) for entry in entries]
-    with sibling(output, files=[output.name, report_name] if to == "dinov2" else None) as folder:
+    with atomic_folder(output, files=[output.name, report_name] if to == "dinov2" else None) as folder:
         place = folder / output.name if to == "dinov2" else folder
         target = _write(to, place, entries, tensors, written, module)
         reference = _reference(to, target, config, module, settings.code)

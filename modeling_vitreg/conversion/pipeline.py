@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import pathlib
 import shutil
 import sys
@@ -29,6 +28,7 @@ from modeling_vitreg import (
     ViTWithRegistersModel,
     ViTWithRegistersPreTrainedModel,
 )
+from modeling_vitreg.files import atomic_folder
 from modeling_vitreg.reports import ConversionReport, write_report
 
 from .dinov2 import configure_head
@@ -116,7 +116,7 @@ def convert(
     _check_room(output, tensors.num_bytes)
     digest = hash_files(opened.files, known=layout.hashes) if opened.files else None
 
-    with sibling(output) as folder:
+    with atomic_folder(output) as folder:
         _write(folder, model, ledger, tensors, _processor(layout, evidence, config), title, settings.is_quiet)
         proof = _prove(kind, folder, layout, original, module, settings, title)
         report = ConversionReport(
@@ -176,31 +176,6 @@ def check_output(output: pathlib.Path) -> None:
     """
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise ConversionError(f"{output}: exists and is not empty: name another place, or remove it")
-
-
-@contextmanager
-def sibling(output: pathlib.Path, *, files: list[str] | None = None) -> Iterator[pathlib.Path]:
-    """A folder beside the output that takes its place when all went well, and else disappears.
-
-    Args:
-        output: folder to make.
-        files: names of the files of the folder that are wanted beside it, in place of the folder.
-    """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = output.parent / f".{output.name}.{os.getpid()}.part"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    try:
-        yield folder
-        if files is not None:
-            for name in files:
-                os.replace(folder / name, output.parent / name)
-            return
-        if output.is_dir():
-            output.rmdir()
-        os.replace(folder, output)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def make_empty(
@@ -430,6 +405,5 @@ __all__ = [
     "prove",
     "quietly",
     "short",
-    "sibling",
     "versions",
 ]

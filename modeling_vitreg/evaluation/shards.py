@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from modeling_vitreg.files import replacing
+from modeling_vitreg.files import atomic_write
 
 
 class Features:
@@ -70,8 +70,8 @@ class Features:
 
 def save_shard(tensors: dict[str, Tensor], file: pathlib.Path, *, facts: dict) -> None:
     """Write a shard, beside its final place first, with facts of JSON: `unreadable` and `num_nonfinite`."""
-    with replacing(file) as sibling:
-        save_file(tensors, sibling, metadata={"facts": json.dumps(facts)})
+    with atomic_write(file) as part:
+        save_file(tensors, part, metadata={"facts": json.dumps(facts)})
 
 
 __all__ = ["Features", "save_shard"]

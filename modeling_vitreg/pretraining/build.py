@@ -23,7 +23,7 @@ from .objectives.mae import MaskedAutoencoder, MaskedAutoencoderSettings
 from .objectives.objective import Objective
 from .objectives.simmim import MaskedPixels
 from .run.recipe import Recipe
-from .state import last_state, load_objective, read_facts
+from .state import last_state, load_objective, read_metadata
 from .views.masking import MaskSettings
 
 
@@ -71,7 +71,7 @@ def make_objective(
     state = last_state(folder / "state") if folder.is_dir() else None
     # These start from any model; the heads of what made it are of no use to them.
     is_same_kind = state is not None and (
-        recipe.objective not in WITH_OWN_HEAD or read_facts(state)["recipe"]["objective"] == recipe.objective
+        recipe.objective not in WITH_OWN_HEAD or read_metadata(state)["recipe"]["objective"] == recipe.objective
     )
     if is_same_kind:
         _take_over(objective, load_objective(state))

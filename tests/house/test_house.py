@@ -177,6 +177,24 @@ def test_no_file_is_a_drawer_and_no_script_hides_a_package():
         assert path.stem not in installed or path.is_relative_to(PACKAGE), path
 
 
+def _replaces_a_file(node: ast.AST) -> bool:
+    """Whether a call renames: `os.replace`, `shutil.move`, `path.rename(...)`, `path.replace(target)`."""
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+        return False
+    owner = getattr(node.func.value, "id", "")
+    is_renaming = node.func.attr in ("rename", "renames") or (owner, node.func.attr) == ("shutil", "move")
+    # `replace` of texts has two arguments, that of dataclasses has keywords.
+    is_replacing = node.func.attr == "replace" and (owner == "os" or (len(node.args) == 1 and not node.keywords))
+    return is_renaming or is_replacing
+
+
+def test_files_are_replaced_in_one_place():
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "examples").rglob("*.py"), *(ROOT / "convert").rglob("*.py")]:
+        if path not in (*HUB_FILES, PACKAGE / "files.py"):
+            calls = [node.lineno for node in ast.walk(ast.parse(path.read_text())) if _replaces_a_file(node)]
+            assert not calls, f"{path}, line {calls[0]}: write with atomic_write or atomic_folder of files.py"
+
+
 def test_a_wheel_from_a_clean_copy_holds_one_package(tmp_path):
     copy = tmp_path / "copy"
     ignored = shutil.ignore_patterns(".git", "build", "dist", "*.egg-info", "__pycache__", "outputs", ".venv")

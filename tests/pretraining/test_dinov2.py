@@ -415,7 +415,7 @@ def _save_run(recipe: Recipe, folder) -> SelfDistillation:
             parameter += 0.01 * torch.randn_like(parameter)
     optimizer = torch.optim.AdamW(objective.student.parameters())
     objective.encoder.save_pretrained(folder / "model")
-    save_state(folder / "state", objective=objective, optimizer=optimizer, facts={"step": 3})
+    save_state(folder / "state", objective=objective, optimizer=optimizer, metadata={"step": 3})
     return objective
 
 

@@ -231,7 +231,7 @@ def test_a_run_goes_on_with_the_same_numbers_from_a_state_without_the_teacher(ma
         return loss.item()
 
     take_step(objective, optimizers[0], 0)
-    save_state(tmp_path, objective=objective, optimizer=optimizers[0], facts={"step": 0})
+    save_state(tmp_path, objective=objective, optimizer=optimizers[0], metadata={"step": 0})
     load_state(tmp_path / "step-00000000", objective=other, optimizer=optimizers[1])
     assert take_step(other, optimizers[1], 1) == take_step(objective, optimizers[0], 1)
     assert all(torch.equal(weight, other.state_dict()[name]) for name, weight in objective.state_dict().items())

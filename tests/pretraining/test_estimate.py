@@ -162,7 +162,7 @@ def test_a_state_on_disk_has_the_planned_size(recipe, tmp_path):
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    save_state(tmp_path, objective=objective, optimizer=optimizer, facts={"step": 0})
+    save_state(tmp_path, objective=objective, optimizer=optimizer, metadata={"step": 0})
     files = list((tmp_path / "step-00000000").glob("*.safetensors"))
     headers = sum(8 + int.from_bytes(path.read_bytes()[:8], "little") for path in files)
     assert made.state_bytes == sum(path.stat().st_size for path in files) - headers

@@ -24,7 +24,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor, nn
 
 from modeling_vitreg import ViTWithRegistersPreTrainedModel
-from modeling_vitreg.files import replacing
+from modeling_vitreg.files import atomic_write
 from modeling_vitreg.modes import evaluation_mode
 
 from .diagnosis import read_series
@@ -438,8 +438,8 @@ def _write_plainly(value: float, _: int | None) -> str:
 
 def _save(figure: Figure, path: str | os.PathLike) -> pathlib.Path:
     path = pathlib.Path(path)
-    with replacing(path) as sibling:
-        figure.savefig(sibling, format=path.suffix.removeprefix(".") or "png", dpi=130)
+    with atomic_write(path) as part:
+        figure.savefig(part, format=path.suffix.removeprefix(".") or "png", dpi=130)
     return path
 
 

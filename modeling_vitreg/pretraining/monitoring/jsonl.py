@@ -7,6 +7,8 @@ import math
 import pathlib
 from typing import Any
 
+from modeling_vitreg.files import write_text
+
 
 class Journal:
     """Append records to a file of JSON lines.
@@ -21,9 +23,7 @@ class Journal:
         self.path, self.is_writer = path, is_writer
         self.records = [record for record in read_journal(path) if record.get("step", -1) <= last_step]
         if is_writer:
-            partial = path.with_name(path.name + ".partial")
-            partial.write_text("".join(_line(record) for record in self.records))
-            partial.replace(path)
+            write_text(path, "".join(_line(record) for record in self.records))
 
     def write(self, record: dict[str, Any]) -> None:
         """Add one record; values that JSON lacks (nan, inf) become text."""
