@@ -17,7 +17,7 @@ from modeling_vitreg import ViTWithRegistersConfig, ViTWithRegistersModel
 from modeling_vitreg.pretraining.build import make_objective
 from modeling_vitreg.pretraining.run.parameters import parameter_groups, set_rates
 from modeling_vitreg.pretraining.run.recipe import make_recipe
-from modeling_vitreg.pretraining.state import last_state, load_state, read_facts
+from modeling_vitreg.pretraining.state import last_state, load_state, read_metadata
 from modeling_vitreg.pretraining.views.masking import draw_masks
 
 
@@ -137,7 +137,7 @@ def test_losses_are_what_they_were(name, tmp_path, one_thread):
 def test_a_state_of_an_older_version_goes_on_with_the_same_losses(name, one_thread):
     folder = pathlib.Path(__file__).parent / "old_runs" / name
     state = last_state(folder / "state")
-    objective = make_objective(make_recipe(read_facts(state)["recipe"])).train()
+    objective = make_objective(make_recipe(read_metadata(state)["recipe"])).train()
     optimizer = make_optimizer(objective)
     step = load_state(state, objective=objective, optimizer=optimizer)["step"]
     expected = json.loads((folder / "expected.json").read_text())
