@@ -65,12 +65,12 @@ def convert(
     with _plain_errors(ConversionError):
         known = ConversionSettings(
             family=family,
-            container=part,
+            checkpoint_key=part,
             head=head,
-            stated=_stated(settings or []),
+            config_overrides=_stated(settings or []),
             code=code,
             tolerance=tolerance,
-            skips_proof=unverified,
+            skip_verification=unverified,
         )
         if to is None:
             report = run_convert(source, output, settings=known)
