@@ -65,12 +65,12 @@ def convert(
     with _plain_errors(ConversionError):
         known = ConversionSettings(
             family=family,
-            checkpoint_key=part,
+            container=part,
             head=head,
-            config_overrides=_stated(settings or []),
+            stated=_stated(settings or []),
             code=code,
             tolerance=tolerance,
-            skip_verification=unverified,
+            skips_proof=unverified,
         )
         if to is None:
             report = run_convert(source, output, settings=known)

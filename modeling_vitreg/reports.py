@@ -152,6 +152,40 @@ class DiscoveryReport:
     made_with: dict = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class RetrofitReport:
+    """How a finished model got registers, and what changed. Values are those of JSON: no tensor, no array.
+
+    Args:
+        model: the original.
+        method: "test-time".
+        images: `source`, `num_images` used to find the units, `num_held_out`, `size`, `unreadable`.
+        outliers: of the original: detection `layer`, `threshold`, `highest_layer` searched, `share` of patches.
+        register_neurons: units of each layer, from 1, that act on the test-time registers.
+        tried: for each number of units what `retrofit.register_neurons.measure_repair` returns on held-out images.
+        control: the same for a zero token without units; it is not neutral.
+        result: the same for the chosen units, with `time_ratio`, the time of a forward in units of the original's.
+        verdict: `is_repaired`, and `sentence`.
+        command: that made the report.
+        made_with: versions of what made it.
+    """
+
+    kind: ClassVar[str] = "retrofit"
+    version: ClassVar[int] = 1
+
+    model: str
+    method: str
+    images: dict
+    outliers: dict
+    register_neurons: dict
+    tried: list
+    control: dict
+    result: dict
+    verdict: dict
+    command: str
+    made_with: dict = field(default_factory=dict)
+
+
 Report = TypeVar("Report")
 
 

@@ -54,6 +54,8 @@ def planted_model(*, layer: int, magnitude: float, channel: int | None = None, *
     with torch.no_grad():
         mlp.fc1.weight.zero_()
         mlp.fc1.weight[0, 0], mlp.fc1.bias[0] = 10.0, -35.0  # in channel 0 white has above 5 after the norm, others 2
+        if mlp.is_gated:
+            mlp.fc1.bias[mlp.fc2.in_features] = 1.0  # the value that the gate of this unit multiplies
         direction = torch.full((WIDTH,), WIDTH**-0.5) if channel is None else torch.eye(WIDTH)[channel]
         output = model(_white(), output_hidden_states=[layer])
         tokens = model.split_tokens(output.hidden_states[layer], GRID).patch_tokens

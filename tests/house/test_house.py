@@ -40,6 +40,7 @@ LAYERS = {
     "evaluation": 2,
     "pretraining": 2,
     "cards": 3,
+    "retrofit": 3,
     "doctor": 3,
     "cli": 4,
     "__main__": 4,

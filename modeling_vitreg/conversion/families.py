@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ..rules import ConversionError
-from ..sources import Source
-from . import capi, clip, deit, dino, dinov2, dinov3, mae, timm, transformers
-from .layout import CheckpointInfo, Layout
+from . import capi, clip, deit, dino, dinov2, dinov3, mae, timm_layout, transformers_layout
+from .layout import Evidence, Layout
+from .rules import ConversionError
+from .sources import Source
 
 
 # Of layouts that share names, the first that is hinted at, else the first.
@@ -16,10 +16,10 @@ BY_NAMES = (
     clip.LAYOUT,
     mae.LAYOUT,
     deit.LAYOUT,
-    timm.LAYOUT,
+    timm_layout.LAYOUT,
     dino.LAYOUT,
 )
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (*BY_NAMES, *transformers.LAYOUTS.values())}
+LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (*BY_NAMES, *transformers_layout.LAYOUTS.values())}
 
 
 def recognise(source: Source, *, family: str | None = None, module=None) -> Layout:
@@ -43,43 +43,41 @@ def recognise(source: Source, *, family: str | None = None, module=None) -> Layo
             f"{source.path}: is a model of this family already: from_pretrained loads it; to write it in another "
             "layout add --to dinov2, timm or transformers"
         )
-    if model_type in transformers.LAYOUTS:
-        return transformers.LAYOUTS[model_type]
+    if model_type in transformers_layout.LAYOUTS:
+        return transformers_layout.LAYOUTS[model_type]
     if model_type is not None and "architecture" not in source.settings:
-        known = ", ".join(transformers.LAYOUTS)
+        known = ", ".join(transformers_layout.LAYOUTS)
         raise ConversionError(
             f"{source.path}: model type {model_type!r} cannot be represented: expected one of {known}"
         )
     if module is not None or "architecture" in (source.settings or {}):
-        return timm.LAYOUT
+        return timm_layout.LAYOUT
     shares = {layout.name: layout.share(list(source.shapes)) for layout in BY_NAMES}
     best = max(shares.values())
     if best < 0.75:
         raise ConversionError(_unknown(source, shares))
     candidates = [layout for layout in BY_NAMES if shares[layout.name] > best - 0.02]
-    hinted = [layout for layout in candidates if layout.is_hinted(describe_checkpoint(source, layout))]
-    is_plain = source.checkpoint_key is None and source.files[0].suffix == ".safetensors"
-    if timm.LAYOUT in candidates and is_plain:  # no official repository writes this format
-        return timm.LAYOUT
+    hinted = [layout for layout in candidates if layout.is_hinted(evidence_of(source, layout))]
+    is_plain = source.container is None and source.files[0].suffix == ".safetensors"
+    if timm_layout.LAYOUT in candidates and is_plain:  # no official repository writes this format
+        return timm_layout.LAYOUT
     if not hinted and dino.LAYOUT in candidates and not any("head" in name for name in source.shapes):
         return dino.LAYOUT
     return (hinted or [layout for layout in candidates if shares[layout.name] == best])[0]
 
 
-def describe_checkpoint(
-    source: Source, layout: Layout, *, module=None, config_overrides: dict | None = None
-) -> CheckpointInfo:
+def evidence_of(source: Source, layout: Layout, *, module=None, stated: dict | None = None) -> Evidence:
     """What a source shows, under the names of a layout."""
     renamed = source.renamed(layout.canonical(list(source.shapes)))
-    return CheckpointInfo(
+    return Evidence(
         shapes=renamed.shapes,
         read=renamed.read,
         file_name=source.path.name,
-        checkpoint_key=source.checkpoint_key,
+        container=source.container,
         settings=source.settings,
         processor=source.processor,
         module=module,
-        config_overrides=dict(config_overrides or {}),
+        stated=dict(stated or {}),
     )
 
 
@@ -97,4 +95,4 @@ def _unknown(source: Source, shares: dict[str, float]) -> str:
     )
 
 
-__all__ = ["BY_NAMES", "LAYOUTS", "describe_checkpoint", "recognise"]
+__all__ = ["BY_NAMES", "LAYOUTS", "evidence_of", "recognise"]

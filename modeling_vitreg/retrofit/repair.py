@@ -1,0 +1,272 @@
+"""From any model that converts to a folder of the same model without artifacts.
+
+    OUTPUT/   config.json, model.safetensors, preprocessor_config.json, the code of the family, retrofit.json
+
+The folder is written only if the repair worked: the share of outliers falls to a fifth or less, and the class token
+keeps a cosine of at least 0.99 with the original.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PretrainedConfig
+
+import modeling_vitreg
+from modeling_vitreg.analysis.samples import SampleReader
+from modeling_vitreg.conversion import convert
+from modeling_vitreg.features import Encoder, load_encoder
+from modeling_vitreg.files import atomic_folder
+from modeling_vitreg.modeling_vitreg import PROCESSOR_FILE
+from modeling_vitreg.reports import RetrofitReport, write_report
+
+from .register_neurons import (
+    NothingToRepair,
+    Outliers,
+    add_test_time_register,
+    choose_num_units,
+    find_outliers,
+    group_units,
+    image_tower,
+    measure_repair,
+    rank_units,
+    score_units,
+)
+
+
+LARGEST_SHARE = 0.2  # of the outliers of the original that may remain
+LEAST_COSINE = 0.99  # between the class tokens of original and result
+LEAST_IMAGES = 16
+HELD_OUT = 4  # one image in so many
+
+
+class RetrofitError(ValueError):
+    """The model cannot be repaired, or the repair would make it worse; nothing was written."""
+
+
+@dataclass(frozen=True)
+class RetrofitSettings:
+    """Settings of a retrofit.
+
+    Args:
+        num_registers: test-time registers to add.
+        num_units: units that act on them; None: the smallest number that lowers the largest norm as far as any.
+        layer: detection layer, from 1; None: the one with the deepest valley between two modes of norms.
+        threshold: norm above which a patch is an outlier; None: the valley.
+        highest_layer: last layer whose units are searched; None: the first with a tenth of the outliers.
+        num_images: images to read; a quarter of them is held out to choose the number of units and to judge.
+        image_size: side in pixels; None: that of the model. Units carry over to other sizes, thresholds do not.
+        batch_size: images in a batch.
+        force: write the model even if there is nothing to repair or the result is worse.
+    """
+
+    num_registers: int = 1
+    num_units: int | None = None
+    layer: int | None = None
+    threshold: float | None = None
+    highest_layer: int | None = None
+    num_images: int = 200
+    image_size: int | None = None
+    batch_size: int = 8
+    force: bool = False
+
+    def __post_init__(self):
+        for name in ("num_registers", "num_units", "num_images", "image_size", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"expected {name} of 1 or more, got {value}")
+        if self.num_images < LEAST_IMAGES:
+            raise ValueError(f"expected num_images of {LEAST_IMAGES} or more, got {self.num_images}")
+
+
+def retrofit(
+    source: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    images: object,
+    settings: RetrofitSettings | None = None,
+    source_of_images: str = "",
+    device: str | torch.device | None = None,
+    command: str = "",
+) -> RetrofitReport:
+    """Add test-time registers to a finished model, without training.
+
+    Args:
+        source: a folder of this family, or anything that `conversion.convert` takes.
+        output: folder to make; it must not exist, or be empty.
+        images: an `ImageSource`, an `ImageStream` or an iterable of PIL images.
+        settings: see `RetrofitSettings`.
+        source_of_images: for the report, in words.
+        device: where to run; None: the CPU.
+        command: for the report.
+
+    Raises:
+        NothingToRepair: the model has no outliers on these images.
+        RetrofitError: fewer than 16 images, an output that is not empty, a model that was retrofitted already, or a
+            repair that fails or harms.
+        ConversionError: the source cannot be represented.
+    """
+    settings, output = settings or RetrofitSettings(), pathlib.Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise RetrofitError(f"{output} exists and is not empty: name another folder")
+    with _as_folder(source) as folder:
+        model = _load(folder)
+        model.to(device or "cpu")
+        tower = image_tower(model)
+        if tower.config.register_neurons and not settings.force:
+            count = sum(map(len, tower.config.register_neurons.values()))
+            layers = ", ".join(tower.config.register_neurons)
+            raise RetrofitError(
+                f"{source} was retrofitted already: {count} units of layers {layers} act on "
+                f"{tower.config.num_test_time_registers} test-time registers. Retrofit the original model, or add "
+                f"--force to search for more units"
+            )
+        encoder = load_encoder(tower, name=os.fspath(source))
+        reader = SampleReader(images, limit=settings.num_images)
+        batches, held_out, num_images = _prepare(encoder, reader, settings)
+        found, report = _search(tower, batches, held_out, settings)
+        repaired = add_test_time_register(model, found, num_registers=settings.num_registers)
+        report = RetrofitReport(
+            model=os.fspath(source),
+            method="test-time",
+            images={
+                "source": source_of_images,
+                "num_images": num_images,
+                "num_held_out": sum(map(len, held_out)),
+                "num_unreadable": reader.num_unreadable,
+                "unreadable": reader.unreadable,
+                "size": list(held_out[0].shape[2:]),
+            },
+            register_neurons={str(layer): units for layer, units in found.items()},
+            command=command,
+            made_with=encoder.made_with(),
+            **report,
+        )
+        if not report.verdict["is_repaired"] and not settings.force:
+            raise RetrofitError(f"{report.verdict['sentence']} Nothing was written; --force writes the model anyway")
+        _write(repaired, folder, output, report)
+    return report
+
+
+def _search(
+    tower: nn.Module, batches: list[Tensor], held_out: list[Tensor], settings: RetrofitSettings
+) -> tuple[dict[int, list[int]], dict]:
+    """Register neurons, and the measured fields of the report."""
+    seen = tqdm(batches, desc="find outliers", unit="batch")
+    outliers = find_outliers(
+        tower, seen, layer=settings.layer, threshold=settings.threshold, highest_layer=settings.highest_layer
+    )
+    ranking = rank_units(score_units(tower, tqdm(batches, desc="score units", unit="batch"), outliers))
+    candidates = {} if settings.num_units is None else {"candidates": [settings.num_units]}
+    number, tried = choose_num_units(tower, ranking, held_out, outliers, **candidates)
+    units = group_units(ranking[:number])
+    repaired = add_test_time_register(tower, units, num_registers=settings.num_registers)
+    control = add_test_time_register(tower, {}, num_registers=settings.num_registers)
+    result = measure_repair(tower, repaired, held_out, outliers)
+    result["time_ratio"] = _time_ratio(tower, repaired, held_out[0])
+    described = asdict(outliers) | {"share": outliers.share, "shares": list(outliers.shares)}
+    del described["masks"]
+    return units, {
+        "outliers": described,
+        "tried": tried,
+        "control": measure_repair(tower, control, held_out, outliers),
+        "result": result,
+        "verdict": judge(result, outliers, num_units=number),
+    }
+
+
+def judge(result: dict, outliers: Outliers, *, num_units: int) -> dict:
+    """Whether a repair worked, in a dictionary of `is_repaired` and `sentence`."""
+    before, after, cosine = result["share_before"], result["share"], result["cosine"]
+    is_gone, is_same = after <= LARGEST_SHARE * before, cosine >= LEAST_COSINE
+    change = f"{100 * before:.2g} % to {100 * after:.2g} % of the patches of layer {outliers.layer}"
+    kept = f"the class token keeps a cosine of {cosine:.4f} with the original"
+    units = f"{num_units} units" if num_units > 1 else "1 unit"
+    if before == 0:
+        sentence = f"The held-out images have no outliers in layer {outliers.layer}: use more images."
+    elif is_gone and is_same:
+        sentence = f"Repaired: with {units} moved, outliers fall from {change}, and {kept}."
+    elif not is_gone:
+        sentence = f"Not repaired: with {units} moved, outliers change from {change}; they must fall to a fifth."
+    else:
+        sentence = f"Not repaired: outliers fall from {change}, but {kept}, below {LEAST_COSINE}."
+    return {"is_repaired": before > 0 and is_gone and is_same, "sentence": sentence}
+
+
+@contextlib.contextmanager
+def _as_folder(source: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """A folder of this family: the source itself, or what it converts to."""
+    folder = pathlib.Path(source)
+    if (folder / "model" / "config.json").exists():  # the output of a training run
+        folder = folder / "model"
+    if (folder / "config.json").exists() and str(_settings(folder).get("model_type")).startswith("vitreg"):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        converted = pathlib.Path(temporary) / "converted"
+        convert(source, converted)
+        yield converted
+
+
+def _settings(folder: pathlib.Path) -> dict:
+    return PretrainedConfig.get_config_dict(folder)[0]
+
+
+def _load(folder: pathlib.Path) -> nn.Module:
+    (name,) = _settings(folder)["architectures"]
+    return getattr(modeling_vitreg, name).from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def _prepare(
+    encoder: Encoder, reader: SampleReader, settings: RetrofitSettings
+) -> tuple[list[Tensor], list[Tensor], int]:
+    """Batches to search on and batches that are held out, and the number of images of the first."""
+    pixels = [encoder.prepare([image], size=settings.image_size) for image, _ in reader]
+    if len(pixels) < LEAST_IMAGES:
+        raise RetrofitError(
+            f"expected {LEAST_IMAGES} images or more, got {len(pixels)} ({reader.num_unreadable} cannot be read)"
+        )
+    held_out = [each for number, each in enumerate(pixels) if number % HELD_OUT == HELD_OUT - 1]
+    search = [each for number, each in enumerate(pixels) if number % HELD_OUT != HELD_OUT - 1]
+    batches = [list(torch.cat(part).to(encoder.device).split(settings.batch_size)) for part in (search, held_out)]
+    return *batches, len(search)
+
+
+@torch.no_grad()
+def _time_ratio(original: nn.Module, repaired: nn.Module, images: Tensor, *, rounds: int = 5) -> float:
+    """Time of a forward of the repaired model in units of the original's; the median of rounds in turn."""
+    seconds: dict[int, list[float]] = {0: [], 1: []}
+    for number in range(2 * (rounds + 1)):
+        start = time.perf_counter()
+        (original, repaired)[number % 2](images).last_hidden_state.sum().item()
+        seconds[number % 2].append(time.perf_counter() - start)
+    return statistics.median(seconds[1][1:]) / statistics.median(seconds[0][1:])  # the first of each warms up
+
+
+def _write(model: nn.Module, original: pathlib.Path, output: pathlib.Path, report: RetrofitReport) -> None:
+    with atomic_folder(output) as folder:
+        model.to("cpu").save_pretrained(folder)
+        if (original / PROCESSOR_FILE).exists():
+            (folder / PROCESSOR_FILE).write_bytes((original / PROCESSOR_FILE).read_bytes())
+        write_report(report, folder / "retrofit.json")
+
+
+__all__ = [
+    "LARGEST_SHARE",
+    "LEAST_COSINE",
+    "NothingToRepair",
+    "RetrofitError",
+    "RetrofitSettings",
+    "judge",
+    "retrofit",
+]
