@@ -10,6 +10,7 @@ This file travels next to the weights and runs without the package, on transform
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -470,23 +471,23 @@ def make_norm(config: ViTWithRegistersConfig) -> nn.Module:
     return kind(config.hidden_size, eps=config.layer_norm_eps)
 
 
-class ViTWithRegistersQueryKeyValue(nn.Linear):
-    """Queries, keys and values in one product, (B, N, D) -> (B, N, 3 D).
+def make_query_key_value(config: ViTWithRegistersConfig) -> nn.Linear:
+    """The layer of queries, keys and values, (B, N, D) -> (B, N, 3 D).
 
-    The bias always has three parts, so that quantisation and adapters meet a plain linear layer; parts that the
-    architecture lacks are zero and get no gradient.
+    Its class is `nn.Linear` itself, because quantisation replaces exactly that. The bias always has three parts; those
+    that the architecture lacks stay zero and get no gradient.
     """
+    has_bias = (config.has_query_bias, config.has_key_bias, config.has_value_bias)
+    layer = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=any(has_bias))
+    if any(has_bias) and not all(has_bias):
+        layer.forward = functools.partial(_apply_with_partial_bias, layer, has_bias)
+    return layer
 
-    def __init__(self, config: ViTWithRegistersConfig):
-        self.has_bias = (config.has_query_bias, config.has_key_bias, config.has_value_bias)
-        super().__init__(config.hidden_size, 3 * config.hidden_size, bias=any(self.has_bias))
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        if self.bias is None or all(self.has_bias):
-            return super().forward(hidden_states)
-        parts = zip(self.has_bias, self.bias.chunk(3))
-        bias = torch.cat([part if is_present else torch.zeros_like(part) for is_present, part in parts])
-        return F.linear(hidden_states, self.weight, bias)
+def _apply_with_partial_bias(layer: nn.Linear, has_bias: tuple, hidden_states: Tensor) -> Tensor:
+    parts = zip(has_bias, layer.bias.chunk(3))
+    bias = torch.cat([part if is_present else torch.zeros_like(part) for is_present, part in parts])
+    return F.linear(hidden_states, layer.weight, bias)
 
 
 class ViTWithRegistersAttention(AttentionBackend):
@@ -498,7 +499,7 @@ class ViTWithRegistersAttention(AttentionBackend):
         self.num_heads = config.num_attention_heads
         self.scaling = (config.hidden_size // config.num_attention_heads) ** -0.5
         self.is_causal = False
-        self.qkv = ViTWithRegistersQueryKeyValue(config)
+        self.qkv = make_query_key_value(config)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 

@@ -1,13 +1,22 @@
-"""Half precision against float32, gradient checkpointing, and large-model loading."""
+"""Half precision against float32, quantisation, gradient checkpointing, and large-model loading."""
+
+import copy
+import io
 
 import pytest
 import torch
 from torch import nn
 
 from modeling_vitreg import ViTWithRegistersForImageClassification, ViTWithRegistersModel
-from modeling_vitreg.modeling_vitreg import rotary_tables, rotate
+from modeling_vitreg.modeling_vitreg import AUTO_MODELS, rotary_tables, rotate
 
 
+PARTIAL_BIASES = [
+    {"has_key_bias": False},
+    {"has_query_bias": False, "has_key_bias": False},
+    {"has_value_bias": False},
+    {"has_query_bias": False, "has_key_bias": False, "has_value_bias": False},
+]
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -59,6 +68,50 @@ def test_autocast_keeps_the_residual_stream_in_float32(tiny, position):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         states = model(torch.randn(1, 3, 32, 32), output_hidden_states=True).hidden_states
     assert {state.dtype for state in states} == {torch.float32}
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+@pytest.mark.parametrize("biases", [{}, *PARTIAL_BIASES], ids=str)
+def test_quantisation_of_linear_layers_reaches_all_of_them(tiny, randomise, biases):
+    for cls in AUTO_MODELS:
+        model = randomise(cls(tiny(num_labels=3, projection_size=8, **biases)))
+        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        # What replaces exactly nn.Linear passes over its subclasses without a word.
+        assert {type(model.get_submodule(name)) for name in linear} == {nn.Linear}
+        quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+        assert not [name for name in linear if isinstance(quantised.get_submodule(name), nn.Linear)]
+        images = torch.randn(2, 3, 32, 32)
+        assert quantised(images)[0] is not None
+
+
+@pytest.mark.parametrize("biases", PARTIAL_BIASES[:3], ids=str)
+def test_a_bias_that_the_architecture_lacks_counts_nowhere(tiny, randomise, tmp_path, biases):
+    # Whatever its values are, and however the layer was copied, stored, offloaded or adapted.
+    from peft import LoraConfig, get_peft_model
+
+    model = randomise(ViTWithRegistersModel(tiny(**biases)))
+    model.save_pretrained(tmp_path)
+    cleared, stored = copy.deepcopy(model), io.BytesIO()
+    for layer in cleared.layers:
+        for name, part in zip(("has_query_bias", "has_key_bias", "has_value_bias"), layer.attention.qkv.bias.chunk(3)):
+            part.data.mul_(biases.get(name, True))
+    torch.save(model, stored)
+    stored.seek(0)
+    device_map = {"embeddings": "cpu", "pre_layernorm": "cpu", "layernorm": "cpu", "layers": "disk"}
+    others = {
+        "copied": copy.deepcopy(model),
+        "stored": torch.load(stored, weights_only=False),
+        "loaded": ViTWithRegistersModel.from_pretrained(tmp_path),
+        "offloaded": ViTWithRegistersModel.from_pretrained(
+            tmp_path, device_map=device_map, offload_folder=tmp_path / "offload"
+        ),
+        "adapted": get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["qkv"])),
+    }
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = cleared(images).last_hidden_state
+        for name, other in {"itself": model, **others}.items():
+            assert torch.equal(other.eval()(images).last_hidden_state, expected), name
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
