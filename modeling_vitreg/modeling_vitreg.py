@@ -800,10 +800,11 @@ class ViTWithRegistersPreTrainedModel(PreTrainedModel):
         """
         if num_register_tokens < 0:
             raise ValueError(f"expected 0 or more register tokens, got {num_register_tokens}")
-        if self.config.num_test_time_registers:
+        num_registers, num_test_time = self.config.num_register_tokens, self.config.num_test_time_registers
+        if num_test_time and num_register_tokens != num_registers:
             raise ValueError(
-                "this model has test-time registers, which stay the last ones: resize the registers of the original "
-                "model, then retrofit it again"
+                f"{num_test_time} of the {num_registers} registers are test-time registers, which stay the last ones: "
+                f"keep {num_registers} registers, or resize those of the original model, then retrofit it again"
             )
         embeddings = self.base_model.embeddings
         old, weight = embeddings.register_tokens, embeddings.patch_embeddings.weight

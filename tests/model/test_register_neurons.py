@@ -122,8 +122,11 @@ def test_contradictions_are_refused(tiny, settings, message):
 
 def test_registers_of_a_retrofitted_model_are_not_resized(tiny):
     model = ViTWithRegistersModel(tiny(num_test_time_registers=1, register_neurons=NEURONS))
-    with pytest.raises(ValueError, match="resize the registers of the original model"):
+    weight = model.embeddings.register_tokens.weight.clone()
+    with pytest.raises(ValueError, match=r"1 of the 4 registers are test-time registers.*keep 4 registers"):
         model.resize_register_tokens(8)
+    model.resize_register_tokens(4)  # as training does with the number of its recipe
+    assert torch.equal(model.embeddings.register_tokens.weight, weight)
 
 
 def test_a_plain_model_has_neither(tiny):

@@ -35,6 +35,8 @@ def encode_views(
         patches: of each group, indices (M,) into (B P) of those to read; None reads none.
         is_packed: None packs where the many small kernels of a group leave the device waiting, on a GPU.
     """
+    if model.config.register_neurons:  # they move activations between all tokens of an image
+        return [_encode_whole(model, *group, wanted) for group, wanted in zip(groups, patches)]
     if is_packed is None:
         is_packed = groups[0][0].device.type != "cpu"
     if not is_packed:
@@ -50,6 +52,17 @@ def _encode(model: ViTWithRegistersModel, groups: list, patches: list) -> list[t
         states = layer(states, rotaries)
     tokens = [model.norm_tokens(state).squeeze(1) for state in last(states, rotaries, False, reads)]
     return [(part[: len(images)], part[len(images) :]) for part, (images, _) in zip(tokens, groups)]
+
+
+def _encode_whole(
+    model: ViTWithRegistersModel, images: Tensor, mask: Tensor | None, patches: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    state, rotary, _ = model.embed(images, mask)
+    indices = _indices(model, state, patches)
+    for layer in model.layers:
+        state = layer(state, rotary)
+    tokens = model.norm_tokens(state.flatten(0, 1)[indices])
+    return tokens[: len(images)], tokens[len(images) :]
 
 
 def _indices(model: ViTWithRegistersModel, state: Tensor, patches: Tensor | None) -> Tensor:
