@@ -12,7 +12,7 @@ are medians with quartiles over rounds; the ratio is peer / ours within a round 
 
 What each program is:
 
-- ours: `SelfDistillation` with the groups and the fused AdamW of examples/pretrain.py. "packed" sends global and local
+- ours: `DINOv2` with the groups and the fused AdamW of examples/pretrain.py. "packed" sends global and local
   views through the linear layers together, "batched" one after the other; the ratio refers to what is the default
   on the device.
 - dinov2: its blocks, heads, losses and parameter groups in the order of its `forward_backward`, on one process, so
@@ -43,7 +43,7 @@ import torch
 from torch import Tensor, nn
 
 from modeling_vitreg import ViTWithRegistersConfig, ViTWithRegistersModel
-from modeling_vitreg.pretraining.objectives.dinov2 import SelfDistillation, SelfDistillationSettings
+from modeling_vitreg.pretraining.objectives.dinov2 import DINOv2, DINOv2Settings
 from modeling_vitreg.pretraining.run.parameters import parameter_groups, set_rates
 from modeling_vitreg.pretraining.views.crops import CropSettings
 from modeling_vitreg.pretraining.views.masking import MaskSettings, draw_masks
@@ -237,9 +237,9 @@ class Ours(Program):
     def __init__(self, options: argparse.Namespace, config: ViTWithRegistersConfig, *, is_packed: bool):
         super().__init__()
         self.name = f"ours, {'packed' if is_packed else 'batched'}"
-        self.objective = SelfDistillation(
+        self.objective = DINOv2(
             ViTWithRegistersModel(config),
-            settings=SelfDistillationSettings(
+            settings=DINOv2Settings(
                 num_prototypes=options.prototypes,
                 centring=options.centring,
                 momentum=(MOMENTUM, 1.0),
@@ -279,7 +279,7 @@ class Ours(Program):
             nn.utils.clip_grad_norm_(part.parameters(), CLIP)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.objective.follow(step=0)
+        self.objective.after_step(step=0)
 
 
 # facebookresearch/dinov2 ---------------------------------------------------------------------------------------------

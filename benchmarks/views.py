@@ -32,7 +32,7 @@ from PIL import Image
 from torch import Tensor
 
 from modeling_vitreg import ViTWithRegistersConfig, ViTWithRegistersModel
-from modeling_vitreg.pretraining.objectives.dinov2 import SelfDistillation, SelfDistillationSettings
+from modeling_vitreg.pretraining.objectives.dinov2 import DINOv2, DINOv2Settings
 from modeling_vitreg.pretraining.views.crops import CropSettings, MultiCrop
 from modeling_vitreg.pretraining.views.masking import MaskSettings
 
@@ -114,9 +114,9 @@ class Ours:
         config = ViTWithRegistersConfig(
             hidden_size=8, num_hidden_layers=1, num_attention_heads=1, patch_size=14, has_mask_token=True
         )
-        self._objective = SelfDistillation(
+        self._objective = DINOv2(
             ViTWithRegistersModel(config),
-            settings=SelfDistillationSettings(num_prototypes=8, hidden_width=8, bottleneck_width=8),
+            settings=DINOv2Settings(num_prototypes=8, hidden_width=8, bottleneck_width=8),
             crops=crops,
             masks=MaskSettings(),
             num_steps=1,

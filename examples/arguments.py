@@ -13,7 +13,7 @@ import yaml
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from modeling_vitreg.distributed import Processes
+from modeling_vitreg.distributed import DistributedContext
 from modeling_vitreg.images import DataOptions, ImageSource, open_images
 from modeling_vitreg.pretraining.objectives.clip import find_words
 from modeling_vitreg.pretraining.run.recipe import Recipe, read_recipe
@@ -32,7 +32,7 @@ class Run:
     options: argparse.Namespace
     recipe: Recipe
     accelerator: Accelerator
-    processes: Processes
+    processes: DistributedContext
 
     @property
     def folder(self) -> pathlib.Path:

@@ -27,8 +27,8 @@ from modeling_vitreg.modes import evaluation_mode
 from modeling_vitreg.pretraining.monitoring.curves import draw_attention, draw_curves, draw_maps, draw_norms
 from modeling_vitreg.pretraining.monitoring.diagnosis import diagnose
 from modeling_vitreg.pretraining.monitoring.instruments import collapse_line, effective_rank, register_similarity
-from modeling_vitreg.pretraining.monitoring.jsonl import Journal
-from modeling_vitreg.pretraining.monitoring.non_finite import FiniteWatch
+from modeling_vitreg.pretraining.monitoring.jsonl import JsonlLogger
+from modeling_vitreg.pretraining.monitoring.non_finite import NonFiniteDetector
 from modeling_vitreg.pretraining.objectives.dense import DensePrediction
 from modeling_vitreg.pretraining.objectives.objective import Objective
 from modeling_vitreg.pretraining.run.sharding import gather_model
@@ -53,10 +53,10 @@ class Monitor:
     def __init__(self, run: Run, objective: Objective, source, facts: dict):
         self.run, self.objective = run, objective
         last_step = facts["step"]
-        self.journal = Journal(run.folder / "log.jsonl", last_step=last_step, is_writer=run.is_main)
-        self.norms = Journal(run.folder / "norms.jsonl", last_step=last_step, is_writer=run.is_main)
+        self.journal = JsonlLogger(run.folder / "log.jsonl", last_step=last_step, is_writer=run.is_main)
+        self.norms = JsonlLogger(run.folder / "norms.jsonl", last_step=last_step, is_writer=run.is_main)
         self.sample = Sample(run, source) if run.is_main else None
-        self._first_step, self._watch, self._named = last_step + 1, FiniteWatch(), set()
+        self._first_step, self._non_finite, self._named = last_step + 1, NonFiniteDetector(), set()
         self._unreadable, self._headline, self._value = 0, None, None
         self._data = {"name": run.options.data, "revision": source.revision}
         self._begin = time.monotonic() - facts["seconds"]
@@ -93,11 +93,11 @@ class Monitor:
 
     def see(self, step: int, losses: dict, gradients: dict, optimizer: torch.optim.Optimizer) -> None:
         """Take the numbers of a step; write them down when it is time."""
-        self._watch.see(losses | gradients if self.run.accelerator.scaler is None else losses, step=step)
+        self._non_finite.update(losses | gradients if self.run.accelerator.scaler is None else losses, step=step)
         if not self.run.is_time(self.run.options.log_every, step):
             return
         self.check_finite()
-        total, size = self.run.processes.total, self.run.processes.size
+        total, size = self.run.processes.all_reduce_sum, self.run.processes.size
         seconds = time.monotonic() - self._last_time
         device = self.run.accelerator.device
         record = {
@@ -127,7 +127,7 @@ class Monitor:
     def check_finite(self) -> None:
         """Stop, with the last good state kept, if any number was not finite."""
         try:
-            self._watch.check(self.run.folder / "state")
+            self._non_finite.check(self.run.folder / "state")
         except RuntimeError as error:
             raise SystemExit(str(error)) from None
 

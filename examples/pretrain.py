@@ -32,7 +32,7 @@ from monitor import Monitor
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from modeling_vitreg.distributed import all_processes
+from modeling_vitreg.distributed import distributed_context
 from modeling_vitreg.files import atomic_folder, write_text
 from modeling_vitreg.images import ImageSource, derive_seed
 from modeling_vitreg.pretraining.build import make_objective
@@ -59,7 +59,7 @@ def main(*, description: str = __doc__, default_recipe: str = "demo-cpu") -> Non
         project_dir=options.output,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
-    run = Run(options, recipe, accelerator, all_processes())
+    run = Run(options, recipe, accelerator, distributed_context())
     last = open_output(run)
 
     # Everything that learns is one module: student, teacher and heads are wrapped, sharded and saved together.
@@ -116,7 +116,7 @@ def main(*, description: str = __doc__, default_recipe: str = "demo-cpu") -> Non
             for name, term in terms.items():
                 losses[name] = losses.get(name, 0) + term.detach().float() / run.num_accumulations
         norms = update(objective, optimizer, accelerator.scaler, clip=recipe.clip)
-        objective.follow(step=step)
+        objective.after_step(step=step)
 
         monitor.see(step, losses, norms, optimizer)
         if stop.is_due(step) or run.is_time(options.save_every, step):
@@ -267,7 +267,7 @@ class StopRequest:
             self.is_requested = self._is_asked
         elif self._run.is_time(self._run.options.log_every, step):
             asked = torch.tensor(float(self._is_asked), device=self._run.accelerator.device)
-            self.is_requested = bool(self._run.processes.largest(asked))
+            self.is_requested = bool(self._run.processes.all_reduce_max(asked))
         return self.is_requested
 
 

@@ -1,4 +1,4 @@
-"""What a loss needs of the other processes, as an argument: the same loss runs on one CPU and on many GPUs."""
+"""Communication between processes as an argument, so that the same loss runs on one CPU and on many GPUs."""
 
 from __future__ import annotations
 
@@ -14,39 +14,40 @@ def _same(values: Tensor) -> Tensor:
 
 
 @dataclasses.dataclass(frozen=True)
-class Processes:
-    """Sums and neighbours over the processes that share a batch; the default is a process that is alone.
+class DistributedContext:
+    """Reductions over the processes that share a batch; the default is a single process.
 
     Args:
         rank: number of this process.
         size: number of processes.
-        total: sum of a tensor over the processes, without gradient.
-        largest: maximum of a tensor over the processes, without gradient.
-        gather: rows (B, ...) of all processes, in order of rank, (size x B, ...); gradients flow back to their owner.
+        all_reduce_sum: sum of a tensor over the processes, without gradient.
+        all_reduce_max: maximum of a tensor over the processes, without gradient.
+        all_gather: rows (B, ...) of all processes in order of rank, (size x B, ...); gradients flow back to their
+            process.
     """
 
     rank: int = 0
     size: int = 1
-    total: Callable[[Tensor], Tensor] = _same
-    largest: Callable[[Tensor], Tensor] = _same
-    gather: Callable[[Tensor], Tensor] = _same
+    all_reduce_sum: Callable[[Tensor], Tensor] = _same
+    all_reduce_max: Callable[[Tensor], Tensor] = _same
+    all_gather: Callable[[Tensor], Tensor] = _same
 
 
-ALONE = Processes()
+SINGLE_PROCESS = DistributedContext()
 
 
-def all_processes() -> Processes:
-    """The processes of torch.distributed, or `ALONE` where it is not in use."""
+def distributed_context() -> DistributedContext:
+    """The context of torch.distributed, or `SINGLE_PROCESS` if it is not initialised."""
     from torch import distributed
 
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
-        return ALONE
-    return Processes(
+        return SINGLE_PROCESS
+    return DistributedContext(
         rank=distributed.get_rank(),
         size=distributed.get_world_size(),
-        total=lambda values: _reduce(values, distributed.ReduceOp.SUM),
-        largest=lambda values: _reduce(values, distributed.ReduceOp.MAX),
-        gather=_gather,
+        all_reduce_sum=lambda values: _reduce(values, distributed.ReduceOp.SUM),
+        all_reduce_max=lambda values: _reduce(values, distributed.ReduceOp.MAX),
+        all_gather=_all_gather,
     )
 
 
@@ -56,10 +57,10 @@ def _reduce(values: Tensor, operation) -> Tensor:
     return values
 
 
-def _gather(rows: Tensor) -> Tensor:
+def _all_gather(rows: Tensor) -> Tensor:
     from torch.distributed.nn.functional import all_gather
 
     return torch.cat(all_gather(rows.contiguous()))
 
 
-__all__ = ["ALONE", "Processes", "all_processes"]
+__all__ = ["SINGLE_PROCESS", "DistributedContext", "distributed_context"]

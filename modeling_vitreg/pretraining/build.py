@@ -9,19 +9,19 @@ import torch
 from transformers import AutoModelForImageClassification, PretrainedConfig
 
 from modeling_vitreg.configuration_vitreg import ViTWithRegistersConfig
-from modeling_vitreg.distributed import ALONE, Processes
+from modeling_vitreg.distributed import SINGLE_PROCESS, DistributedContext
 from modeling_vitreg.dual_encoder_vitreg import ViTWithRegistersDualEncoderConfig, ViTWithRegistersDualEncoderModel
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersModel
 from modeling_vitreg.settings import make_keywords, make_settings
 
 from .objectives.classify import Classification, ClassificationSettings
-from .objectives.clip import Contrast, ContrastSettings
-from .objectives.dense import DensePrediction, DepthEstimation, DepthTuning, Segmentation, SegmentationTuning
-from .objectives.dinov2 import SelfDistillation, SelfDistillationSettings
+from .objectives.clip import CLIP, CLIPSettings
+from .objectives.dense import DensePrediction, DepthEstimation, DepthSettings, Segmentation, SegmentationSettings
+from .objectives.dinov2 import DINOv2, DINOv2Settings
 from .objectives.distill import Distillation, DistillationSettings
-from .objectives.mae import MaskedAutoencoder, MaskedAutoencoderSettings
+from .objectives.mae import MAE, MAESettings
 from .objectives.objective import Objective
-from .objectives.simmim import MaskedPixels
+from .objectives.simmim import SimMIM
 from .run.recipe import Recipe
 from .state import last_state, load_objective, read_metadata
 from .views.masking import MaskSettings
@@ -46,7 +46,7 @@ def make_config(recipe: Recipe) -> ViTWithRegistersConfig:
 
 
 def make_objective(
-    recipe: Recipe, *, init: str | pathlib.Path | None = None, processes: Processes = ALONE
+    recipe: Recipe, *, init: str | pathlib.Path | None = None, processes: DistributedContext = SINGLE_PROCESS
 ) -> Objective:
     """Everything that learns, in one module.
 
@@ -127,7 +127,7 @@ def _model_in(source: str | pathlib.Path) -> str | pathlib.Path:
     return folder / "model" if (folder / "model" / "config.json").exists() else source
 
 
-def _wrap(backbone: ViTWithRegistersModel, recipe: Recipe, processes: Processes) -> Objective:
+def _wrap(backbone: ViTWithRegistersModel, recipe: Recipe, processes: DistributedContext) -> Objective:
     common = {"num_steps": recipe.num_steps, "processes": processes, "crops": recipe.crops}
     if recipe.objective not in _MAKERS:
         raise ValueError(f"recipe: objective is one of {', '.join(OBJECTIVES)}, got {recipe.objective!r}")
@@ -135,13 +135,13 @@ def _wrap(backbone: ViTWithRegistersModel, recipe: Recipe, processes: Processes)
 
 
 def _make_self_distillation(backbone: ViTWithRegistersModel, recipe: Recipe, common: dict) -> Objective:
-    settings = make_settings(SelfDistillationSettings, recipe.settings, of="settings")
-    return SelfDistillation(backbone, settings=settings, masks=recipe.masks, **common)
+    settings = make_settings(DINOv2Settings, recipe.settings, of="settings")
+    return DINOv2(backbone, settings=settings, masks=recipe.masks, **common)
 
 
 def _make_masked_autoencoder(backbone: ViTWithRegistersModel, recipe: Recipe, common: dict) -> Objective:
-    settings = make_settings(MaskedAutoencoderSettings, recipe.settings, of="settings")
-    return MaskedAutoencoder(backbone, settings=settings, masks=recipe.masks, **common)
+    settings = make_settings(MAESettings, recipe.settings, of="settings")
+    return MAE(backbone, settings=settings, masks=recipe.masks, **common)
 
 
 def _make_masked_pixels(backbone: ViTWithRegistersModel, recipe: Recipe, common: dict) -> Objective:
@@ -149,7 +149,7 @@ def _make_masked_pixels(backbone: ViTWithRegistersModel, recipe: Recipe, common:
         raise ValueError(
             f"settings: the objective 'simmim' has none, got {', '.join(recipe.settings)}: leave them out"
         )
-    return MaskedPixels(backbone, masks=recipe.masks, **common)
+    return SimMIM(backbone, masks=recipe.masks, **common)
 
 
 def _make_distillation(backbone: ViTWithRegistersModel, recipe: Recipe, common: dict) -> Objective:
@@ -220,8 +220,8 @@ def _load_class_teacher(settings: ClassificationSettings) -> torch.nn.Module:
 def _make_contrast(backbone: ViTWithRegistersModel, recipe: Recipe, common: dict) -> Objective:
     if recipe.masks != MaskSettings():
         raise ValueError(f"masks: the objective 'clip' hides no patch, got {recipe.masks}: leave them out")
-    settings = make_settings(ContrastSettings, recipe.settings, of="settings")
-    return Contrast(backbone, settings=settings, **common)
+    settings = make_settings(CLIPSettings, recipe.settings, of="settings")
+    return CLIP(backbone, settings=settings, **common)
 
 
 def _make_dense(kind: type[DensePrediction], settings: type) -> Callable:
@@ -242,8 +242,8 @@ _MAKERS = {
     "distill": _make_distillation,
     "classify": _make_classification,
     "clip": _make_contrast,
-    "segment": _make_dense(Segmentation, SegmentationTuning),
-    "depth": _make_dense(DepthEstimation, DepthTuning),
+    "segment": _make_dense(Segmentation, SegmentationSettings),
+    "depth": _make_dense(DepthEstimation, DepthSettings),
 }
 OBJECTIVES = tuple(_MAKERS)
 

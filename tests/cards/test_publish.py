@@ -17,7 +17,7 @@ from transformers import pipeline
 
 from modeling_vitreg import ViTWithRegistersForImageClassification, ViTWithRegistersModel
 from modeling_vitreg.cards import record_fingerprint
-from modeling_vitreg.pretraining.objectives.clip import Contrast, ContrastSettings
+from modeling_vitreg.pretraining.objectives.clip import CLIP, CLIPSettings
 from modeling_vitreg.pretraining.views.crops import CropSettings
 
 
@@ -317,9 +317,9 @@ def test_a_card_that_the_hub_refuses_is_said_in_its_words(hub, publisher, folder
 
 def test_a_clip_run_is_published_and_gives_a_stranger_the_same_numbers(hub, publisher, tiny, tmp_path, photograph):
     run, texts = tmp_path / "run", ("a red ball", "a blue cube")
-    objective = Contrast(
+    objective = CLIP(
         ViTWithRegistersModel(tiny(initializer_range=0.2)),
-        settings=ContrastSettings(
+        settings=CLIPSettings(
             words=("a", "red", "ball"), text_width=32, num_text_layers=1, num_text_heads=2, num_tokens=12
         ),
         crops=CropSettings(num_global=1, num_local=0, global_size=32),

@@ -8,7 +8,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from modeling_vitreg import ViTWithRegistersModel
 from modeling_vitreg.pretraining.build import make_config
-from modeling_vitreg.pretraining.objectives.dinov2 import SelfDistillationSettings
+from modeling_vitreg.pretraining.objectives.dinov2 import DINOv2Settings
 from modeling_vitreg.pretraining.run.recipe import read_recipe
 from modeling_vitreg.settings import make_settings
 
@@ -79,7 +79,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_recipes_of_dinov2_have_the_published_values(name):
     recipe = read_recipe(EXAMPLES / "recipes" / f"{name}.yaml")
-    config, settings = make_config(recipe), make_settings(SelfDistillationSettings, recipe.settings, of="settings")
+    config, settings = make_config(recipe), make_settings(DINOv2Settings, recipe.settings, of="settings")
     found = {
         "peak learning rate": pytest.approx(recipe.peak_learning_rate),
         "steps": recipe.num_steps,

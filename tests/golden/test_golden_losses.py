@@ -104,7 +104,7 @@ def take_steps(objective, optimizer, steps: range) -> dict[str, list[float]]:
             torch.nn.utils.clip_grad_norm_(part.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        objective.follow(step=step)
+        objective.after_step(step=step)
         for name, term in terms.items():
             losses.setdefault(name, []).append(term.item())
     return losses

@@ -27,7 +27,7 @@ from modeling_vitreg import (
     ViTWithRegistersDualEncoderOutput,
     ViTWithRegistersModel,
 )
-from modeling_vitreg.pretraining.objectives.clip import ContrastSettings, make_tokenizer, save_tokenizer
+from modeling_vitreg.pretraining.objectives.clip import CLIPSettings, make_tokenizer, save_tokenizer
 
 
 WORDS = ("a", "ball", "blue", "cube", "photo", "red")
@@ -66,7 +66,7 @@ def write(model: ViTWithRegistersDualEncoderModel, folder: pathlib.Path) -> path
 
 def write_tokenizer(folder: pathlib.Path) -> None:
     """Save one of ten words, as many as the text towers have."""
-    save_tokenizer(make_tokenizer(ContrastSettings(words=WORDS, num_tokens=12)), folder)
+    save_tokenizer(make_tokenizer(CLIPSettings(words=WORDS, num_tokens=12)), folder)
 
 
 @pytest.mark.parametrize("text", TEXT_TOWERS)

@@ -201,7 +201,7 @@ def test_the_average_of_the_weights_is_that_of_timm_and_is_what_is_saved(make):
         with torch.no_grad():
             for parameter in objective.model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-        objective.follow(step=step)
+        objective.after_step(step=step)
         theirs.update(objective.model)
     for ours, other in zip(objective.saved.parameters(), theirs.module.parameters()):
         torch.testing.assert_close(ours, other)

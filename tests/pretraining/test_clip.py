@@ -17,15 +17,15 @@ from typer.testing import CliRunner
 
 from modeling_vitreg import ViTWithRegistersDualEncoderModel, ViTWithRegistersModel
 from modeling_vitreg.cli import app
-from modeling_vitreg.distributed import Processes
+from modeling_vitreg.distributed import DistributedContext
 from modeling_vitreg.features import load_encoder
 from modeling_vitreg.images import DataOptions, ImageSource
 from modeling_vitreg.pretraining.build import make_objective
 from modeling_vitreg.pretraining.objectives.clip import (
+    CLIP,
     LARGEST_SCALE,
     CaptionTokens,
-    Contrast,
-    ContrastSettings,
+    CLIPSettings,
     contrastive_loss,
     embed_images,
     find_words,
@@ -45,11 +45,11 @@ ONE_VIEW = CropSettings(num_global=1, num_local=0, global_size=32)
 
 @pytest.fixture
 def make(tiny):
-    def build(processes=None, **settings) -> Contrast:
+    def build(processes=None, **settings) -> CLIP:
         torch.manual_seed(0)
-        return Contrast(
+        return CLIP(
             ViTWithRegistersModel(tiny(initializer_range=0.2)),
-            settings=ContrastSettings(**{"words": tuple(find_words(CAPTIONS)), **SMALL, **settings}),
+            settings=CLIPSettings(**{"words": tuple(find_words(CAPTIONS)), **SMALL, **settings}),
             crops=ONE_VIEW,
             num_steps=10,
             **({"processes": processes} if processes else {}),
@@ -79,12 +79,12 @@ def test_the_pairs_of_all_processes_compete():
     images, texts, scale = unit(6, 8), unit(6, 8, seed=1), torch.tensor(5.0)
     whole = contrastive_loss(images, texts, scale)
     rest = iter((images[3:], texts[3:]))
-    processes = Processes(rank=0, size=2, gather=lambda rows: torch.cat([rows, next(rest)]))
+    processes = DistributedContext(rank=0, size=2, all_gather=lambda rows: torch.cat([rows, next(rest)]))
     torch.testing.assert_close(contrastive_loss(images[:3], texts[:3], scale, processes=processes), whole)
 
 
 def test_captions_are_words_between_a_start_and_an_end():
-    tokenizer = make_tokenizer(ContrastSettings(words=tuple(find_words(CAPTIONS)), num_tokens=8))
+    tokenizer = make_tokenizer(CLIPSettings(words=tuple(find_words(CAPTIONS)), num_tokens=8))
     assert find_words(CAPTIONS)[:4] == ["a", "ball", "blue", "cube"]
     tokens = CaptionTokens(tokenizer, 8)("A RED ball, unheard of.")
     words = tokenizer.convert_ids_to_tokens(tokens[tokens >= 0].tolist())
@@ -94,7 +94,7 @@ def test_captions_are_words_between_a_start_and_an_end():
 
 
 def test_a_saved_tokenizer_has_a_name_that_every_version_of_transformers_knows(tmp_path):
-    tokenizer = make_tokenizer(ContrastSettings(words=tuple(find_words(CAPTIONS)), num_tokens=8))
+    tokenizer = make_tokenizer(CLIPSettings(words=tuple(find_words(CAPTIONS)), num_tokens=8))
     save_tokenizer(tokenizer, tmp_path)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
@@ -132,7 +132,7 @@ def test_registers_enter_no_loss_and_learn_through_attention(make):
 
 def test_the_scale_stays_below_its_limit(make):
     objective = make(logit_scale=10.0)
-    objective.follow(step=0)
+    objective.after_step(step=0)
     assert objective.model.logit_scale.item() == pytest.approx(LARGEST_SCALE)
 
 

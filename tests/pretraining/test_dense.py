@@ -23,7 +23,12 @@ from modeling_vitreg import (
 from modeling_vitreg.cards import make_plan
 from modeling_vitreg.pretraining.build import make_objective
 from modeling_vitreg.pretraining.monitoring.curves import draw_maps
-from modeling_vitreg.pretraining.objectives.dense import DepthEstimation, DepthTuning, Segmentation, SegmentationTuning
+from modeling_vitreg.pretraining.objectives.dense import (
+    DepthEstimation,
+    DepthSettings,
+    Segmentation,
+    SegmentationSettings,
+)
 from modeling_vitreg.pretraining.run.recipe import Recipe
 from modeling_vitreg.pretraining.views.crops import CropSettings, MapCrop
 from modeling_vitreg.scenes import SEMANTIC_NAMES
@@ -43,8 +48,8 @@ def make(tiny):
         backbone = ViTWithRegistersModel(tiny(initializer_range=0.2, num_hidden_layers=4, **(model or {})))
         options = {"crops": ONE_VIEW, "num_steps": 10}
         if kind == "depth":
-            return DepthEstimation(backbone, settings=DepthTuning(**settings), **options).train()
-        settings = SegmentationTuning(**{"num_classes": 5, **settings})
+            return DepthEstimation(backbone, settings=DepthSettings(**settings), **options).train()
+        settings = SegmentationSettings(**{"num_classes": 5, **settings})
         return Segmentation(backbone, settings=settings, **options).train()
 
     return build

@@ -10,9 +10,9 @@ from torch import Tensor
 from modeling_vitreg import ViTWithRegistersModel
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersDropPath
 from modeling_vitreg.pretraining.build import make_config, make_objective
-from modeling_vitreg.pretraining.objectives.dinov2 import SelfDistillation, SelfDistillationSettings
+from modeling_vitreg.pretraining.objectives.dinov2 import DINOv2, DINOv2Settings
 from modeling_vitreg.pretraining.objectives.losses import (
-    MovingCentre,
+    EmaCenter,
     cross_view_loss,
     koleo_loss,
     masked_patch_loss,
@@ -42,12 +42,12 @@ def _one_thread():
 def make(tiny):
     """Make an objective on a tiny model with a mask token, from settings of the objective and of the model."""
 
-    def build(model: dict | None = None, num_local: int = NUM_LOCAL, **settings) -> SelfDistillation:
+    def build(model: dict | None = None, num_local: int = NUM_LOCAL, **settings) -> DINOv2:
         torch.manual_seed(0)
         backbone = ViTWithRegistersModel(tiny(**{"has_mask_token": True, **(model or {})}))
-        return SelfDistillation(
+        return DINOv2(
             backbone,
-            settings=SelfDistillationSettings(**{**SETTINGS, **settings}),
+            settings=DINOv2Settings(**{**SETTINGS, **settings}),
             crops=CropSettings(num_local=num_local, global_size=32, local_size=16),
             masks=MaskSettings(),
             num_steps=100,
@@ -71,7 +71,7 @@ def _batch(*, num_local: int = NUM_LOCAL, is_masked: bool = True) -> dict[str, T
     return batch
 
 
-def _gradients(objective: SelfDistillation, batch: dict, *, step: int = 0) -> tuple[dict, dict]:
+def _gradients(objective: DINOv2, batch: dict, *, step: int = 0) -> tuple[dict, dict]:
     """Losses and gradients of the student."""
     objective.zero_grad()
     losses = objective(batch, step=step)
@@ -92,7 +92,7 @@ def _assert_same(found: tuple[dict, dict], expected: tuple[dict, dict]) -> None:
 # Losses ------------------------------------------------------------------------------------------------------------
 
 
-def _one_view_at_a_time(objective: SelfDistillation, batch: dict, temperature: float) -> dict[str, Tensor]:
+def _one_view_at_a_time(objective: DINOv2, batch: dict, temperature: float) -> dict[str, Tensor]:
     """The losses from the models' own forward, each view alone, and from loops over views."""
     student, teacher, weights = objective.student, objective.teacher, []
     masks = batch["masks"].unflatten(0, (NUM_GLOBAL, NUM_IMAGES))
@@ -116,7 +116,7 @@ def _one_view_at_a_time(objective: SelfDistillation, batch: dict, temperature: f
     if objective.settings.centring == "sinkhorn":
         targets = [sinkhorn(part, temperature=temperature) for part in targets]
     else:
-        targets = [MovingCentre(part.shape[1])(part, temperature=temperature) for part in targets]
+        targets = [EmaCenter(part.shape[1])(part, temperature=temperature) for part in targets]
     return {
         "dino": cross_view_loss(
             torch.stack(cls_logits),
@@ -228,7 +228,7 @@ def test_a_model_without_registers_learns_too(make):
 # Teacher -----------------------------------------------------------------------------------------------------------
 
 
-def _pairs(objective: SelfDistillation) -> list[tuple[Tensor, Tensor]]:
+def _pairs(objective: DINOv2) -> list[tuple[Tensor, Tensor]]:
     return list(zip(objective.teacher.parameters(), objective.student.parameters()))
 
 
@@ -248,7 +248,7 @@ def test_the_teacher_follows_by_the_formula_and_is_the_encoder(make, randomise):
     objective = make(momentum=(0.9, 1.0))
     randomise(objective.student)
     before = [own.clone() for own, _ in _pairs(objective)]
-    objective.follow(step=50)
+    objective.after_step(step=50)
     momentum = 1 + (0.9 - 1) * (1 + math.cos(math.pi / 2)) / 2
     assert objective.rates(step=50)["momentum"] == pytest.approx(momentum)
     for (own, other), old in zip(_pairs(objective), before):
@@ -260,9 +260,9 @@ def test_the_teacher_stays_put_with_momentum_1_and_copies_with_momentum_0(make, 
     objective = make(momentum=(1.0, 0.0))
     randomise(objective.student)
     before = [own.clone() for own, _ in _pairs(objective)]
-    objective.follow(step=0)
+    objective.after_step(step=0)
     assert all(torch.equal(own, old) for (own, _), old in zip(_pairs(objective), before))
-    objective.follow(step=100)
+    objective.after_step(step=100)
     assert all(torch.allclose(own, other) for own, other in _pairs(objective))
 
 
@@ -380,7 +380,7 @@ def test_a_model_that_lacks_what_the_objective_reads_is_refused(make, model, mes
 )
 def test_settings_out_of_range_are_refused_by_name(settings, message):
     with pytest.raises(ValueError, match=message):
-        SelfDistillationSettings(**settings)
+        DINOv2Settings(**settings)
 
 
 # From a recipe -----------------------------------------------------------------------------------------------------
@@ -407,7 +407,7 @@ def _save_model(recipe: Recipe, folder, **changes) -> ViTWithRegistersModel:
     return model
 
 
-def _save_run(recipe: Recipe, folder) -> SelfDistillation:
+def _save_run(recipe: Recipe, folder) -> DINOv2:
     """A run of which student and teacher have gone different ways."""
     objective = make_objective(recipe)
     with torch.no_grad():

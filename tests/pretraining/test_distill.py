@@ -194,7 +194,7 @@ def test_the_average_follows_the_student_and_is_what_is_kept(make, randomise):
     assert objective.encoder is objective.average
     before = objective.encoder.layernorm.weight.clone()
     randomise(objective.student)
-    objective.follow(step=0)
+    objective.after_step(step=0)
     expected = 0.9 * before + 0.1 * objective.student["backbone"].layernorm.weight
     torch.testing.assert_close(objective.encoder.layernorm.weight, expected)
     assert objective.rates(step=0) == {"momentum": 0.9}
@@ -227,7 +227,7 @@ def test_a_run_goes_on_with_the_same_numbers_from_a_state_without_the_teacher(ma
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        one.follow(step=step)
+        one.after_step(step=step)
         return loss.item()
 
     take_step(objective, optimizers[0], 0)

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from modeling_vitreg import ViTWithRegistersConfig, ViTWithRegistersModel
-from modeling_vitreg.distributed import ALONE, Processes, all_processes
+from modeling_vitreg.distributed import SINGLE_PROCESS, DistributedContext, distributed_context
 from modeling_vitreg.pretraining.monitoring.instruments import entropy_of_mean
-from modeling_vitreg.pretraining.objectives.dinov2 import SelfDistillation, SelfDistillationSettings
-from modeling_vitreg.pretraining.objectives.losses import MovingCentre, koleo_loss, sinkhorn
+from modeling_vitreg.pretraining.objectives.dinov2 import DINOv2, DINOv2Settings
+from modeling_vitreg.pretraining.objectives.losses import EmaCenter, koleo_loss, sinkhorn
 from modeling_vitreg.pretraining.views.crops import CropSettings
 from modeling_vitreg.pretraining.views.masking import MaskSettings, draw_masks
 
@@ -51,7 +51,7 @@ def _batch(images: slice = slice(None)) -> dict[str, Tensor]:
     }
 
 
-def _objective(centring: str, processes: Processes = ALONE) -> SelfDistillation:
+def _objective(centring: str, processes: DistributedContext = SINGLE_PROCESS) -> DINOv2:
     torch.manual_seed(1)
     config = ViTWithRegistersConfig(
         hidden_size=32,
@@ -62,11 +62,11 @@ def _objective(centring: str, processes: Processes = ALONE) -> SelfDistillation:
         has_mask_token=True,
         initializer_range=0.3,  # so that class tokens differ from the first step on
     )
-    settings = SelfDistillationSettings(
+    settings = DINOv2Settings(
         num_prototypes=24, num_patch_prototypes=16, hidden_width=32, bottleneck_width=8, centring=centring
     )
     crops = CropSettings(num_local=3, global_size=32, local_size=16)
-    return SelfDistillation(
+    return DINOv2(
         ViTWithRegistersModel(config),
         settings=settings,
         crops=crops,
@@ -76,7 +76,7 @@ def _objective(centring: str, processes: Processes = ALONE) -> SelfDistillation:
     ).train()
 
 
-def _train(model, objective: SelfDistillation, images: slice) -> dict:
+def _train(model, objective: DINOv2, images: slice) -> dict:
     """Two steps, so that a moving centre has moved; losses, gradients and parameters of the second."""
     for step in range(2):
         losses = model(_batch(images), step=step)
@@ -86,7 +86,7 @@ def _train(model, objective: SelfDistillation, images: slice) -> dict:
             for parameter in objective.student.parameters():
                 parameter -= 0.1 * parameter.grad
                 parameter.grad = None
-        objective.follow(step=step)
+        objective.after_step(step=step)
     return {
         "losses": {name: loss.detach() for name, loss in losses.items()},
         "gradients": gradients,
@@ -101,14 +101,14 @@ def _work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     rendezvous = f"file://{folder}/rendezvous"
     torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=NUM_PROCESSES)
-    processes = all_processes()
+    processes = distributed_context()
     results = {"rank": processes.rank, "size": processes.size}
     for name, parts in PARTS.items():
         rows = _logits()[parts[rank]]
         results[f"sinkhorn {name}"] = sinkhorn(rows, temperature=0.05, processes=processes)
         if name != "none":
             results[f"mean entropy {name}"] = entropy_of_mean(rows.softmax(dim=1), processes=processes)
-        centre = MovingCentre(5)
+        centre = EmaCenter(5)
         targets = [centre(_logits(step)[parts[rank]], temperature=0.1, processes=processes) for step in range(3)]
         results[f"centre {name}"] = centre.centre
         results[f"centred targets {name}"] = targets[-1]
@@ -140,9 +140,9 @@ def results(tmp_path_factory) -> list[dict]:
 
 
 def test_a_process_on_its_own_is_alone():
-    assert all_processes() is ALONE
+    assert distributed_context() is SINGLE_PROCESS
     values = torch.ones(2)
-    assert ALONE.total(values) is values
+    assert SINGLE_PROCESS.all_reduce_sum(values) is values
 
 
 def test_processes_know_their_rank_and_number(results):
@@ -159,7 +159,7 @@ def test_sinkhorn_assigns_the_rows_of_all_processes_together(results, parts):
 
 @pytest.mark.parametrize("parts", PARTS)
 def test_the_centre_moves_to_the_mean_of_all_processes(results, parts):
-    centre = MovingCentre(5)
+    centre = EmaCenter(5)
     targets = [centre(_logits(step), temperature=0.1) for step in range(3)]
     for result in results:
         torch.testing.assert_close(result[f"centre {parts}"], centre.centre)

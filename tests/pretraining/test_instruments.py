@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from modeling_vitreg import ViTWithRegistersForImageClassification, ViTWithRegistersModel
-from modeling_vitreg.distributed import Processes
+from modeling_vitreg.distributed import DistributedContext
 from modeling_vitreg.pretraining.monitoring.diagnosis import diagnose, read_series
 from modeling_vitreg.pretraining.monitoring.instruments import (
     collapse_line,
@@ -66,7 +66,7 @@ def test_the_mean_is_over_the_rows_of_all_processes():
     others = [(parts[1].sum(dim=0), 4.0), (parts[0].sum(dim=0), 8.0)]
     for own, (other_sum, other_count) in zip(parts, others):
         total = lambda values, s=other_sum, n=other_count: values + (s if values.ndim else n)  # noqa: E731
-        found = entropy_of_mean(own, processes=Processes(size=2, total=total))
+        found = entropy_of_mean(own, processes=DistributedContext(size=2, all_reduce_sum=total))
         torch.testing.assert_close(found, entropy_of_mean(rows))
 
 

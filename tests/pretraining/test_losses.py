@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from modeling_vitreg.pretraining.objectives.losses import (
-    MovingCentre,
+    EmaCenter,
     cross_view_loss,
     koleo_loss,
     masked_patch_loss,
@@ -94,7 +94,7 @@ def test_sinkhorn_leaves_its_logits_as_they_were():
 
 
 def test_the_moving_centre_equals_the_plain_program_over_several_steps():
-    centre, expected = MovingCentre(5, momentum=0.9), [0.0] * 5
+    centre, expected = EmaCenter(5, momentum=0.9), [0.0] * 5
     for temperature, num_rows in ((0.04, 3), (0.05, 7), (0.07, 2), (0.07, 4)):
         logits = torch.randn(num_rows, 5)
         found = centre(logits, temperature=temperature)
@@ -107,7 +107,7 @@ def test_the_moving_centre_equals_the_plain_program_over_several_steps():
 
 
 def test_the_centre_stays_where_there_are_no_rows():
-    centre = MovingCentre(3)
+    centre = EmaCenter(3)
     centre(torch.ones(2, 3), temperature=0.1)
     before = centre.centre.clone()
     assert centre(torch.zeros(0, 3), temperature=0.1).shape == (0, 3)
@@ -249,7 +249,7 @@ def test_targets_and_losses_are_computed_in_float32_whatever_the_precision_aroun
     def compute() -> dict[str, Tensor]:
         return {
             "sinkhorn": sinkhorn(logits[0] / 4, temperature=0.05),
-            "centre": MovingCentre(64)(logits[0], temperature=0.05),
+            "centre": EmaCenter(64)(logits[0], temperature=0.05),
             "dino": cross_view_loss(logits, None, targets),
             "ibot": masked_patch_loss(logits[0], targets[0], weights=torch.ones(6), num_views=6),
             "koleo": koleo_loss(features),

@@ -12,8 +12,8 @@ from modeling_vitreg import ViTWithRegistersModel
 from modeling_vitreg.modeling_vitreg import sincos_position_table
 from modeling_vitreg.pretraining.build import make_objective
 from modeling_vitreg.pretraining.objectives.mae import (
-    MaskedAutoencoder,
-    MaskedAutoencoderSettings,
+    MAE,
+    MAESettings,
     patchify,
     standardise,
 )
@@ -55,11 +55,11 @@ LAYERS = {
 
 @pytest.fixture
 def make(tiny):
-    def make(settings: dict | None = None, **fields) -> MaskedAutoencoder:
+    def make(settings: dict | None = None, **fields) -> MAE:
         fields = {"position_embedding_type": "sincos", **fields}
         backbone = ViTWithRegistersModel(tiny(**fields))
-        settings = MaskedAutoencoderSettings(**{**SMALL, **(settings or {})})
-        return MaskedAutoencoder(backbone, settings=settings, crops=ONE_VIEW, masks=MASKS, num_steps=10)
+        settings = MAESettings(**{**SMALL, **(settings or {})})
+        return MAE(backbone, settings=settings, crops=ONE_VIEW, masks=MASKS, num_steps=10)
 
     return make
 
@@ -164,7 +164,7 @@ def our_weights(theirs: dict) -> dict:
     return result
 
 
-def take_weights(objective: MaskedAutoencoder, theirs: dict) -> None:
+def take_weights(objective: MAE, theirs: dict) -> None:
     objective.load_state_dict(our_weights(theirs))
 
 
@@ -346,16 +346,16 @@ def test_uneven_masks_are_refused_on_their_way_to_the_device(make):
 )
 def test_contradictory_settings_are_refused(tiny, fields, arguments, message):
     backbone = ViTWithRegistersModel(tiny(**fields))
-    arguments = {"crops": ONE_VIEW, "masks": MASKS, "settings": MaskedAutoencoderSettings(**SMALL), **arguments}
+    arguments = {"crops": ONE_VIEW, "masks": MASKS, "settings": MAESettings(**SMALL), **arguments}
     with pytest.raises(ValueError, match=re.escape(message)):
-        MaskedAutoencoder(backbone, num_steps=10, **arguments)
+        MAE(backbone, num_steps=10, **arguments)
 
 
 def test_a_decoder_that_cannot_be_built_is_refused():
     with pytest.raises(ValueError, match="decoder_width is a multiple of decoder_heads"):
-        MaskedAutoencoderSettings(decoder_width=20, decoder_heads=3)
+        MAESettings(decoder_width=20, decoder_heads=3)
     with pytest.raises(ValueError, match="decoder_layers is a positive integer, got 0"):
-        MaskedAutoencoderSettings(decoder_layers=0)
+        MAESettings(decoder_layers=0)
 
 
 def test_a_recipe_builds_it_without_a_mask_token_and_from_a_model_that_has_one(tiny, tmp_path):
@@ -369,7 +369,7 @@ def test_a_recipe_builds_it_without_a_mask_token_and_from_a_model_that_has_one(t
         settings=SMALL,
     )
     objective = make_objective(recipe)
-    assert isinstance(objective, MaskedAutoencoder)
+    assert isinstance(objective, MAE)
     assert objective.encoder.config.position_embedding_type == "sincos"
     assert objective.encoder.config.num_register_tokens == 3
     objective(make_batch(), step=0)["total"].backward()

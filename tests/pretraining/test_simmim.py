@@ -9,7 +9,7 @@ from transformers import ViTConfig, ViTForMaskedImageModeling
 
 from modeling_vitreg import ViTWithRegistersForMaskedImageModeling, ViTWithRegistersModel
 from modeling_vitreg.pretraining.build import make_objective
-from modeling_vitreg.pretraining.objectives.simmim import MaskedPixels
+from modeling_vitreg.pretraining.objectives.simmim import SimMIM
 from modeling_vitreg.pretraining.run.recipe import Recipe
 from modeling_vitreg.pretraining.views.crops import CropSettings
 from modeling_vitreg.pretraining.views.masking import MaskMaker, MaskSettings
@@ -39,9 +39,9 @@ NAMES = {
 
 @pytest.fixture
 def make(tiny):
-    def make(**fields) -> MaskedPixels:
+    def make(**fields) -> SimMIM:
         backbone = ViTWithRegistersModel(tiny(has_mask_token=True, **fields))
-        return MaskedPixels(backbone, crops=ONE_VIEW, masks=MASKS, num_steps=10)
+        return SimMIM(backbone, crops=ONE_VIEW, masks=MASKS, num_steps=10)
 
     return make
 
@@ -186,7 +186,7 @@ def test_state_round_trip(make, randomise):
 def test_contradictory_settings_are_refused(tiny, fields, arguments, message):
     backbone = ViTWithRegistersModel(tiny(**{"has_mask_token": True, **fields}))
     with pytest.raises(ValueError, match=re.escape(message)):
-        MaskedPixels(backbone, num_steps=10, **{"crops": ONE_VIEW, "masks": MASKS, **arguments})
+        SimMIM(backbone, num_steps=10, **{"crops": ONE_VIEW, "masks": MASKS, **arguments})
 
 
 def test_a_recipe_builds_it_with_a_mask_token_and_refuses_settings():
@@ -197,7 +197,7 @@ def test_a_recipe_builds_it_with_a_mask_token_and_refuses_settings():
         masks=MASKS,
     )
     objective = make_objective(recipe)
-    assert isinstance(objective, MaskedPixels)
+    assert isinstance(objective, SimMIM)
     objective(make_batch(), step=0)["total"].backward()
     with pytest.raises(ValueError, match="'simmim' has none, got decoder_width"):
         make_objective(recipe.with_changes({"settings.decoder_width": 64}))

@@ -1,7 +1,7 @@
 """The reading of a log: what is wrong with a run, in plain words, from its numbers alone.
 
 A joint-embedding loss has two trivial ends, which `instruments` describes. Steps and values are those of the records
-that `Journal` writes.
+that `JsonlLogger` writes.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from modeling_vitreg.distributed import ALONE, Processes
+from modeling_vitreg.distributed import SINGLE_PROCESS, DistributedContext
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def entropy(probabilities: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def entropy_of_mean(probabilities: Tensor, *, processes: Processes = ALONE) -> Tensor:
+def entropy_of_mean(probabilities: Tensor, *, processes: DistributedContext = SINGLE_PROCESS) -> Tensor:
     """Entropy of the mean row, at least `entropy` of the same rows and at most that plus ln B.
 
     Near ln K the images spread over all prototypes; near `entropy` all rows are alike, whatever they look like. Few
@@ -54,11 +54,13 @@ def entropy_of_mean(probabilities: Tensor, *, processes: Processes = ALONE) -> T
     """
     _check_matrix("probabilities", probabilities)
     rows = probabilities.float()
-    mean = processes.total(rows.sum(dim=0)) / processes.total(rows.new_tensor(float(len(rows))))  # [B, K] -> [K]
+    mean = processes.all_reduce_sum(rows.sum(dim=0)) / processes.all_reduce_sum(
+        rows.new_tensor(float(len(rows)))
+    )  # [B, K] -> [K]
     return torch.special.entr(mean).sum()
 
 
-def perplexity_of_mean(probabilities: Tensor, *, processes: Processes = ALONE) -> Tensor:
+def perplexity_of_mean(probabilities: Tensor, *, processes: DistributedContext = SINGLE_PROCESS) -> Tensor:
     """Number of prototypes in use, from 1 to K: exp of `entropy_of_mean`, with its arguments and errors."""
     return entropy_of_mean(probabilities, processes=processes).exp()
 

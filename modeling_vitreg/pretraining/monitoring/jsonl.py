@@ -10,7 +10,7 @@ from typing import Any
 from modeling_vitreg.files import write_text
 
 
-class Journal:
+class JsonlLogger:
     """Append records to a file of JSON lines.
 
     Args:
@@ -21,7 +21,7 @@ class Journal:
 
     def __init__(self, path: pathlib.Path, *, last_step: int = -1, is_writer: bool = True):
         self.path, self.is_writer = path, is_writer
-        self.records = [record for record in read_journal(path) if record.get("step", -1) <= last_step]
+        self.records = [record for record in read_jsonl(path) if record.get("step", -1) <= last_step]
         if is_writer:
             write_text(path, "".join(_line(record) for record in self.records))
 
@@ -33,7 +33,7 @@ class Journal:
                 file.write(_line(record))
 
 
-def read_journal(path: pathlib.Path) -> list[dict[str, Any]]:
+def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
     """Records of a file, without a last line that was cut off; none if there is no file."""
     if not path.exists():
         return []
@@ -54,4 +54,4 @@ def _line(record: dict[str, Any]) -> str:
     return json.dumps(plain) + "\n"
 
 
-__all__ = ["Journal", "read_journal"]
+__all__ = ["JsonlLogger", "read_jsonl"]

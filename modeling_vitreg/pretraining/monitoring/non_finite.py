@@ -10,13 +10,13 @@ from torch import Tensor
 from ..state import last_state
 
 
-class FiniteWatch:
+class NonFiniteDetector:
     """Remembers, on the device, the first step at which each term was not finite."""
 
     def __init__(self):
         self._first: dict[str, Tensor] = {}
 
-    def see(self, terms: dict[str, Tensor], *, step: int) -> None:
+    def update(self, terms: dict[str, Tensor], *, step: int) -> None:
         """Look at the values of a step."""
         for name, value in terms.items():
             value = value.detach()
@@ -50,4 +50,4 @@ class FiniteWatch:
         )
 
 
-__all__ = ["FiniteWatch"]
+__all__ = ["NonFiniteDetector"]

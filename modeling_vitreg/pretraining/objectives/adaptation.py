@@ -12,7 +12,7 @@ from torch import nn
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersModel
 
 
-def check_limits(*, is_probe: bool, lora_rank: int) -> None:
+def check_adaptation(*, is_probe: bool, lora_rank: int) -> None:
     """Refuse what contradicts itself.
 
     Raises:
@@ -22,7 +22,7 @@ def check_limits(*, is_probe: bool, lora_rank: int) -> None:
         raise ValueError(f"settings: lora_rank is 0 or more, and contradicts is_probe, got {lora_rank}, {is_probe}")
 
 
-def limit_learning(backbone: ViTWithRegistersModel, *, is_probe: bool, lora_rank: int) -> None:
+def freeze_or_lora(backbone: ViTWithRegistersModel, *, is_probe: bool, lora_rank: int) -> None:
     """Let nothing of a backbone learn, or products of a rank beside its linear layers of attention, and registers.
 
     Args:
@@ -58,4 +58,4 @@ def merge_lora(model: nn.Module) -> nn.Module:
     return model
 
 
-__all__ = ["check_limits", "limit_learning", "merge_lora"]
+__all__ = ["check_adaptation", "freeze_or_lora", "merge_lora"]

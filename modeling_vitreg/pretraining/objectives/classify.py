@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from modeling_vitreg.distributed import ALONE, Processes
+from modeling_vitreg.distributed import SINGLE_PROCESS, DistributedContext
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersForImageClassification, ViTWithRegistersModel
 from modeling_vitreg.modes import evaluation_mode
 
 from ..views.crops import CropSettings
-from .adaptation import check_limits, limit_learning, merge_lora
-from .ema import follow, make_teacher
+from .adaptation import check_adaptation, freeze_or_lora, merge_lora
+from .ema import make_ema_model, update_ema
 from .mae import check_single_view
 from .objective import Objective
 
@@ -79,7 +79,7 @@ class ClassificationSettings:
             )
         if not 0 <= self.average_momentum < 1:
             raise ValueError(f"settings: average_momentum is in [0, 1), got {self.average_momentum}")
-        check_limits(is_probe=self.is_probe, lora_rank=self.lora_rank)
+        check_adaptation(is_probe=self.is_probe, lora_rank=self.lora_rank)
         if (self.distillation != "none") != bool(self.teacher):
             raise ValueError(
                 f"settings: distillation {self.distillation!r} and teacher {self.teacher!r} contradict each other: "
@@ -109,7 +109,7 @@ class Classification(Objective):
         crops: CropSettings,
         teacher: nn.Module | None = None,
         num_steps: int,
-        processes: Processes = ALONE,
+        processes: DistributedContext = SINGLE_PROCESS,
     ):
         super().__init__(num_steps=num_steps, processes=processes)
         check_single_view(crops, objective="classification")
@@ -118,7 +118,7 @@ class Classification(Objective):
         if num_classes < 2:
             raise ValueError(f"settings: class_names are two or more, got {num_classes}: the data needs labels")
         self.model = _make_classifier(backbone, settings)
-        self.average = make_teacher(self.model) if settings.average_momentum else None
+        self.average = make_ema_model(self.model) if settings.average_momentum else None
         self._teacher = (teacher,)  # in a tuple: it is no part of the state
         mixers = [v2.MixUp(alpha=settings.mixup, num_classes=num_classes)] if settings.mixup else []
         mixers += [v2.CutMix(alpha=settings.cutmix, num_classes=num_classes)] if settings.cutmix else []
@@ -153,10 +153,10 @@ class Classification(Objective):
             self.average.eval()
         return self
 
-    def follow(self, *, step: int) -> None:
+    def after_step(self, *, step: int) -> None:
         """Move the average towards the weights."""
         if self.average is not None:
-            follow(self.average, self.model, momentum=self.settings.average_momentum)
+            update_ema(self.average, self.model, decay=self.settings.average_momentum)
 
     def forward(self, batch: dict[str, Tensor], *, step: int) -> dict[str, Tensor]:
         """Losses `classes`, with a teacher `teacher`, and their weighted sum `total`.
@@ -253,7 +253,7 @@ def _make_classifier(
         config.pooling = "cls_distillation"
     model = ViTWithRegistersForImageClassification(config)
     model.vitreg = backbone
-    limit_learning(backbone, is_probe=settings.is_probe, lora_rank=settings.lora_rank)
+    freeze_or_lora(backbone, is_probe=settings.is_probe, lora_rank=settings.lora_rank)
     return model
 
 

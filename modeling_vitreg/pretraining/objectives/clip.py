@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from modeling_vitreg.distributed import ALONE, Processes
+from modeling_vitreg.distributed import SINGLE_PROCESS, DistributedContext
 from modeling_vitreg.dual_encoder_vitreg import (
     ViTWithRegistersDualEncoderConfig,
     ViTWithRegistersDualEncoderModel,
@@ -48,7 +48,7 @@ _SPECIAL = ("<pad>", "<start>", "<unknown>", "<end>")
 
 
 @dataclasses.dataclass(frozen=True)
-class ContrastSettings:
+class CLIPSettings:
     """What is particular to CLIP. Defaults are those of OpenCLIP's ViT-B/16.
 
     Args:
@@ -82,7 +82,7 @@ class ContrastSettings:
             raise ValueError(f"settings: prompt has {{}} where the name of a class goes, got {self.prompt!r}")
 
 
-class Contrast(Objective):
+class CLIP(Objective):
     """An image tower, a text tower, their projections and the scale of their products.
 
     Args:
@@ -99,10 +99,10 @@ class Contrast(Objective):
         self,
         backbone: ViTWithRegistersModel,
         *,
-        settings: ContrastSettings,
+        settings: CLIPSettings,
         crops: CropSettings,
         num_steps: int,
-        processes: Processes = ALONE,
+        processes: DistributedContext = SINGLE_PROCESS,
     ):
         super().__init__(num_steps=num_steps, processes=processes)
         check_single_view(crops, objective="CLIP")
@@ -145,7 +145,7 @@ class Contrast(Objective):
         model.save_pretrained(folder)
         save_tokenizer(self.make_text.tokenizer, folder)
 
-    def follow(self, *, step: int) -> None:
+    def after_step(self, *, step: int) -> None:
         """Keep the scale below its limit, beyond which training is unstable."""
         with torch.no_grad():
             self.model.logit_scale.clamp_(0, LARGEST_SCALE)
@@ -207,7 +207,7 @@ def find_words(captions) -> list[str]:
     return sorted({word for caption in captions for word in _WORD.findall(caption.lower())})
 
 
-def make_tokenizer(settings: ContrastSettings) -> PreTrainedTokenizerFast:
+def make_tokenizer(settings: CLIPSettings) -> PreTrainedTokenizerFast:
     """The tokenizer that is named, or one that knows the words and puts a start and an end around them."""
     if settings.tokenizer:
         return AutoTokenizer.from_pretrained(settings.tokenizer)
@@ -238,7 +238,9 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: pathlib.Path) -> 
         path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, *, processes: Processes = ALONE) -> Tensor:
+def contrastive_loss(
+    images: Tensor, texts: Tensor, scale: Tensor, *, processes: DistributedContext = SINGLE_PROCESS
+) -> Tensor:
     """`matching_loss` of the pairs of all processes, with logits[i, j] = scale * images[i] . texts[j], in float32.
 
     Args:
@@ -246,11 +248,11 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, *, processes:
         scale: of the products.
         processes: whose pairs compete.
     """
-    images, texts = processes.gather(images.float()), processes.gather(texts.float())
+    images, texts = processes.all_gather(images.float()), processes.all_gather(texts.float())
     return matching_loss(scale.float() * images @ texts.T)
 
 
-def _make_text_model(settings: ContrastSettings, tokenizer: PreTrainedTokenizerFast) -> CLIPTextModel:
+def _make_text_model(settings: CLIPSettings, tokenizer: PreTrainedTokenizerFast) -> CLIPTextModel:
     if settings.text_model:
         return CLIPTextModel.from_pretrained(settings.text_model, dtype=torch.float32)
     return CLIPTextModel(
@@ -270,9 +272,9 @@ def _make_text_model(settings: ContrastSettings, tokenizer: PreTrainedTokenizerF
 
 
 __all__ = [
+    "CLIP",
+    "CLIPSettings",
     "CaptionTokens",
-    "Contrast",
-    "ContrastSettings",
     "contrastive_loss",
     "embed_images",
     "find_words",

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modeling_vitreg.distributed import ALONE, Processes
+from modeling_vitreg.distributed import SINGLE_PROCESS, DistributedContext
 from modeling_vitreg.metrics import DEPTH_ERRORS, check_masks, depth_errors, measure_areas
 from modeling_vitreg.modeling_vitreg import (
     ViTWithRegistersForDepthEstimation,
@@ -30,13 +30,13 @@ from modeling_vitreg.modeling_vitreg import (
 from modeling_vitreg.modes import evaluation_mode
 
 from ..views.crops import IGNORED, CropSettings, MapCrop
-from .adaptation import check_limits, limit_learning, merge_lora
+from .adaptation import check_adaptation, freeze_or_lora, merge_lora
 from .mae import check_single_view
 from .objective import Objective
 
 
 @dataclasses.dataclass(frozen=True)
-class SegmentationTuning:
+class SegmentationSettings:
     """What is particular to segmentation.
 
     Args:
@@ -58,7 +58,7 @@ class SegmentationTuning:
                 f"settings: expected class_names or num_classes, 2 to {IGNORED} of them, got {len(self.class_names)} "
                 f"names and num_classes {self.num_classes}: the classes of masks are not found in the data"
             )
-        check_limits(is_probe=self.is_probe, lora_rank=self.lora_rank)
+        check_adaptation(is_probe=self.is_probe, lora_rank=self.lora_rank)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -67,7 +67,7 @@ class SegmentationTuning:
 
 
 @dataclasses.dataclass(frozen=True)
-class DepthTuning:
+class DepthSettings:
     """What is particular to depth.
 
     Args:
@@ -90,7 +90,7 @@ class DepthTuning:
                 f"settings: expected 0 < min_depth < max_depth and two or more num_bins, got {self.min_depth}, "
                 f"{self.max_depth} and {self.num_bins}"
             )
-        check_limits(is_probe=self.is_probe, lora_rank=self.lora_rank)
+        check_adaptation(is_probe=self.is_probe, lora_rank=self.lora_rank)
 
 
 class DensePrediction(Objective):
@@ -113,10 +113,10 @@ class DensePrediction(Objective):
         self,
         backbone: ViTWithRegistersModel,
         *,
-        settings: SegmentationTuning | DepthTuning,
+        settings: SegmentationSettings | DepthSettings,
         crops: CropSettings,
         num_steps: int,
-        processes: Processes = ALONE,
+        processes: DistributedContext = SINGLE_PROCESS,
     ):
         super().__init__(num_steps=num_steps, processes=processes)
         check_single_view(crops, objective="a map of each pixel")
@@ -130,7 +130,7 @@ class DensePrediction(Objective):
         self.model = self._make_model(backbone)
         for name in getattr(self.model, "_ddp_params_and_buffers_to_ignore", ()):  # a norm that the head does not read
             self.model.get_parameter(name).requires_grad_(False)
-        limit_learning(backbone, is_probe=settings.is_probe, lora_rank=settings.lora_rank)
+        freeze_or_lora(backbone, is_probe=settings.is_probe, lora_rank=settings.lora_rank)
 
     @property
     def encoder(self) -> ViTWithRegistersModel:
@@ -236,13 +236,13 @@ class Segmentation(DensePrediction):
         model = ViTWithRegistersForSemanticSegmentation(config)
         model.vitreg = backbone
         if self.processes.size > 1:
-            model.segmentation_norm = _SharedBatchNorm(model.segmentation_norm, self.processes.gather)
+            model.segmentation_norm = _SharedBatchNorm(model.segmentation_norm, self.processes.all_gather)
         return model
 
     def _loss(self, images: Tensor, truth: Tensor) -> Tensor:
         total = F.cross_entropy(self._scores(self.model, images), truth.long(), ignore_index=IGNORED, reduction="sum")
         # The mean over processes is taken of gradients: each divides by its share of all pixels that count.
-        count = self.processes.total((truth != IGNORED).sum().float()) / self.processes.size
+        count = self.processes.all_reduce_sum((truth != IGNORED).sum().float()) / self.processes.size
         return total / count.clamp(min=1)
 
     def _predict(self, model: nn.Module, images: Tensor) -> Tensor:
@@ -287,7 +287,7 @@ class DepthEstimation(DensePrediction):
 
     def _loss(self, images: Tensor, truth: Tensor) -> Tensor:
         # The loss is no mean over pixels: all of them are needed at once.
-        depths, truth = self.processes.gather(self._predict(self.model, images)), self.processes.gather(truth)
+        depths, truth = self.processes.all_gather(self._predict(self.model, images)), self.processes.all_gather(truth)
         return scale_invariant_loss(depths, truth, max_depth=self.settings.max_depth)
 
     def _predict(self, model: nn.Module, images: Tensor) -> Tensor:
@@ -299,7 +299,7 @@ class _SharedBatchNorm(nn.BatchNorm2d):
 
     Args:
         norm: whose values it takes.
-        gather: see `Processes`.
+        gather: see `DistributedContext`.
     """
 
     def __init__(self, norm: nn.BatchNorm2d, gather: Callable[[Tensor], Tensor]):
@@ -324,4 +324,4 @@ class _SharedBatchNorm(nn.BatchNorm2d):
         return centred * scale[:, None, None] + self.bias[:, None, None]
 
 
-__all__ = ["DensePrediction", "DepthEstimation", "DepthTuning", "Segmentation", "SegmentationTuning"]
+__all__ = ["DensePrediction", "DepthEstimation", "DepthSettings", "Segmentation", "SegmentationSettings"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from modeling_vitreg.configuration_vitreg import ViTWithRegistersConfig
-from modeling_vitreg.distributed import ALONE, Processes
+from modeling_vitreg.distributed import SINGLE_PROCESS, DistributedContext
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersModel
 
 from ..monitoring.instruments import entropy, entropy_of_mean
@@ -21,14 +21,14 @@ from ..run.schedules import cosine, linear
 from ..views.crops import CropSettings
 from ..views.masking import MaskSettings
 from ..views.packing import encode_views
-from .ema import follow, make_teacher
+from .ema import make_ema_model, update_ema
 from .heads import PrototypeHead
-from .losses import MovingCentre, cross_view_loss, koleo_loss, masked_patch_loss, sinkhorn
+from .losses import EmaCenter, cross_view_loss, koleo_loss, masked_patch_loss, sinkhorn
 from .objective import Objective
 
 
 @dataclasses.dataclass(frozen=True)
-class SelfDistillationSettings:
+class DINOv2Settings:
     """What is particular to the DINOv2 objective. Defaults are those of its ViT-L/16 recipe.
 
     Args:
@@ -74,7 +74,7 @@ class SelfDistillationSettings:
             raise ValueError(f"objective: momentum is two values in [0, 1], got {self.momentum}")
 
 
-class SelfDistillation(Objective):
+class DINOv2(Objective):
     """Student and teacher, each a backbone with one or two heads.
 
     Args:
@@ -92,11 +92,11 @@ class SelfDistillation(Objective):
         self,
         backbone: ViTWithRegistersModel,
         *,
-        settings: SelfDistillationSettings,
+        settings: DINOv2Settings,
         crops: CropSettings,
         masks: MaskSettings,
         num_steps: int,
-        processes: Processes = ALONE,
+        processes: DistributedContext = SINGLE_PROCESS,
     ):
         super().__init__(num_steps=num_steps, processes=processes)
         _check_backbone(backbone)
@@ -119,11 +119,11 @@ class SelfDistillation(Objective):
                 bottleneck_width=settings.patch_bottleneck_width,
             )
         self.student = nn.ModuleDict({"backbone": backbone, **heads})
-        self.teacher = make_teacher(self.student)
+        self.teacher = make_ema_model(self.student)
         self.class_centre = self.patch_centre = None
         if settings.centring == "moving_mean":
-            self.class_centre = MovingCentre(settings.num_prototypes)
-            self.patch_centre = MovingCentre(settings.num_patch_prototypes or settings.num_prototypes)
+            self.class_centre = EmaCenter(settings.num_prototypes)
+            self.patch_centre = EmaCenter(settings.num_patch_prototypes or settings.num_prototypes)
 
     @property
     def encoder(self) -> ViTWithRegistersModel:
@@ -135,15 +135,15 @@ class SelfDistillation(Objective):
         """Backbone and heads of the student."""
         return dict(self.student.items())
 
-    def train(self, mode: bool = True) -> SelfDistillation:
+    def train(self, mode: bool = True) -> DINOv2:
         """Set the mode of the student; the teacher always evaluates."""
         super().train(mode)
         self.teacher.eval()
         return self
 
-    def follow(self, *, step: int) -> None:
+    def after_step(self, *, step: int) -> None:
         """Move the teacher towards the student."""
-        follow(self.teacher, self.student, momentum=self.rates(step=step)["momentum"])
+        update_ema(self.teacher, self.student, decay=self.rates(step=step)["momentum"])
 
     def rates(self, *, step: int) -> dict[str, float]:
         """Momentum and temperature of the teacher at a step."""
@@ -237,4 +237,4 @@ def _check_backbone(backbone: ViTWithRegistersModel) -> None:
         raise ValueError("the DINOv2 objective reads normed tokens: set has_pooled_norm=False in the model")
 
 
-__all__ = ["SelfDistillation", "SelfDistillationSettings"]
+__all__ = ["DINOv2", "DINOv2Settings"]

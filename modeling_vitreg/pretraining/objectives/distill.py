@@ -22,13 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modeling_vitreg.distributed import ALONE, Processes
+from modeling_vitreg.distributed import SINGLE_PROCESS, DistributedContext
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersModel
 
 from ..run.schedules import cosine
 from ..views.crops import CropSettings
 from ..views.packing import encode_views
-from .ema import follow, make_teacher
+from .ema import make_ema_model, update_ema
 from .objective import Objective
 
 
@@ -43,7 +43,7 @@ class DistillationSettings:
         teacher: folder or name on the Hub of the model to learn from, of this family.
         momentum: of the moving average of the student, first and last value, along half a cosine.
         class_weight, patch_weight: of the terms.
-        is_packed: as in `SelfDistillationSettings`.
+        is_packed: as in `DINOv2Settings`.
     """
 
     teacher: str = ""
@@ -90,7 +90,7 @@ class Distillation(Objective):
         settings: DistillationSettings,
         crops: CropSettings,
         num_steps: int,
-        processes: Processes = ALONE,
+        processes: DistributedContext = SINGLE_PROCESS,
     ):
         super().__init__(num_steps=num_steps, processes=processes)
         _check_networks(backbone, teacher, crops)
@@ -106,7 +106,7 @@ class Distillation(Objective):
         for head in (self.student["class_head"], self.student["patch_head"]):
             nn.init.trunc_normal_(head.weight, std=0.02)
             nn.init.zeros_(head.bias)
-        self.average = make_teacher(backbone)
+        self.average = make_ema_model(backbone)
         # In a tuple torch does not find it, so that no checkpoint holds the weights of another model.
         self._teacher = (teacher.requires_grad_(False).eval(),)
 
@@ -126,9 +126,9 @@ class Distillation(Objective):
         self.average.eval()
         return self
 
-    def follow(self, *, step: int) -> None:
+    def after_step(self, *, step: int) -> None:
         """Move the average towards the student."""
-        follow(self.average, self.student["backbone"], momentum=self.rates(step=step)["momentum"])
+        update_ema(self.average, self.student["backbone"], decay=self.rates(step=step)["momentum"])
 
     def rates(self, *, step: int) -> dict[str, float]:
         """Momentum of the average at a step."""

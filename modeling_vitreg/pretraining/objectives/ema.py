@@ -1,4 +1,4 @@
-"""The teacher that follows its student: an exponential moving average without gradient."""
+"""Exponential moving average (EMA) of the weights of a model: a teacher, or the model that is saved."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import torch
 from torch import nn
 
 
-def make_teacher(student: nn.Module) -> nn.Module:
-    """A copy of the student without gradient, in evaluation mode: no dropout, no stochastic depth."""
-    return copy.deepcopy(student).requires_grad_(False).eval()
+def make_ema_model(model: nn.Module) -> nn.Module:
+    """A copy without gradient in evaluation mode: no dropout, no stochastic depth."""
+    return copy.deepcopy(model).requires_grad_(False).eval()
 
 
 @torch.no_grad()
-def follow(teacher: nn.Module, student: nn.Module, *, momentum: float) -> None:
-    """Move the teacher: momentum x teacher + (1 - momentum) x student, for every parameter, in place.
+def update_ema(ema_model: nn.Module, model: nn.Module, *, decay: float) -> None:
+    """Update the average in place: decay x average + (1 - decay) x weights, for every parameter.
 
-    Sharded parameters move shard by shard: teacher and student are sharded alike.
+    Sharded parameters are averaged shard by shard; both models are sharded alike.
     """
-    own = [parameter.detach() for parameter in teacher.parameters()]
-    other = [parameter.detach() for parameter in student.parameters()]
-    torch._foreach_lerp_(own, other, 1 - momentum)
+    average = [parameter.detach() for parameter in ema_model.parameters()]
+    weights = [parameter.detach() for parameter in model.parameters()]
+    torch._foreach_lerp_(average, weights, 1 - decay)
 
 
-__all__ = ["follow", "make_teacher"]
+__all__ = ["make_ema_model", "update_ema"]

@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modeling_vitreg.distributed import ALONE, Processes
+from modeling_vitreg.distributed import SINGLE_PROCESS, DistributedContext
 
 
 @torch.no_grad()
-def sinkhorn(logits: Tensor, *, temperature: float, num_iterations: int = 3, processes: Processes = ALONE) -> Tensor:
+def sinkhorn(
+    logits: Tensor, *, temperature: float, num_iterations: int = 3, processes: DistributedContext = SINGLE_PROCESS
+) -> Tensor:
     """Assign rows to prototypes so that every prototype gets nearly the same mass (Sinkhorn-Knopp).
 
     Q = exp(logits / temperature), divided by its sum; then, `num_iterations` times:
@@ -37,19 +39,19 @@ def sinkhorn(logits: Tensor, *, temperature: float, num_iterations: int = 3, pro
     # The largest value of each column, then of each row, is taken out of exp(): nothing overflows, and neither a
     # prototype nor a row vanishes. What a column loses cancels; what a row loses comes back as its first factor.
     highest = scaled.amax(dim=0) if num_rows else scaled.new_full((num_prototypes,), -torch.inf)
-    scaled.sub_(processes.largest(highest))
+    scaled.sub_(processes.all_reduce_max(highest))
     rest = scaled.amax(dim=1)
     kernel, row = scaled.sub_(rest.unsqueeze(1)).exp_(), rest.exp()
-    total_rows = processes.total(scaled.new_tensor(float(num_rows)))
+    total_rows = processes.all_reduce_sum(scaled.new_tensor(float(num_rows)))
     # Q stays diag(row) kernel diag(column): two products with vectors in place of three passes over the matrix.
     with _without_autocast(kernel):
         for _ in range(num_iterations):
-            column = 1 / (num_prototypes * processes.total(row @ kernel))
+            column = 1 / (num_prototypes * processes.all_reduce_sum(row @ kernel))
             row = 1 / (total_rows * (kernel @ column))
     return kernel.mul_(column).mul_((total_rows * row).unsqueeze(1))
 
 
-class MovingCentre(nn.Module):
+class EmaCenter(nn.Module):
     """Targets as a softmax of logits minus their moving mean over all processes (DINO).
 
     Args:
@@ -65,11 +67,11 @@ class MovingCentre(nn.Module):
         self.register_buffer("centre", torch.zeros(num_prototypes))
 
     @torch.no_grad()
-    def forward(self, logits: Tensor, *, temperature: float, processes: Processes = ALONE) -> Tensor:
+    def forward(self, logits: Tensor, *, temperature: float, processes: DistributedContext = SINGLE_PROCESS) -> Tensor:
         """Targets float32 (rows, K) with the centre of the rows before these, which then moves the centre."""
         logits = logits.float()
         targets = (logits - self.centre).div_(temperature).softmax(dim=-1)
-        total = processes.total(torch.cat([logits.sum(dim=0), logits.new_tensor([float(len(logits))])]))
+        total = processes.all_reduce_sum(torch.cat([logits.sum(dim=0), logits.new_tensor([float(len(logits))])]))
         if total[-1] > 0:
             self.centre.lerp_(total[:-1] / total[-1], 1 - self.momentum)
         return targets
@@ -125,7 +127,7 @@ def masked_patch_loss(
     return (_cross_entropy(logits, targets, temperature) * weights).sum() / num_views
 
 
-def koleo_loss(features: Tensor, *, processes: Processes = ALONE) -> Tensor:
+def koleo_loss(features: Tensor, *, processes: DistributedContext = SINGLE_PROCESS) -> Tensor:
     """Spread features: minus the mean log of the distance of each to its nearest neighbour (Kozachenko-Leonenko).
 
     divide each row by its norm
@@ -142,7 +144,7 @@ def koleo_loss(features: Tensor, *, processes: Processes = ALONE) -> Tensor:
     Source: Sablayrolles et al. 2018, arXiv 1806.03198; Oquab et al. 2023, arXiv 2304.07193.
     """
     rows = F.normalize(features.float(), dim=-1, eps=1e-8)
-    everyone = processes.gather(rows)
+    everyone = processes.all_gather(rows)
     if len(everyone) == 1:
         return rows.sum() * 0
     with torch.no_grad(), _without_autocast(rows):
@@ -186,4 +188,4 @@ class _CrossEntropy(torch.autograd.Function):
         return difference.mul_(gradient.unsqueeze(-1) / ctx.temperature).to(ctx.dtype), None, None
 
 
-__all__ = ["MovingCentre", "cross_view_loss", "koleo_loss", "masked_patch_loss", "sinkhorn"]
+__all__ = ["EmaCenter", "cross_view_loss", "koleo_loss", "masked_patch_loss", "sinkhorn"]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from modeling_vitreg.configuration_vitreg import ViTWithRegistersConfig
-from modeling_vitreg.distributed import ALONE, Processes
+from modeling_vitreg.distributed import SINGLE_PROCESS, DistributedContext
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersLayer, ViTWithRegistersModel, sincos_position_table
 
 from ..views.crops import CropSettings
@@ -24,7 +24,7 @@ from .objective import Objective
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskedAutoencoderSettings:
+class MAESettings:
     """What is particular to MAE. Defaults are those of the paper.
 
     Args:
@@ -50,7 +50,7 @@ class MaskedAutoencoderSettings:
             )
 
 
-class MaskedAutoencoder(Objective):
+class MAE(Objective):
     """An encoder of visible patches, and a decoder that predicts the pixels of the others.
 
     Args:
@@ -68,11 +68,11 @@ class MaskedAutoencoder(Objective):
         self,
         backbone: ViTWithRegistersModel,
         *,
-        settings: MaskedAutoencoderSettings,
+        settings: MAESettings,
         crops: CropSettings,
         masks: MaskSettings,
         num_steps: int,
-        processes: Processes = ALONE,
+        processes: DistributedContext = SINGLE_PROCESS,
     ):
         super().__init__(num_steps=num_steps, processes=processes)
         check_single_view(crops, objective="MAE")
@@ -81,7 +81,7 @@ class MaskedAutoencoder(Objective):
         self.settings, self.crops, self.masks = settings, crops, masks
         self.backbone = backbone
         grid = tuple(crops.global_size // side for side in backbone.config.patch_shape)
-        self.decoder = MaskedAutoencoderDecoder(backbone.config, grid=grid, settings=settings)
+        self.decoder = MAEDecoder(backbone.config, grid=grid, settings=settings)
 
     @property
     def encoder(self) -> ViTWithRegistersModel:
@@ -168,7 +168,7 @@ class MaskedAutoencoder(Objective):
         return backbone.norm_tokens(states), visible
 
 
-class MaskedAutoencoderDecoder(nn.Module):
+class MAEDecoder(nn.Module):
     """Tokens of visible patches to pixels of all patches, with mask tokens in the gaps and fixed positions.
 
     Args:
@@ -177,7 +177,7 @@ class MaskedAutoencoderDecoder(nn.Module):
         settings: of the objective.
     """
 
-    def __init__(self, config: ViTWithRegistersConfig, *, grid: tuple, settings: MaskedAutoencoderSettings):
+    def __init__(self, config: ViTWithRegistersConfig, *, grid: tuple, settings: MAESettings):
         super().__init__()
         width = settings.decoder_width
         own = ViTWithRegistersConfig(
@@ -294,9 +294,9 @@ def _check_backbone(backbone: ViTWithRegistersModel) -> None:
 
 
 __all__ = [
-    "MaskedAutoencoder",
-    "MaskedAutoencoderDecoder",
-    "MaskedAutoencoderSettings",
+    "MAE",
+    "MAEDecoder",
+    "MAESettings",
     "check_single_view",
     "patchify",
     "standardise",

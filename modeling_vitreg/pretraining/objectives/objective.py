@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from modeling_vitreg.distributed import ALONE, Processes
+from modeling_vitreg.distributed import SINGLE_PROCESS, DistributedContext
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersLayer, ViTWithRegistersModel
 
 from ..views.crops import CropSettings, MultiCrop
@@ -30,7 +30,7 @@ class Objective(nn.Module, abc.ABC):
     masks: MaskSettings | None = None
     num_prototypes: int | None = None
 
-    def __init__(self, *, num_steps: int, processes: Processes = ALONE):
+    def __init__(self, *, num_steps: int, processes: DistributedContext = SINGLE_PROCESS):
         super().__init__()
         self.num_steps = num_steps
         self.processes = processes
@@ -63,7 +63,7 @@ class Objective(nn.Module, abc.ABC):
     def trained(self) -> dict[str, nn.Module]:
         """Modules that learn, by name; `backbone` is one of them. The gradient of each is clipped on its own."""
 
-    def follow(self, *, step: int) -> None:  # most objectives have no teacher
+    def after_step(self, *, step: int) -> None:  # most objectives have no teacher
         """Called after each step of the optimiser; a teacher follows its student here."""
 
     def encoder_of(self, model: PreTrainedModel) -> ViTWithRegistersModel:

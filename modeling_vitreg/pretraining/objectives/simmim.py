@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modeling_vitreg.distributed import ALONE, Processes
+from modeling_vitreg.distributed import SINGLE_PROCESS, DistributedContext
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersModel
 
 from ..views.crops import CropSettings
@@ -22,7 +22,7 @@ from .mae import check_single_view
 from .objective import Objective
 
 
-class MaskedPixels(Objective):
+class SimMIM(Objective):
     """An encoder with a mask token, and a linear layer from its patches to pixels.
 
     The layer has the shape and the order of pixels of the one in `ViTWithRegistersForMaskedImageModeling`, which
@@ -45,7 +45,7 @@ class MaskedPixels(Objective):
         crops: CropSettings,
         masks: MaskSettings,
         num_steps: int,
-        processes: Processes = ALONE,
+        processes: DistributedContext = SINGLE_PROCESS,
     ):
         super().__init__(num_steps=num_steps, processes=processes)
         check_single_view(crops, objective="SimMIM")
@@ -103,4 +103,4 @@ def _check_backbone(backbone: ViTWithRegistersModel) -> None:
         raise ValueError("the SimMIM objective reads normed tokens: set has_pooled_norm=False in the model")
 
 
-__all__ = ["MaskedPixels"]
+__all__ = ["SimMIM"]

@@ -32,7 +32,7 @@ class Recipe:
         num_register_tokens: registers of the model.
         crops: `CropSettings`.
         masks: `MaskSettings`.
-        settings: of the objective, for example `SelfDistillationSettings`.
+        settings: of the objective, for example `DINOv2Settings`.
         mean, std: of the pixels in [0, 1], saved with the model.
         num_steps: steps of the optimiser.
         batch_size: images a step, over all processes and accumulations.

@@ -109,7 +109,7 @@ class ViewLoader:
         self._stream = source if isinstance(source, ImageStream) else None
         _require(self._stream is not None or len(source) > 0, "the source holds no images")
         self._source = source
-        self._recipe = _Recipe(
+        self._builder = BatchBuilder(
             source=None if self._stream else source,
             make_views=make_views,
             make_masks=make_masks,
@@ -130,7 +130,7 @@ class ViewLoader:
     @property
     def images_per_step(self) -> int:
         """G: the images of a step in all processes and micro-batches."""
-        return self._num_accumulations * self._recipe.num_processes * self._recipe.micro_batch_size
+        return self._num_accumulations * self._builder.num_processes * self._builder.micro_batch_size
 
     def __iter__(self) -> Iterator[dict]:
         """Micro-batches from `first_step` on, without end; `num_accumulations` of them are a step.
@@ -140,21 +140,21 @@ class ViewLoader:
             ValueError: the views or masks have an unexpected shape.
         """
         loader = DataLoader(
-            self._recipe,
-            sampler=self._plan(),
+            self._builder,
+            sampler=self._batch_specs(),
             batch_size=None,
             num_workers=self._num_workers,
             collate_fn=_keep,
             pin_memory=self._pin_memory,
             worker_init_fn=_ignore_interrupts,
-            generator=torch.Generator().manual_seed(self._recipe.seed),  # or it would draw from torch's global one
+            generator=torch.Generator().manual_seed(self._builder.seed),  # or it would draw from torch's global one
         )
         self._states = {self._first_step - 1: self._first_state}
-        tally = _Tally(self._max_unreadable_share)
+        unreadable = UnreadableCounter(self._max_unreadable_share)
         batches = iter(loader)
         for place in itertools.count():
             batch = _take(batches)
-            tally.add(batch)
+            unreadable.add(batch)
             step = self._first_step + place // self._num_accumulations
             for old in [known for known in self._states if known < step - _NUM_STATES]:
                 del self._states[old]
@@ -177,7 +177,7 @@ class ViewLoader:
 
     def _settings(self) -> dict:
         """What has to be the same when a run resumes."""
-        settings = {"seed": self._recipe.seed, "images_per_step": self.images_per_step}
+        settings = {"seed": self._builder.seed, "images_per_step": self.images_per_step}
         return {**settings, "source": self._source.fingerprint}
 
     def _check(self, state: dict | None) -> dict | None:
@@ -198,13 +198,13 @@ class ViewLoader:
         )
         return state["stream"]
 
-    def _plan(self) -> Iterator[_Plan]:
+    def _batch_specs(self) -> Iterator[BatchSpec]:
         """What each micro-batch consists of; runs ahead of the batches that were taken."""
-        recipe, size = self._recipe, self._recipe.micro_batch_size
+        builder, size = self._builder, self._builder.micro_batch_size
         images = self._read_stream() if self._stream else None
         for step in itertools.count(self._first_step):
             for micro in range(self._num_accumulations):
-                first = step * self.images_per_step + (micro * recipe.num_processes + recipe.rank) * size
+                first = step * self.images_per_step + (micro * builder.num_processes + builder.rank) * size
                 numbers = range(first, first + size)
                 if images:
                     keys, state = next(images)
@@ -212,18 +212,18 @@ class ViewLoader:
                     keys, state = [self._index_of(number) for number in numbers], None
                 if micro + 1 == self._num_accumulations:
                     self._states[step] = state
-                yield _Plan(step, micro, numbers, keys)
+                yield BatchSpec(step, micro, numbers, keys)
 
     def _index_of(self, number: int) -> int:
         step, place = divmod(number, self.images_per_step)
         num_different = math.ceil(self.images_per_step / self._num_repeats)
         turn, position = divmod(step * num_different + place % num_different, len(self._source))
-        return int(_permute(len(self._source), self._recipe.seed, turn)[position])
+        return int(_permute(len(self._source), self._builder.seed, turn)[position])
 
     def _read_stream(self) -> Iterator[tuple[list[dict], dict]]:
         """The raw images of each micro-batch, candidates to stand in for them, and the state after the micro-batch."""
-        recipe, size = self._recipe, self._recipe.micro_batch_size
-        owner = {"seed": recipe.seed, "rank": recipe.rank, "num_processes": recipe.num_processes}
+        builder, size = self._builder, self._builder.micro_batch_size
+        owner = {"seed": builder.seed, "rank": builder.rank, "num_processes": builder.num_processes}
         examples = self._stream.examples(**owner, state=self._first_state)
         num_different = math.ceil(size / self._num_repeats)
         ahead = collections.deque()
@@ -236,7 +236,9 @@ class ViewLoader:
                 ahead.popleft()
 
 
-class _Plan(NamedTuple):
+class BatchSpec(NamedTuple):
+    """Which images a micro-batch holds."""
+
     step: int
     micro: int
     numbers: range
@@ -244,8 +246,8 @@ class _Plan(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Recipe:
-    """Turns a plan into a batch; this is what a worker holds."""
+class BatchBuilder:
+    """Turns a specification into a batch; this is what a worker holds."""
 
     source: ImageSource | None
     make_views: Callable[..., dict[str, Tensor]]
@@ -256,10 +258,10 @@ class _Recipe:
     num_processes: int
     seed: int
 
-    def __getitem__(self, plan: _Plan) -> dict:
+    def __getitem__(self, spec: BatchSpec) -> dict:
         batch, labels, texts, unreadable = {}, [], [], []
-        for place, number in enumerate(plan.numbers):
-            raw, image, maps, problems = self._read(plan.keys, place)
+        for place, number in enumerate(spec.numbers):
+            raw, image, maps, problems = self._read(spec.keys, place)
             views = self._cut(image, maps, number)
             if not batch:
                 shapes = {
@@ -278,8 +280,8 @@ class _Recipe:
                 texts.append(self.make_text(raw["text"]))
             unreadable += [(problem.name, problem.reason) for problem in problems[:1]]
         captions = {"texts": torch.stack(texts)} if texts else {}
-        masks = {} if self.make_masks is None else {"masks": self._mask(plan)}
-        counts = {"labels": torch.tensor(labels), "numbers": torch.tensor(plan.numbers)}
+        masks = {} if self.make_masks is None else {"masks": self._mask(spec)}
+        counts = {"labels": torch.tensor(labels), "numbers": torch.tensor(spec.numbers)}
         return {**batch, **masks, **captions, **counts, "unreadable": unreadable}
 
     def _read(self, keys: list, place: int) -> tuple[dict, Image.Image, dict[str, np.ndarray], list[UnreadableImage]]:
@@ -314,9 +316,9 @@ class _Recipe:
                     f"{type(error).__name__}: {error}"
                 ) from error
 
-    def _mask(self, plan: _Plan) -> Tensor:
+    def _mask(self, spec: BatchSpec) -> Tensor:
         num_images = self.num_processes * self.micro_batch_size
-        generator = torch.Generator().manual_seed(derive_seed(_MASKS, self.seed, plan.step, plan.micro))
+        generator = torch.Generator().manual_seed(derive_seed(_MASKS, self.seed, spec.step, spec.micro))
         masks = self.make_masks(num_images, generator=generator)
         _require(
             masks.ndim == 3 and masks.shape[1] == num_images and masks.dtype == torch.bool,
@@ -326,7 +328,7 @@ class _Recipe:
         return masks[:, first : first + self.micro_batch_size].clone()  # [V, num_images, P] -> [V, B, P]
 
 
-class _Tally:
+class UnreadableCounter:
     """Counts images that were seen and those of them that were unreadable."""
 
     def __init__(self, limit: float):
