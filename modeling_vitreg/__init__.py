@@ -1,21 +1,24 @@
 """Vision Transformers with registers for the Hugging Face ecosystem.
 
-Importing the package registers the family with the Auto classes of transformers; nothing else happens.
+The classes are known to the Auto classes of transformers as soon as both packages are imported, in any order. Nothing
+else is imported before a name of this package is used, so that `vitreg --help` is quick.
 """
 
-import transformers
+import importlib
+import sys
+from typing import TYPE_CHECKING
+
+from modeling_vitreg.registration import HUB_MODULES, register_when_imported
 
 
-try:
+if TYPE_CHECKING:
     from modeling_vitreg.configuration_vitreg import ViTWithRegistersConfig
     from modeling_vitreg.dual_encoder_vitreg import (
-        DUAL_ENCODER_AUTO_CLASSES,
         ViTWithRegistersDualEncoderConfig,
         ViTWithRegistersDualEncoderModel,
         ViTWithRegistersDualEncoderOutput,
     )
     from modeling_vitreg.modeling_vitreg import (
-        AUTO_MODELS,
         ViTWithRegistersAttentionMaps,
         ViTWithRegistersBackbone,
         ViTWithRegistersClassifierOutput,
@@ -28,23 +31,33 @@ try:
         ViTWithRegistersPreTrainedModel,
         ViTWithRegistersTokens,
     )
-except RuntimeError as error:
-    if "torchvision" not in str(error):
-        raise
-    raise ImportError(
-        f"transformers cannot be imported, for torchvision was built for another torch ({error}). Type: "
-        "pip install --force-reinstall torch torchvision"
-    ) from error
 
 
-for _config in (ViTWithRegistersConfig, ViTWithRegistersDualEncoderConfig):
-    transformers.AutoConfig.register(_config.model_type, _config, exist_ok=True)
-for _model in AUTO_MODELS:
-    getattr(transformers, _model._auto_class).register(ViTWithRegistersConfig, _model, exist_ok=True)
-for _name in DUAL_ENCODER_AUTO_CLASSES:
-    getattr(transformers, _name).register(
-        ViTWithRegistersDualEncoderConfig, ViTWithRegistersDualEncoderModel, exist_ok=True
-    )
+def __getattr__(name: str) -> object:
+    """A public class, from the file of the Hub that defines it (PEP 562)."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        modules = [importlib.import_module(module) for module in HUB_MODULES]
+    except RuntimeError as error:
+        if "torchvision" not in str(error):
+            raise
+        raise ImportError(
+            f"transformers cannot be imported, because torchvision was built for another torch ({error}). Type: "
+            "pip install --force-reinstall torch torchvision"
+        ) from error
+    for module in modules:
+        if hasattr(module, name):
+            globals()[name] = getattr(module, name)
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register_when_imported(sys.modules)
 
 __all__ = [
     "ViTWithRegistersAttentionMaps",

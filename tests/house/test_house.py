@@ -24,10 +24,12 @@ LAYERS = {
     "modeling_vitreg": 0,
     "dual_encoder_vitreg": 0,
     "__init__": 0,
+    "registration": 0,
     "files": 1,
     "images": 1,
     "metrics": 1,
     "modes": 1,
+    "names": 1,
     "network": 1,
     "scenes": 1,
     "distributed": 1,
@@ -54,6 +56,7 @@ ALLOWED[2] = ALLOWED[1] | {"safetensors"}
 ALLOWED[3] = ALLOWED[2]
 ALLOWED[4] = {"torch", "typer"}
 ALLOWED_IN_FILE = {
+    "cards/licences.py": {"yaml"},
     "cards/probe.py": {"peft"},
     "cards/render.py": {"jinja2"},
     "doctor.py": {"packaging"},
@@ -72,6 +75,7 @@ ALLOWED_IN_FILE = {
     "pretraining/monitoring/curves.py": {"matplotlib"},
     "pretraining/run/recipe.py": {"yaml"},
     "pretraining/objectives/adaptation.py": {"peft"},
+    "settings.py": {"yaml"},
 }
 ROOTS = ("benchmarks", "convert", "examples", "tests")
 
@@ -131,21 +135,47 @@ def test_the_modeling_file_holds_the_texts_that_let_the_back_end_be_switched():
     assert "ALL_ATTENTION_FUNCTIONS.get_interface(" in text  # from 5.1 on
 
 
-def test_importing_the_package_loads_only_layer_0_and_what_transformers_loads_itself():
-    # transformers' own modeling base imports accelerate, scikit-learn and others where they are installed.
-    def loaded_by(statement: str) -> set:
-        program = f"import sys; {statement}; print(*sys.modules)"
-        run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
-        return set(run.stdout.split())
+def _loaded_by(statement: str) -> set:
+    program = f"import sys; {statement}; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    return set(run.stdout.split())
 
-    library = loaded_by("import torch; from transformers import AutoBackbone, BitImageProcessor, ViTModel")
-    ours = loaded_by("import modeling_vitreg")
+
+def test_importing_the_package_loads_neither_torch_nor_transformers():
+    loaded = _loaded_by("import modeling_vitreg")
+    ours = {name for name in loaded if name.startswith("modeling_vitreg")}
+    assert ours == {"modeling_vitreg", "modeling_vitreg.registration"}
+    assert not {name.split(".")[0] for name in loaded} & {"torch", "transformers", "numpy"}
+
+
+def test_using_a_class_loads_only_layer_0_and_what_transformers_loads_itself():
+    # transformers' own modeling base imports accelerate, scikit-learn and others where they are installed.
+    library = _loaded_by("import torch; from transformers import AutoBackbone, BitImageProcessor, ViTModel")
+    ours = _loaded_by("from modeling_vitreg import ViTWithRegistersModel")
     assert {name for name in ours if name.startswith("modeling_vitreg")} == {
         "modeling_vitreg",
+        "modeling_vitreg.registration",
         *(f"modeling_vitreg.{path.stem}" for path in HUB_FILES),
     }
     tops = {name.split(".")[0] for name in ours - library}
     assert not tops - {"modeling_vitreg"} - sys.stdlib_module_names
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import modeling_vitreg; from transformers import AutoModel",
+        "from transformers import AutoModel; import modeling_vitreg",
+        "from modeling_vitreg.configuration_vitreg import ViTWithRegistersConfig",
+        "import modeling_vitreg.dual_encoder_vitreg",
+        "from modeling_vitreg import ViTWithRegistersModel",
+    ],
+)
+def test_the_auto_classes_know_the_family_in_whatever_order_both_are_imported(statement):
+    check = "assert AutoConfig.for_model('vitreg', hidden_size=12, num_attention_heads=1).num_register_tokens == 4"
+    assert "modeling_vitreg.modeling_vitreg" in _loaded_by(
+        f"{statement}; from transformers import AutoConfig; {check}"
+    )
 
 
 def test_public_names_are_a_list_that_changes_on_purpose():
