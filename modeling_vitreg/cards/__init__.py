@@ -4,11 +4,10 @@
 `record_fingerprint` is called where a model is made, so that `publish` can tell whether it is still the same.
 """
 
+from .errors import CardError, PublishError
 from .fingerprint import record_fingerprint
-from .folder import CardError
 from .plan import Plan, check_plan, make_plan
 from .publish import Published, publish
-from .trouble import PublishError
 
 
 __all__ = [

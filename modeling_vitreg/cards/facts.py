@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 
 from modeling_vitreg.reports import ArtifactReport, ConversionReport, read_report
 
-from .folder import CardError, ModelFolder, open_folder, read_json
+from .errors import CardError
+from .model_folder import ModelFolder, open_folder, read_json
 from .results import check_same_model, check_same_weights, read_results
 
 

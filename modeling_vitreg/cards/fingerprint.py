@@ -23,7 +23,8 @@ import modeling_vitreg
 from modeling_vitreg.files import write_text
 
 from . import probe
-from .folder import FINGERPRINT_FILE, CardError, read_json
+from .errors import CardError
+from .model_folder import FINGERPRINT_FILE, read_json
 
 
 TOLERANCE = 1e-5  # in units of the largest value of an output

@@ -1,14 +1,19 @@
-"""Under which licence weights may be published: that of what they were made from, and else their author's choice."""
+"""Under which licence weights may be published: the licence of their parent, or else the choice of their author."""
 
 from __future__ import annotations
 
+import difflib
+import functools
+import pathlib
+import re
 from dataclasses import dataclass
 
-from .folder import CardError
+import yaml
+
+from .errors import CardError
 
 
-# Identifiers of the Hub that ask for no more than that the licence is named.
-_FREE = ("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "unlicense", "isc")
+TEXT_FILE = "LICENSE"  # holds the text of a licence that the Hub does not know
 
 
 @dataclass(frozen=True)
@@ -18,7 +23,7 @@ class Licence:
     Args:
         name: what one types, and what a conversion records.
         metadata: fields of the card.
-        conditions: what whoever publishes or uses the weights takes upon themselves; empty where free.
+        conditions: what whoever publishes or uses the weights must accept; empty where there are none.
         is_gated: whether readers must agree to it before they may download, as they had to at the source.
     """
 
@@ -28,67 +33,84 @@ class Licence:
     is_gated: bool = False
 
 
-_CONDITIONAL = {
-    "dinov3-license": Licence(
-        name="dinov3-license",
-        metadata={
-            "license": "other",
-            "license_name": "dinov3-license",
-            "license_link": "https://ai.meta.com/resources/models-and-libraries/dinov3-license/",
-        },
-        conditions="what is made from DINOv3 is shared under the same agreement, of which a copy goes with it, and "
-        "the uses that the agreement forbids stay forbidden",
-        is_gated=True,
-    ),
-    "cc-by-nc-4.0": Licence(
-        name="cc-by-nc-4.0",
-        metadata={"license": "cc-by-nc-4.0"},
-        conditions="the authors are named, and there is no commercial use",
-    ),
-}
-
-
 def decide_licence(
-    inherited: str | None, *, parent: str | None = None, stated: str | None = None, accepted: str | None = None
+    inherited: str | None,
+    *,
+    parent: str | None = None,
+    stated: str | None = None,
+    accepted: str | None = None,
+    name: str | None = None,
+    link: str | None = None,
 ) -> Licence | None:
     """The licence of a card.
 
     Args:
-        inherited: that on record for what the weights were made from, or None.
-        parent: what they were made from, or None for weights trained from scratch.
-        stated: by the author, for weights of their own or where no record has it.
+        inherited: the recorded licence of the model that the weights were made from, or None.
+        parent: name of that model, or None for weights trained from scratch.
+        stated: identifier that the author chose, for weights of their own or where none was recorded.
         accepted: name of the conditional licence that the author agrees to.
+        name: of a licence that the Hub does not know, stated as "other"; None: "custom".
+        link: to its text, an address or a file of the repository; None: the file LICENSE.
 
     Returns:
         The licence, or None where the author states none.
 
     Raises:
-        CardError: the licence is not known, contradicts what was stated, or has conditions that nobody accepted.
+        CardError: the Hub does not know the identifier, the licence contradicts the stated one, or it has conditions
+            that were not accepted.
     """
     if inherited and stated and stated != inherited:
         raise CardError(
-            f"the weights were made from {parent}, under the licence {inherited}, which they inherit: they cannot be "
-            f"published under {stated}"
+            f"the weights were made from {parent} and inherit its licence, {inherited}: they cannot be published "
+            f"under {stated}"
         )
-    name = inherited or stated
-    if name is None:
+    chosen = inherited or stated
+    if (name or link) and chosen != "other":
+        raise CardError(f"a name and a link belong to the licence other (--license other), got {chosen}")
+    if chosen is None:
         if parent is None:
             return None
         raise CardError(
-            f"the weights were made from {parent}, whose licence is not on record: look it up, and state it "
-            "(licence=..., --licence), for the weights inherit it"
+            f"the weights were made from {parent}, whose licence is not on record: look it up and state it "
+            "(licence=..., --license), because the weights inherit it"
         )
-    licence = _CONDITIONAL.get(name) or Licence(name, {"license": name}, _unknown_conditions(name, inherited))
-    if licence.conditions and accepted != name:
+    known = _read_licences()
+    if chosen in known["conditional"]:
+        licence = Licence(chosen, **known["conditional"][chosen])
+    else:
+        _check_identifier(chosen, known, parent=parent if inherited else None)
+        details = {"license_name": name or "custom", "license_link": link or TEXT_FILE} if chosen == "other" else {}
+        is_free = chosen in known["free"] or inherited is None
+        conditions = "" if is_free else "its conditions are not known to this package, so read them"
+        licence = Licence(chosen, {"license": chosen, **details}, conditions)
+    if licence.conditions and accepted != chosen:
         raise CardError(
-            f"the weights are under the licence {name}: {licence.conditions}. To publish them under it, accept it by "
-            f"its name (accepts_licence={name!r}, --accept-licence {name})"
+            f"the weights are under the licence {chosen}: {licence.conditions}. To publish them under it, accept it "
+            f"by its name (accepts_licence={chosen!r}, --accept-license {chosen})"
         )
     return licence
 
 
-def _unknown_conditions(name: str, inherited: str | None) -> str:
-    return "" if name in _FREE or inherited is None else "its conditions are not known here, so read them"
+def _check_identifier(identifier: str, licences: dict, *, parent: str | None) -> None:
+    known, free = licences["identifiers"], licences["free"]
+    if identifier in known:
+        return
+    words = re.sub(r"\b(licen[cs]e|version|the|v(?=\d))", "", identifier.lower())
+    guess = re.sub(r"^(gpl|lgpl|agpl)v?(?=\d)", r"\1-", "-".join(re.findall(r"[a-z0-9.+]+", words)))
+    matches = [name for name in known if guess in (name, name.removesuffix(".0"))]
+    matches = matches or difflib.get_close_matches(guess, known, n=1)
+    hint = f"did you mean {matches[0]!r}?" if matches else f"common ones are {', '.join(free)}."
+    source = f", which is on record for {parent}" if parent else ""
+    raise CardError(
+        f"the Hub has no licence with the identifier {identifier!r}{source}: {hint} For a licence that it does not "
+        "list, state other, with its name and a link to its text (--license other --license-name NAME --license-link "
+        "LINK)"
+    )
 
 
-__all__ = ["Licence", "decide_licence"]
+@functools.cache
+def _read_licences() -> dict:
+    return yaml.safe_load(pathlib.Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+
+
+__all__ = ["TEXT_FILE", "Licence", "decide_licence"]

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from .errors import CardError
 from .facts import Facts, collect_facts
 from .fingerprint import compare_fingerprints, read_fingerprint, run_apart, take_here, write_fingerprint
-from .folder import FINGERPRINT_FILE, CardError
 from .licences import Licence, decide_licence
+from .model_folder import FINGERPRINT_FILE, ModelFolder
 from .render import RESULTS_FILE, render_card, render_results
 
 
@@ -64,6 +65,8 @@ def make_plan(
     *,
     reports: Sequence[str | os.PathLike] = (),
     licence: str | None = None,
+    licence_name: str | None = None,
+    licence_link: str | None = None,
     accepts_licence: str | None = None,
 ) -> Plan:
     """Everything that would be published, with the card; nothing is loaded, written or sent.
@@ -73,6 +76,7 @@ def make_plan(
         repo_id: USER/NAME.
         reports: files of reports, or folders with them, that do not lie in the folder.
         licence: that the author gives to weights that inherit none, or that was found where no record has it.
+        licence_name, licence_link: of a licence "other"; see `licences.decide_licence`.
         accepts_licence: name of the inherited licence, if that has conditions.
 
     Raises:
@@ -87,7 +91,10 @@ def make_plan(
         parent=parent.name if parent else None,
         stated=licence,
         accepted=accepts_licence,
+        name=licence_name,
+        link=licence_link,
     )
+    _check_text(decided, facts.folder)
     files: dict[str, pathlib.Path | bytes] = {**facts.folder.files, **facts.files}
     files["README.md"] = render_card(facts, repo_id, licence=decided).encode()
     results = render_results(facts)
@@ -133,6 +140,16 @@ def _check_name(repo_id: str) -> None:
         raise CardError(f"expected a name as the Hub allows it, got {repo_id!r}: {error}") from None
     if repo_id.count("/") != 1:
         raise CardError(f"expected USER/NAME, got {repo_id!r}: the card holds the whole name")
+
+
+def _check_text(licence: Licence | None, folder: ModelFolder) -> None:
+    """The text of a licence that the Hub does not know must be somewhere."""
+    link = licence.metadata.get("license_link", "") if licence else ""
+    if link and "://" not in link and link not in folder.files:
+        raise CardError(
+            f"{folder.path}: the licence {licence.metadata['license_name']} needs its text: put it into the file "
+            f"{link} beside the weights, or give an address (licence_link=..., --license-link)"
+        )
 
 
 def _left(facts: Facts) -> dict[str, str]:

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
 
+from .errors import PublishError, in_words
 from .plan import Plan, check_plan, make_plan
 from .render import RESULTS_FILE
-from .trouble import PublishError, in_words
 
 
 # Of an earlier upload, files that this one would leave behind: other shards, reports of other weights.
@@ -42,6 +42,8 @@ def publish(
     revision: str | None = None,
     is_public: bool = False,
     licence: str | None = None,
+    licence_name: str | None = None,
+    licence_link: str | None = None,
     accepts_licence: str | None = None,
     token: str | None = None,
     dry_run: bool = False,
@@ -56,6 +58,7 @@ def publish(
         revision: branch to write to, made if it is not there; default main.
         is_public: open the repository to all once everything is there; a new one is private.
         licence: that the author gives to weights that inherit none, or that was found where no record has it.
+        licence_name, licence_link: of a licence "other"; see `licences.decide_licence`.
         accepts_licence: name of the inherited licence, if that has conditions.
         token: to write with; default the one that `hf auth login` stored, or HF_TOKEN.
         dry_run: check, and send nothing.
@@ -66,7 +69,15 @@ def publish(
             allow it; a report cannot be read.
         PublishError: the Hub cannot be reached or refused.
     """
-    plan = make_plan(folder, repo_id, reports=reports, licence=licence, accepts_licence=accepts_licence)
+    plan = make_plan(
+        folder,
+        repo_id,
+        reports=reports,
+        licence=licence,
+        licence_name=licence_name,
+        licence_link=licence_link,
+        accepts_licence=accepts_licence,
+    )
     api = HfApi(token=token)
     if not dry_run:
         with in_words(repo_id):

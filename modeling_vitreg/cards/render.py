@@ -14,8 +14,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.utils import yaml_dump
 
 from .citations import FAMILIES, citations_of
+from .errors import CardError
 from .facts import Facts
-from .folder import CardError
 from .licences import Licence
 from .results import find_on_hub
 from .sentences import describe_limits, describe_model, training_rows

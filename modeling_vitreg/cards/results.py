@@ -7,7 +7,8 @@ import pathlib
 
 from modeling_vitreg.images import split_hub_name
 
-from .folder import CardError, ModelFolder, read_json
+from .errors import CardError
+from .model_folder import ModelFolder, read_json
 
 
 _RESULT = ("task", "dataset", "metric", "value", "interval", "n", "seed", "data_fingerprint")

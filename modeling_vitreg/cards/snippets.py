@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .folder import ModelFolder
+from .model_folder import ModelFolder
 
 
 _TASKS = {

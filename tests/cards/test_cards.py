@@ -156,7 +156,7 @@ def test_the_task_is_that_of_the_architecture(tiny, tmp_path, model, task):
 
 def test_no_argument_carries_a_number_or_a_sentence():
     names = set(inspect.signature(make_plan).parameters)
-    assert names == {"folder", "repo_id", "reports", "licence", "accepts_licence"}
+    assert names == {"folder", "repo_id", "reports", "licence", "licence_name", "licence_link", "accepts_licence"}
 
 
 def test_every_number_of_a_result_is_in_the_card_and_leaves_with_its_report(folder):
@@ -252,12 +252,12 @@ def test_unverified_is_said(folder):
 
 def test_a_conditional_licence_needs_consent_by_its_name(folder):
     conversion_report(folder, licence="cc-by-nc-4.0")
-    with pytest.raises(CardError, match=r"no commercial use.*--accept-licence cc-by-nc-4.0"):
+    with pytest.raises(CardError, match=r"commercial use is not allowed.*--accept-license cc-by-nc-4.0"):
         make_plan(folder, "user/name")
     with pytest.raises(CardError, match="accept it by its name"):
         make_plan(folder, "user/name", accepts_licence="yes")
     card = make_plan(folder, "user/name", accepts_licence="cc-by-nc-4.0").card
-    assert _metadata(card).license == "cc-by-nc-4.0" and "no commercial use" in card
+    assert _metadata(card).license == "cc-by-nc-4.0" and "commercial use is not allowed" in card
 
 
 def test_the_licence_of_dinov3_has_its_name_and_link(folder):

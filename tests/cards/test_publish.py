@@ -266,7 +266,7 @@ def test_a_gated_licence_keeps_its_gate(hub, publisher, tmp_path):
     _make_model(tmp_path / "model")
     conversion_report(tmp_path / "model", licence="dinov3-license")
     answer = publisher(tmp_path / "model", "user/gated", is_public=True)
-    assert answer["error"] == "CardError" and "--accept-licence dinov3-license" in answer["words"]
+    assert answer["error"] == "CardError" and "--accept-license dinov3-license" in answer["words"]
     publisher(tmp_path / "model", "user/gated", is_public=True, accepts_licence="dinov3-license")
     assert (hub.repos["user/gated"]["private"], hub.repos["user/gated"]["gated"]) == (False, "auto")
 

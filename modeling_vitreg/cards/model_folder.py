@@ -21,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 
 from modeling_vitreg import ViTWithRegistersConfig
 
+from .errors import CardError
+
 
 FINGERPRINT_FILE = "fingerprint.json"
 REPORTS = ("artifacts", "evaluation")  # names that files of reports begin with
@@ -28,10 +30,6 @@ REPORTS = ("artifacts", "evaluation")  # names that files of reports begin with
 _SUFFIXES = (".json", ".safetensors", ".py", ".txt", ".model")
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)
-
-
-class CardError(ValueError):
-    """A folder or a report from which no honest card can be made; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -208,4 +206,4 @@ def _code(model: pathlib.Path, settings: dict) -> list[str]:
     return sorted(found)
 
 
-__all__ = ["FINGERPRINT_FILE", "REPORTS", "CardError", "ModelFolder", "open_folder", "read_json", "read_shapes"]
+__all__ = ["FINGERPRINT_FILE", "REPORTS", "ModelFolder", "open_folder", "read_json", "read_shapes"]

@@ -1,4 +1,4 @@
-"""What went wrong between here and the Hub, in words that say what to do."""
+"""Errors of cards and of uploads, with what to do about them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ _AGAIN = (
     "No half model can be seen, for all files appear at once. The same command goes on, and what has arrived is not "
     "sent twice"
 )
+
+
+class CardError(ValueError):
+    """A folder or a report that a card cannot be made from; the message says what to do."""
 
 
 class PublishError(RuntimeError):
@@ -77,4 +81,4 @@ def _last(error: BaseException) -> str:
     return words[0] if words else type(first).__name__
 
 
-__all__ = ["PublishError", "in_words"]
+__all__ = ["CardError", "PublishError", "in_words"]
