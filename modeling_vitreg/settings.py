@@ -6,8 +6,12 @@ import dataclasses
 import difflib
 import inspect
 import math
+import pathlib
+import typing
 from collections.abc import Callable, Iterable
 from typing import Any
+
+import yaml
 
 
 def make_settings(kind: type, values: dict[str, Any], *, of: str) -> Any:
@@ -16,15 +20,59 @@ def make_settings(kind: type, values: dict[str, Any], *, of: str) -> Any:
     Raises:
         ValueError: an unknown name, with the nearest known one, or a value of another type.
     """
+    return kind(**check_values(kind, values, of=of))
+
+
+def check_values(kind: type, values: dict[str, Any], *, of: str) -> dict[str, Any]:
+    """Values for some fields of a dataclass, checked and converted as by `make_settings`, which raises the same."""
     fields = {field.name: field for field in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(kind)
     checked = {}
     for name, value in values.items():
         if name not in fields:
             raise ValueError(f"{of}: no value is called {name!r}; {suggest_name(name, fields)}")
         field = fields[name]
         default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-        checked[name] = _fit(value, default, f"{of}: {name}")
-    return kind(**checked)
+        is_text = default is None and isinstance(value, str) and str in typing.get_args(hints[name])
+        checked[name] = value if is_text else _fit(value, default, f"{of}: {name}")
+    return checked
+
+
+def read_assignments(texts: Iterable[str]) -> dict[str, Any]:
+    """Nested dictionaries from texts such as "crops.num_local=4"; a later text goes before an earlier one.
+
+    Args:
+        texts: NAME=VALUE, where a dot leads into a mapping and the value is YAML; or the name of a YAML file.
+
+    Raises:
+        ValueError: a text that is neither, a file that holds no mapping, or a name inside of a plain value.
+    """
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, separator, value = text.partition("=")
+        is_file = not separator and text.endswith((".yaml", ".yml"))
+        if not (separator and name) and not is_file:
+            raise ValueError(f"--set: expected NAME=VALUE or a YAML file, got {text!r}")
+        try:
+            content = yaml.safe_load(pathlib.Path(text).read_text(encoding="utf-8") if is_file else value)
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"--set {text}: cannot be read: {error}") from None
+        if is_file and not isinstance(content, dict):
+            raise ValueError(f"--set {text}: expected a mapping of names to values")
+        for part in reversed([] if is_file else name.split(".")):
+            content = {part: content}
+        _merge(found, content, of=text)
+    return found
+
+
+def _merge(values: dict[str, Any], changes: dict[str, Any], *, of: str) -> None:
+    for name, change in changes.items():
+        if isinstance(change, dict) and name in values:
+            if not isinstance(values[name], dict):
+                raise ValueError(f"--set {of}: {name} has no values of its own")
+            _merge(values[name], change, of=of)
+        else:
+            values[name] = change
 
 
 def make_keywords(function: Callable, values: dict[str, Any], *, of: str) -> dict[str, Any]:
@@ -86,4 +134,4 @@ def _number(text: str, name: str) -> int | float:
     return int(value) if value.is_integer() else value
 
 
-__all__ = ["make_keywords", "make_settings", "suggest_name"]
+__all__ = ["check_values", "make_keywords", "make_settings", "read_assignments", "suggest_name"]

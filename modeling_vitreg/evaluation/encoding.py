@@ -52,7 +52,7 @@ class EncodingSettings:
     """How images are encoded.
 
     Args:
-        size: side of the square that is cut out of each image, in pixels; None: that of the encoder.
+        image_size: side of the square that is cut out of each image, in pixels; None: that of the encoder.
         batch_size: images a step.
         shard_size: images a file, which is what an interruption can cost.
         patch_precision: of patches on disk, "float16" or "float32".
@@ -60,7 +60,7 @@ class EncodingSettings:
         has_progress_bar: show one.
     """
 
-    size: int | None = None
+    image_size: int | None = None
     batch_size: int = 64
     shard_size: int = 256
     patch_precision: str = "float16"
@@ -107,7 +107,7 @@ def encode(
     """
     if not len(images) or not set(kinds) <= set(KINDS):
         raise ValueError(f"expected images, and kinds out of {', '.join(KINDS)}, got {len(images)} and {list(kinds)}")
-    sides = encoder.image_size if settings.size is None else (settings.size, settings.size)
+    sides = encoder.image_size if settings.image_size is None else (settings.image_size, settings.image_size)
     check_sides(sides, encoder.patch_shape)
     facts = [model_fingerprint, images.fingerprint, list(sides), settings.shard_size, settings.patch_precision]
     folder = pathlib.Path(folder) / shorten(facts)
@@ -145,7 +145,7 @@ class _Shard:
             truth["masks"] = torch.from_numpy(fit_map(example.mask.astype(np.int32), self.sides)).to(torch.int16)
         if example.depth is not None:
             truth["depths"] = torch.from_numpy(fit_map(example.depth, self.sides))
-        return self.encoder.prepare([example.image], size=self.settings.size)[0], truth
+        return self.encoder.prepare([example.image], size=self.settings.image_size)[0], truth
 
 
 def _write_shard(shard: _Shard, rows: range, files: dict[str, pathlib.Path]) -> None:

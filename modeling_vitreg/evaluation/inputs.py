@@ -67,7 +67,7 @@ def with_labels(features: Features, values: Tensor) -> tuple[Tensor, Tensor]:
     if not (labels >= 0).any():
         raise ValueError(
             "expected images with labels, got none: give a folder with one folder for each class, or a dataset with a "
-            "column of labels (--label-column)"
+            "column of labels (--columns label=NAME)"
         )
     return values[labels >= 0], labels[labels >= 0]
 

@@ -230,7 +230,7 @@ class _Run:
     def _obstacle(self, name: str, text: Text) -> str | None:
         """Why a task cannot be measured, None if nothing is known against it."""
         if TASKS[name].reads_train and not len(self.data.train):
-            return "there are no images to train on: a file of boxes (--boxes) is for discovery alone"
+            return "there are no images to train on: a file of boxes (--annotations) is for discovery alone"
         return TASKS[name].obstacle(self.encoder, self.data, text)
 
     def _read(self) -> tuple[list, dict]:
@@ -248,7 +248,7 @@ class _Run:
     def _identify(self, name: str, text: Text) -> dict:
         """What two measurements of a task must share to be one."""
         encoding, is_discovery = self.settings.encoding, TASKS[name].kind == OBJECTS
-        sides = self.encoder.image_size if encoding.size is None else (encoding.size, encoding.size)
+        sides = self.encoder.image_size if encoding.image_size is None else (encoding.image_size, encoding.image_size)
         settings = {"image_size": sides, **dataclasses.asdict(getattr(self.settings, name))}
         if is_discovery:
             settings = self.settings.discovery.asked_for()  # images keep their size

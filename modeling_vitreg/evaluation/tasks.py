@@ -214,18 +214,18 @@ def _top(scores: Tensor, truth: Tensor, classes: Tensor) -> list[Measured]:
 
 def _no_masks(_: Encoder, data: EvaluationData, __: Text) -> str | None:
     is_there = data.train.options.mask_column and data.test.options.mask_column
-    return None if is_there else "the images have no masks: name their column with --mask-column (mask_column)"
+    return None if is_there else "the images have no masks: name their column by --columns mask=NAME"
 
 
 def _no_depths(_: Encoder, data: EvaluationData, __: Text) -> str | None:
     is_there = data.train.options.depth_column and data.test.options.depth_column
-    return None if is_there else "the images have no depth: name its column with --depth-column (depth_column)"
+    return None if is_there else "the images have no depth: name its column by --columns depth=NAME"
 
 
 def _no_boxes(_: Encoder, data: EvaluationData, __: Text) -> str | None:
     if data.test.box_column:
         return None
-    return "the images have no boxes: name their column with --box-column (box_column), or their file with --boxes"
+    return "the images have no boxes: name their column by --columns box=NAME, or their file by --annotations"
 
 
 def _no_text(encoder: Encoder, data: EvaluationData, text: Text) -> str | None:

@@ -542,7 +542,7 @@ def test_the_command_tells_what_it_did_and_what_to_type_next(tmp_path):
     assert second.returncode == 1 and "exists and is not empty" in second.stderr and "Traceback" not in second.stderr
     third = run("out", "theirs", "--to", "transformers")
     assert third.returncode == 0 and "verified against transformers" in third.stdout
-    assert "UNVERIFIED" in run("dinov3.pth", "skipped", "--unverified").stdout
+    assert "NOT VERIFIED" in run("dinov3.pth", "skipped", "--no-verify").stdout
     assert run("missing.pth", "x").returncode == 1
 
 

@@ -248,9 +248,9 @@ def test_what_lacks_its_truth_names_the_option_to_type(encoder, tmp_path):
     source = _save(tmp_path / "saved", _painted(4), layout="corners")
     report = _run(encoder, open_data(source), tmp_path / "a", tasks=("knn", "segmentation", "depth", "discovery"))
     for task, option in (
-        ("segmentation", "--mask-column"),
-        ("depth", "--depth-column"),
-        ("discovery", "--box-column"),
+        ("segmentation", "--columns mask="),
+        ("depth", "--columns depth="),
+        ("discovery", "--columns box="),
     ):
         assert option in report.skipped[task]
     with pytest.raises(ValueError, match=r"expected boxes as .* got int"):

@@ -269,7 +269,7 @@ def test_the_objective_is_the_loss_of_the_model_that_it_saves(make):
 
 def test_a_run_is_evaluated_with_prompts_and_looked_at(folder, whole, monkeypatch):
     monkeypatch.chdir(folder)
-    usual = ["--num-train", "8", "--num-test", "8", "--report", "report"]
+    usual = ["--num-images", "8,8", "--output", "report"]
     found = CliRunner().invoke(app, ["evaluate", "whole/model", "scenes", "--tasks", "zero_shot", *usual])
     assert found.exit_code == 0 and "| zero_shot | top1" in found.output and "skipped" not in found.output
     (top1, _) = json.loads((folder / "report" / "evaluation.json").read_text())["results"]

@@ -1,0 +1,87 @@
+"""`vitreg analyze`."""
+
+from __future__ import annotations
+
+import pathlib
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+from . import options
+from .errors import plain_errors
+from .options import COMPUTE, OUTPUT, option
+from .tell import tell_unreadable
+
+
+_OUTPUT = pathlib.Path("artifacts")
+
+
+@dataclass(frozen=True)
+class ImageSize:
+    """The group `encoding` of --set, as in `vitreg evaluate`."""
+
+    image_size: int | None = None
+
+
+def analyze(
+    model: options.Model,
+    images: options.Images = "scenes",
+    split: options.Split = "train",
+    num_images: options.NumImages = 1000,
+    compare: options.Compare = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    probes: Annotated[int, option(COMPUTE, "Number of images for the linear probes (0: skip).", min=0)] = 0,
+    batch_size: options.BatchSize = 32,
+    seed: options.Seed = 0,
+    device: options.Device = None,
+    settings: options.Set = None,
+    output: Annotated[pathlib.Path, option(OUTPUT, "Folder to write. Open its index.html.")] = _OUTPUT,
+) -> None:
+    """Find out whether a ViT has artifacts, and what its registers do.
+
+    * `vitreg analyze outputs/demo-cpu/model`
+
+    * `vitreg analyze facebook/dinov2-large my_photos --output large`
+
+    * `vitreg analyze outputs/without/model --compare outputs/demo-cpu/model --output pair`
+
+    Measures the norms of all layers, the positions of outlier tokens, attention, massive activations and the effect of
+    removing registers. Writes a page with figures and a verdict (index.html) and all numbers (artifacts.json). Ctrl-C
+    keeps what was measured. Settings for --set: `encoding.image_size`, `analysis.NAME`, `data.NAME`.
+    """
+    with plain_errors():
+        options.check_output(output)
+        names, device = options.check_inputs([model, *(compare or [])], images, device)
+        from modeling_vitreg.analysis.report_dir import analyze as run_analysis
+        from modeling_vitreg.analysis.report_dir import compare as run_comparison
+        from modeling_vitreg.analysis.survey import SurveySettings
+        from modeling_vitreg.features import load_encoder
+        from modeling_vitreg.images import DataOptions, open_images
+
+        found = options.read_settings(
+            settings, {"encoding": ImageSize, "analysis": SurveySettings, "data": DataOptions}
+        )
+        usual = {"num_images": num_images, "batch_size": batch_size, "num_probe_images": probes, "seed": seed}
+        chosen = SurveySettings(**(usual | found["encoding"] | found["analysis"]))
+        encoders = [load_encoder(name, device=device, trust_remote_code=trust_remote_code) for name in names]
+
+        def open_source() -> object:
+            scenes = {
+                "scenes": range(chosen.num_images or 10_000),
+                "scene_settings": options.scene_settings(chosen.image_size or max(encoders[0].image_size)),
+            }
+            return open_images(images, split=split, options=DataOptions(**found["data"]), **scenes)
+
+        words = {"settings": chosen, "source": images, "command": options.command_line()}
+        if len(encoders) > 1:
+            reports = run_comparison(encoders, open_source, output_folder=output, **words)
+        else:
+            reports = [run_analysis(encoders[0], open_source(), output_folder=output, **words)]
+    tell_unreadable(reports[0].images)
+    for report in reports:
+        typer.echo(f"{report.model}: {report.verdict['sentence']}")
+    typer.echo(f"wrote {output / 'index.html'}")
+
+
+__all__ = ["analyze"]

@@ -1,0 +1,88 @@
+"""`vitreg convert`."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Annotated
+
+import typer
+
+from . import options
+from .errors import plain_errors
+from .options import COMPUTE, DATA, MODEL, OUTPUT, option
+
+
+_KEY = "Key of the state dict to load when the file holds several (student, teacher)."
+_CODE = "Clone of the original repository, used to verify the outputs."
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="Checkpoint file or folder, or timm:NAME. With --to, our folder.")],
+    output: Annotated[pathlib.Path, typer.Argument(help="Folder to write. With --to dinov2, a .pth file.")],
+    family: Annotated[str | None, option(DATA, "Source format, if auto-detection is wrong.")] = None,
+    checkpoint_key: Annotated[str | None, option(DATA, _KEY)] = None,
+    head: Annotated[pathlib.Path | None, option(MODEL, "File of DINOv2's linear head for this backbone.")] = None,
+    settings: Annotated[
+        list[str] | None, option(MODEL, "Field of the configuration (repeatable).", "--set", metavar="FIELD=VALUE")
+    ] = None,
+    code: Annotated[pathlib.Path | None, option(COMPUTE, _CODE)] = None,
+    tolerance: Annotated[float, option(COMPUTE, "Maximum relative error of a token.", min=0.0, max=1.0)] = 1e-5,
+    no_verify: Annotated[bool, option(COMPUTE, "Do not compare with the original model.", "--no-verify")] = False,
+    to: Annotated[str | None, option(OUTPUT, "Export to another format: dinov2, timm or transformers.")] = None,
+) -> None:
+    """Convert a checkpoint to this model family, or back, and verify that both models give the same tokens.
+
+    * `vitreg convert dinov2_vits14_reg4_pretrain.pth dinov2-small-registers`
+
+    * `vitreg convert timm:vit_small_patch16_dinov3 dinov3-small`
+
+    * `vitreg convert outputs/demo-cpu/model demo.pth --to dinov2`
+
+    The format and the sizes are read from the file. Formats: facebookresearch's dinov2, dino, deit, mae, dinov3 and
+    capi; OpenCLIP and OpenAI's CLIP; timm; and ViT, DeiT, Dinov2, Dinov2WithRegisters, DINOv3ViT, CLIPVision, ViTMAE
+    and IJepa of transformers. Nothing is written if a tensor is left over or the outputs differ.
+    """
+    with plain_errors():
+        options.check_output(output, is_file=to == "dinov2")
+        from modeling_vitreg.cards import record_fingerprint
+        from modeling_vitreg.conversion import ConversionSettings
+        from modeling_vitreg.conversion import convert as run_convert
+        from modeling_vitreg.conversion import export as run_export
+        from modeling_vitreg.settings import read_assignments
+
+        known = ConversionSettings(
+            family=family,
+            container=checkpoint_key,
+            head=head,
+            stated=read_assignments(settings or ()),
+            code=code,
+            tolerance=tolerance,
+            skips_proof=no_verify,
+        )
+        if to is None:
+            report = run_convert(source, output, settings=known)
+            record_fingerprint(output)
+        else:
+            report = run_export(source, output, to=to, settings=known)
+    dropped = list(report.ledger["dropped"].values())
+    typer.echo(report.ledger["coverage"])
+    for reason in sorted(set(dropped)):
+        typer.echo(f"  dropped {dropped.count(reason)}: {reason}")
+    typer.echo(_describe_verification(report.proof))
+    typer.echo(f"wrote {output}")
+    if to is None:
+        typer.echo(f'next: AutoModel.from_pretrained("{output}", trust_remote_code=True)')
+
+
+def _describe_verification(proof: dict) -> str:
+    if not proof["is_verified"]:
+        return f"NOT VERIFIED: {proof['why']}"
+    sizes = ", ".join("x".join(map(str, size)) for size in proof["sizes"])
+    notes = "".join(f"\n  {note}" for note in proof["notes"])
+    return (
+        f"verified against {proof['reference']}: largest error of any token {proof['largest_relative_error']:.1e} "
+        f"(limit {proof['tolerance']:g}) at {sizes}{notes}"
+    )
+
+
+__all__ = ["convert"]

@@ -1,0 +1,103 @@
+"""`vitreg discover`."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Annotated
+
+import typer
+
+from . import options
+from .errors import plain_errors
+from .options import COMPUTE, OUTPUT, option
+from .tell import tell_unreadable
+
+
+def discover(
+    model: options.Model,
+    images: options.Images = "scenes",
+    annotations: options.Annotations = None,
+    split: options.Split = "train",
+    num_images: options.NumImages = 200,
+    trust_remote_code: options.TrustRemoteCode = False,
+    sweep: Annotated[bool, option(COMPUTE, "Try LOST with every feature and bias, too.", "--sweep")] = False,
+    device: options.Device = None,
+    settings: options.Set = None,
+    output: Annotated[pathlib.Path, option(OUTPUT, "Folder to write.")] = pathlib.Path("discovery"),
+) -> None:
+    """Discover objects without labels by LOST, TokenCut or DINO-seg, and measure CorLoc where boxes are known.
+
+    * `vitreg discover outputs/demo-cpu/model --sweep`
+
+    * `vitreg discover facebook/dino-vits16 VOC2007/JPEGImages --annotations VOC2007/Annotations`
+
+    * `vitreg discover outputs/demo-cpu/model my_photos --set discovery.method=tokencut --set discovery.layer=-2`
+
+    Writes pictures with boxes and discovery.json, which keeps the published settings apart from the best of a sweep.
+    Ctrl-C keeps what was measured. Settings for --set: `discovery.NAME`, `data.NAME`.
+    """
+    with plain_errors():
+        options.check_output(output)
+        (name,), device = options.check_inputs([model], images, device)
+        from modeling_vitreg.discovery import DiscoverySettings, Sweep, figures
+        from modeling_vitreg.discovery import discover as run_discovery
+        from modeling_vitreg.features import load_encoder
+        from modeling_vitreg.images import DataOptions
+        from modeling_vitreg.reports import write_report
+
+        found = options.read_settings(settings, {"discovery": DiscoverySettings, "data": DataOptions})
+        DiscoverySettings(**found["discovery"])  # refuses values before the model is loaded
+        encoder = load_encoder(name, device=device, trust_remote_code=trust_remote_code)
+        chosen = DiscoverySettings(**({"head": min(4, encoder.num_heads - 1)} | found["discovery"]))
+        annotated = _open(images, annotations, split, num_images, encoder, DataOptions(**found["data"]))
+        report = run_discovery(
+            encoder,
+            annotated,
+            settings=chosen,
+            sweep=Sweep(layers=(chosen.layer,)) if sweep else None,
+            source=images,
+            command=options.command_line(),
+        )
+        written = [write_report(report, output / "discovery.json")]
+        written.append(_save(figures.draw_discoveries(annotated, report), output / "boxes.png"))
+        if report.best_of_sweep:
+            written.append(_save(figures.draw_sweep(report), output / "sweep.png"))
+    tell_unreadable(report.images)
+    typer.echo(_describe(report))
+    typer.echo(f"wrote {', '.join(map(str, written))}")
+
+
+def _open(images, annotations, split, num_images, encoder, data) -> list:
+    """Images, with boxes where they are known."""
+    from modeling_vitreg.discovery import annotations as boxes
+    from modeling_vitreg.images import ImageSource, open_images
+
+    if images == "scenes":
+        return boxes.read_scenes(range(num_images), settings=options.scene_settings(max(encoder.image_size)))
+    if annotations is not None:
+        return boxes.read_annotations(annotations, images)[:num_images]
+    source = open_images(images, split=split)
+    if not isinstance(source, ImageSource):
+        raise ValueError(f"{images}: expected images that can be indexed, got a stream: save it as a dataset first")
+    return boxes.read_source(source)[:num_images]
+
+
+def _save(figure, path: pathlib.Path) -> pathlib.Path:
+    from modeling_vitreg.files import atomic_write
+
+    with atomic_write(path) as part:
+        figure.savefig(part, format="png", dpi=120)
+    return path
+
+
+def _describe(report) -> str:
+    published, best, num_images = report.as_published, report.best_of_sweep, report.images["num_images"]
+    if published["corloc"] is None:
+        return f"{report.model}: found an object in each of {num_images} images; no true boxes to compare with"
+    line = f"{report.model}: CorLoc {published['corloc']:.1%} as published, {num_images} images"
+    if not best:
+        return line
+    return f"{line}; best of the sweep {best['corloc']:.1%} ({best['feature']}, bias {best['bias']:g}), same images"
+
+
+__all__ = ["discover"]

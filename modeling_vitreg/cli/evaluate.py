@@ -1,0 +1,149 @@
+"""`vitreg evaluate`."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Annotated, Any
+
+import typer
+
+from . import options
+from .errors import plain_errors
+from .options import COMPUTE, DATA, OUTPUT, option
+from .tell import tell_unreadable
+
+
+_OUTPUT = pathlib.Path("evaluation")
+_COLUMNS = "Columns of the dataset: image, label, mask, depth, box, text. Of scenes: label=colours or label=label."
+_TASKS = "Tasks: knn, linear, logistic, segmentation, depth, zero_shot, discovery."
+_NUM_IMAGES = (2000, 500)  # to train on, to measure on
+_DISCOVERY_BATCH = 8  # images at full resolution
+
+
+def _data(text: str, metavar: str) -> Any:
+    return option(DATA, text, metavar=metavar)
+
+
+def evaluate(
+    model: options.Model,
+    data: options.Images = "scenes",
+    columns: Annotated[list[str] | None, _data(_COLUMNS, "KIND=COLUMN,...")] = None,
+    annotations: options.Annotations = None,
+    split: Annotated[str, _data("Splits. TEST: test, else validation, else 30 % held out.", "TRAIN,TEST")] = "train",
+    num_images: Annotated[str, _data("Maximum number of images of each split.", "TRAIN,TEST")] = "2000,500",
+    compare: options.Compare = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    tasks: Annotated[str, option(COMPUTE, _TASKS, metavar="TASK,...")] = "knn,linear",
+    batch_size: options.BatchSize = 32,
+    seed: options.Seed = 0,
+    device: options.Device = None,
+    settings: options.Set = None,
+    output: Annotated[pathlib.Path, option(OUTPUT, "Folder to write. Its results are not measured again.")] = _OUTPUT,
+) -> None:
+    """Measure frozen features by k-NN, probes, segmentation, depth and object discovery, each with an interval.
+
+    * `vitreg evaluate outputs/demo-cpu/model --tasks knn,linear,segmentation,depth,discovery`
+
+    * `vitreg evaluate outputs/without/model my_photos --compare outputs/demo-cpu/model`
+
+    * `vitreg evaluate facebook/dinov2-small owner/rooms --tasks depth --columns depth=range --set data.max_depth=80`
+
+    Scenes have all annotations; a folder with a folder for each class has labels. Images are encoded once, and the
+    same command continues after Ctrl-C. evaluation.json holds every number with its n, interval and seed. Settings for
+    --set: `data.NAME`, `encoding.NAME` (such as `encoding.image_size=224`), `TASK.NAME` (such as
+    `discovery.method=tokencut`).
+    """
+    with plain_errors():
+        options.check_output(output)
+        names, device = options.check_inputs([model, *(compare or [])], data, device)
+        counts = _read_counts(num_images)
+        from modeling_vitreg import evaluation
+        from modeling_vitreg.features import load_encoder
+        from modeling_vitreg.files import write_text
+
+        wanted = _read_tasks(tasks, evaluation.TASKS)
+        chosen, data_options = _read_settings(settings, columns, batch_size, seed, is_scenes=data == "scenes")
+        encoders = [load_encoder(name, device=device, trust_remote_code=trust_remote_code) for name in names]
+        train_split, _, test_split = split.partition(",")
+        opened = evaluation.open_data(
+            data,
+            image_size=chosen.encoding.image_size or max(max(encoder.image_size) for encoder in encoders),
+            split=train_split or "train",
+            test_split=test_split or None,
+            num_train=counts[0],
+            num_test=counts[1],
+            annotations=annotations,
+            seed=seed,
+            options=data_options,
+        )
+        folders = [output / str(number) for number in range(1, len(names) + 1)] if len(names) > 1 else [output]
+        found = [_measure(encoder, wanted, opened, folder, chosen) for encoder, folder in zip(encoders, folders)]
+        measured = [report for report in found if report.results]
+        table = evaluation.compare(measured) if measured else "stopped before anything was measured"
+        write_text(output / "table.md", table)
+    for part in ("train", "test"):
+        facts = next(iter(found[0].data.values()), {}).get(part) or {}
+        tell_unreadable(facts, part=part)
+    typer.echo(table)
+    for report in found:
+        for task, reason in report.skipped.items():
+            typer.echo(f"{report.model}: {task} skipped: {reason}")
+    typer.echo(f"wrote {output}")
+
+
+def _measure(encoder, tasks: list[str], data, folder: pathlib.Path, settings):
+    """Evaluate one model; DINO-seg reads the published head of attention, where there are as many."""
+    from modeling_vitreg import evaluation
+
+    if settings.discovery.head >= encoder.num_heads:
+        discovery = dataclasses.replace(settings.discovery, head=encoder.num_heads - 1)
+        settings = dataclasses.replace(settings, discovery=discovery)
+    return evaluation.evaluate(
+        encoder,
+        tasks=tasks,
+        data=data,
+        output_folder=folder,
+        settings=settings,
+        tokenizer=evaluation.load_tokenizer(encoder) if "zero_shot" in tasks else None,
+        command=options.command_line(),
+    )
+
+
+def _read_counts(text: str) -> tuple[int, int]:
+    """Numbers of images to train on and to measure on; one that is left out has its default."""
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) > 2 or not all(part.isdecimal() or not part for part in parts) or "0" in parts:
+        raise ValueError(f"--num-images: expected TRAIN,TEST such as 2000,500, got {text!r}")
+    train, test = [int(part) if part else usual for part, usual in zip([*parts, ""], _NUM_IMAGES)]
+    return train, test
+
+
+def _read_tasks(text: str, known: dict[str, Any]) -> list[str]:
+    from modeling_vitreg.settings import suggest_name
+
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    for name in names:
+        if name not in known:
+            raise ValueError(f"--tasks: there is no task {name!r}; {suggest_name(name, known)}")
+    if not names:
+        raise ValueError(f"--tasks: expected one or more of {', '.join(known)}")
+    return names
+
+
+def _read_settings(texts, columns, batch_size: int, seed: int, *, is_scenes: bool):
+    """Settings of the evaluation and of its data, from --set, --columns and other options."""
+    from modeling_vitreg.evaluation import EvaluationSettings
+    from modeling_vitreg.images import DataOptions, parse_columns
+
+    fields = {field.name: field for field in dataclasses.fields(EvaluationSettings) if field.name != "seed"}
+    kinds = {name: field.default_factory for name, field in fields.items()}
+    found = options.read_settings(texts, {"data": DataOptions, **kinds})
+    usual_columns = {"label_column": "colours"} if is_scenes else {}
+    data = DataOptions(**(usual_columns | found.pop("data") | parse_columns(columns or ())))
+    usual = {"encoding": {"batch_size": batch_size}, "discovery": {"batch_size": min(_DISCOVERY_BATCH, batch_size)}}
+    groups = {name: kinds[name](**(usual.get(name, {}) | values)) for name, values in found.items()}
+    return EvaluationSettings(**groups, seed=seed), data
+
+
+__all__ = ["evaluate"]

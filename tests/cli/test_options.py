@@ -1,0 +1,223 @@
+"""The options of every verb, frozen; old spellings; what is answered before any work."""
+
+import inspect
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import pytest
+from typer.testing import CliRunner
+
+from modeling_vitreg import cli
+from modeling_vitreg.cli import errors, options
+from modeling_vitreg.cli.renamed import RENAMED, rewrite
+
+
+ROOT = pathlib.Path(__file__).parents[2]
+# A new knob is a field of a settings dataclass, reached by --set. This list changes on purpose only.
+OPTIONS = {
+    "convert": "--family --checkpoint-key --head --set --code --tolerance --no-verify --to",
+    "analyze": "--split --num-images --compare --trust-remote-code --probes --batch-size --seed --device --set "
+    "--output",
+    "discover": "--annotations --split --num-images --trust-remote-code --sweep --device --set --output",
+    "evaluate": "--columns --annotations --split --num-images --compare --trust-remote-code --tasks --batch-size "
+    "--seed --device --set --output",
+    "card": "--reports --license --license-name --license-link --accept-license --output",
+    "publish": "--reports --license --license-name --license-link --accept-license --revision --public --dry-run",
+    "doctor": "",
+}
+PANELS = [options.DATA, options.MODEL, options.COMPUTE, options.OUTPUT]
+
+
+def run(*arguments) -> object:
+    return CliRunner().invoke(cli.app, list(map(str, arguments)))
+
+
+def _options(verb):
+    """Name of each option of a verb, and its panel, in the order in which --help shows them."""
+    (command,) = (command for command in cli.app.registered_commands if command.callback.__name__ == verb)
+    hints = inspect.get_annotations(command.callback, eval_str=True)
+    for name, hint in hints.items():
+        (information,) = getattr(hint, "__metadata__", (None,))
+        if information is not None and type(information).__name__ == "OptionInfo":
+            words = (information.default, *(information.param_decls or ()))  # in Annotated, names come first
+            declared = [word for word in words if str(word).startswith("--")]
+            yield declared[0] if declared else f"--{name.replace('_', '-')}", information.rich_help_panel
+
+
+def test_the_options_of_every_verb_are_a_list_that_changes_on_purpose():
+    assert [command.callback.__name__ for command in cli.app.registered_commands] == list(OPTIONS)
+    for verb, expected in OPTIONS.items():
+        assert [name for name, _ in _options(verb)] == expected.split(), verb
+        assert len(expected.split()) <= 14
+
+
+def test_panels_stand_in_one_order():
+    for verb in OPTIONS:
+        panels = list(dict.fromkeys(panel for _, panel in _options(verb)))
+        assert panels == [panel for panel in PANELS if panel in panels], verb
+
+
+@pytest.mark.parametrize("verb", OPTIONS)
+def test_help_is_a_sentence_and_three_examples(verb):
+    (command,) = (command for command in cli.app.registered_commands if command.callback.__name__ == verb)
+    sentence, *examples = inspect.getdoc(command.callback).split("\n\n")
+    assert sentence.endswith(".") and sentence.count(". ") == 0
+    assert all(example.startswith(f"* `vitreg {verb}") for example in examples[:3])
+    shown = run(verb, "--help").output
+    assert f"vitreg {verb}" in shown and "--report " not in shown  # old spellings are not shown
+
+
+def test_help_loads_neither_torch_nor_transformers():
+    program = """
+import sys
+from typer.testing import CliRunner
+from modeling_vitreg.cli import app
+for verb in sys.argv[1:]:
+    assert CliRunner().invoke(app, [verb, "--help"]).exit_code == 0
+print([name for name in ("torch", "transformers", "numpy", "timm", "matplotlib") if name in sys.modules])
+"""
+    command = [sys.executable, "-c", program, *OPTIONS]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_old_spellings_lead_to_options_that_exist():
+    for verb, table in RENAMED.items():
+        assert {text.split()[0] for text in table.values()} <= set(OPTIONS[verb].split())
+        assert not set(table) & set(OPTIONS[verb].split())
+
+
+def test_old_spellings_are_rewritten_and_named():
+    old = ["evaluate", "m", "d", "--mask-column", "annotation", "--depth-scale=0.001", "--reduce-labels"]
+    old += ["--split", "learn", "--test-split", "measure", "--num-test", "30", "--box-layout", "corners"]
+    rewritten, notes = rewrite([*old, "--", "--report"])
+    assert rewritten[:5] == ["evaluate", "--split", "learn,measure", "--num-images", ",30"]
+    assert rewritten[5:] == [
+        *("m", "d", "--columns", "mask=annotation", "--set", "data.depth_scale=0.001"),
+        *("--set", "data.reduce_labels=true", "--set", "data.box_format=xyxy", "--", "--report"),
+    ]
+    assert notes[0] == "--mask-column is now --columns mask=VALUE" and len(notes) == 6
+    assert rewrite(["evaluate", "m", "--split", "a,b"]) == (["evaluate", "m", "--split", "a,b"], [])
+    assert rewrite(["card", "f", "u/n", "--report", "r"])[0] == ["card", "f", "u/n", "--reports", "r"]
+
+
+def test_an_old_spelling_works_and_is_told_in_one_line(tmp_path):
+    done = run("analyze", tmp_path / "nothing", "--report", tmp_path / "out")
+    assert done.exit_code == 1 and "renamed: --report is now --output VALUE\n" in done.output
+    assert "there is no such model here" in done.output
+
+
+@pytest.mark.parametrize("verb", ["analyze", "discover", "evaluate"])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["./no/such"], "no such model here"),
+        (["photos2"], "Did you mean 'photos'?"),
+        (["photos"], "expected a folder with a config.json"),
+        (["net.pth"], "vitreg convert net.pth NEW_FOLDER"),
+        (["model", "./no/such"], "no such folder of images here"),
+        (["model", "photos2"], "Did you mean 'photos'?"),
+        (["model", "photo.png"], "expected a folder of images or .tar shards, got a file"),
+        (["model", "photos", "--output", "photo.png"], "expected a folder to write"),
+        (["model", "photos", "--output", "photo.png/below"], "photo.png is a file, so nothing can be written below"),
+    ],
+)
+def test_what_cannot_exist_is_answered_without_loading_anything(tmp_path, monkeypatch, verb, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("photos", "model"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    for file in ("net.pth", "photo.png"):
+        (tmp_path / file).write_bytes(b"")
+    start = time.perf_counter()
+    done = run(verb, *arguments)
+    assert done.exit_code == 1 and words in done.output, done.output
+    assert time.perf_counter() - start < 1 and "Traceback" not in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--batch-size", 0], "Invalid value for '--batch-size'"),
+        (["--seed", -1], "Invalid value for '--seed'"),
+        (["--device", "gpu"], "expected cpu, cuda"),
+        (["--device", "meta:x"], "--device"),
+        (["--num-images", "many"], "expected TRAIN,TEST such as 2000,500"),
+        (["--num-images", "0,1"], "expected TRAIN,TEST"),
+        (["--tasks", "knnn"], "did you mean 'knn'?"),
+        (["--tasks", ","], "expected one or more of knn"),
+        (["--columns", "masks=a"], "did you mean 'mask'?"),
+        (["--set", "dat.max_depth=1"], "did you mean 'data'?"),
+        (["--set", "data.max_dept=1"], "did you mean 'max_depth'?"),
+        (["--set", "data.max_depth=far"], "max_depth is a number, got 'far'"),
+        (["--set", "discovery.method=lots"], "expected a method out of lost"),
+        (["--set", "knn"], "expected NAME=VALUE or a YAML file"),
+        (["--set", "knn=3"], "expected knn.NAME=VALUE"),
+        (["--set", "nothing.yaml"], "cannot be read"),
+    ],
+)
+def test_bad_values_are_answered_before_the_model_is_loaded(tmp_path, arguments, words):
+    (tmp_path / "config.json").write_text("this is not read")
+    done = run("evaluate", tmp_path, "scenes", *arguments)
+    assert done.exit_code in (1, 2) and words in " ".join(done.output.replace("│", " ").split()), done.output
+    assert "Traceback" not in done.output
+
+
+def test_settings_of_a_file_and_of_the_command_are_merged(tmp_path):
+    from modeling_vitreg.evaluation import KnnSettings
+    from modeling_vitreg.images import DataOptions
+
+    (tmp_path / "mine.yaml").write_text("data: {depth_scale: 1e-3, mask_column: truth}\nknn: {num_neighbours: 5}\n")
+    texts = [str(tmp_path / "mine.yaml"), "knn.temperature=0.1", "data.depth_scale=0.5"]
+    found = options.read_settings(texts, {"data": DataOptions, "knn": KnnSettings})
+    assert found == {
+        "data": {"depth_scale": 0.5, "mask_column": "truth"},
+        "knn": {"num_neighbours": 5, "temperature": 0.1},
+    }
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # who runs as root may write anywhere
+    with pytest.raises(ValueError, match="cannot be written to"):
+        options.check_output(tmp_path / "new" / "folder")
+    monkeypatch.undo()
+    options.check_output(tmp_path / "new" / "folder")
+    with pytest.raises(ValueError, match="expected a file to write, and a folder of this name exists"):
+        options.check_output(tmp_path, is_file=True)
+
+
+def test_errors_of_users_and_libraries_are_words_and_our_bugs_have_a_traceback(capsys):
+    import json
+
+    def fails(make):
+        with pytest.raises(BaseException) as caught, errors.plain_errors():
+            make()
+        return type(caught.value).__name__, capsys.readouterr().err
+
+    def raise_(error):
+        raise error
+
+    assert fails(lambda: raise_(OSError(28, "No space left on device", "out/a.json")))[1].startswith(
+        "out/a.json: No space left on device"
+    )
+    name, text = fails(lambda: raise_(ModuleNotFoundError("x", name="matplotlib")))
+    assert name == "Exit" and "pip install" in text
+    assert fails(lambda: raise_(KeyboardInterrupt()))[1] == "stopped\n"
+    assert fails(lambda: rewrite(None))[0] == "TypeError"  # a bug of this package
+    # Through this package into a library: its error, in words.
+    name, text = fails(lambda: options.read_settings([], _Through(json)))
+    assert name == "Exit" and "failed with TypeError" in text
+
+
+class _Through(dict):
+    """Settings that make a library fail when this package reads them."""
+
+    def __init__(self, library):
+        super().__init__()
+        self._library = library
+
+    def __iter__(self):
+        return iter([self._library.loads(None)])
