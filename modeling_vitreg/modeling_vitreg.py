@@ -930,9 +930,22 @@ class ViTWithRegistersPreTrainedModel(PreTrainedModel):
         defaults, loaded = self._default_image_processor(), self._loaded_image_processor()
         kind = self._image_processor_type
         if loaded and (kind == "BitImageProcessor" or loaded["image_processor_type"].startswith(kind)):
-            return loaded
-        statistics = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
-        return {**defaults, **{name: loaded[name] for name in statistics if name in loaded}}
+            settings = loaded
+        else:
+            statistics = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+            settings = {**defaults, **{name: loaded[name] for name in statistics if name in loaded}}
+        return settings | self._processor_code(settings["image_processor_type"])
+
+    @staticmethod
+    def _processor_code(kind: str) -> dict:
+        """The entry of the class that reads files as the package does; without trust the one of transformers is used.
+
+        The import makes the file travel with this one.
+        """
+        from .image_processing_vitreg import PROCESSORS
+
+        found = PROCESSORS.get(kind.removesuffix("Fast").removesuffix("Pil"))
+        return {"auto_map": {"AutoImageProcessor": f"image_processing_vitreg.{found.__name__}"}} if found else {}
 
     def _default_image_processor(self) -> dict:
         channels = self.config.num_channels

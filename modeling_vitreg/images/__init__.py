@@ -7,7 +7,14 @@ A raw image is a dictionary: `bytes` (or None), `path` (or None), `label` (int o
 and `maps`, where a source was opened with them. Maps say something of each pixel: its class, or its depth.
 """
 
-from .decoding import UnreadableImage, decode_image, decode_maps
+from .decoding import (
+    RawImage,
+    UnreadableImage,
+    check_channels,
+    decode_image,
+    decode_maps,
+    describe_unreadable,
+)
 from .hub import split_hub_name
 from .open import OpenedDataset, open_dataset, open_images
 from .options import DataOptions, parse_columns
@@ -19,10 +26,13 @@ __all__ = [
     "ImageSource",
     "ImageStream",
     "OpenedDataset",
+    "RawImage",
     "UnreadableImage",
+    "check_channels",
     "decode_image",
     "decode_maps",
     "derive_seed",
+    "describe_unreadable",
     "open_dataset",
     "open_images",
     "parse_columns",

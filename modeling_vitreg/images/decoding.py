@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
+from typing import TypedDict
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
+
+from modeling_vitreg.image_processing_vitreg import MODES, UnsupportedPixels, to_picture
+
+from .messages import show_name
 
 
 _HIDDEN_LABEL = 255  # of a mask: nobody knows the class
+
+
+class RawImage(TypedDict, total=False):
+    """An image as it was stored: its file, its label, and its name for messages."""
+
+    bytes: bytes | None
+    path: str | None
+    label: int | None
+    name: str
+    text: str  # of a source that was opened with a column of captions
+    maps: dict  # masks and depths, of a source that was opened with their columns
 
 
 class UnreadableImage(Exception):
     """An image that cannot be decoded.
 
     Args:
-        name: of the image, for messages.
-        reason: what was wrong with it.
+        name: name of the image, for messages.
+        reason: why it cannot be read.
     """
 
     def __init__(self, name: str, reason: str):
@@ -25,30 +42,71 @@ class UnreadableImage(Exception):
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.reason}"
+        return f"{show_name(self.name)}: {self.reason}"
 
 
-def decode_image(raw: dict) -> Image.Image:
-    """Decode all pixels of a raw image, turned upright by its EXIF orientation, as RGB.
+def decode_image(raw: RawImage, *, num_channels: int = 3) -> Image.Image:
+    """Decode all pixels of a raw image, as `modeling_vitreg.image_processing_vitreg.to_picture` and every saved image
+    processor do.
 
-    Grey of 16 bits keeps its 8 upper bits; transparency is dropped, as the image processors of transformers do; of an
-    animation the first frame is taken.
+    Args:
+        raw: of a source.
+        num_channels: 1 (grey), 3 (RGB) or 4 (RGBA).
 
     Raises:
-        UnreadableImage: the file is missing, empty, corrupt, truncated, of unknown format, or so large that Pillow
-            takes it for a decompression bomb.
+        UnreadableImage: the file is missing, empty, corrupt, truncated, of an unknown format or scale, or so large
+            that Pillow takes it for a decompression bomb.
+        ValueError: another number of channels; see `check_channels`.
     """
+    check_channels(num_channels, reader="the caller of decode_image")
     name = raw["name"]
     try:
         with Image.open(_open_file(raw)) as image:
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb(image)
+            return to_picture(image, num_channels=num_channels)
     except UnreadableImage:
         raise
+    except UnsupportedPixels as error:
+        raise UnreadableImage(name, str(error)) from error
+    except Image.DecompressionBombError as error:
+        reason = f"decompression bomb? {error} Raise PIL.Image.MAX_IMAGE_PIXELS if the file can be trusted."
+        raise UnreadableImage(name, reason) from error
     # Pillow's plugins raise whatever they stumble upon: OSError, SyntaxError, ValueError, struct.error, IndexError ...
     except Exception as error:
         raise UnreadableImage(name, f"{type(error).__name__}: {error}") from error
+
+
+def check_channels(num_channels: int, *, reader: str) -> None:
+    """Check that images can be opened for a model of so many channels, before any work is done.
+
+    Args:
+        num_channels: that the model reads.
+        reader: name of the model, for the message.
+
+    Raises:
+        ValueError: another number than 1, 3 and 4.
+    """
+    if num_channels not in MODES:
+        raise ValueError(
+            f"{reader} expects images of {num_channels} channels, but image files have 1 (grey), 3 (RGB) or 4 (RGBA) "
+            "channels: use a model of 1, 3 or 4 channels, or give tensors to the model itself"
+        )
+
+
+def describe_unreadable(problems: Sequence[UnreadableImage | str], num_images: int, *, num_shown: int = 5) -> str:
+    """Lines for the terminal about images that could not be read; an empty text if there are none.
+
+    Args:
+        problems: the errors, or their texts.
+        num_images: images that were tried, unreadable ones included.
+        num_shown: errors that are listed.
+    """
+    if not problems:
+        return ""
+    share = len(problems) / max(num_images, len(problems))
+    lines = [f"warning: {len(problems)} of {num_images} images ({share:.1%}) could not be read and were left out:"]
+    lines += [f"  {problem}" for problem in problems[:num_shown]]
+    more = len(problems) - num_shown
+    return "\n".join([*lines, f"  and {more} more"] if more > 0 else lines)
 
 
 def decode_maps(raw: dict, *, size: tuple[int, int]) -> dict[str, np.ndarray]:
@@ -106,13 +164,4 @@ def _decode_map(value: dict | list | np.ndarray) -> np.ndarray:
         return np.asarray(image)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # Pillow would cut everything above 255
-        pixels = np.asarray(image).astype(np.int64).clip(0, 2**16 - 1) >> 8
-        image = Image.fromarray(pixels.astype(np.uint8))
-    elif image.mode in ("P", "PA"):  # a palette with transparency goes through RGBA, or Pillow warns
-        image = image.convert("RGBA")
-    return image.convert("RGB")
-
-
-__all__ = ["UnreadableImage", "decode_image", "decode_maps"]
+__all__ = ["RawImage", "UnreadableImage", "check_channels", "decode_image", "decode_maps", "describe_unreadable"]

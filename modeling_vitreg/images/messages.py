@@ -35,6 +35,12 @@ def suggest(path: str) -> str:
     return f" The nearest folder is {str(parent.resolve())!r}."
 
 
+def show_name(name: str) -> str:
+    """A name of other people on one line: control characters and broken Unicode are escaped."""
+    shown = name.encode("utf-8", "backslashreplace").decode("utf-8")
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in shown)
+
+
 def list_names(names, *, num_shown: int = 8) -> str:
     """The first names in quotes, and how many more there are."""
     names = sorted(map(str, names))
@@ -42,4 +48,4 @@ def list_names(names, *, num_shown: int = 8) -> str:
     return ", ".join(map(repr, names[:num_shown])) + more
 
 
-__all__ = ["EXPECTED", "choose_split", "list_names", "suggest"]
+__all__ = ["EXPECTED", "choose_split", "list_names", "show_name", "suggest"]

@@ -5,7 +5,9 @@ import itertools
 import json
 import pickle
 import shutil
+import struct
 import tarfile
+import zlib
 
 import datasets
 import numpy as np
@@ -17,9 +19,11 @@ from modeling_vitreg.images import (
     ImageSource,
     ImageStream,
     UnreadableImage,
+    check_channels,
     decode_image,
     decode_maps,
     derive_seed,
+    describe_unreadable,
     open_images,
 )
 from modeling_vitreg.scenes import SceneSettings
@@ -123,6 +127,65 @@ def test_an_image_is_turned_upright():
     image = decode_image(_raw(_encode(Image.fromarray(pixels), exif=exif)))
     assert image.size == (4, 6)
     assert np.asarray(image)[:, :, 0].tolist() == [[255] * 4] + [[0] * 4] * 5  # left became top
+
+
+@pytest.mark.parametrize("depth", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("kind", ["png", "tiff"])
+def test_integers_of_any_depth_keep_their_content(depth, kind):
+    ramp = np.linspace(0, 2**depth - 1, 32 * 32).astype(np.uint16).reshape(32, 32)
+    found = np.asarray(decode_image(_raw(_encode(Image.fromarray(ramp), kind))))[..., 0]
+    assert (found == ramp >> (depth - 8)).all() and found.max() == 255
+
+
+def test_floats_keep_their_content_or_are_refused_in_words():
+    ramp = np.linspace(0, 1, 32 * 32, dtype=np.float32).reshape(32, 32)
+    for scale in (1, 255, 4095, 65535):
+        found = np.asarray(decode_image(_raw(_encode(Image.fromarray(ramp * scale), "tiff"))))
+        assert len(np.unique(found)) == 256, scale
+    assert np.asarray(decode_image(_raw(_encode(Image.fromarray(ramp * 0), "tiff")))).max() == 0
+    for pixels in (ramp * 7, ramp - 0.5, ramp * 1e6, np.where(ramp > 0.5, np.nan, ramp)):
+        with pytest.raises(UnreadableImage, match=r"float pixels from .*: expected integers of 8 to 16"):
+            decode_image(_raw(_encode(Image.fromarray(pixels.astype(np.float32)), "tiff")))
+    for pixels in (ramp * 100_000, ramp * -9):
+        with pytest.raises(UnreadableImage, match="integer pixels from"):
+            decode_image(_raw(_encode(Image.fromarray(pixels.astype(np.int32)), "tiff")))
+
+
+def _deep_colour(pixels: np.ndarray) -> bytes:
+    """A PNG of 16 bits a channel of an array (rows, columns, 3), which Pillow reads but cannot write."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 16, 2, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def test_colour_of_16_bits_is_read_and_refused_where_it_would_turn_dark():
+    pixels = np.random.default_rng(0).integers(0, 2**16, (8, 9, 3))
+    assert (np.asarray(decode_image(_raw(_deep_colour(pixels)))) == pixels >> 8).all()
+    with pytest.raises(UnreadableImage, match="would turn dark: convert it to 8 bits a channel"):
+        decode_image(_raw(_deep_colour(pixels >> 4)))
+
+
+def test_an_image_is_opened_with_the_channels_of_the_model():
+    image = Image.new("RGBA", (6, 4), (200, 10, 20, 50))
+    for num_channels, pixel in ((1, 68), (3, (200, 10, 20)), (4, (200, 10, 20, 50))):
+        assert decode_image(_raw(_encode(image)), num_channels=num_channels).getpixel((1, 1)) == pixel
+    for num_channels in (0, 2, 5):
+        with pytest.raises(
+            ValueError, match=f"images of {num_channels} channels, but image files have 1 .* 3 .* or 4"
+        ):
+            check_channels(num_channels, reader="the model")
+
+
+def test_images_that_could_not_be_read_are_counted_and_listed_on_lines_of_their_own():
+    problems = [UnreadableImage(f"{number}\n\x1b[31m.png", "empty") for number in range(7)]
+    lines = describe_unreadable(problems, 70).split("\n")
+    assert lines[0] == "warning: 7 of 70 images (10.0%) could not be read and were left out:"
+    assert lines[1] == r"  0\n\x1b[31m.png: empty" and lines[-1] == "  and 2 more" and len(lines) == 7
+    assert describe_unreadable([], 70) == ""
 
 
 def test_what_cannot_be_decoded_is_reported_with_its_name_and_a_reason(tmp_path, monkeypatch):

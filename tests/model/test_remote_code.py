@@ -131,6 +131,7 @@ def test_a_folder_is_flat_complete_and_lists_every_auto_class(folders):
         assert names == {
             "config.json",
             "configuration_vitreg.py",
+            "image_processing_vitreg.py",
             "model.safetensors",
             "modeling_vitreg.py",
             "preprocessor_config.json",
