@@ -25,9 +25,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait for wor
 import torch
 import transformers
 import yaml
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from arguments import Run, choose_recipe, name_classes, open_source, parse_options, versions
+from launching import ends_in_words, make_accelerator
 from monitor import Monitor
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -47,17 +46,15 @@ from modeling_vitreg.pretraining.views.loader import ViewLoader
 from modeling_vitreg.pretraining.views.masking import MaskMaker
 
 
+@ends_in_words
 def main(*, description: str = __doc__, default_recipe: str = "demo-cpu") -> None:
     options = parse_options(description, default_recipe)
     recipe = choose_recipe(options)
     source = open_source(options, recipe)
     recipe = name_classes(recipe, source, data=options.data)
     transformers.utils.logging.disable_progress_bar()  # of saving, which takes less time than drawing it
-    accelerator = Accelerator(
-        mixed_precision=options.precision,
-        log_with=options.tracker,
-        project_dir=options.output,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    accelerator = make_accelerator(
+        mixed_precision=options.precision, log_with=options.tracker, project_dir=options.output
     )
     run = Run(options, recipe, accelerator, distributed_context())
     last = open_output(run)

@@ -1,0 +1,77 @@
+"""How the processes of a training program start, and how they end when one of them is lost."""
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import DistributedDataParallelKwargs
+
+
+# What torch says, by back end and version, when another process is gone.
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+
+
+def make_accelerator(**settings) -> Accelerator:
+    """The accelerator of this process, for any launcher, on GPUs and on CPUs.
+
+    Without `cpu`, accelerate takes processes that torch's launcher started on a machine without GPU for single ones.
+    """
+    _start_the_others()
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    accelerator = Accelerator(
+        cpu=world_size > 1 and (device is None or device.type == "mps"),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        **settings,
+    )
+    if accelerator.num_processes != world_size:
+        raise SystemExit(
+            f"the launcher started {world_size} processes and accelerate sees {accelerator.num_processes}: start them "
+            "with `accelerate launch` or `python -m torch.distributed.run`"
+        )
+    return accelerator
+
+
+def _start_the_others() -> None:
+    """Replace this process by torch's launcher where `accelerate launch --num_processes N` started only one.
+
+    That is what it does on CPUs, without a word.
+    """
+    parent = psutil.Process().parent()
+    command = parent.cmdline() if parent else []
+    if "WORLD_SIZE" in os.environ or torch.accelerator.is_available() or "launch" not in command[:3]:
+        return
+    told, _ = launch_command_parser().parse_known_args(command[command.index("launch") + 1 :])
+    if (told.num_processes or 1) > 1 and (told.num_machines or 1) == 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(told.num_processes)]
+        os.execv(sys.executable, [sys.executable, *launcher, *sys.argv])
+
+
+def ends_in_words(main: Callable) -> Callable:
+    """A program whose lost processes and full memories end in a sentence, with what to do."""
+
+    @functools.wraps(main)
+    def run(**options) -> None:
+        try:
+            main(**options)
+        except (RuntimeError, MemoryError) as error:
+            text, rank = str(error), os.environ.get("RANK", "0")
+            if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+                raise SystemExit(
+                    f"process {rank}: out of memory: {text.splitlines()[0] if text else 'the host has none left'}\n"
+                    "Use a smaller --micro-batch (the batch stays the same), --checkpoint-activations, --precision "
+                    "bf16 or --shard; the same command with one of them continues from the last state"
+                ) from None
+            if isinstance(error, torch.distributed.DistError) or any(word in text for word in _LOST):
+                raise SystemExit(
+                    f"process {rank}: another process of this run ended, so this one ends too; see the message of the "
+                    "other process. The same command continues from the last state"
+                ) from None
+            raise
+
+    return run
