@@ -5,7 +5,7 @@
 The files are archives of TorchScript, read without running their code; the address of each carries its hash.
 """
 
-from modeling_vitreg.conversion.clip import HASHES
+from modeling_vitreg.conversion.layouts.clip import HASHES
 from modeling_vitreg.conversion.official import run
 
 

@@ -21,8 +21,10 @@ from modeling_vitreg import modeling_vitreg as models
 from modeling_vitreg.files import atomic_folder
 from modeling_vitreg.reports import ConversionReport, write_report
 
-from . import dinov2, timm_layout
-from .layout import Evidence, Layout
+from .layouts import dinov2, timm
+from .layouts.layout import Evidence, Layout
+from .layouts.transformers import LAYOUTS as TRANSFORMERS
+from .layouts.transformers import name_in_file, transformers_settings
 from .pipeline import (
     REPORT_FILE,
     ConversionSettings,
@@ -37,8 +39,6 @@ from .references import find_reference, run_timm, timm_arguments, timm_positions
 from .repositories import repository_reference
 from .rules import ConversionError, Entry, balance_outward
 from .sources import Source, hash_files, open_source
-from .transformers_layout import LAYOUTS as TRANSFORMERS
-from .transformers_layout import name_in_file, transformers_settings
 from .verify import Reference
 from .writer import make, write_safetensors
 
@@ -160,8 +160,8 @@ def _choose(
     is_learned = config.position_embedding_type == "learned"
     if to == "timm":
         if config.has_prefix_positions and config.num_register_tokens:
-            return timm_layout.LAYOUT, *_without_slots(tensors, config)
-        return timm_layout.LAYOUT, tensors, config
+            return timm.LAYOUT, *_without_slots(tensors, config)
+        return timm.LAYOUT, tensors, config
     layout = dinov2.LAYOUT if to == "dinov2" else TRANSFORMERS[_model_type(config, title)]
     if is_learned and config.has_cls_token and not config.has_prefix_positions:
         return layout, *_with_slots(tensors, config)

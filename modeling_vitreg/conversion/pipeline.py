@@ -31,9 +31,9 @@ from modeling_vitreg import (
 from modeling_vitreg.files import atomic_folder
 from modeling_vitreg.reports import ConversionReport, write_report
 
-from .dinov2 import configure_head
-from .families import evidence_of, recognise
-from .layout import Evidence, Layout
+from .layouts import evidence_of, recognise
+from .layouts.dinov2 import configure_head
+from .layouts.layout import Evidence, Layout
 from .references import find_reference
 from .repositories import repository_reference
 from .rules import ConversionError, Drop, Join, Ledger, Rename, Rule, balance_inward, matches

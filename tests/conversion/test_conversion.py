@@ -18,7 +18,7 @@ from test_remote_code import run_without_the_package
 
 from modeling_vitreg import ViTWithRegistersConfig, ViTWithRegistersModel
 from modeling_vitreg.conversion import ConversionError, ConversionSettings, convert, export
-from modeling_vitreg.conversion.families import evidence_of, recognise
+from modeling_vitreg.conversion.layouts import evidence_of, recognise
 from modeling_vitreg.conversion.pipeline import make_empty, short
 from modeling_vitreg.conversion.rules import balance_inward
 from modeling_vitreg.conversion.sources import Source, open_source

@@ -17,7 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from modeling_vitreg.conversion import ConversionError, ConversionSettings, clip, convert
+from modeling_vitreg.conversion import ConversionError, ConversionSettings, convert
+from modeling_vitreg.conversion.layouts import clip
 from modeling_vitreg.conversion.sources import hash_files, open_source
 
 

@@ -12,9 +12,9 @@ import re
 
 from modeling_vitreg import ViTWithRegistersConfig
 
+from ..rules import ConversionError, Drop, Rename, Rule, add_axis, drop_axis
 from .blocks import LAYERS, MLP, POSITIONS, SCALES, STEM, read_sizes
 from .layout import IMAGENET, Evidence, Layout, each, prepare_crop
-from .rules import ConversionError, Drop, Rename, Rule, add_axis, drop_axis
 
 
 GATED: list[Rule] = [

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from . import capi, clip, deit, dino, dinov2, dinov3, mae, timm_layout, transformers_layout
+from ..rules import ConversionError
+from ..sources import Source
+from . import capi, clip, deit, dino, dinov2, dinov3, mae, timm, transformers
 from .layout import Evidence, Layout
-from .rules import ConversionError
-from .sources import Source
 
 
 # Of layouts that share names, the first that is hinted at, else the first.
@@ -16,10 +16,10 @@ BY_NAMES = (
     clip.LAYOUT,
     mae.LAYOUT,
     deit.LAYOUT,
-    timm_layout.LAYOUT,
+    timm.LAYOUT,
     dino.LAYOUT,
 )
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (*BY_NAMES, *transformers_layout.LAYOUTS.values())}
+LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (*BY_NAMES, *transformers.LAYOUTS.values())}
 
 
 def recognise(source: Source, *, family: str | None = None, module=None) -> Layout:
@@ -43,15 +43,15 @@ def recognise(source: Source, *, family: str | None = None, module=None) -> Layo
             f"{source.path}: is a model of this family already: from_pretrained loads it; to write it in another "
             "layout add --to dinov2, timm or transformers"
         )
-    if model_type in transformers_layout.LAYOUTS:
-        return transformers_layout.LAYOUTS[model_type]
+    if model_type in transformers.LAYOUTS:
+        return transformers.LAYOUTS[model_type]
     if model_type is not None and "architecture" not in source.settings:
-        known = ", ".join(transformers_layout.LAYOUTS)
+        known = ", ".join(transformers.LAYOUTS)
         raise ConversionError(
             f"{source.path}: model type {model_type!r} cannot be represented: expected one of {known}"
         )
     if module is not None or "architecture" in (source.settings or {}):
-        return timm_layout.LAYOUT
+        return timm.LAYOUT
     shares = {layout.name: layout.share(list(source.shapes)) for layout in BY_NAMES}
     best = max(shares.values())
     if best < 0.75:
@@ -59,8 +59,8 @@ def recognise(source: Source, *, family: str | None = None, module=None) -> Layo
     candidates = [layout for layout in BY_NAMES if shares[layout.name] > best - 0.02]
     hinted = [layout for layout in candidates if layout.is_hinted(evidence_of(source, layout))]
     is_plain = source.container is None and source.files[0].suffix == ".safetensors"
-    if timm_layout.LAYOUT in candidates and is_plain:  # no official repository writes this format
-        return timm_layout.LAYOUT
+    if timm.LAYOUT in candidates and is_plain:  # no official repository writes this format
+        return timm.LAYOUT
     if not hinted and dino.LAYOUT in candidates and not any("head" in name for name in source.shapes):
         return dino.LAYOUT
     return (hinted or [layout for layout in candidates if shares[layout.name] == best])[0]

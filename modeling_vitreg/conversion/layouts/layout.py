@@ -12,7 +12,7 @@ from torch import Tensor
 
 from modeling_vitreg import ViTWithRegistersConfig
 
-from .rules import ConversionError, Drop, Rule, matches
+from ..rules import ConversionError, Drop, Rule, matches
 
 
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}

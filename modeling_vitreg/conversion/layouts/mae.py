@@ -8,9 +8,9 @@ from torch import Tensor
 from modeling_vitreg import ViTWithRegistersConfig
 from modeling_vitreg.modeling_vitreg import sincos_position_table
 
+from ..rules import Drop, Rename, Rule
 from .blocks import HEAD, LAYERS, MLP, POSITIONS, STEM, read_sizes
 from .layout import IMAGENET, Evidence, Layout, prepare_crop
-from .rules import Drop, Rename, Rule
 
 
 DECODER: list[Rule] = [

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from modeling_vitreg import ViTWithRegistersConfig
 
+from ..rules import ConversionError, Join, Rename, Rule, add_axis, drop_axis
 from .blocks import GAMMAS, HEAD, LAYERS, MLP, POSITIONS, SCALES, STEM, read_sizes
 from .layout import BICUBIC, BILINEAR, CLIP, IMAGENET, INCEPTION, Evidence, Layout, each, prepare_crop, prepare_square
-from .rules import ConversionError, Join, Rename, Rule, add_axis, drop_axis
 
 
 EXTRAS: list[Rule] = [

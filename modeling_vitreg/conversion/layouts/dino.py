@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from modeling_vitreg import ViTWithRegistersConfig
 
+from ..rules import Drop, Rule
 from .blocks import LAYERS, MLP, POSITIONS, STEM, read_sizes
 from .layout import IMAGENET, Evidence, Layout, each, prepare_crop
-from .rules import Drop, Rule
 
 
 def _rules(config: ViTWithRegistersConfig | None) -> list[Rule]:

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable
 
 from modeling_vitreg import ViTWithRegistersConfig
 
+from ..rules import ConversionError, Drop, Join, Rename, Rule, add_axes, add_axis, drop_axes, drop_axis
 from .layout import BILINEAR, CLIP, IMAGENET, INCEPTION, Evidence, Layout, prepare_crop, prepare_square
 from .mae import FIXED, is_sincos
-from .rules import ConversionError, Drop, Join, Rename, Rule, add_axes, add_axis, drop_axes, drop_axis
 
 
 EMBEDDINGS: list[Rule] = [

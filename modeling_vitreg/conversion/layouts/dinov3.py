@@ -7,9 +7,9 @@ from torch import Tensor
 
 from modeling_vitreg import ViTWithRegistersConfig
 
+from ..rules import Drop, Join, Rename, Rule, add_axis, drop_axis
 from .blocks import LAYERS, MLP, SCALES, STEM, read_sizes
 from .layout import BICUBIC, IMAGENET, Evidence, Layout, each, prepare_square
-from .rules import Drop, Join, Rename, Rule, add_axis, drop_axis
 
 
 def _clear_keys(bias: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from torch import Tensor
 from modeling_vitreg import ViTWithRegistersConfig
 from modeling_vitreg.modeling_vitreg import capi_frequencies
 
+from ..rules import Drop, Fill, Join, Rename, Rule, add_axis, drop_axis
 from .layout import IMAGENET, Evidence, Layout, each, heads_of, prepare_crop
-from .rules import Drop, Fill, Join, Rename, Rule, add_axis, drop_axis
 
 
 BLOCK = "encoder.blocks.{i}"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from ..rules import Drop, Rename, Rule, add_axes, add_axis, drop_axes, drop_axis, transpose
 from .layout import CLIP, Evidence, Layout, heads_of, image_size_of, prepare_crop
-from .rules import Drop, Rename, Rule, add_axes, add_axis, drop_axes, drop_axis, transpose
 
 
 BLOCK = "transformer.resblocks.{i}"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from modeling_vitreg import ViTWithRegistersConfig
 
+from ..rules import Rename, Rule
 from .blocks import GAMMAS, HEAD, LAYERS, MLP, POSITIONS, STEM, read_sizes
 from .layout import IMAGENET, Evidence, Layout, each, prepare_crop
-from .rules import Rename, Rule
 
 
 DISTILLED: list[Rule] = [

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ..rules import Rename, Rule
 from .layout import Evidence, heads_of, image_size_of
-from .rules import Rename, Rule
 
 
 STEM: list[Rule] = [
