@@ -52,12 +52,12 @@ def convert(
 
         known = ConversionSettings(
             family=family,
-            container=checkpoint_key,
+            checkpoint_key=checkpoint_key,
             head=head,
-            stated=read_assignments(settings or ()),
+            config_overrides=read_assignments(settings or ()),
             code=code,
             tolerance=tolerance,
-            skips_proof=no_verify,
+            skip_verification=no_verify,
         )
         if to is None:
             report = run_convert(source, output, settings=known)

@@ -22,7 +22,7 @@ from modeling_vitreg.files import atomic_folder
 from modeling_vitreg.reports import ConversionReport, write_report
 
 from .layouts import dinov2, timm
-from .layouts.layout import Evidence, Layout
+from .layouts.layout import CheckpointInfo, Layout
 from .layouts.transformers import LAYOUTS as TRANSFORMERS
 from .layouts.transformers import name_in_file, transformers_settings
 from .pipeline import (
@@ -37,7 +37,7 @@ from .pipeline import (
 )
 from .references import find_reference, run_timm, timm_arguments, timm_positions, title_of
 from .repositories import repository_reference
-from .rules import ConversionError, Entry, balance_outward
+from .rules import ConversionError, Entry, balance_to_source
 from .sources import Source, hash_files, open_source
 from .verify import Reference
 from .writer import make, write_safetensors
@@ -116,7 +116,7 @@ def export(
     title = f"vitreg to {to}"
     layout, tensors, config = _choose(to, tensors, config, title)
     tensors, dropped = _without_mask(layout, tensors, config)
-    ledger, check = balance_outward(layout.rules(config), tensors.shapes, title=title)
+    ledger, check = balance_to_source(layout.rules(config), tensors.shapes, title=title)
     check(tensors.read)
     entries = [*ledger.entries, *_extra(to, tensors, config)]
     with quietly():
@@ -137,7 +137,7 @@ def export(
             source={
                 "path": str(source),
                 "layout": "vitreg",
-                "container": None,
+                "checkpoint_key": None,
                 "sha256": hash_files(opened.files),
                 "num_bytes": opened.num_bytes,
                 "licence": None,
@@ -219,7 +219,7 @@ def _with_slots(tensors: Source, config: ViTWithRegistersConfig) -> tuple[Source
 def _without_mask(layout: Layout, tensors: Source, config) -> tuple[Source, dict[str, str]]:
     """The mask token is left where the layout has none: no inference reads it."""
     name = "embeddings.mask_token"
-    if name not in tensors.shapes or any(getattr(rule, "ours", None) == name for rule in layout.rules(config)):
+    if name not in tensors.shapes or any(getattr(rule, "target", None) == name for rule in layout.rules(config)):
         return tensors, {}
     shapes = {other: shape for other, shape in tensors.shapes.items() if other != name}
     return dataclasses.replace(tensors, shapes=shapes), {name: "the layout has no mask token"}
@@ -254,16 +254,16 @@ def _compare(config, layout: Layout, entries: list[Entry], tensors: Source, *, s
         entry = by_name[name]
         return entry.make(*(tensors.read(source) for source in entry.sources))
 
-    evidence = Evidence(
+    info = CheckpointInfo(
         shapes={name: tuple(read(name).shape) for name in by_name},
         read=read,
         file_name=title,
         settings=settings,
         module=module,
-        stated={"num_attention_heads": config.num_attention_heads},
+        config_overrides={"num_attention_heads": config.num_attention_heads},
     )
     try:
-        fields = layout.configure(evidence)
+        fields = layout.configure(info)
     except ConversionError as error:  # a tensor by which the layout is read does not exist
         kind = config.position_embedding_type
         raise ConversionError(f"{title}: the layout cannot represent position_embedding_type={kind!r}") from error

@@ -31,12 +31,12 @@ from modeling_vitreg import (
 from modeling_vitreg.files import atomic_folder
 from modeling_vitreg.reports import ConversionReport, write_report
 
-from .layouts import evidence_of, recognise
+from .layouts import describe_checkpoint, recognise
 from .layouts.dinov2 import configure_head
-from .layouts.layout import Evidence, Layout
+from .layouts.layout import CheckpointInfo, Layout
 from .references import find_reference
 from .repositories import repository_reference
-from .rules import ConversionError, Drop, Join, Ledger, Rename, Rule, balance_inward, matches
+from .rules import ConversionError, Drop, Join, Ledger, Rename, Rule, balance_to_target, matches
 from .sources import Source, hash_files, open_source
 from .verify import TOLERANCE, Reference, check_errors, verify
 from .writer import check_finite, write_safetensors
@@ -58,22 +58,22 @@ class ConversionSettings:
 
     Args:
         family: name of the layout; None infers it.
-        container: word under which the tensors stand in the file; None takes the usual ones.
+        checkpoint_key: word under which the tensors stand in the file; None takes the usual ones.
         head: file with a linear head of DINOv2 for this backbone.
-        stated: fields of the configuration that nothing shows.
+        config_overrides: fields of the configuration that nothing shows.
         code: clone of the original repository to compare with; None uses installed libraries.
         tolerance: largest relative error.
-        skips_proof: compare with nothing, for models that do not fit into memory twice; the record says so.
+        skip_verification: compare with nothing, for models that do not fit into memory twice; the record says so.
         is_quiet: show no progress.
     """
 
     family: str | None = None
-    container: str | None = None
+    checkpoint_key: str | None = None
     head: pathlib.Path | None = None
-    stated: dict = dataclasses.field(default_factory=dict)
+    config_overrides: dict = dataclasses.field(default_factory=dict)
     code: pathlib.Path | None = None
     tolerance: float = TOLERANCE
-    skips_proof: bool = False
+    skip_verification: bool = False
     is_quiet: bool = False
 
 
@@ -104,30 +104,30 @@ def convert(
     check_output(output)
     opened, module = _open(source, settings)
     layout = recognise(opened, family=settings.family, module=module)
-    evidence = evidence_of(opened, layout, module=module, stated=settings.stated)
-    kind, config, rules, extra = _decide(layout, evidence, settings)
+    info = describe_checkpoint(opened, layout, module=module, config_overrides=settings.config_overrides)
+    kind, config, rules, extra = _decide(layout, info, settings)
     model = make_empty(kind, config)
     title = f"{layout.title} to vitreg"
     original = opened.renamed(layout.canonical(list(opened.shapes)))
     tensors = original if extra is None else _beside(original, extra)
     targets = {short(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    ledger = balance_inward(rules, tensors.shapes, targets, title=title)
+    ledger = balance_to_target(rules, tensors.shapes, targets, title=title)
     _check_dropped(rules, tensors, ledger)
     _check_room(output, tensors.num_bytes)
     digest = hash_files(opened.files, known=layout.hashes) if opened.files else None
 
     with atomic_folder(output) as folder:
-        _write(folder, model, ledger, tensors, _processor(layout, evidence, config), title, settings.is_quiet)
+        _write(folder, model, ledger, tensors, _processor(layout, info, config), title, settings.is_quiet)
         proof = _prove(kind, folder, layout, original, module, settings, title)
         report = ConversionReport(
             source={
                 "path": str(source) if isinstance(source, (str, pathlib.Path)) else type(source).__name__,
                 "layout": layout.name,
-                "container": opened.container,
+                "checkpoint_key": opened.checkpoint_key,
                 "sha256": digest,
                 "num_bytes": opened.num_bytes,
                 "licence": layout.licence,
-                "assumed": _assumed(evidence, config),
+                "assumed": _assumed(info, config),
             },
             target={
                 "layout": "vitreg",
@@ -143,12 +143,12 @@ def convert(
     return report
 
 
-def _assumed(evidence: Evidence, config: ViTWithRegistersConfig) -> dict:
+def _assumed(info: CheckpointInfo, config: ViTWithRegistersConfig) -> dict:
     """Fields that no tensor shows, taken from what is usual in the family: a reference built with them shares them."""
-    if evidence.settings is not None or evidence.module is not None:
+    if info.settings is not None or info.module is not None:
         return {}
     names = ("num_attention_heads", "layer_norm_eps", "hidden_act", "interpolate_antialias", "interpolate_offset")
-    return {name: getattr(config, name) for name in names if name not in evidence.stated}
+    return {name: getattr(config, name) for name in names if name not in info.config_overrides}
 
 
 def describe_ledger(ledger: Ledger, title: str, *, left: dict[str, str] | None = None) -> dict:
@@ -196,7 +196,7 @@ def _open(source: str | pathlib.Path | nn.Module, settings: ConversionSettings) 
     if is_module or str(source).startswith(("timm:", "hf-hub:")):
         module = source if is_module else _make_timm(str(source))
         return _of_module(module, str(type(module).__name__ if is_module else source)), module
-    opened = open_source(source, container=settings.container)
+    opened = open_source(source, checkpoint_key=settings.checkpoint_key)
     name = (opened.settings or {}).get("architecture")
     if name is None:
         return opened, None
@@ -234,11 +234,11 @@ def _of_module(module: nn.Module, title: str) -> Source:
     )
 
 
-def _decide(layout: Layout, evidence: Evidence, settings: ConversionSettings) -> tuple:
+def _decide(layout: Layout, info: CheckpointInfo, settings: ConversionSettings) -> tuple:
     """Class, configuration and rules; and the open head, if there is one."""
-    fields, head = layout.configure(evidence), None
+    fields, head = layout.configure(info), None
     kind = ViTWithRegistersForImageClassification if "num_labels" in fields else ViTWithRegistersModel
-    fields |= settings.stated
+    fields |= settings.config_overrides
     extra_rules: list[Rule] = []
     if settings.head is not None:
         if layout.name != "dinov2":
@@ -256,7 +256,7 @@ def _decide(layout: Layout, evidence: Evidence, settings: ConversionSettings) ->
         config = ViTWithRegistersConfig(**fields, architectures=[kind.__name__])
     except (ValueError, TypeError) as error:
         raise ConversionError(
-            f"{evidence.file_name}: read as {layout.name}, its architecture makes no sense: {error}"
+            f"{info.file_name}: read as {layout.name}, its architecture makes no sense: {error}"
         ) from error
     rules = [*layout.rules(config), *extra_rules]
     if kind is not ViTWithRegistersModel:
@@ -272,8 +272,8 @@ def _head_name(name: str) -> str:
 
 
 def _without(rule: Rule) -> Rule:
-    if isinstance(rule, (Rename, Join)) and rule.ours in _NOT_IN_HEADS and isinstance(rule.theirs, str):
-        return Drop(rule.theirs, why="a model with a head does not have it")
+    if isinstance(rule, (Rename, Join)) and rule.target in _NOT_IN_HEADS and isinstance(rule.source, str):
+        return Drop(rule.source, why="a model with a head does not have it")
     return rule
 
 
@@ -308,12 +308,12 @@ def _check_room(output: pathlib.Path, num_bytes: int) -> None:
         raise ConversionError(f"{output}: needs {num_bytes:,} bytes, the disk has {free:,} left: name another place")
 
 
-def _processor(layout: Layout, evidence: Evidence, config: ViTWithRegistersConfig) -> dict:
+def _processor(layout: Layout, info: CheckpointInfo, config: ViTWithRegistersConfig) -> dict:
     """How images are prepared: as the source's own settings say, else as the family does."""
-    if evidence.processor is None:
-        return layout.prepare(evidence, config)
+    if info.processor is None:
+        return layout.prepare(info, config)
     names = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor")
-    known = {name: value for name, value in evidence.processor.items() if name in (*names, "image_mean", "image_std")}
+    known = {name: value for name, value in info.processor.items() if name in (*names, "image_mean", "image_std")}
     return {"do_center_crop": False, **known}  # processors that never cut do not say so
 
 
@@ -349,7 +349,7 @@ def quietly() -> Iterator[None]:
 
 def _prove(kind, folder, layout: Layout, tensors: Source, module, settings: ConversionSettings, title: str) -> dict:
     """Load what was written, and compare it."""
-    if settings.skips_proof:
+    if settings.skip_verification:
         return {"is_verified": False, "why": "it was asked to skip the proof"}
     with quietly():
         model = kind.from_pretrained(folder)

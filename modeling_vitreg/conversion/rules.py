@@ -75,14 +75,14 @@ class Rename:
     """One tensor becomes one tensor.
 
     Args:
-        theirs, ours: names.
-        inward, outward: what happens to the values on the way in and, undoing it, on the way out.
+        source, target: names.
+        to_target, to_source: what happens to the values on the way in, and its inverse for the way out.
     """
 
-    theirs: str
-    ours: str
-    inward: Callable[[Tensor], Tensor] = keep
-    outward: Callable[[Tensor], Tensor] = keep
+    source: str
+    target: str
+    to_target: Callable[[Tensor], Tensor] = keep
+    to_source: Callable[[Tensor], Tensor] = keep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,13 +90,13 @@ class Join:
     """Tensors that lie one behind the other in ours, along the first axis.
 
     Args:
-        theirs: their names, in order.
-        ours: name.
-        may_lack: those of `theirs` that the layout does not have where they would be zero.
+        source: their names, in order.
+        target: name.
+        may_lack: those of `source` that the layout does not have where they would be zero.
     """
 
-    theirs: tuple[str, ...]
-    ours: str
+    source: tuple[str, ...]
+    target: str
     may_lack: tuple[str, ...] = ()
 
 
@@ -105,12 +105,12 @@ class Drop:
     """Tensors that have no place in ours.
 
     Args:
-        theirs: name.
+        source: name.
         why: in words, for the record.
         value: what it must be, given the tensor's name; where it is given the tensor is written on the way out.
     """
 
-    theirs: str
+    source: str
     why: str
     value: Callable[[str], Tensor] | None = None
 
@@ -120,12 +120,12 @@ class Fill:
     """Tensors of ours that the layout does not have, for there they would do nothing.
 
     Args:
-        ours: name.
+        target: name.
         value: of every number in them.
         why: in words, for the record.
     """
 
-    ours: str
+    target: str
     value: float
     why: str
 
@@ -178,7 +178,7 @@ class Ledger:
         )
 
 
-def balance_inward(
+def balance_to_target(
     rules: Iterable[Rule], sources: dict[str, tuple], targets: dict[str, tuple], *, title: str
 ) -> Ledger:
     """Plan how tensors of a layout become ours.
@@ -192,18 +192,18 @@ def balance_inward(
     Raises:
         ConversionError: a tensor without a rule, a target without a source or with two, or shapes that differ.
     """
-    rules, book = list(rules), _Book(title)
+    rules, book = list(rules), LedgerBuilder(title)
     for name, shape in sources.items():
-        book.take(name, shape, [(rule, found) for rule in rules if (found := _match_theirs(rule, name)) is not None])
+        book.take(name, shape, [(rule, found) for rule in rules if (found := _match_source(rule, name)) is not None])
     for name, shape in targets.items():
         for rule in rules:
-            if isinstance(rule, Fill) and _match(rule.ours, name) is not None and name not in book.made:
+            if isinstance(rule, Fill) and _match(rule.target, name) is not None and name not in book.made:
                 book.fill(name, shape, rule)
     book.join(targets)
     return book.close(targets, rules)
 
 
-def balance_outward(
+def balance_to_source(
     rules: Iterable[Rule], sources: dict[str, tuple], *, title: str
 ) -> tuple[Ledger, Callable[[Callable], None]]:
     """Plan how our tensors become those of a layout.
@@ -220,27 +220,27 @@ def balance_outward(
     Raises:
         ConversionError: a tensor of ours without a place in the layout.
     """
-    entries, dropped, checks, homeless = [], {}, [], []
+    entries, dropped, checks, unmapped = [], {}, [], []
     rules = list(rules)
     for name in sources:
-        found = [(rule, groups) for rule in rules if (groups := _match_ours(rule, name)) is not None]
+        found = [(rule, groups) for rule in rules if (groups := _match_target(rule, name)) is not None]
         if not found:
-            homeless.append(name)
+            unmapped.append(name)
             continue
         rule, groups = found[0]
         if isinstance(rule, Rename):
-            entries.append(Entry(rule.theirs.format(**groups), (name,), rule.outward))
+            entries.append(Entry(rule.source.format(**groups), (name,), rule.to_source))
         elif isinstance(rule, Fill):
             dropped[name] = rule.why
             checks.append((name, rule.value))
         else:
-            for number, part in enumerate(rule.theirs):
+            for number, part in enumerate(rule.source):
                 if part not in rule.may_lack:
-                    make = functools.partial(_part, number=number, count=len(rule.theirs))
+                    make = functools.partial(_part, number=number, count=len(rule.source))
                     entries.append(Entry(part.format(**groups), (name,), make))
-    if homeless:
-        fields = sorted({field for name in homeless for part, field in _FIELDS_OF.items() if part in name})
-        raise ConversionError(f"{title}: the layout has no place for {' and '.join(fields)} ({_listed(homeless)})")
+    if unmapped:
+        fields = sorted({field for name in unmapped for part, field in _FIELDS_OF.items() if part in name})
+        raise ConversionError(f"{title}: the layout has no place for {' and '.join(fields)} ({_listed(unmapped)})")
 
     def check(read: Callable[[str], Tensor]) -> None:
         for name, value in checks:
@@ -252,7 +252,7 @@ def balance_outward(
     return Ledger(tuple(entries), dropped, {}), check
 
 
-class _Book:
+class LedgerBuilder:
     """The ledger while it is written."""
 
     def __init__(self, title: str):
@@ -274,18 +274,18 @@ class _Book:
         if isinstance(rule, Drop):
             self.dropped[name] = rule.why
             return
-        target = rule.ours.format(**groups)
+        target = rule.target.format(**groups)
         if isinstance(rule, Join):
-            parts = tuple(part.format(**groups) for part in rule.theirs)
+            parts = tuple(part.format(**groups) for part in rule.source)
             lacking = tuple(part.format(**groups) for part in rule.may_lack)
             self._joins.setdefault(target, {"parts": parts, "may_lack": lacking, "found": {}})["found"][name] = shape
             return
         try:
-            after = tuple(rule.inward(torch.empty(shape, device="meta")).shape)
+            after = tuple(rule.to_target(torch.empty(shape, device="meta")).shape)
         except (ConversionError, RuntimeError, IndexError):
             self._note("shapes differ", f"{name} {tuple(shape)} cannot become {target}")
             return
-        self._enter(Entry(target, (name,), rule.inward), after)
+        self._enter(Entry(target, (name,), rule.to_target), after)
 
     def join(self, targets: dict[str, tuple]) -> None:
         """Enter what is made of several tensors."""
@@ -346,31 +346,31 @@ class _Book:
 
 def matches(rule: Rule, name: str) -> bool:
     """Whether a tensor of theirs is one that the rule knows."""
-    return _match_theirs(rule, name) is not None
+    return _match_source(rule, name) is not None
 
 
 def _sources_of(name: str, rules: list[Rule]) -> str:
     """What a tensor of ours would be made from."""
     for rule in rules:
-        groups = _match_ours(rule, name)
+        groups = _match_target(rule, name)
         if groups is not None and not isinstance(rule, Fill):
-            parts = rule.theirs if isinstance(rule, Join) else (rule.theirs,)
+            parts = rule.source if isinstance(rule, Join) else (rule.source,)
             return " and ".join(part.format(**groups) for part in parts)
     return "nothing in this layout"
 
 
-def _match_theirs(rule: Rule, name: str) -> dict | None:
+def _match_source(rule: Rule, name: str) -> dict | None:
     if isinstance(rule, Fill):
         return None
-    for pattern in rule.theirs if isinstance(rule, Join) else (rule.theirs,):
+    for pattern in rule.source if isinstance(rule, Join) else (rule.source,):
         groups = _match(pattern, name)
         if groups is not None:
             return groups
     return None
 
 
-def _match_ours(rule: Rule, name: str) -> dict | None:
-    return None if isinstance(rule, Drop) else _match(rule.ours, name)
+def _match_target(rule: Rule, name: str) -> dict | None:
+    return None if isinstance(rule, Drop) else _match(rule.target, name)
 
 
 def _match(pattern: str, name: str) -> dict | None:
@@ -418,8 +418,8 @@ __all__ = [
     "Rule",
     "add_axes",
     "add_axis",
-    "balance_inward",
-    "balance_outward",
+    "balance_to_source",
+    "balance_to_target",
     "drop_axes",
     "drop_axis",
     "keep",

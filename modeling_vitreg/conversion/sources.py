@@ -27,7 +27,7 @@ from .rules import ConversionError
 
 
 # What training programs wrap a state in, the one to take first.
-CONTAINERS = ("teacher", "model_ema", "state_dict", "model", "student")
+CHECKPOINT_KEYS = ("teacher", "model_ema", "state_dict", "model", "student")
 _SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
 _WEIGHT_FILES = (
     "model.safetensors.index.json",
@@ -50,7 +50,7 @@ class Source:
         read: returns a tensor by name, as a view of the file where the format allows.
         num_bytes: of its tensors.
         files: that hold the tensors.
-        container: word under which the tensors stood in the file, or None.
+        checkpoint_key: word under which the tensors stood in the file, or None.
         left: what else stood in the file, with the reason why it is left.
         settings: of its `config.json`, or None.
         processor: settings of its image processor, or None.
@@ -61,7 +61,7 @@ class Source:
     read: Callable[[str], Tensor]
     num_bytes: int
     files: list[pathlib.Path]
-    container: str | None = None
+    checkpoint_key: str | None = None
     left: dict[str, str] = dataclasses.field(default_factory=dict)
     settings: dict | None = None
     processor: dict | None = None
@@ -77,13 +77,13 @@ class Source:
         )
 
 
-def open_source(path: str | pathlib.Path, *, container: str | None = None) -> Source:
+def open_source(path: str | pathlib.Path, *, checkpoint_key: str | None = None) -> Source:
     """Open a checkpoint.
 
     Args:
         path: file or folder.
-        container: word under which the tensors stand in a file that holds several states, such as "student"; default:
-            the first of `CONTAINERS`.
+        checkpoint_key: key of the state dict in a file that holds several, such as "student"; default:
+            the first of `CHECKPOINT_KEYS`.
 
     Raises:
         ConversionError: it is missing, truncated, no checkpoint, or needs code to be read.
@@ -104,7 +104,7 @@ def open_source(path: str | pathlib.Path, *, container: str | None = None) -> So
     states = [_open_file(one) for one in files]
     tensors, read, used, left = {}, {}, None, {}
     for one, state in zip(files, states):
-        found, used, rest = _unwrap(state, container, one)
+        found, used, rest = _unwrap(state, checkpoint_key, one)
         tensors |= found
         read |= dict.fromkeys(found, found)
         left |= rest
@@ -114,7 +114,7 @@ def open_source(path: str | pathlib.Path, *, container: str | None = None) -> So
         read=lambda name: read[name][name].read(),
         num_bytes=sum(tensor.num_bytes for tensor in tensors.values()),
         files=files,
-        container=used,
+        checkpoint_key=used,
         left=left,
         settings=settings,
         processor=processor,
@@ -274,9 +274,9 @@ def _num_bytes(part) -> int:
     return int(np.prod(part.get_shape(), dtype=np.int64)) * bits // 8
 
 
-def _unwrap(state: dict, container: str | None, file: pathlib.Path) -> tuple[dict, str | None, dict]:
+def _unwrap(state: dict, checkpoint_key: str | None, file: pathlib.Path) -> tuple[dict, str | None, dict]:
     """Tensors of a file, the word that they stood under, and what else there was."""
-    used, left, wanted = [], {}, [container] if container else list(CONTAINERS)
+    used, left, wanted = [], {}, [checkpoint_key] if checkpoint_key else list(CHECKPOINT_KEYS)
     while True:
         nested = {name: value for name, value in state.items() if isinstance(value, dict)}
         tensors = {name: value for name, value in state.items() if isinstance(value, _Lazy)}
@@ -285,10 +285,10 @@ def _unwrap(state: dict, container: str | None, file: pathlib.Path) -> tuple[dic
             break
         left |= {name: f"beside the weights under {word!r}" for name in state if name != word}
         used.append(word)
-        state, wanted = nested[word], list(CONTAINERS)
-    if container and container not in used:
+        state, wanted = nested[word], list(CHECKPOINT_KEYS)
+    if checkpoint_key and checkpoint_key not in used:
         raise ConversionError(
-            f"{file}: has no state under {container!r}: expected one of {', '.join(nested) or 'none, it is flat'}"
+            f"{file}: has no state under {checkpoint_key!r}: expected one of {', '.join(nested) or 'none, it is flat'}"
         )
     if not tensors:
         raise ConversionError(f"{file}: holds no tensors: expected a state dict, got {', '.join(list(state)[:8])}")
@@ -389,4 +389,4 @@ class _ClosedUnpickler(pickle.Unpickler):
         return self._reader.storage(reference)
 
 
-__all__ = ["CONTAINERS", "Source", "hash_files", "open_source"]
+__all__ = ["CHECKPOINT_KEYS", "Source", "hash_files", "open_source"]

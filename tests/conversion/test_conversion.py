@@ -18,9 +18,9 @@ from test_remote_code import run_without_the_package
 
 from modeling_vitreg import ViTWithRegistersConfig, ViTWithRegistersModel
 from modeling_vitreg.conversion import ConversionError, ConversionSettings, convert, export
-from modeling_vitreg.conversion.layouts import evidence_of, recognise
+from modeling_vitreg.conversion.layouts import describe_checkpoint, recognise
 from modeling_vitreg.conversion.pipeline import make_empty, short
-from modeling_vitreg.conversion.rules import balance_inward
+from modeling_vitreg.conversion.rules import balance_to_target
 from modeling_vitreg.conversion.sources import Source, open_source
 from modeling_vitreg.conversion.verify import probe_images, probe_sizes
 from modeling_vitreg.reports import ConversionReport, read_report
@@ -161,7 +161,7 @@ OFFICIAL = {
 def test_an_official_file_becomes_a_folder_with_the_tokens_of_the_reference(name, tmp_path, record_property):
     file_name, make, layout, reference = OFFICIAL[name]
     torch.save(make(), tmp_path / file_name)
-    report = convert(tmp_path / file_name, tmp_path / "out", settings=settle(stated=TWO_HEADS))
+    report = convert(tmp_path / file_name, tmp_path / "out", settings=settle(config_overrides=TWO_HEADS))
     assert report.source["layout"] == layout
     assert read_report(tmp_path / "out" / "conversion.json", kind=ConversionReport) == report
     if reference is None:
@@ -200,7 +200,9 @@ def test_a_model_of_timm_comes_in_from_memory_and_from_a_file_and_goes_out_with_
     from_memory = convert(theirs, tmp_path / "in", settings=settle())
     assert from_memory.proof["is_verified"] and "logits" in next(iter(from_memory.proof["errors"].values()))
     save_file(theirs.state_dict(), tmp_path / f"{name}.safetensors")
-    from_file = convert(tmp_path / f"{name}.safetensors", tmp_path / "file", settings=settle(stated=TWO_HEADS))
+    from_file = convert(
+        tmp_path / f"{name}.safetensors", tmp_path / "file", settings=settle(config_overrides=TWO_HEADS)
+    )
     assert from_file.source["layout"] == "timm" and from_file.proof["is_verified"]
 
     report = export(tmp_path / "in", tmp_path / "out", to="timm", settings=settle())
@@ -326,7 +328,9 @@ def test_names_of_classes_and_the_image_processor_come_along(tmp_path):
 def test_images_are_prepared_as_the_family_does(name, mean, crop, tmp_path):
     file_name, make, _, _ = OFFICIAL[name]
     torch.save(make(), tmp_path / file_name)
-    convert(tmp_path / file_name, tmp_path / "out", settings=settle(stated=TWO_HEADS, skips_proof=True))
+    convert(
+        tmp_path / file_name, tmp_path / "out", settings=settle(config_overrides=TWO_HEADS, skip_verification=True)
+    )
     saved = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
     assert saved["image_mean"][0] == mean and saved["size"] == crop and saved["resample"] == 3
 
@@ -339,7 +343,7 @@ def test_dinov2_goes_out_with_the_bytes_of_the_official_file(name, tmp_path):
     file_name, make, _, _ = OFFICIAL[name]
     state = make()
     torch.save(state, tmp_path / file_name)
-    convert(tmp_path / file_name, tmp_path / "in", settings=settle(stated=TWO_HEADS))
+    convert(tmp_path / file_name, tmp_path / "in", settings=settle(config_overrides=TWO_HEADS))
     report = export(tmp_path / "in", tmp_path / "model.pth", to="dinov2", settings=settle())
     assert report.proof["is_verified"] and report.proof["reference"].startswith("timm")
     assert read_report(tmp_path / "model.conversion.json", kind=ConversionReport) == report
@@ -351,7 +355,7 @@ def test_dinov2_goes_out_with_the_bytes_of_the_official_file(name, tmp_path):
 
 def test_registers_with_the_positions_of_a_class_token_go_out_to_timm_folded(tmp_path):
     torch.save(official.fill(official.dinov2(32, 2, side=4, num_registers=4)), tmp_path / "dinov2_reg.pth")
-    convert(tmp_path / "dinov2_reg.pth", tmp_path / "in", settings=settle(stated=TWO_HEADS))
+    convert(tmp_path / "dinov2_reg.pth", tmp_path / "in", settings=settle(config_overrides=TWO_HEADS))
     report = export(tmp_path / "in", tmp_path / "out", to="timm", settings=settle())
     assert report.proof["is_verified"] and report.ledger["dropped"] == {
         "embeddings.mask_token": "the layout has no mask token"
@@ -398,8 +402,12 @@ def test_the_linear_classifier_of_dinov2_reads_class_tokens_and_the_mean_of_patc
     head = {"weight": torch.randn(7, 32 * (1 + num_layers)), "bias": torch.randn(7)}
     torch.save(state, tmp_path / "dinov2.pth")
     torch.save(head, tmp_path / "head.pth")
-    convert(tmp_path / "dinov2.pth", tmp_path / "in", settings=settle(stated=TWO_HEADS, head=tmp_path / "head.pth"))
-    convert(tmp_path / "dinov2.pth", tmp_path / "base", settings=settle(stated=TWO_HEADS))
+    convert(
+        tmp_path / "dinov2.pth",
+        tmp_path / "in",
+        settings=settle(config_overrides=TWO_HEADS, head=tmp_path / "head.pth"),
+    )
+    convert(tmp_path / "dinov2.pth", tmp_path / "base", settings=settle(config_overrides=TWO_HEADS))
     images = torch.randn(2, 3, 56, 70)
     base = ViTWithRegistersModel.from_pretrained(tmp_path / "base")
     with torch.no_grad():
@@ -422,7 +430,7 @@ def test_dense_heads_of_dinov2_come_in(tmp_path):
     found = {}
     for name, head in {"depth": depth, "segments": segments | norm}.items():
         torch.save({"state_dict": head, "meta": {"CLASSES": ["a"]}}, tmp_path / f"{name}.pth")
-        settings = settle(stated=TWO_HEADS, head=tmp_path / f"{name}.pth", skips_proof=True)
+        settings = settle(config_overrides=TWO_HEADS, head=tmp_path / f"{name}.pth", skip_verification=True)
         found[name] = convert(tmp_path / "dinov2.pth", tmp_path / name, settings=settings).target["class"]
     assert found == {
         "depth": "ViTWithRegistersForDepthEstimation",
@@ -438,7 +446,9 @@ def test_a_head_of_another_backbone_is_refused(tmp_path):
     torch.save({"weight": torch.randn(7, 100), "bias": torch.randn(7)}, tmp_path / "head.pth")
     with pytest.raises(ConversionError, match=r"no linear head of a backbone of width 32"):
         convert(
-            tmp_path / "dinov2.pth", tmp_path / "in", settings=settle(stated=TWO_HEADS, head=tmp_path / "head.pth")
+            tmp_path / "dinov2.pth",
+            tmp_path / "in",
+            settings=settle(config_overrides=TWO_HEADS, head=tmp_path / "head.pth"),
         )
 
 
@@ -484,17 +494,17 @@ def test_the_ledger_of_an_official_size_balances(name):
         read=lambda key: small.get(key, torch.ones(shapes[key])),
         num_bytes=0,
         files=[pathlib.Path("x.pth")],
-        container="model" if name.startswith("deit") else None,
+        checkpoint_key="model" if name.startswith("deit") else None,
     )
     layout = recognise(source)
-    evidence = evidence_of(source, layout)
-    config = ViTWithRegistersConfig(**layout.configure(evidence))
+    info = describe_checkpoint(source, layout)
+    config = ViTWithRegistersConfig(**layout.configure(info))
     assert {key: getattr(config, key) for key in fields} == fields
     kind = transformers.AutoModelForImageClassification if config.num_labels == 1000 else transformers.AutoModel
     with torch.device("meta"):
         model = kind.from_config(config)
     targets = {short(key): tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    ledger = balance_inward(layout.rules(config), evidence.shapes, targets, title=name)
+    ledger = balance_to_target(layout.rules(config), info.shapes, targets, title=name)
     assert ledger.num_used + len(ledger.dropped) == len(shapes)
     if num_parameters is not None:
         assert sum(map(math.prod, shapes.values())) == num_parameters
@@ -550,7 +560,7 @@ def test_a_proof_that_fails_saves_nothing(tmp_path):
     model = transformers.ViTModel(transformers.ViTConfig(**SIZES, **MLP))
     randomise(model).save_pretrained(tmp_path / "vit")
     with pytest.raises(ConversionError, match=r"differs from transformers .* by more than 1e-05(.|\n)*patch_tokens"):
-        convert(tmp_path / "vit", tmp_path / "in", settings=settle(stated={"hidden_act": "quick_gelu"}))
+        convert(tmp_path / "vit", tmp_path / "in", settings=settle(config_overrides={"hidden_act": "quick_gelu"}))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["vit"]
 
 
@@ -565,7 +575,9 @@ def test_probe_images_are_photographs_at_the_size_of_the_table_and_at_oblong_one
 def test_what_a_file_claims_to_be_may_be_stated(tmp_path):
     torch.save(official.fill(official.dino(32, 2, patch=8, side=4)), tmp_path / "model.pth")
     assert recognise(open_source(tmp_path / "model.pth")).name == "dino"
-    report = convert(tmp_path / "model.pth", tmp_path / "in", settings=settle(stated=TWO_HEADS, family="timm"))
+    report = convert(
+        tmp_path / "model.pth", tmp_path / "in", settings=settle(config_overrides=TWO_HEADS, family="timm")
+    )
     assert report.source["layout"] == "timm"
     assert ViTWithRegistersConfig.from_pretrained(tmp_path / "in").interpolate_antialias
     with pytest.raises(ConversionError, match=r"expected a family out of dinov2, .*, got 'dinov9'"):

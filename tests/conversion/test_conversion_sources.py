@@ -100,10 +100,10 @@ def test_what_old_checkpoints_hold_beside_tensors_is_left(tmp_path):
     state = {"model": {"cls_token": torch.ones(2)}, "args": argparse.Namespace(lr=0.1), "loss": np.float64(2.0)}
     torch.save(state | {"optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}}, tmp_path / "checkpoint.pth")
     source = open_source(tmp_path / "checkpoint.pth")
-    assert source.container == "model" and source.shapes == {"cls_token": (2,)}
+    assert source.checkpoint_key == "model" and source.shapes == {"cls_token": (2,)}
     assert set(source.left) == {"args", "loss", "optimizer"}
     with pytest.raises(ConversionError, match=r"has no state under 'student'"):
-        open_source(tmp_path / "checkpoint.pth", container="student")
+        open_source(tmp_path / "checkpoint.pth", checkpoint_key="student")
 
 
 def test_the_format_before_zip_is_read_too(tmp_path):
@@ -190,7 +190,7 @@ def test_a_full_disk_is_said_before_any_work(tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     with pytest.raises(ConversionError, match=r"needs [\d,]+ bytes, the disk has 1,000 left"):
-        convert(tmp_path / "dinov2_reg.pth", tmp_path / "out", settings=ConversionSettings(stated=TWO_HEADS))
+        convert(tmp_path / "dinov2_reg.pth", tmp_path / "out", settings=ConversionSettings(config_overrides=TWO_HEADS))
 
 
 # One edit of a real state dict is always caught, by the name of the tensor.
@@ -227,7 +227,7 @@ def test_one_edit_of_a_checkpoint_is_caught_by_name(tmp_path_factory, edit):
         state[name].view(-1)[-1] = float("nan" if kind == "nan" else "inf")
     folder = tmp_path_factory.mktemp("edit")
     torch.save(state, folder / "dinov2.pth")
-    settings = ConversionSettings(stated=TWO_HEADS, family="dinov2", is_quiet=True)
+    settings = ConversionSettings(config_overrides=TWO_HEADS, family="dinov2", is_quiet=True)
     optional = {"register_tokens"}  # without them it is a checkpoint of a model without registers
     if kind == "missing" and name in optional:
         assert convert(folder / "dinov2.pth", folder / "out", settings=settings).proof["is_verified"]
@@ -251,7 +251,7 @@ def peak():
 from modeling_vitreg.conversion import ConversionSettings, convert
 import transformers, timm
 before = peak()
-convert("dinov2_vitl14_reg4_pretrain.pth", "out", settings=ConversionSettings(skips_proof=True))
+convert("dinov2_vitl14_reg4_pretrain.pth", "out", settings=ConversionSettings(skip_verification=True))
 print(peak() - before)
 """
     run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)

@@ -92,7 +92,7 @@ def describe(report, folder: pathlib.Path) -> dict:
 
 def run(name: str, folder: pathlib.Path) -> dict:
     source, overrides = write_source(name, folder)
-    settings = ConversionSettings(is_quiet=True, stated=overrides, skips_proof=True)
+    settings = ConversionSettings(is_quiet=True, config_overrides=overrides, skip_verification=True)
     found = {"in": describe(convert(source, folder / "in", settings=settings), folder / "in")}
     for to in ("dinov2", "timm", "transformers"):
         output = folder / (f"{to}.pth" if to == "dinov2" else to)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..rules import ConversionError
 from ..sources import Source
 from . import capi, clip, deit, dino, dinov2, dinov3, mae, timm, transformers
-from .layout import Evidence, Layout
+from .layout import CheckpointInfo, Layout
 
 
 # Of layouts that share names, the first that is hinted at, else the first.
@@ -57,8 +57,8 @@ def recognise(source: Source, *, family: str | None = None, module=None) -> Layo
     if best < 0.75:
         raise ConversionError(_unknown(source, shares))
     candidates = [layout for layout in BY_NAMES if shares[layout.name] > best - 0.02]
-    hinted = [layout for layout in candidates if layout.is_hinted(evidence_of(source, layout))]
-    is_plain = source.container is None and source.files[0].suffix == ".safetensors"
+    hinted = [layout for layout in candidates if layout.is_hinted(describe_checkpoint(source, layout))]
+    is_plain = source.checkpoint_key is None and source.files[0].suffix == ".safetensors"
     if timm.LAYOUT in candidates and is_plain:  # no official repository writes this format
         return timm.LAYOUT
     if not hinted and dino.LAYOUT in candidates and not any("head" in name for name in source.shapes):
@@ -66,18 +66,20 @@ def recognise(source: Source, *, family: str | None = None, module=None) -> Layo
     return (hinted or [layout for layout in candidates if shares[layout.name] == best])[0]
 
 
-def evidence_of(source: Source, layout: Layout, *, module=None, stated: dict | None = None) -> Evidence:
+def describe_checkpoint(
+    source: Source, layout: Layout, *, module=None, config_overrides: dict | None = None
+) -> CheckpointInfo:
     """What a source shows, under the names of a layout."""
     renamed = source.renamed(layout.canonical(list(source.shapes)))
-    return Evidence(
+    return CheckpointInfo(
         shapes=renamed.shapes,
         read=renamed.read,
         file_name=source.path.name,
-        container=source.container,
+        checkpoint_key=source.checkpoint_key,
         settings=source.settings,
         processor=source.processor,
         module=module,
-        stated=dict(stated or {}),
+        config_overrides=dict(config_overrides or {}),
     )
 
 
@@ -95,4 +97,4 @@ def _unknown(source: Source, shares: dict[str, float]) -> str:
     )
 
 
-__all__ = ["BY_NAMES", "LAYOUTS", "evidence_of", "recognise"]
+__all__ = ["BY_NAMES", "LAYOUTS", "describe_checkpoint", "recognise"]

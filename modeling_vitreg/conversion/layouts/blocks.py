@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..rules import Rename, Rule
-from .layout import Evidence, heads_of, image_size_of
+from .layout import CheckpointInfo, heads_of, image_size_of
 
 
 STEM: list[Rule] = [
@@ -33,26 +33,26 @@ GAMMAS: list[Rule] = [
 HEAD: list[Rule] = [Rename("head.{leaf}", "classifier.{leaf}")]
 
 
-def read_sizes(evidence: Evidence, *, num_prefix_positions: int | None = 1) -> dict:
+def read_sizes(info: CheckpointInfo, *, num_prefix_positions: int | None = 1) -> dict:
     """Sizes that shapes show: width, depth, heads, MLP, patch, channels, and the image that the table was made for.
 
     Args:
-        evidence: of the checkpoint.
+        info: of the checkpoint.
         num_prefix_positions: slots in front of the patches in the table; None if there is no table.
     """
-    width = evidence.size("patch_embed.proj.weight", 0)
-    patch = evidence.size("patch_embed.proj.weight", -2), evidence.size("patch_embed.proj.weight", -1)
+    width = info.size("patch_embed.proj.weight", 0)
+    patch = info.size("patch_embed.proj.weight", -2), info.size("patch_embed.proj.weight", -1)
     sizes = {
         "hidden_size": width,
-        "num_hidden_layers": evidence.depth("blocks.*."),
-        "num_attention_heads": heads_of(evidence, width),
+        "num_hidden_layers": info.depth("blocks.*."),
+        "num_attention_heads": heads_of(info, width),
         "patch_size": patch[0] if patch[0] == patch[1] else patch,
-        "num_channels": evidence.size("patch_embed.proj.weight", 1),
+        "num_channels": info.size("patch_embed.proj.weight", 1),
         "num_register_tokens": 0,
     }
-    if num_prefix_positions is not None and "image_size" not in evidence.stated:
-        num_patches = evidence.size("pos_embed", -2) - num_prefix_positions
-        sizes["image_size"] = image_size_of(evidence, num_patches, patch)
+    if num_prefix_positions is not None and "image_size" not in info.config_overrides:
+        num_patches = info.size("pos_embed", -2) - num_prefix_positions
+        sizes["image_size"] = image_size_of(info, num_patches, patch)
     return sizes
 
 

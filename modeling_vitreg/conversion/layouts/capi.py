@@ -9,7 +9,7 @@ from modeling_vitreg import ViTWithRegistersConfig
 from modeling_vitreg.modeling_vitreg import capi_frequencies
 
 from ..rules import Drop, Fill, Join, Rename, Rule, add_axis, drop_axis
-from .layout import IMAGENET, Evidence, Layout, each, heads_of, prepare_crop
+from .layout import IMAGENET, CheckpointInfo, Layout, each, heads_of, prepare_crop
 
 
 BLOCK = "encoder.blocks.{i}"
@@ -50,19 +50,19 @@ def _canonical(name: str) -> str:
     )
 
 
-def _configure(evidence: Evidence) -> dict:
-    width, freqs = evidence.size("patch_embed.weight", 0), "encoder.blocks.*.residual1.fn.rope.freqs"
-    patch = evidence.size("patch_embed.weight", -1)
-    is_turned = evidence.has(freqs)
+def _configure(info: CheckpointInfo) -> dict:
+    width, freqs = info.size("patch_embed.weight", 0), "encoder.blocks.*.residual1.fn.rope.freqs"
+    patch = info.size("patch_embed.weight", -1)
+    is_turned = info.has(freqs)
     return {
         "hidden_size": width,
-        "num_hidden_layers": evidence.depth("encoder.blocks.*."),
-        "num_attention_heads": width // evidence.size(freqs, 1) if is_turned else heads_of(evidence, width),
-        "intermediate_size": evidence.size("encoder.blocks.*.residual2.fn.fc2.weight", 1),
+        "num_hidden_layers": info.depth("encoder.blocks.*."),
+        "num_attention_heads": width // info.size(freqs, 1) if is_turned else heads_of(info, width),
+        "intermediate_size": info.size("encoder.blocks.*.residual2.fn.fc2.weight", 1),
         "patch_size": patch,
         "image_size": 224 // patch * patch,
-        "num_channels": evidence.size("patch_embed.weight", 1),
-        "num_register_tokens": evidence.size("registers", 1),
+        "num_channels": info.size("patch_embed.weight", 1),
+        "num_register_tokens": info.size("registers", 1),
         "has_cls_token": False,
         "pooling": "mean",
         "norm_type": "rmsnorm",
@@ -81,7 +81,7 @@ LAYOUT = Layout(
     licence="apache-2.0",
     rules=_rules,
     configure=_configure,
-    prepare=lambda evidence, config: prepare_crop(config.image_size, **IMAGENET),
+    prepare=lambda info, config: prepare_crop(config.image_size, **IMAGENET),
     canonical=each(_canonical),
 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ..rules import Drop, Rename, Rule, add_axes, add_axis, drop_axes, drop_axis, transpose
-from .layout import CLIP, Evidence, Layout, heads_of, image_size_of, prepare_crop
+from .layout import CLIP, CheckpointInfo, Layout, heads_of, image_size_of, prepare_crop
 
 
 BLOCK = "transformer.resblocks.{i}"
@@ -46,37 +46,37 @@ def _canonical(names: Iterable[str]) -> dict[str, str]:
     }
 
 
-def _configure(evidence: Evidence) -> dict:
-    width, patch = evidence.size("conv1.weight", 0), evidence.size("conv1.weight", -1)
-    settings = (evidence.settings or {}).get("model_cfg", {})
+def _configure(info: CheckpointInfo) -> dict:
+    width, patch = info.size("conv1.weight", 0), info.size("conv1.weight", -1)
+    settings = (info.settings or {}).get("model_cfg", {})
     vision = settings.get("vision_cfg", {})
-    is_quick = settings.get("quick_gelu", is_openai(evidence) or "quickgelu" in evidence.file_name.lower())
-    heads = width // vision["head_width"] if "head_width" in vision else heads_of(evidence, width)
+    is_quick = settings.get("quick_gelu", is_openai(info) or "quickgelu" in info.file_name.lower())
+    heads = width // vision["head_width"] if "head_width" in vision else heads_of(info, width)
     fields = {
         "hidden_size": width,
-        "num_hidden_layers": evidence.depth("transformer.resblocks.*."),
+        "num_hidden_layers": info.depth("transformer.resblocks.*."),
         "num_attention_heads": heads,
-        "intermediate_size": evidence.size("transformer.resblocks.*.mlp.c_proj.weight", 1),
+        "intermediate_size": info.size("transformer.resblocks.*.mlp.c_proj.weight", 1),
         "hidden_act": "quick_gelu" if is_quick else "gelu",
         "patch_size": patch,
-        "image_size": image_size_of(evidence, evidence.size("positional_embedding", 0) - 1, (patch, patch)),
-        "num_channels": evidence.size("conv1.weight", 1),
+        "image_size": image_size_of(info, info.size("positional_embedding", 0) - 1, (patch, patch)),
+        "num_channels": info.size("conv1.weight", 1),
         "num_register_tokens": 0,
         "has_pre_norm": True,
         "has_patch_bias": False,
         "layer_norm_eps": 1e-5,
-        "layer_scale_init_value": 1e-5 if evidence.has("transformer.resblocks.*.ls_1.gamma") else None,
+        "layer_scale_init_value": 1e-5 if info.has("transformer.resblocks.*.ls_1.gamma") else None,
         # OpenCLIP resizes a table with antialiasing when it loads one; OpenAI's code does not resize.
-        "interpolate_antialias": not is_openai(evidence),
+        "interpolate_antialias": not is_openai(info),
     }
-    if evidence.has("proj"):
-        fields["projection_size"] = evidence.size("proj", 1)
+    if info.has("proj"):
+        fields["projection_size"] = info.size("proj", 1)
     return fields
 
 
-def is_openai(evidence: Evidence) -> bool:
+def is_openai(info: CheckpointInfo) -> bool:
     """Whether a file is one of OpenAI's: its archives carry the resolution as a tensor."""
-    return evidence.has("outside.input_resolution") or "openai" in evidence.file_name.lower()
+    return info.has("outside.input_resolution") or "openai" in info.file_name.lower()
 
 
 LAYOUT = Layout(
@@ -85,7 +85,7 @@ LAYOUT = Layout(
     licence=None,
     rules=lambda config: list(RULES),
     configure=_configure,
-    prepare=lambda evidence, config: prepare_crop(config.image_size, resize=config.image_size, **CLIP),
+    prepare=lambda info, config: prepare_crop(config.image_size, resize=config.image_size, **CLIP),
     canonical=_canonical,
     hashes=HASHES,
 )

@@ -6,7 +6,7 @@ from modeling_vitreg import ViTWithRegistersConfig
 
 from ..rules import Rename, Rule
 from .blocks import GAMMAS, HEAD, LAYERS, MLP, POSITIONS, STEM, read_sizes
-from .layout import IMAGENET, Evidence, Layout, each, prepare_crop
+from .layout import IMAGENET, CheckpointInfo, Layout, each, prepare_crop
 
 
 DISTILLED: list[Rule] = [
@@ -24,23 +24,23 @@ def _rules(config: ViTWithRegistersConfig | None) -> list[Rule]:
     return rules
 
 
-def _configure(evidence: Evidence) -> dict:
-    is_third, is_distilled = evidence.has("blocks.*.gamma_1"), evidence.has("dist_token")
+def _configure(info: CheckpointInfo) -> dict:
+    is_third, is_distilled = info.has("blocks.*.gamma_1"), info.has("dist_token")
     fields = {
-        **read_sizes(evidence, num_prefix_positions=0 if is_third else 1 + is_distilled),
-        "intermediate_size": evidence.size("blocks.*.mlp.fc2.weight", 1),
+        **read_sizes(info, num_prefix_positions=0 if is_third else 1 + is_distilled),
+        "intermediate_size": info.size("blocks.*.mlp.fc2.weight", 1),
         "has_distillation_token": is_distilled,
         "interpolate_antialias": False,
     }
     if is_third:
         fields |= {"has_prefix_positions": False, "layer_scale_init_value": 1e-4, "drop_path_schedule": "constant"}
-    if evidence.has("head.weight"):
-        fields["num_labels"] = evidence.size("head.weight", 0)
+    if info.has("head.weight"):
+        fields["num_labels"] = info.size("head.weight", 0)
         fields["pooling"] = "cls_distillation" if is_distilled else "cls"
     return fields
 
 
-def _prepare(evidence: Evidence, config: ViTWithRegistersConfig) -> dict:
+def _prepare(info: CheckpointInfo, config: ViTWithRegistersConfig) -> dict:
     # DeiT cuts 224 pixels out of 256, DeiT-III takes the whole image.
     side, is_third = config.image_size, config.layer_scale_init_value is not None
     return prepare_crop(side, resize=side if is_third else None, **IMAGENET)
@@ -54,7 +54,7 @@ LAYOUT = Layout(
     configure=_configure,
     prepare=_prepare,
     canonical=each(lambda name: name.removeprefix("module.")),
-    is_hinted=lambda evidence: evidence.container == "model" or evidence.file_name.lower().startswith("deit"),
+    is_hinted=lambda info: info.checkpoint_key == "model" or info.file_name.lower().startswith("deit"),
 )
 
 __all__ = ["LAYOUT"]

@@ -6,7 +6,7 @@ from modeling_vitreg import ViTWithRegistersConfig
 
 from ..rules import Drop, Rule
 from .blocks import LAYERS, MLP, POSITIONS, STEM, read_sizes
-from .layout import IMAGENET, Evidence, Layout, each, prepare_crop
+from .layout import IMAGENET, CheckpointInfo, Layout, each, prepare_crop
 
 
 def _rules(config: ViTWithRegistersConfig | None) -> list[Rule]:
@@ -14,10 +14,10 @@ def _rules(config: ViTWithRegistersConfig | None) -> list[Rule]:
     return [*STEM, *POSITIONS, *LAYERS, *MLP, *heads]
 
 
-def _configure(evidence: Evidence) -> dict:
+def _configure(info: CheckpointInfo) -> dict:
     return {
-        **read_sizes(evidence),
-        "intermediate_size": evidence.size("blocks.*.mlp.fc2.weight", 1),
+        **read_sizes(info),
+        "intermediate_size": info.size("blocks.*.mlp.fc2.weight", 1),
         "interpolate_antialias": False,
         "interpolate_offset": 0.1,
     }
@@ -29,11 +29,11 @@ LAYOUT = Layout(
     licence="apache-2.0",
     rules=_rules,
     configure=_configure,
-    prepare=lambda evidence, config: prepare_crop(config.image_size, **IMAGENET),
+    prepare=lambda info, config: prepare_crop(config.image_size, **IMAGENET),
     canonical=each(lambda name: name.removeprefix("module.").removeprefix("backbone.")),
-    is_hinted=lambda evidence: (
-        evidence.container in ("teacher", "student")
-        or ("dino" in evidence.file_name.lower() and "dinov" not in evidence.file_name.lower())
+    is_hinted=lambda info: (
+        info.checkpoint_key in ("teacher", "student")
+        or ("dino" in info.file_name.lower() and "dinov" not in info.file_name.lower())
     ),
 )
 

@@ -14,7 +14,7 @@ from modeling_vitreg import ViTWithRegistersConfig
 
 from ..rules import ConversionError, Drop, Rename, Rule, add_axis, drop_axis
 from .blocks import LAYERS, MLP, POSITIONS, SCALES, STEM, read_sizes
-from .layout import IMAGENET, Evidence, Layout, each, prepare_crop
+from .layout import IMAGENET, CheckpointInfo, Layout, each, prepare_crop
 
 
 GATED: list[Rule] = [
@@ -46,14 +46,14 @@ def _canonical(name: str) -> str:
     return _CHUNK.sub(r"blocks.\1.", name.removeprefix("backbone."))
 
 
-def _configure(evidence: Evidence) -> dict:
-    num_registers = evidence.size("register_tokens", 1) if evidence.has("register_tokens") else 0
-    is_gated = evidence.has("blocks.*.mlp.w12.weight")
+def _configure(info: CheckpointInfo) -> dict:
+    num_registers = info.size("register_tokens", 1) if info.has("register_tokens") else 0
+    is_gated = info.has("blocks.*.mlp.w12.weight")
     # The hub builds backbones with registers with antialiasing; training, and all others, with the offset.
-    is_smooth = num_registers > 0 and evidence.container is None
+    is_smooth = num_registers > 0 and info.checkpoint_key is None
     return {
-        **read_sizes(evidence),
-        "intermediate_size": evidence.size(f"blocks.*.mlp.{'w3' if is_gated else 'fc2'}.weight", 1),
+        **read_sizes(info),
+        "intermediate_size": info.size(f"blocks.*.mlp.{'w3' if is_gated else 'fc2'}.weight", 1),
         "hidden_act": "swiglu" if is_gated else "gelu",
         "num_register_tokens": num_registers,
         "layer_scale_init_value": 1e-5,
@@ -63,7 +63,7 @@ def _configure(evidence: Evidence) -> dict:
     }
 
 
-def _prepare(evidence: Evidence, config: ViTWithRegistersConfig) -> dict:
+def _prepare(info: CheckpointInfo, config: ViTWithRegistersConfig) -> dict:
     side = max(224 // config.patch_shape[0], 1) * config.patch_shape[0]
     return prepare_crop(side, **IMAGENET)
 
@@ -76,7 +76,7 @@ LAYOUT = Layout(
     configure=_configure,
     prepare=_prepare,
     canonical=each(_canonical),
-    is_hinted=lambda evidence: "dinov2" in evidence.file_name.lower() or evidence.has("register_tokens"),
+    is_hinted=lambda info: "dinov2" in info.file_name.lower() or info.has("register_tokens"),
 )
 
 

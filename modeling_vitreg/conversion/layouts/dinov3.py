@@ -9,7 +9,7 @@ from modeling_vitreg import ViTWithRegistersConfig
 
 from ..rules import Drop, Join, Rename, Rule, add_axis, drop_axis
 from .blocks import LAYERS, MLP, SCALES, STEM, read_sizes
-from .layout import BICUBIC, IMAGENET, Evidence, Layout, each, prepare_square
+from .layout import BICUBIC, IMAGENET, CheckpointInfo, Layout, each, prepare_square
 
 
 def _clear_keys(bias: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ SATELLITE = {"image_mean": [0.430, 0.411, 0.296], "image_std": [0.213, 0.156, 0.
 def _rules(config: ViTWithRegistersConfig | None) -> list[Rule]:
     layers = LAYERS
     if config is not None and not config.has_key_bias:
-        layers = [rule for rule in LAYERS if rule.theirs != "blocks.{i}.attn.qkv.{leaf}"]
+        layers = [rule for rule in LAYERS if rule.source != "blocks.{i}.attn.qkv.{leaf}"]
         layers += [Rename("blocks.{i}.attn.qkv.weight", "layers.{i}.attention.qkv.weight"), MASKED_BIAS]
     rules: list[Rule] = [*STEM, *layers, *SCALES, *TOKENS]
     rules += [*MLP, *GATED] if config is None else GATED if config.hidden_act == "swiglu" else MLP
@@ -53,33 +53,33 @@ def _rules(config: ViTWithRegistersConfig | None) -> list[Rule]:
     ]
 
 
-def _configure(evidence: Evidence) -> dict:
-    width = evidence.size("patch_embed.proj.weight", 0)
-    is_gated, has_bias = evidence.has("blocks.*.mlp.w3.weight"), evidence.has("blocks.*.attn.qkv.bias")
-    fields = {"num_attention_heads": evidence.stated.get("num_attention_heads", width // 64)}
-    if evidence.has("rope_embed.periods"):
-        periods = evidence.read("rope_embed.periods").float()
+def _configure(info: CheckpointInfo) -> dict:
+    width = info.size("patch_embed.proj.weight", 0)
+    is_gated, has_bias = info.has("blocks.*.mlp.w3.weight"), info.has("blocks.*.attn.qkv.bias")
+    fields = {"num_attention_heads": info.config_overrides.get("num_attention_heads", width // 64)}
+    if info.has("rope_embed.periods"):
+        periods = info.read("rope_embed.periods").float()
         fields["num_attention_heads"] = width // (4 * len(periods))
         fields["rope_theta"] = round(float(periods[-1]) ** (len(periods) / max(len(periods) - 1, 1)), 2)
-    evidence.stated.setdefault("num_attention_heads", fields["num_attention_heads"])
+    info.config_overrides.setdefault("num_attention_heads", fields["num_attention_heads"])
     return {
-        **read_sizes(evidence, num_prefix_positions=None),
+        **read_sizes(info, num_prefix_positions=None),
         **fields,
-        "intermediate_size": evidence.size(f"blocks.*.mlp.{'w3' if is_gated else 'fc2'}.weight", 1),
+        "intermediate_size": info.size(f"blocks.*.mlp.{'w3' if is_gated else 'fc2'}.weight", 1),
         "hidden_act": "swiglu" if is_gated else "gelu",
-        "num_register_tokens": evidence.size("storage_tokens", 1) if evidence.has("storage_tokens") else 0,
+        "num_register_tokens": info.size("storage_tokens", 1) if info.has("storage_tokens") else 0,
         "position_embedding_type": "rope",
         "layer_norm_eps": 1e-5,
         "layer_scale_init_value": 1e-5,
         "has_query_bias": has_bias,
-        "has_key_bias": has_bias and not evidence.has("blocks.*.attn.qkv.bias_mask"),
+        "has_key_bias": has_bias and not info.has("blocks.*.attn.qkv.bias_mask"),
         "has_value_bias": has_bias,
         "has_mask_token": True,
     }
 
 
-def _prepare(evidence: Evidence, config: ViTWithRegistersConfig) -> dict:
-    statistics = SATELLITE if "sat493m" in evidence.file_name.lower() else IMAGENET
+def _prepare(info: CheckpointInfo, config: ViTWithRegistersConfig) -> dict:
+    statistics = SATELLITE if "sat493m" in info.file_name.lower() else IMAGENET
     return prepare_square(config.image_size, resample=BICUBIC, **statistics)
 
 
@@ -91,7 +91,7 @@ LAYOUT = Layout(
     configure=_configure,
     prepare=_prepare,
     canonical=each(lambda name: name.removeprefix("module.").removeprefix("backbone.")),
-    is_hinted=lambda evidence: evidence.has("storage_tokens") or evidence.has("rope_embed.periods"),
+    is_hinted=lambda info: info.has("storage_tokens") or info.has("rope_embed.periods"),
 )
 
 __all__ = ["LAYOUT"]

@@ -26,28 +26,28 @@ _HEADS = {192: 3, 384: 6, 512: 8, 768: 12, 1024: 16, 1152: 16, 1280: 16, 1408: 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Evidence:
+class CheckpointInfo:
     """What is known of a checkpoint before it is converted.
 
     Args:
         shapes: of its tensors, under the names of the layout.
         read: returns a tensor by name.
         file_name: of the file or folder.
-        container: word under which the tensors stood in the file, or None.
+        checkpoint_key: word under which the tensors stood in the file, or None.
         settings: of its `config.json`, or None.
         processor: settings of its image processor, or None.
         module: the model itself, where it was given as one.
-        stated: fields of our configuration that the caller knows better.
+        config_overrides: fields of our configuration that the caller knows better.
     """
 
     shapes: dict[str, tuple]
     read: Callable[[str], Tensor]
     file_name: str = ""
-    container: str | None = None
+    checkpoint_key: str | None = None
     settings: dict | None = None
     processor: dict | None = None
     module: object | None = None
-    stated: dict = dataclasses.field(default_factory=dict)
+    config_overrides: dict = dataclasses.field(default_factory=dict)
 
     def has(self, name: str) -> bool:
         """Whether there is a tensor of this name, with `*` for anything."""
@@ -98,10 +98,10 @@ class Layout:
     title: str
     licence: str | None
     rules: Callable[[ViTWithRegistersConfig | None], list[Rule]]
-    configure: Callable[[Evidence], dict]
-    prepare: Callable[[Evidence, ViTWithRegistersConfig], dict]
+    configure: Callable[[CheckpointInfo], dict]
+    prepare: Callable[[CheckpointInfo, ViTWithRegistersConfig], dict]
     canonical: Callable[[Iterable[str]], dict[str, str]] = lambda names: {name: name for name in names}
-    is_hinted: Callable[[Evidence], bool] = lambda evidence: False
+    is_hinted: Callable[[CheckpointInfo], bool] = lambda info: False
     hashes: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def share(self, names: list[str]) -> float:
@@ -117,23 +117,23 @@ def each(shorten: Callable[[str], str]) -> Callable[[Iterable[str]], dict[str, s
     return lambda names: {name: shorten(name) for name in names}
 
 
-def heads_of(evidence: Evidence, width: int) -> int:
+def heads_of(info: CheckpointInfo, width: int) -> int:
     """Number of heads, which no shape shows: that of the models of this width in the field.
 
     Raises:
         ConversionError: there is none.
     """
-    if "num_attention_heads" in evidence.stated:
-        return evidence.stated["num_attention_heads"]
+    if "num_attention_heads" in info.config_overrides:
+        return info.config_overrides["num_attention_heads"]
     if width not in _HEADS:
         raise ConversionError(
-            f"{evidence.file_name}: no model of the field has width {width}, and no shape shows its heads: state them "
+            f"{info.file_name}: no model of the field has width {width}, and no shape shows its heads: state them "
             f"with --set num_attention_heads={max(width // 64, 1)}"
         )
     return _HEADS[width]
 
 
-def image_size_of(evidence: Evidence, num_patches: int, patch: tuple[int, int]) -> int:
+def image_size_of(info: CheckpointInfo, num_patches: int, patch: tuple[int, int]) -> int:
     """Side in pixels of the square that a position table was made for.
 
     Raises:
@@ -142,7 +142,7 @@ def image_size_of(evidence: Evidence, num_patches: int, patch: tuple[int, int]) 
     side = round(num_patches**0.5)
     if side * side != num_patches:
         raise ConversionError(
-            f"{evidence.file_name}: a position table of {num_patches} patches is no square: state its size with "
+            f"{info.file_name}: a position table of {num_patches} patches is no square: state its size with "
             "--set image_size=ROWS,COLUMNS (pixels)"
         )
     return side * patch[0]
@@ -179,7 +179,7 @@ __all__ = [
     "CLIP",
     "IMAGENET",
     "INCEPTION",
-    "Evidence",
+    "CheckpointInfo",
     "Layout",
     "each",
     "heads_of",

@@ -10,7 +10,7 @@ from modeling_vitreg.modeling_vitreg import sincos_position_table
 
 from ..rules import Drop, Rename, Rule
 from .blocks import HEAD, LAYERS, MLP, POSITIONS, STEM, read_sizes
-from .layout import IMAGENET, Evidence, Layout, prepare_crop
+from .layout import IMAGENET, CheckpointInfo, Layout, prepare_crop
 
 
 DECODER: list[Rule] = [
@@ -36,34 +36,34 @@ def _rules(config: ViTWithRegistersConfig | None) -> list[Rule]:
     return [*STEM, *positions, *LAYERS, *MLP, *HEAD, *DECODER, Rename("fc_norm.{leaf}", "layernorm.{leaf}")]
 
 
-def _configure(evidence: Evidence) -> dict:
+def _configure(info: CheckpointInfo) -> dict:
     fields = {
-        **read_sizes(evidence),
-        "intermediate_size": evidence.size("blocks.*.mlp.fc2.weight", 1),
+        **read_sizes(info),
+        "intermediate_size": info.size("blocks.*.mlp.fc2.weight", 1),
         "interpolate_antialias": False,
     }
-    if is_sincos(evidence, "pos_embed"):
+    if is_sincos(info, "pos_embed"):
         fields["position_embedding_type"] = "sincos"
-    if evidence.has("head.weight"):
-        fields["num_labels"] = evidence.size("head.weight", 0)
-    if evidence.has("fc_norm.weight"):
+    if info.has("head.weight"):
+        fields["num_labels"] = info.size("head.weight", 0)
+    if info.has("fc_norm.weight"):
         fields |= {"pooling": "mean", "has_pooled_norm": True}
     return fields
 
 
-def is_sincos(evidence: Evidence, name: str) -> bool:
+def is_sincos(info: CheckpointInfo, name: str) -> bool:
     """Whether a position table with a slot for the class token is the fixed one of MAE."""
-    _, num_positions, width = evidence.shapes[name]
+    _, num_positions, width = info.shapes[name]
     side = round((num_positions - 1) ** 0.5)
     if side * side != num_positions - 1 or width % 4:
         return False
     table = sincos_position_table((side, side), width).flatten(0, 1)
-    found = evidence.read(name)[0].float()
+    found = info.read(name)[0].float()
     return not found[0].any() and torch.allclose(found[1:], table, atol=1e-5)
 
 
-def _is_hinted(evidence: Evidence) -> bool:
-    return evidence.has("decoder_*") or "mae" in evidence.file_name.lower() or is_sincos(evidence, "pos_embed")
+def _is_hinted(info: CheckpointInfo) -> bool:
+    return info.has("decoder_*") or "mae" in info.file_name.lower() or is_sincos(info, "pos_embed")
 
 
 LAYOUT = Layout(
@@ -72,7 +72,7 @@ LAYOUT = Layout(
     licence="cc-by-nc-4.0",
     rules=_rules,
     configure=_configure,
-    prepare=lambda evidence, config: prepare_crop(config.image_size, **IMAGENET),
+    prepare=lambda info, config: prepare_crop(config.image_size, **IMAGENET),
     is_hinted=_is_hinted,
 )
 

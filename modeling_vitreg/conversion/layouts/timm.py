@@ -6,7 +6,18 @@ from modeling_vitreg import ViTWithRegistersConfig
 
 from ..rules import ConversionError, Join, Rename, Rule, add_axis, drop_axis
 from .blocks import GAMMAS, HEAD, LAYERS, MLP, POSITIONS, SCALES, STEM, read_sizes
-from .layout import BICUBIC, BILINEAR, CLIP, IMAGENET, INCEPTION, Evidence, Layout, each, prepare_crop, prepare_square
+from .layout import (
+    BICUBIC,
+    BILINEAR,
+    CLIP,
+    IMAGENET,
+    INCEPTION,
+    CheckpointInfo,
+    Layout,
+    each,
+    prepare_crop,
+    prepare_square,
+)
 
 
 EXTRAS: list[Rule] = [
@@ -34,73 +45,73 @@ def _rules(config: ViTWithRegistersConfig | None) -> list[Rule]:
     if config is None:
         return [*STEM, *POSITIONS, *LAYERS, *MLP, *SCALES, *GAMMAS, *EXTRAS, *POOLED, *SPLIT_BIAS, *EVA_GATED, *HEAD]
     is_eva = config.position_embedding_type == "rope"
-    stem = [rule for rule in STEM if rule.theirs != "norm.{leaf}"] + POOLED if config.has_pooled_norm else STEM
-    layers = [rule for rule in LAYERS if not is_eva or rule.theirs != "blocks.{i}.attn.qkv.{leaf}"]
+    stem = [rule for rule in STEM if rule.source != "norm.{leaf}"] + POOLED if config.has_pooled_norm else STEM
+    layers = [rule for rule in LAYERS if not is_eva or rule.source != "blocks.{i}.attn.qkv.{leaf}"]
     if is_eva:
         layers += [Rename("blocks.{i}.attn.qkv.weight", "layers.{i}.attention.qkv.weight"), *SPLIT_BIAS]
     mlp = EVA_GATED if is_eva and config.hidden_act == "swiglu" else MLP
     return [*stem, *POSITIONS, *layers, *mlp, *(GAMMAS if is_eva else SCALES), *EXTRAS, *HEAD]
 
 
-def _configure(evidence: Evidence) -> dict:
-    is_eva = not evidence.has("pos_embed")
-    if evidence.module is not None:
-        evidence.stated.setdefault("num_attention_heads", evidence.module.blocks[0].attn.num_heads)
-    fields = _configure_eva(evidence) if is_eva else _configure_vit(evidence)
+def _configure(info: CheckpointInfo) -> dict:
+    is_eva = not info.has("pos_embed")
+    if info.module is not None:
+        info.config_overrides.setdefault("num_attention_heads", info.module.blocks[0].attn.num_heads)
+    fields = _configure_eva(info) if is_eva else _configure_vit(info)
     fields |= {
-        "intermediate_size": evidence.size("blocks.*.mlp.fc2.weight", 1),
-        "num_register_tokens": evidence.size("reg_token", 1) if evidence.has("reg_token") else 0,
-        "has_cls_token": evidence.has("cls_token"),
-        "has_patch_bias": evidence.has("patch_embed.proj.bias"),
+        "intermediate_size": info.size("blocks.*.mlp.fc2.weight", 1),
+        "num_register_tokens": info.size("reg_token", 1) if info.has("reg_token") else 0,
+        "has_cls_token": info.has("cls_token"),
+        "has_patch_bias": info.has("patch_embed.proj.bias"),
     }
-    if not fields["has_cls_token"] or is_eva or evidence.has("fc_norm.weight"):
+    if not fields["has_cls_token"] or is_eva or info.has("fc_norm.weight"):
         fields["pooling"] = "mean"
-    fields["has_pooled_norm"] = evidence.has("fc_norm.weight")
-    if evidence.has("head.weight"):
-        fields["num_labels"] = evidence.size("head.weight", 0)
-    if evidence.module is not None:
-        fields |= _read_module(evidence.module)
-    if evidence.has("head_dist.weight"):
+    fields["has_pooled_norm"] = info.has("fc_norm.weight")
+    if info.has("head.weight"):
+        fields["num_labels"] = info.size("head.weight", 0)
+    if info.module is not None:
+        fields |= _read_module(info.module)
+    if info.has("head_dist.weight"):
         fields["pooling"] = "cls_distillation"
     return fields
 
 
-def _configure_vit(evidence: Evidence) -> dict:
-    num_special = evidence.has("cls_token") + evidence.has("dist_token")
-    num_positions, side = evidence.size("pos_embed", -2), None
+def _configure_vit(info: CheckpointInfo) -> dict:
+    num_special = info.has("cls_token") + info.has("dist_token")
+    num_positions, side = info.size("pos_embed", -2), None
     for slots in (num_special, 0):
         side = round((num_positions - slots) ** 0.5)
         if side * side == num_positions - slots:
             break
-    is_gated = evidence.size("blocks.*.mlp.fc1.weight", 0) == 2 * evidence.size("blocks.*.mlp.fc2.weight", 1)
-    has_bias = evidence.has("blocks.*.attn.qkv.bias")
-    fields = read_sizes(evidence, num_prefix_positions=slots)
+    is_gated = info.size("blocks.*.mlp.fc1.weight", 0) == 2 * info.size("blocks.*.mlp.fc2.weight", 1)
+    has_bias = info.has("blocks.*.attn.qkv.bias")
+    fields = read_sizes(info, num_prefix_positions=slots)
     fields |= {
-        "hidden_act": "swiglu" if is_gated else "quick_gelu" if "quickgelu" in evidence.file_name.lower() else "gelu",
-        "has_distillation_token": evidence.has("dist_token"),
+        "hidden_act": "swiglu" if is_gated else "quick_gelu" if "quickgelu" in info.file_name.lower() else "gelu",
+        "has_distillation_token": info.has("dist_token"),
         "has_prefix_positions": bool(slots),
         "has_query_bias": has_bias,
         "has_key_bias": has_bias,
         "has_value_bias": has_bias,
     }
-    if evidence.has("norm_pre.weight"):
+    if info.has("norm_pre.weight"):
         fields |= {"has_pre_norm": True, "layer_norm_eps": 1e-5}
-    if evidence.has("blocks.*.ls1.gamma"):
+    if info.has("blocks.*.ls1.gamma"):
         fields["layer_scale_init_value"] = 1e-5
     return fields
 
 
-def _configure_eva(evidence: Evidence) -> dict:
-    has_bias = evidence.has("blocks.*.attn.q_bias")
+def _configure_eva(info: CheckpointInfo) -> dict:
+    has_bias = info.has("blocks.*.attn.q_bias")
     return {
-        **read_sizes(evidence, num_prefix_positions=None),
+        **read_sizes(info, num_prefix_positions=None),
         "image_size": 256,
-        "hidden_act": "swiglu" if evidence.has("blocks.*.mlp.fc1_g.weight") else "gelu",
+        "hidden_act": "swiglu" if info.has("blocks.*.mlp.fc1_g.weight") else "gelu",
         "position_embedding_type": "rope",
         "layer_norm_eps": 1e-5,
-        "layer_scale_init_value": 1e-5 if evidence.has("blocks.*.gamma_1") else None,
+        "layer_scale_init_value": 1e-5 if info.has("blocks.*.gamma_1") else None,
         "has_query_bias": has_bias,
-        "has_key_bias": evidence.has("blocks.*.attn.k_bias"),
+        "has_key_bias": info.has("blocks.*.attn.k_bias"),
         "has_value_bias": has_bias,
     }
 
@@ -140,9 +151,9 @@ def _read_module(module) -> dict:
     }
 
 
-def _prepare(evidence: Evidence, config: ViTWithRegistersConfig) -> dict:
-    data = dict(getattr(evidence.module, "pretrained_cfg", None) or {})
-    data |= (evidence.settings or {}).get("pretrained_cfg", {})
+def _prepare(info: CheckpointInfo, config: ViTWithRegistersConfig) -> dict:
+    data = dict(getattr(info.module, "pretrained_cfg", None) or {})
+    data |= (info.settings or {}).get("pretrained_cfg", {})
     if "mean" in data:
         statistics = {"image_mean": list(data["mean"]), "image_std": list(data["std"])}
     elif config.has_pre_norm:
@@ -166,7 +177,7 @@ LAYOUT = Layout(
     configure=_configure,
     prepare=_prepare,
     canonical=each(lambda name: name.removeprefix("module.").removeprefix("visual.trunk.")),
-    is_hinted=lambda evidence: evidence.module is not None or "timm" in evidence.file_name.lower(),
+    is_hinted=lambda info: info.module is not None or "timm" in info.file_name.lower(),
 )
 
 __all__ = ["LAYOUT"]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from modeling_vitreg import ViTWithRegistersConfig
 
 from ..rules import ConversionError, Drop, Join, Rename, Rule, add_axes, add_axis, drop_axes, drop_axis
-from .layout import BILINEAR, CLIP, IMAGENET, INCEPTION, Evidence, Layout, prepare_crop, prepare_square
+from .layout import BILINEAR, CLIP, IMAGENET, INCEPTION, CheckpointInfo, Layout, prepare_crop, prepare_square
 from .mae import FIXED, is_sincos
 
 
@@ -168,54 +168,54 @@ def _act(settings: dict) -> str:
     return act
 
 
-def _labels(evidence: Evidence, name: str) -> dict:
+def _labels(info: CheckpointInfo, name: str) -> dict:
     """Fields of a classifier, where there is one, with the names of the classes."""
-    if not evidence.has(f"{name}.weight"):
+    if not info.has(f"{name}.weight"):
         return {}
-    fields = {"num_labels": evidence.size(f"{name}.weight", 0)}
-    settings = evidence.settings or {}
+    fields = {"num_labels": info.size(f"{name}.weight", 0)}
+    settings = info.settings or {}
     if len(settings.get("id2label") or {}) == fields["num_labels"]:
         fields["id2label"] = {int(number): label for number, label in settings["id2label"].items()}
         fields["label2id"] = {label: number for number, label in fields["id2label"].items()}
     return fields
 
 
-def _configure_vit(evidence: Evidence) -> dict:
-    settings = evidence.settings
+def _configure_vit(info: CheckpointInfo) -> dict:
+    settings = info.settings
     has_bias = settings.get("qkv_bias", True)
     return {
         **_sizes(settings),
         "intermediate_size": settings.get("intermediate_size", 3072),
         "attention_probs_dropout_prob": settings.get("attention_probs_dropout_prob", 0.0),
         "interpolate_antialias": False,
-        "has_mask_token": evidence.has("embeddings.mask_token"),
+        "has_mask_token": info.has("embeddings.mask_token"),
         **dict.fromkeys(("has_query_bias", "has_key_bias", "has_value_bias"), has_bias),
-        **_labels(evidence, "classifier"),
+        **_labels(info, "classifier"),
     }
 
 
-def _configure_deit(evidence: Evidence) -> dict:
-    fields = {**_configure_vit(evidence), "has_distillation_token": True}
-    two = _labels(evidence, "cls_classifier")
+def _configure_deit(info: CheckpointInfo) -> dict:
+    fields = {**_configure_vit(info), "has_distillation_token": True}
+    two = _labels(info, "cls_classifier")
     return {**fields, **two, "pooling": "cls_distillation"} if two else fields
 
 
-def _configure_ijepa(evidence: Evidence) -> dict:
-    return {**_configure_vit(evidence), "has_cls_token": False, "pooling": "mean"}
+def _configure_ijepa(info: CheckpointInfo) -> dict:
+    return {**_configure_vit(info), "has_cls_token": False, "pooling": "mean"}
 
 
-def _configure_mae(evidence: Evidence) -> dict:
-    is_fixed = is_sincos(evidence, "embeddings.position_embeddings")
-    return {**_configure_vit(evidence), "position_embedding_type": "sincos" if is_fixed else "learned"}
+def _configure_mae(info: CheckpointInfo) -> dict:
+    is_fixed = is_sincos(info, "embeddings.position_embeddings")
+    return {**_configure_vit(info), "position_embedding_type": "sincos" if is_fixed else "learned"}
 
 
-def _configure_dinov2(evidence: Evidence) -> dict:
-    settings = evidence.settings
+def _configure_dinov2(info: CheckpointInfo) -> dict:
+    settings = info.settings
     is_gated, ratio = settings.get("use_swiglu_ffn", False), settings.get("mlp_ratio", 4)
     width = settings["hidden_size"]
     hidden = (int(int(width * ratio) * 2 / 3) + 7) // 8 * 8 if is_gated else int(width * ratio)
     has_registers = "num_register_tokens" in settings
-    labels = _labels(evidence, "classifier")
+    labels = _labels(info, "classifier")
     return {
         **_sizes(settings),
         "hidden_act": "swiglu" if is_gated else _act(settings),
@@ -225,15 +225,15 @@ def _configure_dinov2(evidence: Evidence) -> dict:
         "attention_probs_dropout_prob": settings.get("attention_probs_dropout_prob", 0.0),
         "drop_path_rate": settings.get("drop_path_rate", 0.0),
         "interpolate_antialias": has_registers,
-        "has_mask_token": evidence.has("embeddings.mask_token") and not labels,
+        "has_mask_token": info.has("embeddings.mask_token") and not labels,
         **dict.fromkeys(("has_query_bias", "has_key_bias", "has_value_bias"), settings.get("qkv_bias", True)),
         **labels,
         **({"pooling": "cls_mean"} if labels else {}),
     }
 
 
-def _configure_dinov3(evidence: Evidence) -> dict:
-    settings = evidence.settings
+def _configure_dinov3(info: CheckpointInfo) -> dict:
+    settings = info.settings
     missing = [name for name in ("proj_bias", "mlp_bias") if not settings.get(name, True)]
     if missing:
         raise ConversionError(f"transformers' dinov3_vit with {missing[0]}=False cannot be represented")
@@ -257,15 +257,15 @@ def _configure_dinov3(evidence: Evidence) -> dict:
         "has_query_bias": settings.get("query_bias", True),
         "has_key_bias": settings.get("key_bias", False),
         "has_value_bias": settings.get("value_bias", True),
-        "has_mask_token": evidence.has("embeddings.mask_token"),
+        "has_mask_token": info.has("embeddings.mask_token"),
     }
 
 
-def _configure_clip(evidence: Evidence) -> dict:
-    settings = evidence.settings
+def _configure_clip(info: CheckpointInfo) -> dict:
+    settings = info.settings
     vision = settings.get("vision_config") if settings["model_type"] == "clip" else settings
     vision = {"model_type": "clip_vision_model", **_CLIP_DEFAULTS, **(vision or {})}
-    has_projection = evidence.has("visual_projection.weight")
+    has_projection = info.has("visual_projection.weight")
     return {
         **_sizes(vision),
         "intermediate_size": vision["intermediate_size"],
@@ -273,7 +273,7 @@ def _configure_clip(evidence: Evidence) -> dict:
         "has_pre_norm": True,
         "has_patch_bias": False,
         "interpolate_antialias": False,
-        "projection_size": evidence.size("visual_projection.weight", 0) if has_projection else None,
+        "projection_size": info.size("visual_projection.weight", 0) if has_projection else None,
     }
 
 
@@ -307,10 +307,10 @@ def _mae_rules(config: ViTWithRegistersConfig | None) -> list[Rule]:
     is_fixed = config is not None and config.position_embedding_type == "sincos"
     fixed = [
         Rename(
-            f"embeddings.{rule.theirs.replace('pos_embed', 'position_embeddings')}",
-            rule.ours,
-            rule.inward,
-            rule.outward,
+            f"embeddings.{rule.source.replace('pos_embed', 'position_embeddings')}",
+            rule.target,
+            rule.to_target,
+            rule.to_source,
         )
         for rule in FIXED
     ]
@@ -345,7 +345,9 @@ def _dinov3_rules(config: ViTWithRegistersConfig | None) -> list[Rule]:
     return [*rules, gated if config is None or config.hidden_act == "swiglu" else plain]
 
 
-def _prepare(evidence: Evidence, config: ViTWithRegistersConfig, *, statistics: dict, squash: bool, **options) -> dict:
+def _prepare(
+    info: CheckpointInfo, config: ViTWithRegistersConfig, *, statistics: dict, squash: bool, **options
+) -> dict:
     """For folders without the settings of an image processor: those of the class that the family uses."""
     side = config.image_size if isinstance(config.image_size, int) else min(config.image_size)
     make = prepare_square if squash else prepare_crop
@@ -360,7 +362,7 @@ def _layout(name: str, base: str, configure, rules, *, statistics: dict, squash:
         licence=None,
         rules=rules,
         configure=configure,
-        prepare=lambda evidence, config: _prepare(evidence, config, statistics=statistics, squash=squash, **options),
+        prepare=lambda info, config: _prepare(info, config, statistics=statistics, squash=squash, **options),
         canonical=canonical,
     )
 
