@@ -23,7 +23,7 @@ from modeling_vitreg.cards import CardError, PublishError, publish
 from modeling_vitreg.evaluation import knn_accuracy
 from modeling_vitreg.files import write_text
 from modeling_vitreg.images import ImageSource, UnreadableImage, decode_image, decode_maps
-from modeling_vitreg.modes import evaluation_mode
+from modeling_vitreg.modes import eval_mode
 from modeling_vitreg.pretraining.monitoring.curves import draw_attention, draw_curves, draw_maps, draw_norms
 from modeling_vitreg.pretraining.monitoring.diagnosis import diagnose
 from modeling_vitreg.pretraining.monitoring.instruments import collapse_line, effective_rank, register_similarity
@@ -135,7 +135,7 @@ class Monitor:
         """Measure features and norms, draw, and name what is wrong."""
         model = gather_model(self.objective)
         if self.run.is_main:
-            with evaluation_mode(model):
+            with eval_mode(model):
                 self._measure(model, step)
         self.run.accelerator.wait_for_everyone()
         self._last_time = time.monotonic()

@@ -9,7 +9,7 @@ from torch import nn
 
 
 @contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Evaluate inside the block; every module then returns to the mode that it was in."""
     # Module by module, for a part may be frozen in evaluation mode while the rest trains.
     modes = [(module, module.training) for module in model.modules()]
@@ -21,4 +21,4 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = is_training
 
 
-__all__ = ["evaluation_mode"]
+__all__ = ["eval_mode"]

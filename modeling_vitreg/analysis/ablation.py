@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modeling_vitreg import ViTWithRegistersModel
-from modeling_vitreg.modes import evaluation_mode
+from modeling_vitreg.modes import eval_mode
 
 
 MODES = {
@@ -59,7 +59,7 @@ def ablate_registers(
         ValueError: a model of another package or without registers, fewer than two images, or no such layer.
     """
     base = _check(model, pixel_values, from_layer)
-    with evaluation_mode(base):
+    with eval_mode(base):
         states, whole = _run_and_record(base, pixel_values)
         modes = {}
         for mode in MODES:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from modeling_vitreg import ViTWithRegistersPreTrainedModel
-from modeling_vitreg.modes import evaluation_mode
+from modeling_vitreg.modes import eval_mode
 
 
 OUTLIER_MULTIPLE = 3.0  # of the median
@@ -54,7 +54,7 @@ def token_norms(model: ViTWithRegistersPreTrainedModel, pixel_values: Tensor) ->
         ValueError: images that do not fit the model.
     """
     encoder = model.base_model
-    with evaluation_mode(model):
+    with eval_mode(model):
         output = encoder(pixel_values, output_hidden_states=True, return_dict=True)
     grid = output.patch_grid.shape[1:3]
     layers = [encoder.split_tokens(state, grid) for state in output.hidden_states[1:]]

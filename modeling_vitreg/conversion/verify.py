@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from modeling_vitreg import ViTWithRegistersConfig, ViTWithRegistersPreTrainedModel
-from modeling_vitreg.modes import evaluation_mode
+from modeling_vitreg.modes import eval_mode
 
 from .rules import ConversionError
 
@@ -66,7 +66,7 @@ def verify(model: ViTWithRegistersPreTrainedModel, reference: Reference, *, is_q
     for name, value in reference.positions.items():
         setattr(config, name, value)
     try:
-        with evaluation_mode(model.float()), evaluation_mode(reference.module.float()):
+        with eval_mode(model.float()), eval_mode(reference.module.float()):
             sizes = reference.sizes or probe_sizes(config)
             for size in tqdm(sizes, desc="proof", unit="size", disable=is_quiet):
                 images = probe_images(config, size)

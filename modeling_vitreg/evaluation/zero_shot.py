@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from modeling_vitreg.features import Encoder, extract_features
-from modeling_vitreg.modes import evaluation_mode
+from modeling_vitreg.modes import eval_mode
 
 
 _LONGEST_PROMPT = 512  # tokens; tokenizers that know no limit give an astronomic one
@@ -45,7 +45,7 @@ def embed_images(encoder: Encoder, pixel_values: Tensor) -> Tensor:
     normed class token, or the mean of the normed patches of a model without.
     """
     model, pixels = encoder.model, pixel_values.to(encoder.device, encoder.dtype)
-    with evaluation_mode(model):
+    with eval_mode(model):
         if hasattr(model, "get_image_features"):
             return _tensor_of(model.get_image_features(pixel_values=pixels))
         if getattr(getattr(model, "config", None), "projection_size", None):
@@ -79,7 +79,7 @@ def embed_classes(
         )
     is_limited = getattr(tokenizer, "model_max_length", _LONGEST_PROMPT + 1) <= _LONGEST_PROMPT
     device, classes = next(model.parameters()).device, []
-    with evaluation_mode(model):
+    with eval_mode(model):
         for name in class_names:
             prompts = [template.format(name) for template in templates]
             # Some towers read the token at a fixed place, and were trained on prompts of full length.

@@ -16,7 +16,7 @@ import transformers
 from PIL import Image
 from torch import Tensor, nn
 
-from modeling_vitreg.modes import evaluation_mode
+from modeling_vitreg.modes import eval_mode
 
 from .families import (
     any_image_size,
@@ -209,7 +209,7 @@ class Encoder:
         with contextlib.ExitStack() as stack:
             stack.callback(lambda: [handle.remove() for handle in handles])
             handles.extend(hooks(keep))
-            stack.enter_context(evaluation_mode(self.tower))
+            stack.enter_context(eval_mode(self.tower))
             stack.enter_context(any_image_size(self.tower, self.family, pixel_values))
             stack.enter_context(contextlib.suppress(_Enough))
             self.tower(pixel_values, **keywords_of(self.family, pixel_values, self.patch_shape))

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from modeling_vitreg import ViTWithRegistersPreTrainedModel
 from modeling_vitreg.files import atomic_write
-from modeling_vitreg.modes import evaluation_mode
+from modeling_vitreg.modes import eval_mode
 
 from .diagnosis import read_series
 from .instruments import collapse_line
@@ -285,7 +285,7 @@ def draw_attention(
             f"{len(mean)} and {len(std)}: take the statistics from the image processor of the model"
         )
     images = images.to(model.device)
-    with evaluation_mode(model):
+    with eval_mode(model):
         maps = model.attention_maps(images, layers=-1, average_heads=True)
         tokens = model.base_model(images, output_pre_norm=True, return_dict=True)
     attention = {} if maps.cls is None else {"class token": maps.cls[:, 0]}

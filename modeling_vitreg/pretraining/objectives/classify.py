@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 
 from modeling_vitreg.distributed import SINGLE_PROCESS, DistributedContext
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersForImageClassification, ViTWithRegistersModel
-from modeling_vitreg.modes import evaluation_mode
+from modeling_vitreg.modes import eval_mode
 
 from ..views.crops import CropSettings
 from .adaptation import check_adaptation, freeze_or_lora, merge_lora
@@ -199,7 +199,7 @@ class Classification(Objective):
         """Share of held-out images whose class is found, as `accuracy`; see `Objective`."""
         if "labels" not in truth:
             return {}
-        with evaluation_mode(model):
+        with eval_mode(model):
             found = [model(part.to(model.device)).logits.argmax(dim=1).cpu() for part in images.split(batch_size)]
         return {"accuracy": (torch.cat(found) == truth["labels"]).float().mean().item()}
 

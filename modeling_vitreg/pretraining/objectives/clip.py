@@ -35,7 +35,7 @@ from modeling_vitreg.dual_encoder_vitreg import (
     matching_loss,
 )
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersModel
-from modeling_vitreg.modes import evaluation_mode
+from modeling_vitreg.modes import eval_mode
 
 from ..views.crops import CropSettings
 from .mae import check_single_view
@@ -176,7 +176,7 @@ class CLIP(Objective):
         if not self.settings.class_names or "labels" not in truth:
             return {}
         prompts = [self.make_text(self.settings.prompt.format(name)) for name in self.settings.class_names]
-        with evaluation_mode(model):
+        with eval_mode(model):
             classes = self.embed_texts(model, torch.stack(prompts).to(model.device))  # [C, E]
             found = [
                 (embed_images(model, part.to(model.device)) @ classes.T).argmax(dim=1).cpu()

@@ -27,7 +27,7 @@ from modeling_vitreg.modeling_vitreg import (
     ViTWithRegistersModel,
     scale_invariant_loss,
 )
-from modeling_vitreg.modes import evaluation_mode
+from modeling_vitreg.modes import eval_mode
 
 from ..views.crops import IGNORED, CropSettings, MapCrop
 from .adaptation import check_adaptation, freeze_or_lora, merge_lora
@@ -171,7 +171,7 @@ class DensePrediction(Objective):
     @torch.no_grad()
     def predict(self, model: nn.Module, images: Tensor, *, batch_size: int = 64) -> Tensor:
         """Maps (N, h, w) on the CPU of normalised images (N, 3, h, w), by what is saved: class numbers, or metres."""
-        with evaluation_mode(model):
+        with eval_mode(model):
             parts = [self._predict(model, part.to(model.device)).cpu() for part in images.split(batch_size)]
         return torch.cat(parts)
 
