@@ -9,10 +9,11 @@ alike.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -36,6 +37,24 @@ _NUM_NAMED = 12  # names in a message before it says how many more
 
 class ConversionError(ValueError):
     """Tensors that do not balance, an architecture that cannot be represented, or numbers that differ."""
+
+
+@contextlib.contextmanager
+def stage(what: str, *, remedy: str) -> Iterator[None]:
+    """Turn whatever other people's data make a library raise into one `ConversionError`.
+
+    Args:
+        what: names the file and what was done with it.
+        remedy: what the reader can do.
+    """
+    try:
+        yield
+    except ConversionError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        cause = f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+        raise ConversionError(f"{what} ({cause}): {remedy}") from error
 
 
 def keep(tensor: Tensor) -> Tensor:
@@ -424,5 +443,6 @@ __all__ = [
     "drop_axis",
     "keep",
     "matches",
+    "stage",
     "transpose",
 ]

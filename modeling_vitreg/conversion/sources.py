@@ -1,32 +1,31 @@
-"""Checkpoints as they lie on a disk, opened without running code of theirs and without reading them into memory.
+"""Checkpoints on a disk, opened without running their code and without reading all of them into memory.
 
-A source is a file (`.pth`, `.pt`, `.bin`, `.ckpt`, `.safetensors`), or a folder with one, in one piece or sharded, and
-perhaps with a `config.json`. Pickles are read with `weights_only=True`; an archive of TorchScript, the layout of
-OpenAI's CLIP, by a reader that knows tensors and nothing else.
+A source is a file (`.pth`, `.pt`, `.bin`, `.ckpt`, `.safetensors`), or a folder with one, in one piece or in shards,
+and perhaps with a `config.json`. Whatever is wrong with it ends in a `ConversionError` that names file and part.
 """
 
 from __future__ import annotations
 
-import argparse
 import collections
 import dataclasses
 import hashlib
-import json
+import math
 import pathlib
-import pickle
 import re
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import numpy as np
 import safetensors
 import torch
 from torch import Tensor
 
-from .rules import ConversionError
+from modeling_vitreg.features.folders import check_settings, is_hub_name, list_shards, read_json
+
+from .pickles import read_pickle
+from .rules import ConversionError, stage
+from .writer import DTYPES
 
 
-# What training programs wrap a state in, the one to take first.
+# Keys under which training programs keep a state dict; the first that exists is taken.
 CHECKPOINT_KEYS = ("teacher", "model_ema", "state_dict", "model", "student")
 _SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
 _WEIGHT_FILES = (
@@ -38,6 +37,13 @@ _WEIGHT_FILES = (
     "open_clip_pytorch_model.bin",
 )
 _HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[a-z]+$")
+_NOT_WEIGHTS = re.compile(r"optim|sched|scaler|callback|loop|hyper|config|args|rng", re.IGNORECASE)
+# Parts of names that DDP, FSDP, torch.compile, DeepSpeed and activation checkpointing put in.
+_WRAPPERS = re.compile(
+    r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
+)
+_MOST_TENSORS, _MOST_LEVELS, _LONGEST_NAME = 10_000, 8, 500
+_BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 
 
 @dataclasses.dataclass
@@ -46,14 +52,16 @@ class Source:
 
     Args:
         path: file or folder.
-        shapes: of its tensors, by name.
-        read: returns a tensor by name, as a view of the file where the format allows.
-        num_bytes: of its tensors.
-        files: that hold the tensors.
-        checkpoint_key: word under which the tensors stood in the file, or None.
-        left: what else stood in the file, with the reason why it is left.
-        settings: of its `config.json`, or None.
-        processor: settings of its image processor, or None.
+        shapes: shape of each tensor, by name.
+        read: returns a tensor by name, as a view of the file where the format allows it.
+        num_bytes: size of all tensors.
+        files: files that hold the tensors.
+        checkpoint_key: key under which the tensors stood in the file, or None.
+        left: other content of the file, with the reason why it is left out.
+        settings: content of `config.json`, or None.
+        processor: settings of the image processor, or None.
+        dtypes: type of each tensor, or its name where torch has none like it.
+        notes: sentences for the user about choices that were made.
     """
 
     path: pathlib.Path
@@ -65,15 +73,43 @@ class Source:
     left: dict[str, str] = dataclasses.field(default_factory=dict)
     settings: dict | None = None
     processor: dict | None = None
+    dtypes: dict[str, torch.dtype | str] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     def renamed(self, names: dict[str, str]) -> Source:
-        """The same tensors, those in `names` only, under the names that stand there."""
+        """The tensors that `names` lists, under their new names."""
         back = {new: old for old, new in names.items()}
         if len(back) < len(names):
             twice = [name for name, count in collections.Counter(names.values()).items() if count > 1]
             raise ConversionError(f"{self.path}: several tensors are {', '.join(twice[:5])}: keep one of them")
         return dataclasses.replace(
-            self, shapes={names[old]: self.shapes[old] for old in names}, read=lambda name: self.read(back[name])
+            self,
+            shapes={names[old]: self.shapes[old] for old in names},
+            dtypes={names[old]: self.dtypes[old] for old in names if old in self.dtypes},
+            read=lambda name: self.read(back[name]),
+        )
+
+    def beside(self, other: Source) -> Source:
+        """The tensors of two sources."""
+        return dataclasses.replace(
+            self,
+            shapes=self.shapes | other.shapes,
+            dtypes=self.dtypes | other.dtypes,
+            read=lambda name: other.read(name) if name in other.shapes else self.read(name),
+            num_bytes=self.num_bytes + other.num_bytes,
+        )
+
+    @classmethod
+    def of_module(cls, module: torch.nn.Module, title: str) -> Source:
+        """The tensors of a model in memory."""
+        state = module.state_dict()
+        return cls(
+            path=pathlib.Path(title),
+            shapes={name: tuple(tensor.shape) for name, tensor in state.items()},
+            dtypes={name: tensor.dtype for name, tensor in state.items()},
+            read=lambda name: state[name].detach().cpu(),
+            num_bytes=sum(tensor.numel() * tensor.element_size() for tensor in state.values()),
+            files=[],
         )
 
 
@@ -82,54 +118,70 @@ def open_source(path: str | pathlib.Path, *, checkpoint_key: str | None = None) 
 
     Args:
         path: file or folder.
-        checkpoint_key: key of the state dict in a file that holds several, such as "student"; default:
-            the first of `CHECKPOINT_KEYS`.
+        checkpoint_key: key of the state dict in a file that holds several, such as "student", or the beginning of the
+            names of its tensors; default: the first of `CHECKPOINT_KEYS`.
 
     Raises:
-        ConversionError: it is missing, truncated, no checkpoint, or needs code to be read.
+        ConversionError: it is missing, damaged, no checkpoint, needs code to be read, or leads out of its folder.
     """
     path = pathlib.Path(path)
-    if not path.exists():
-        is_hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path))
-        fetch = f"; to fetch it from the Hub: hf download {path} --local-dir {path.name}" if is_hub_name else ""
+    if not (path.is_file() or path.is_dir()):
+        fetch = f"; to fetch it from the Hub: hf download {path} --local-dir {path.name}"
         raise ConversionError(
-            f"{path}: no such file or folder: expected a checkpoint ({', '.join(_SUFFIXES)}) or a folder of one{fetch}"
+            f"{path}: no such file or folder: expected a checkpoint ({', '.join(_SUFFIXES)}) or a folder of one"
+            + (fetch if is_hub_name(str(path)) else "")
         )
-    folder, file = (path, _find_weights(path)) if path.is_dir() else (path.parent, path)
-    settings = _read_json(folder / "config.json") if path.is_dir() else None
-    processor = _read_json(folder / "preprocessor_config.json") if path.is_dir() else None
-    files = _shards(file)
+    try:
+        settings = read_json(path / "config.json") if path.is_dir() else None
+        processor = read_json(path / "preprocessor_config.json") if path.is_dir() else None
+        file = _find_weights(path) if path.is_dir() else path
+        files = list_shards(file) if file.name.endswith(".index.json") else [file]
+    except ConversionError:
+        raise
+    except ValueError as error:
+        raise ConversionError(str(error)) from error
+    parts, key, left, notes = {}, None, {}, []
     for one in files:
-        _check_size(one)
-    states = [_open_file(one) for one in files]
-    tensors, read, used, left = {}, {}, None, {}
-    for one, state in zip(files, states):
-        found, used, rest = _unwrap(state, checkpoint_key, one)
-        tensors |= found
-        read |= dict.fromkeys(found, found)
+        state, key, rest, said = _select(_open_file(one), checkpoint_key, one)
+        if twice := next((name for name in state if name in parts), None):
+            raise ConversionError(f"{one}: {twice} stands in another shard too: keep one of them")
+        parts |= _check_parts(state, one, rest)
         left |= rest
-    return Source(
+        notes += said
+    _check_settings(settings, path, len(parts))
+    if not parts:
+        raise ConversionError(f"{path}: holds no tensors: expected a state dict, got {', '.join(list(left)[:8])}")
+
+    def read(name: str) -> Tensor:
+        with stage(f"{path}: {name[:_LONGEST_NAME]} cannot be read", remedy="download the file again"):
+            return parts[name].read()
+
+    source = Source(
         path=path,
-        shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()},
-        read=lambda name: read[name][name].read(),
-        num_bytes=sum(tensor.num_bytes for tensor in tensors.values()),
+        shapes={name: part.shape for name, part in parts.items()},
+        dtypes={name: part.dtype for name, part in parts.items()},
+        read=read,
+        num_bytes=sum(part.num_bytes for part in parts.values()),
         files=files,
-        checkpoint_key=used,
+        checkpoint_key=key,
         left=left,
         settings=settings,
         processor=processor,
+        notes=notes,
     )
+    return source.renamed({name: _WRAPPERS.sub("", name) for name in source.shapes})
 
 
 def hash_files(files: list[pathlib.Path], *, known: dict[str, str] | None = None) -> str:
     """SHA-256 of files, one after the other.
 
     Args:
-        files: to be read.
+        files: files to be read.
         known: hashes of official files by name.
 
     Raises:
-        ConversionError: a file's name carries the beginning of a hash, as official names do, and it is another.
+        ConversionError: the name of a file carries the beginning of a hash, as official names do, and the content has
+            another.
     """
     digest = hashlib.sha256()
     for file in files:
@@ -147,21 +199,22 @@ def hash_files(files: list[pathlib.Path], *, known: dict[str, str] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class _Lazy:
-    """A tensor that is read when asked for."""
+class _Part:
+    """A tensor that is read when it is needed."""
 
     shape: tuple
+    dtype: torch.dtype | str
     num_bytes: int
     read: Callable[[], Tensor]
 
 
 def _find_weights(folder: pathlib.Path) -> pathlib.Path:
     for name in _WEIGHT_FILES:
-        if (folder / name).exists():
+        if (folder / name).is_file():
             return folder / name
-    if (folder / "model" / "config.json").exists():
+    if (folder / "model" / "config.json").is_file():
         raise ConversionError(f"{folder}: is a training run; its model is the folder {folder / 'model'}")
-    found = sorted(file for file in folder.iterdir() if file.suffix in _SUFFIXES)
+    found = sorted(file for file in folder.iterdir() if file.suffix in _SUFFIXES and file.is_file())
     if len(found) == 1:
         return found[0]
     raise ConversionError(
@@ -170,223 +223,151 @@ def _find_weights(folder: pathlib.Path) -> pathlib.Path:
     )
 
 
-def _shards(file: pathlib.Path) -> list[pathlib.Path]:
-    if not file.name.endswith(".index.json"):
-        return [file]
-    names = sorted(set(_read_json(file)["weight_map"].values()))
-    missing = [name for name in names if not (file.parent / name).exists()]
-    if missing:
-        raise ConversionError(f"{file.parent}: {len(missing)} shards are missing: {', '.join(missing[:5])}")
-    return [file.parent / name for name in names]
-
-
-def _read_json(path: pathlib.Path) -> dict | None:
-    if not path.exists():
-        return None
+def _check_settings(settings: dict | None, path: pathlib.Path, num_tensors: int) -> None:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        check_settings(settings or {}, path / "config.json", num_layers=max(num_tensors, 1))
     except ValueError as error:
-        raise ConversionError(f"{path}: is not JSON ({error})") from error
-
-
-def _check_size(file: pathlib.Path) -> None:
-    """A zip archive that unpacks to more than it is would fill the memory."""
-    if file.stat().st_size == 0:
-        raise ConversionError(f"{file}: is empty: download it again")
-    if zipfile.is_zipfile(file):
-        claimed = sum(entry.file_size for entry in zipfile.ZipFile(file).infolist())
-        if claimed > file.stat().st_size + 2**20:
-            raise ConversionError(
-                f"{file}: claims {claimed:,} bytes in a file of {file.stat().st_size:,}: PyTorch does not compress "
-                "checkpoints, so this is none"
-            )
+        raise ConversionError(str(error)) from error
 
 
 def _open_file(file: pathlib.Path) -> dict:
-    if file.suffix == ".safetensors":
-        return _open_safetensors(file)
-    if _is_torchscript(file):
-        return _wrap(_ScriptReader(file).state_dict())
+    with open(file, "rb") as stream:
+        start = stream.read(64)
+    if not start:
+        raise ConversionError(f"{file}: is empty: download it again")
+    if start.startswith(b"version https://git-lfs"):
+        raise ConversionError(f"{file}: is a pointer of Git LFS, not the file itself: run git lfs pull")
+    if start.lstrip()[:1] == b"<":
+        raise ConversionError(f"{file}: is a web page, not a checkpoint: download the file itself")
+    return _open_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file)
+
+
+def _open_safetensors(file: pathlib.Path) -> dict[str, _Part]:
     size = f"{file.stat().st_size:,} bytes"
-    try:
-        with torch.serialization.safe_globals(_plain_classes()):
-            try:
-                state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError as error:
-                if "mmap can only be used with files saved with" not in str(error):
-                    raise
-                state = torch.load(file, map_location="cpu", weights_only=True)  # the format before 1.6
-    except pickle.UnpicklingError as error:
-        if "Weights only load failed" in str(error) and ("GLOBAL" in str(error) or "class" in str(error).lower()):
-            needed = re.search(r"GLOBAL ([\w.]+)|class(?:es)? ([\w.]+)", str(error))
-            needed = next((name for name in needed.groups() if name), "more than tensors") if needed else "more"
-            raise ConversionError(
-                f"{file}: refused, for reading it would run code ({needed}): ask its author for a file of tensors, "
-                "or, if you trust it, load it yourself and torch.save its state_dict()"
-            ) from error
-        raise ConversionError(f"{file}: {size}, damaged or no checkpoint of PyTorch: download it again") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ConversionError(
-            f"{file}: {size}, truncated or no checkpoint of PyTorch ({type(error).__name__}): download it again"
-        ) from error
-    if not isinstance(state, dict):
-        raise ConversionError(f"{file}: expected a dictionary of tensors, got {type(state).__name__}")
-    return _wrap(state)
+    with stage(f"{file}: {size}, truncated or not safetensors", remedy="download it again"):
+        handle, parts = safetensors.safe_open(file, framework="pt"), {}
+        for name in handle.keys():  # noqa: SIM118 (it is no dictionary)
+            part = handle.get_slice(name)
+            shape, kind = tuple(part.get_shape()), part.get_dtype()
+            bits = 8 if kind == "BOOL" else int(re.search(r"\d+", kind)[0])
+            read = lambda name=name: handle.get_tensor(name)  # noqa: E731
+            parts[name] = _Part(shape, _BY_NAME.get(kind, kind), math.prod(shape) * bits // 8, read)
+    return parts
 
 
-def _plain_classes() -> list:
-    """Classes that old checkpoints hold beside tensors: numbers and options, which run nothing."""
-    core = np._core if hasattr(np, "_core") else np.core
-    kinds = [type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")]
-    return [argparse.Namespace, np.dtype, np.ndarray, core.multiarray.scalar, *kinds]
-
-
-def _wrap(state: dict) -> dict:
-    """Tensors as they will be read, in any depth of dictionaries."""
-    wrapped = {}
-    for name, value in state.items():
-        if isinstance(value, Tensor):
-            size = value.numel() * value.element_size()
-            wrapped[str(name)] = _Lazy(tuple(value.shape), size, lambda value=value: value.detach())
-        elif isinstance(value, dict):
-            wrapped[str(name)] = _wrap(value)
-        else:
-            wrapped[str(name)] = None
-    return wrapped
-
-
-def _open_safetensors(file: pathlib.Path) -> dict:
-    try:
-        handle = safetensors.safe_open(file, framework="pt")
-        slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (it is no dictionary)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ConversionError(
-            f"{file}: {file.stat().st_size:,} bytes, truncated or not safetensors ({error}): download it again"
-        ) from error
-    return {
-        name: _Lazy(tuple(part.get_shape()), _num_bytes(part), lambda name=name: handle.get_tensor(name))
-        for name, part in slices.items()
-    }
-
-
-def _num_bytes(part) -> int:
-    bits = int(re.search(r"\d+", part.get_dtype())[0]) if part.get_dtype() != "BOOL" else 8
-    return int(np.prod(part.get_shape(), dtype=np.int64)) * bits // 8
-
-
-def _unwrap(state: dict, checkpoint_key: str | None, file: pathlib.Path) -> tuple[dict, str | None, dict]:
-    """Tensors of a file, the word that they stood under, and what else there was."""
-    used, left, wanted = [], {}, [checkpoint_key] if checkpoint_key else list(CHECKPOINT_KEYS)
-    while True:
-        nested = {name: value for name, value in state.items() if isinstance(value, dict)}
-        tensors = {name: value for name, value in state.items() if isinstance(value, _Lazy)}
-        word = next((word for word in wanted if word in nested and _has_tensors(nested[word])), None)
+def _select(state: dict, key: str | None, file: pathlib.Path) -> tuple[dict, str | None, dict, list[str]]:
+    """The state dict of a file, the keys that lead to it, what is left out with the reason, and notes."""
+    used, left, notes, is_found = [], {}, [], key is None
+    for _ in range(_MOST_LEVELS):
+        nested = {name: value for name, value in state.items() if isinstance(value, dict) and _holds_tensors(value)}
+        tensors = {name: value for name, value in state.items() if isinstance(value, (Tensor, _Part))}
+        if not is_found and key not in nested and any(str(name).startswith(f"{key}.") for name in tensors):
+            inside = {name: value for name, value in tensors.items() if str(name).startswith(f"{key}.")}
+            left |= {str(name): f"not under {key!r}" for name in state if name not in inside}
+            state, is_found = {name.removeprefix(f"{key}."): value for name, value in inside.items()}, True
+            used.append(key)
+            continue
+        word = _choose_key(nested, tensors, None if is_found else key, file)
         if word is None:
             break
-        left |= {name: f"beside the weights under {word!r}" for name in state if name != word}
-        used.append(word)
-        state, wanted = nested[word], list(CHECKPOINT_KEYS)
-    if checkpoint_key and checkpoint_key not in used:
+        is_found = is_found or word == key
+        left |= {str(name): f"beside the weights under {word!r}" for name in state if name != word}
+        notes += _notes_about(nested, word, file) if key is None else []
+        used.append(str(word))
+        state = nested[word]
+    else:
+        raise ConversionError(f"{file}: dictionaries are nested deeper than {_MOST_LEVELS}: expected a state dict")
+    if not is_found:
+        names = ", ".join(map(repr, nested)) or "none, it is flat"
+        raise ConversionError(f"{file}: has no state under {key!r}: expected one of {names}")
+    left |= {str(name): "not a tensor" for name in state if name not in tensors}
+    return tensors, "/".join(used) or None, left, notes
+
+
+def _choose_key(nested: dict, tensors: dict, key: str | None, file: pathlib.Path) -> str | None:
+    """Key of the dictionary to go into next; None: the tensors lie here."""
+    if key is not None:
+        return key if key in nested else None
+    if word := next((word for word in CHECKPOINT_KEYS if word in nested), None):
+        return word
+    likely = [name for name in nested if not _NOT_WEIGHTS.search(str(name))]
+    if tensors or not likely:
+        return None
+    if len(likely) > 1:
+        names = ", ".join(map(str, likely[:8]))
+        raise ConversionError(f"{file}: holds several state dicts ({names}): choose one with --checkpoint-key")
+    return likely[0]
+
+
+def _notes_about(nested: dict, word: str, file: pathlib.Path) -> list[str]:
+    """Other weights that lie beside those that were taken, such as a moving average."""
+    count = sum(isinstance(value, Tensor) for value in nested[word].values())
+    others = [
+        name
+        for name, value in nested.items()
+        if name != word
+        and not _NOT_WEIGHTS.search(str(name))
+        and 2 * sum(isinstance(part, Tensor) for part in value.values()) >= count > 0
+    ]
+    if not others:
+        return []
+    return [
+        f"{file.name} holds several sets of weights: took {word!r}, not {', '.join(map(repr, others))} "
+        f"(--checkpoint-key {others[0]} takes {'that' if len(others) == 1 else 'the first of those'})"
+    ]
+
+
+def _holds_tensors(value: dict) -> bool:
+    """Whether there is a tensor in a dictionary or in those below it, which may contain one another."""
+    waiting, seen = [value], set()
+    while waiting:
+        one = waiting.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        for part in one.values():
+            if isinstance(part, (Tensor, _Part)):
+                return True
+            if isinstance(part, dict):
+                waiting.append(part)
+    return False
+
+
+def _check_parts(state: dict, file: pathlib.Path, left: dict) -> dict[str, _Part]:
+    """Tensors that can be converted, none larger than the file; those without values are left out."""
+    if len(state) > _MOST_TENSORS:
+        raise ConversionError(f"{file}: holds {len(state):,} tensors: expected a Vision Transformer, at most 10,000")
+    parts = {}
+    for name, value in state.items():
+        if not isinstance(name, str) or not name.isprintable() or len(name) > _LONGEST_NAME:
+            raise ConversionError(f"{file}: expected names of tensors, got {name!r:.60} as a key: rename it")
+        with stage(f"{file}: {name} is no plain tensor", remedy="save it as a dense tensor on the CPU"):
+            part = value if isinstance(value, _Part) else _wrap(value)
+            if len(part.shape) > 8:
+                raise ValueError(f"{len(part.shape)} axes")
+        if math.prod(part.shape):
+            parts[name] = part
+        else:
+            left[name] = f"shape {part.shape} has no values"
+    claimed, size = sum(part.num_bytes for part in parts.values()), file.stat().st_size
+    if claimed > 4 * size + 2**20:
         raise ConversionError(
-            f"{file}: has no state under {checkpoint_key!r}: expected one of {', '.join(nested) or 'none, it is flat'}"
+            f"{file}: its tensors claim {claimed:,} bytes in a file of {size:,}: they repeat the same values, or the "
+            "file is damaged; save each tensor with its own values (tensor.clone())"
         )
-    if not tensors:
-        raise ConversionError(f"{file}: holds no tensors: expected a state dict, got {', '.join(list(state)[:8])}")
-    left |= {name: "not a tensor" for name in state if name not in tensors}
-    return tensors, "/".join(used) or None, left
+    return parts
 
 
-def _has_tensors(value: dict) -> bool:
-    return any(isinstance(part, _Lazy) or (isinstance(part, dict) and _has_tensors(part)) for part in value.values())
-
-
-# Archives of TorchScript ------------------------------------------------------------------------------------------
-
-
-def _is_torchscript(file: pathlib.Path) -> bool:
-    if not zipfile.is_zipfile(file):
-        return False
-    with zipfile.ZipFile(file) as archive:
-        return any(name.split("/", 1)[-1] == "constants.pkl" for name in archive.namelist())
-
-
-class _ScriptModule:
-    """Stands for any class of an archive: it takes its state and does nothing with it."""
-
-    def __init__(self, *arguments):
-        self.state = {}
-
-    def __setstate__(self, state):
-        self.state = state
-
-
-class _ScriptReader:
-    """Reads the tensors of an archive of TorchScript; its code is not looked at."""
-
-    def __init__(self, file: pathlib.Path):
-        self._file = file
-        self._archive = zipfile.ZipFile(file)
-        self._root = self._archive.namelist()[0].split("/", 1)[0]
-        self._storages: dict[str, Tensor] = {}
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Parameters and buffers by their names."""
-        with self._archive.open(f"{self._root}/data.pkl") as stream:
-            module = _ClosedUnpickler(stream, self).load()
-        return dict(self._walk(module, ""))
-
-    def _walk(self, module: _ScriptModule, prefix: str) -> Iterator[tuple[str, Tensor]]:
-        for name, value in module.state.items():
-            if isinstance(value, Tensor):
-                yield prefix + name, value
-            elif isinstance(value, _ScriptModule):
-                yield from self._walk(value, f"{prefix}{name}.")
-
-    def find(self, module: str, name: str):
-        """The few names that an archive of tensors needs."""
-        if module.startswith("__torch__"):
-            return _ScriptModule
-        allowed = {
-            ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-            ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
-            ("collections", "OrderedDict"): collections.OrderedDict,
-            ("torch", "device"): torch.device,
-        }
-        if module == "torch" and name.endswith("Storage"):
-            return name
-        if module == "torch.jit._pickle":
-            return lambda values, *_: values
-        if (module, name) not in allowed:
-            raise ConversionError(f"{self._file}: refused, for reading it would run {module}.{name}")
-        return allowed[module, name]
-
-    def storage(self, reference: tuple):
-        """One storage of the archive, read once."""
-        _, kind, key, _, _ = reference
-        if key not in self._storages:
-            kinds = {"HalfStorage": torch.float16, "FloatStorage": torch.float32, "DoubleStorage": torch.float64}
-            kinds |= {"LongStorage": torch.int64, "IntStorage": torch.int32, "BoolStorage": torch.bool}
-            kinds |= {"BFloat16Storage": torch.bfloat16, "ByteStorage": torch.uint8}
-            if kind not in kinds:
-                raise ConversionError(f"{self._file}: expected tensors of numbers, got a {kind}")
-            data = bytearray(self._archive.read(f"{self._root}/data/{key}"))
-            self._storages[key] = torch.frombuffer(data, dtype=kinds[kind]) if data else torch.empty(0)
-        tensor = self._storages[key]
-        return torch.storage.TypedStorage(wrap_storage=tensor.untyped_storage(), dtype=tensor.dtype, _internal=True)
-
-
-class _ClosedUnpickler(pickle.Unpickler):
-    """Unpickles what a `_ScriptReader` allows."""
-
-    def __init__(self, stream, reader: _ScriptReader):
-        super().__init__(stream)
-        self._reader = reader
-
-    def find_class(self, module: str, name: str):
-        return self._reader.find(module, name)
-
-    def persistent_load(self, reference):
-        return self._reader.storage(reference)
+def _wrap(value: Tensor) -> _Part:
+    kinds = {
+        "sparse": value.layout != torch.strided,
+        "nested": value.is_nested,
+        "quantized": value.is_quantized,
+        f"on the device {value.device.type}": value.device.type != "cpu",
+    }
+    if found := [kind for kind, is_so in kinds.items() if is_so]:
+        raise ValueError(f"it is {' and '.join(found)}")
+    return _Part(tuple(value.shape), value.dtype, value.numel() * value.element_size(), lambda: value.detach())
 
 
 __all__ = ["CHECKPOINT_KEYS", "Source", "hash_files", "open_source"]

@@ -13,7 +13,7 @@ from .rules import ConversionError, Entry
 
 
 # Names of types in the format. Source: the specification of safetensors.
-_DTYPES = {
+DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -52,7 +52,7 @@ def write_safetensors(
     for entry in entries:
         dtype, shape = _result(entry, read)
         size = torch.Size(shape).numel() * dtype.itemsize
-        header[entry.name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [offset, offset + size]}
+        header[entry.name] = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -93,10 +93,10 @@ def check_finite(name: str, tensor: Tensor) -> None:
 def _result(entry: Entry, read: Callable[[str], Tensor]) -> tuple[torch.dtype, list[int]]:
     sources = [read(name) for name in entry.sources]
     dtype = sources[0].dtype if sources else torch.float32
-    if dtype not in _DTYPES:
-        raise ConversionError(f"{entry.sources[0]} has type {dtype}: expected one of {', '.join(map(str, _DTYPES))}")
+    if dtype not in DTYPES:
+        raise ConversionError(f"{entry.sources[0]} has type {dtype}: expected one of {', '.join(map(str, DTYPES))}")
     shape = entry.make(*(torch.empty(source.shape, dtype=source.dtype, device="meta") for source in sources)).shape
     return dtype, list(shape)
 
 
-__all__ = ["check_finite", "make", "write_safetensors"]
+__all__ = ["DTYPES", "check_finite", "make", "write_safetensors"]

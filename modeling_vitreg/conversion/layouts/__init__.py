@@ -1,6 +1,10 @@
-"""All layouts, and which of them a checkpoint is."""
+"""All layouts, and which of them a checkpoint has."""
 
 from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Iterable
 
 from ..rules import ConversionError
 from ..sources import Source
@@ -8,7 +12,6 @@ from . import capi, clip, deit, dino, dinov2, dinov3, mae, timm, transformers
 from .layout import CheckpointInfo, Layout
 
 
-# Of layouts that share names, the first that is hinted at, else the first.
 BY_NAMES = (
     dinov2.LAYOUT,
     dinov3.LAYOUT,
@@ -20,50 +23,60 @@ BY_NAMES = (
     dino.LAYOUT,
 )
 LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (*BY_NAMES, *transformers.LAYOUTS.values())}
+_ENOUGH = 0.75  # share of names that a layout has to know
 
 
 def recognise(source: Source, *, family: str | None = None, module=None) -> Layout:
-    """The layout of a checkpoint, from its `config.json` or from its names.
+    """The layout of a checkpoint, from what the caller says, its `config.json`, or the names of its tensors.
+
+    A choice between layouts that know the same names is a guess, and becomes one of the notes of the source.
 
     Args:
         source: the checkpoint.
-        family: its name, where the caller knows.
-        module: the model itself, where it was given as one.
+        family: name of the layout, if the caller knows it.
+        module: the model itself, if it was given as one.
 
     Raises:
         ConversionError: there is no such family, or none fits; the message has the nearest.
     """
-    if family is not None:
-        if family not in LAYOUTS:
-            raise ConversionError(f"expected a family out of {', '.join(LAYOUTS)}, got {family!r}")
-        return LAYOUTS[family]
-    model_type = (source.settings or {}).get("model_type")
-    if model_type == "vitreg":
-        raise ConversionError(
-            f"{source.path}: is a model of this family already: from_pretrained loads it; to write it in another "
-            "layout add --to dinov2, timm or transformers"
-        )
-    if model_type in transformers.LAYOUTS:
-        return transformers.LAYOUTS[model_type]
-    if model_type is not None and "architecture" not in source.settings:
-        known = ", ".join(transformers.LAYOUTS)
-        raise ConversionError(
-            f"{source.path}: model type {model_type!r} cannot be represented: expected one of {known}"
-        )
-    if module is not None or "architecture" in (source.settings or {}):
-        return timm.LAYOUT
-    shares = {layout.name: layout.share(list(source.shapes)) for layout in BY_NAMES}
-    best = max(shares.values())
-    if best < 0.75:
-        raise ConversionError(_unknown(source, shares))
-    candidates = [layout for layout in BY_NAMES if shares[layout.name] > best - 0.02]
-    hinted = [layout for layout in candidates if layout.is_hinted(describe_checkpoint(source, layout))]
-    is_plain = source.checkpoint_key is None and source.files[0].suffix == ".safetensors"
-    if timm.LAYOUT in candidates and is_plain:  # no official repository writes this format
-        return timm.LAYOUT
-    if not hinted and dino.LAYOUT in candidates and not any("head" in name for name in source.shapes):
-        return dino.LAYOUT
-    return (hinted or [layout for layout in candidates if shares[layout.name] == best])[0]
+    for step in (_by_family, _by_config, _by_names):
+        if (layout := step(source, family, module)) is not None:
+            return layout
+    raise ConversionError(_unknown(source))
+
+
+def inner_model(source: Source, *, family: str | None = None) -> Source:
+    """The tensors of a Vision Transformer inside a larger module, such as `model.` in a checkpoint of Lightning.
+
+    Raises:
+        ConversionError: there are several of them.
+    """
+    layouts = [LAYOUTS[family]] if family in LAYOUTS else BY_NAMES
+    if source.settings is not None or _best_share(layouts, source.shapes) >= _ENOUGH:
+        return source
+    members = collections.defaultdict(list)
+    for name in source.shapes:
+        parts = name.split(".")
+        for count in range(1, min(len(parts), 4)):
+            members[".".join(parts[:count]) + "."].append(name)
+    shares = {
+        prefix: _best_share(layouts, [name.removeprefix(prefix) for name in names])
+        for prefix, names in members.items()
+        if len(names) >= 8
+    }
+    found: list[str] = []
+    for prefix in sorted(shares, key=shares.get, reverse=True):
+        if shares[prefix] >= _ENOUGH and not any(prefix.startswith(one) or one.startswith(prefix) for one in found):
+            found.append(prefix)
+    if len(found) > 1:
+        names = ", ".join(prefix.removesuffix(".") for prefix in found)
+        raise ConversionError(f"{source.path}: holds several models ({names}): choose one with --checkpoint-key")
+    if not found:
+        return source
+    inside = {name: name.removeprefix(found[0]) for name in members[found[0]]}
+    outside = {name: f"outside of {found[0]!r}" for name in source.shapes if name not in inside}
+    note = f"took the model under {found[0]!r}" + (f", and left {len(outside)} tensors beside it" if outside else "")
+    return dataclasses.replace(source.renamed(inside), left=source.left | outside, notes=[*source.notes, note])
 
 
 def describe_checkpoint(
@@ -83,18 +96,76 @@ def describe_checkpoint(
     )
 
 
-def _unknown(source: Source, shares: dict[str, float]) -> str:
-    nearest = max(shares, key=shares.get)
-    known = (
-        f"the nearest is {nearest}, which knows {shares[nearest]:.0%} of its names"
-        if shares[nearest]
-        else "none is near"
+def _by_family(source: Source, family: str | None, module) -> Layout | None:
+    if family is not None and family not in LAYOUTS:
+        raise ConversionError(f"expected a family out of {', '.join(LAYOUTS)}, got {family!r}")
+    return LAYOUTS.get(family)
+
+
+def _by_config(source: Source, family: str | None, module) -> Layout | None:
+    settings = source.settings or {}
+    model_type = settings.get("model_type")
+    if model_type == "vitreg":
+        raise ConversionError(
+            f"{source.path}: is a model of this family already: from_pretrained loads it; to write it in another "
+            "layout add --to dinov2, timm or transformers"
+        )
+    if model_type in transformers.LAYOUTS:
+        return transformers.LAYOUTS[model_type]
+    if model_type is not None and "architecture" not in settings:
+        known = ", ".join(transformers.LAYOUTS)
+        raise ConversionError(
+            f"{source.path}: model type {model_type!r:.60} cannot be represented: expected one of {known}"
+        )
+    return timm.LAYOUT if module is not None or "architecture" in settings else None
+
+
+def _by_names(source: Source, family: str | None, module) -> Layout | None:
+    shares = {layout.name: layout.share(list(source.shapes)) for layout in BY_NAMES}
+    best = max(shares.values())
+    if best < _ENOUGH:
+        return None
+    candidates = [layout for layout in BY_NAMES if shares[layout.name] > best - 0.02]
+    choice = _choose(source, candidates, shares)
+    equal = [layout.name for layout in candidates if shares[layout.name] == best and layout is not choice]
+    if equal and shares[choice.name] == best:
+        source.notes.append(
+            f"the family {choice.name} is a guess: the names of the tensors fit {', '.join(equal)} as well "
+            "(--family chooses another)"
+        )
+    return choice
+
+
+def _choose(source: Source, candidates: list[Layout], shares: dict[str, float]) -> Layout:
+    """One of the layouts that know the names; the first rule that applies decides."""
+    hinted = [layout for layout in candidates if layout.is_hinted(describe_checkpoint(source, layout))]
+    has_head = any("head" in name for name in source.shapes)
+    is_plain = source.checkpoint_key is None and source.files[0].suffix == ".safetensors"
+    preferences = (
+        (is_plain, timm.LAYOUT),  # no official repository writes this format
+        (True, hinted[0] if hinted else None),
+        (not has_head, dino.LAYOUT),
+        (True, timm.LAYOUT),  # most of those who train classifiers
     )
+    for applies, layout in preferences:
+        if applies and layout in candidates:
+            return layout
+    return max(candidates, key=lambda layout: shares[layout.name])
+
+
+def _best_share(layouts: Iterable[Layout], names: Iterable[str]) -> float:
+    return max(layout.share(list(names)) for layout in layouts)
+
+
+def _unknown(source: Source) -> str:
+    shares = {layout.name: layout.share(list(source.shapes)) for layout in BY_NAMES}
+    nearest = max(shares, key=shares.get)
+    known = f"the nearest is {nearest}, which knows {shares[nearest]:.0%} of its names"
     shown = ", ".join(list(source.shapes)[:6])
     return (
-        f"{source.path}: no family fits; {known}. Its tensors are {shown}, ... "
+        f"{source.path}: no family fits; {known if shares[nearest] else 'none is near'}. Its tensors are {shown}, ... "
         f"Families: {', '.join(LAYOUTS)}; name one with --family if it is one of them"
     )
 
 
-__all__ = ["BY_NAMES", "LAYOUTS", "describe_checkpoint", "recognise"]
+__all__ = ["BY_NAMES", "LAYOUTS", "describe_checkpoint", "inner_model", "recognise"]

@@ -36,14 +36,11 @@ RULES: list[Rule] = [
 
 
 def _canonical(names: Iterable[str]) -> dict[str, str]:
-    names = {name: name.removeprefix("module.") for name in names}
-    if not any(name.startswith("visual.") for name in names.values()):
-        return names
+    names = list(names)
+    if not any(name.startswith("visual.") for name in names):
+        return {name: name for name in names}
     # Beside an image tower the names at the top, which are the same, belong to the text tower.
-    return {
-        old: name.removeprefix("visual.") if name.startswith("visual.") else f"outside.{name}"
-        for old, name in names.items()
-    }
+    return {name: name.removeprefix("visual.") if name.startswith("visual.") else f"outside.{name}" for name in names}
 
 
 def _configure(info: CheckpointInfo) -> dict:

@@ -6,7 +6,7 @@ from modeling_vitreg import ViTWithRegistersConfig
 
 from ..rules import Rename, Rule
 from .blocks import GAMMAS, HEAD, LAYERS, MLP, POSITIONS, STEM, read_sizes
-from .layout import IMAGENET, CheckpointInfo, Layout, each, prepare_crop
+from .layout import IMAGENET, CheckpointInfo, Layout, prepare_crop
 
 
 DISTILLED: list[Rule] = [
@@ -53,7 +53,6 @@ LAYOUT = Layout(
     rules=_rules,
     configure=_configure,
     prepare=_prepare,
-    canonical=each(lambda name: name.removeprefix("module.")),
     is_hinted=lambda info: info.checkpoint_key == "model" or info.file_name.lower().startswith("deit"),
 )
 

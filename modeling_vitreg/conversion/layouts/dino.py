@@ -30,7 +30,7 @@ LAYOUT = Layout(
     rules=_rules,
     configure=_configure,
     prepare=lambda info, config: prepare_crop(config.image_size, **IMAGENET),
-    canonical=each(lambda name: name.removeprefix("module.").removeprefix("backbone.")),
+    canonical=each(lambda name: name.removeprefix("backbone.")),
     is_hinted=lambda info: (
         info.checkpoint_key in ("teacher", "student")
         or ("dino" in info.file_name.lower() and "dinov" not in info.file_name.lower())

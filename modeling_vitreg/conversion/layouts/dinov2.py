@@ -42,7 +42,6 @@ def _rules(config: ViTWithRegistersConfig | None) -> list[Rule]:
 
 
 def _canonical(name: str) -> str:
-    name = re.sub(r"(^|\.)(_fsdp_wrapped_module|_orig_mod|module)(?=\.)", "", name).lstrip(".")
     return _CHUNK.sub(r"blocks.\1.", name.removeprefix("backbone."))
 
 

@@ -90,7 +90,7 @@ LAYOUT = Layout(
     rules=_rules,
     configure=_configure,
     prepare=_prepare,
-    canonical=each(lambda name: name.removeprefix("module.").removeprefix("backbone.")),
+    canonical=each(lambda name: name.removeprefix("backbone.")),
     is_hinted=lambda info: info.has("storage_tokens") or info.has("rope_embed.periods"),
 )
 

@@ -55,10 +55,16 @@ class CheckpointInfo:
 
     def depth(self, pattern: str) -> int:
         """Number of layers, from names such as "blocks.*." whose star is a number."""
-        numbers = {int(match[1]) for match in self._found(pattern.replace("*", "(\\d+)", 1) + "*")}
+        numbers = {match[1] for match in self._found(pattern.replace("*", "(\\d+)", 1) + "*")}
         if not numbers:
             raise ConversionError(f"{self.file_name}: no layers: expected tensors named {pattern}...")
-        return max(numbers) + 1
+        if missing := [number for number in map(str, range(len(numbers))) if number not in numbers]:
+            odd = max(numbers, key=lambda number: (len(number), number))
+            raise ConversionError(
+                f"{self.file_name}: the layers are numbered up to {odd[:20]}, but layer {missing[0]} is missing: "
+                "the file is incomplete, or its names are damaged"
+            )
+        return len(numbers)
 
     def size(self, name: str, axis: int) -> int:
         """Length of an axis of a tensor, with `*` for anything: the one that most of them have."""

@@ -176,7 +176,7 @@ LAYOUT = Layout(
     rules=_rules,
     configure=_configure,
     prepare=_prepare,
-    canonical=each(lambda name: name.removeprefix("module.").removeprefix("visual.trunk.")),
+    canonical=each(lambda name: name.removeprefix("visual.trunk.")),
     is_hinted=lambda info: info.module is not None or "timm" in info.file_name.lower(),
 )
 

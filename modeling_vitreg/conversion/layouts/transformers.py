@@ -104,7 +104,7 @@ _PARTS = {"q": "query", "k": "key", "v": "value"}
 
 
 def _strip(name: str, *, base: str) -> str:
-    return name.removeprefix("module.").removeprefix(f"{base}.")
+    return name.removeprefix(f"{base}.")
 
 
 def _canonical(base: str) -> Callable[[Iterable[str]], dict[str, str]]:
