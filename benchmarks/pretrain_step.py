@@ -72,7 +72,7 @@ def main() -> None:
     print(
         f"{options.width}, {config.num_register_tokens} registers, batch {options.batch}, 2 global views of "
         f"{config.image_size} and {options.local_crops} local views of {local_size(config)} pixels, "
-        f"{options.prototypes} prototypes\n{options.centring}, stochastic depth {options.drop_path}, precision "
+        f"{options.prototypes} prototypes\n{options.centering}, stochastic depth {options.drop_path}, precision "
         f"{options.precision}{', compiled' * options.compile}, torch {torch.__version__}, {device_name(options)}\n"
     )
     check_sameness(programs, batch, options)
@@ -92,7 +92,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--registers", type=int, default=4, help="(default 4)")
     parser.add_argument("--drop-path", type=float, default=0.1, help="rate of all layers (default 0.1)")
     parser.add_argument(
-        "--centring",
+        "--centering",
         choices=("moving_mean", "sinkhorn"),
         default="moving_mean",
         help="of the teacher; lightly has moving_mean only and is left out with sinkhorn (default moving_mean)",
@@ -174,7 +174,7 @@ def make_programs(options: argparse.Namespace, config: ViTWithRegistersConfig) -
     programs = {ours.name: ours}
     other = Ours(options, config, is_packed=not by_default)
     for name, kind in ((other.name, None), ("dinov2", Dinov2), ("lightly", Lightly)):
-        if kind is Lightly and options.centring == "sinkhorn":
+        if kind is Lightly and options.centering == "sinkhorn":
             print("lightly is left out: it has no Sinkhorn-Knopp")
             continue
         try:
@@ -241,7 +241,7 @@ class Ours(Program):
             ViTWithRegistersModel(config),
             settings=DINOv2Settings(
                 num_prototypes=options.prototypes,
-                centring=options.centring,
+                centering=options.centering,
                 momentum=(MOMENTUM, 1.0),
                 koleo_weight=KOLEO_WEIGHT,
                 is_packed=is_packed,
@@ -300,7 +300,7 @@ class Dinov2(Program):
 
         # Its loss asks for a sum over processes even where there is one only.
         ibot_patch_loss.dist = types.SimpleNamespace(is_initialized=lambda: False, all_reduce=lambda tensor: None)
-        self.centring, self.num_locals = options.centring, options.local_crops
+        self.centering, self.num_locals = options.centering, options.local_crops
         self.groups_of, self.fuse = get_params_groups_with_decay, fuse_params_groups
         make_backbone = functools.partial(
             DinoVisionTransformer,
@@ -392,7 +392,7 @@ class Dinov2(Program):
         inputs = torch.cat([second, first, self.pad(tokens["x_norm_patchtokens"], batch)])
         logits = self.teacher["dino_head"](inputs)
         class_logits, patch_logits = logits[: len(images)], logits[len(images) : len(images) + num_masked]
-        if self.centring == "sinkhorn":
+        if self.centering == "sinkhorn":
             count = torch.full((1,), num_masked, device=images.device)
             class_targets = self.dino_loss.sinkhorn_knopp_teacher(class_logits, teacher_temp=TEACHER_TEMPERATURE)
             patch_targets = self.ibot_loss.sinkhorn_knopp_teacher(

@@ -15,13 +15,14 @@ from tqdm import tqdm
 
 from modeling_vitreg.distributed import DistributedContext
 from modeling_vitreg.images import DataOptions, ImageSource, open_images
-from modeling_vitreg.pretraining.objectives.clip import find_words
+from modeling_vitreg.pretraining.objectives.objective import DataSummary
+from modeling_vitreg.pretraining.objectives.registry import objective_class
 from modeling_vitreg.pretraining.run.recipe import Recipe, read_recipe
 from modeling_vitreg.scenes import SEMANTIC_NAMES, SceneSettings
 
 
 RECIPES = pathlib.Path(__file__).parent / "recipes"
-MAPS = {"segment": "mask", "depth": "depth"}  # what an objective learns from
+MAPS = ("mask", "depth")  # annotations of each pixel
 HELD_OUT_SCENES = 2**30  # first index; training scenes are counted from 0
 
 
@@ -149,7 +150,7 @@ def open_source(options: argparse.Namespace, recipe: Recipe, *, split: str | Non
     """The images to learn from, or those of another split."""
     scenes = range(options.num_scenes)
     # Larger than a view; where the image has one label, filled by one object, as photographs of objects are.
-    objects = {} if recipe.objective in MAPS else {"max_objects": 1, "zoom": 1.6}
+    objects = {} if annotation_of(recipe) in MAPS else {"max_objects": 1, "zoom": 1.6}
     looks = SceneSettings(image_size=recipe.crops.global_size * 4 // 3, **objects)
     if split == "held-out scenes":
         scenes, split = range(HELD_OUT_SCENES, HELD_OUT_SCENES + options.num_looked_at // 4), "train"
@@ -170,10 +171,10 @@ def make_data_options(options: argparse.Namespace, recipe: Recipe) -> DataOption
     """The columns that the objective learns from, and the meaning of their values."""
     of_scenes = {"mask": "semantic_mask", "label": "colours"} if options.data == "scenes" else {}
     columns = {"image_column": options.image_column, "label_column": options.label_column or of_scenes.get("label")}
-    if recipe.objective == "clip":
+    kind = annotation_of(recipe)
+    if kind == "text":
         columns["text_column"] = options.text_column or "caption"
-    if recipe.objective in MAPS:
-        kind = MAPS[recipe.objective]
+    if kind in MAPS:
         columns[f"{kind}_column"] = getattr(options, f"{kind}_column") or of_scenes.get(kind, kind)
     max_depth = recipe.settings.get("max_depth", DataOptions.max_depth)
     return DataOptions(
@@ -181,29 +182,23 @@ def make_data_options(options: argparse.Namespace, recipe: Recipe) -> DataOption
     )
 
 
+def annotation_of(recipe: Recipe) -> str | None:
+    """What the objective of a recipe learns from beside images."""
+    return objective_class(recipe.objective).annotation
+
+
 def name_classes(recipe: Recipe, source, *, data: str) -> Recipe:
-    """The recipe with the classes of the data, where it learns classes and does not name them."""
-    changes = {}
-    if (
-        recipe.objective == "segment"
-        and data == "scenes"
-        and not set(recipe.settings) & {"class_names", "num_classes"}
-    ):
-        changes["settings.class_names"] = list(SEMANTIC_NAMES)
-    if recipe.objective == "clip" and not (recipe.settings.get("words") or recipe.settings.get("tokenizer")):
-        if not isinstance(source, ImageSource):
-            raise SystemExit("the words of a stream are not known: name a tokenizer by --set settings.tokenizer=...")
-        changes["settings.words"] = find_words(source.texts())
-    if recipe.objective == "clip" and source.class_names and not recipe.settings.get("class_names"):
-        changes["settings.class_names"] = list(source.class_names)
-    if recipe.objective != "classify" or recipe.settings.get("class_names"):
-        return recipe.with_changes(changes)
-    if not source.class_names:
-        raise SystemExit(
-            "classification needs classes: give --data a folder with a folder for each class, a dataset with a column "
-            "of classes (--label-column), or name them by --set settings.class_names=[cat,dog]"
-        )
-    return recipe.with_changes({"settings.class_names": list(source.class_names)})
+    """The recipe with values that it leaves to the data, such as names of classes."""
+    summary = DataSummary(
+        class_names=tuple(source.class_names or ()),
+        mask_names=SEMANTIC_NAMES if data == "scenes" else (),
+        texts=source.texts if isinstance(source, ImageSource) else None,
+    )
+    try:
+        found = objective_class(recipe.objective).settings_from_data(recipe.settings, summary)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    return recipe.with_changes({f"settings.{name}": value for name, value in found.items()})
 
 
 def name_init(init: str | None) -> str | None:

@@ -10,7 +10,7 @@ import time
 
 import psutil
 import torch
-from arguments import MAPS, Run, name_init, open_source, versions
+from arguments import MAPS, Run, annotation_of, name_init, open_source, versions
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
@@ -29,8 +29,7 @@ from modeling_vitreg.pretraining.monitoring.diagnosis import diagnose
 from modeling_vitreg.pretraining.monitoring.instruments import collapse_line, effective_rank, register_similarity
 from modeling_vitreg.pretraining.monitoring.jsonl import JsonlLogger
 from modeling_vitreg.pretraining.monitoring.non_finite import NonFiniteDetector
-from modeling_vitreg.pretraining.objectives.dense import DensePrediction
-from modeling_vitreg.pretraining.objectives.objective import Objective
+from modeling_vitreg.pretraining.objectives.objective import TARGETS, Objective
 from modeling_vitreg.pretraining.run.sharding import gather_model
 
 
@@ -44,7 +43,6 @@ MEASURES = {
     "d1": "depths within 25 %",
     "rmse": "error of depth (RMSE)",
 }
-NAMES_OF_MAPS = {"mask": "semantic_masks", "depth": "depths"}
 
 
 class Monitor:
@@ -225,9 +223,9 @@ class Monitor:
             shown = sample.shown[:6].to(device)
             pixels = {"mean": run.recipe.mean, "std": run.recipe.std}
             draw_attention(encoder, shown, folder / "attention.png", **pixels)
-            if isinstance(self.objective, DensePrediction):
-                truth = sample.truth[self.objective.truth_name][:6]
-                num_classes = encoder.config.num_labels if self.objective.truth_name == "semantic_masks" else None
+            if self.objective.annotation in MAPS:
+                truth = sample.truth[TARGETS[self.objective.annotation]][:6]
+                num_classes = encoder.config.num_labels if self.objective.annotation == "mask" else None
                 found = self.objective.predict(model, shown)
                 draw_maps(shown.cpu(), truth, found, folder / "maps.png", **pixels, num_classes=num_classes)
 
@@ -266,7 +264,7 @@ class Sample:
         images, truth = self._read(source, number + number // 4)
         other, self.held_out_name = self._find_held_out(run, source)
         labels = truth["labels"]
-        is_labelled = labels.min() >= 0 and recipe.objective not in MAPS
+        is_labelled = labels.min() >= 0 and annotation_of(recipe) not in MAPS
         self.num_classes = len(labels.unique()) if is_labelled else 0
         self.held_out, self.truth = None, {}
         if self.num_classes > 1 or len(truth) > 1:
@@ -309,7 +307,7 @@ class Sample:
                 images.append(self._normalise(image))
                 truth["labels"].append(torch.tensor(-1 if raw["label"] is None else raw["label"]))
                 for name, values in zip(maps, maps_cut):
-                    truth[NAMES_OF_MAPS[name]].append(values.as_subclass(Tensor))
+                    truth[TARGETS[name]].append(values.as_subclass(Tensor))
         return torch.stack(images), {name: torch.stack(values) for name, values in truth.items()}
 
 

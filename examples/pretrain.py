@@ -39,7 +39,6 @@ from modeling_vitreg.pretraining.objectives.objective import Objective
 from modeling_vitreg.pretraining.run.lamb import Lamb
 from modeling_vitreg.pretraining.run.parameters import parameter_groups, set_rates
 from modeling_vitreg.pretraining.run.recipe import Recipe, make_recipe
-from modeling_vitreg.pretraining.run.schedules import cosine
 from modeling_vitreg.pretraining.run.sharding import gather_model, shard
 from modeling_vitreg.pretraining.state import last_state, load_state, read_metadata, save_state
 from modeling_vitreg.pretraining.views.loader import ViewLoader
@@ -94,7 +93,7 @@ def main(*, description: str = __doc__, default_recipe: str = "demo-cpu") -> Non
     batches = iter(loader) if first_step < recipe.num_steps else None
     step = facts["step"]
     for step in monitor.count_steps(first_step):
-        set_rates(optimizer, **rates_of(recipe, step))
+        set_rates(optimizer, **recipe.rates(step))
         losses = {}
         for micro in range(run.num_accumulations):
             batch = next(batches)
@@ -112,7 +111,7 @@ def main(*, description: str = __doc__, default_recipe: str = "demo-cpu") -> Non
                 accelerator.backward(terms["total"] / run.num_accumulations)
             for name, term in terms.items():
                 losses[name] = losses.get(name, 0) + term.detach().float() / run.num_accumulations
-        norms = update(objective, optimizer, accelerator.scaler, clip=recipe.clip)
+        norms = update(objective, optimizer, accelerator.scaler, max_grad_norm=recipe.max_grad_norm)
         objective.after_step(step=step)
 
         monitor.see(step, losses, norms, optimizer)
@@ -192,7 +191,7 @@ def make_loader(run: Run, source, objective: Objective, facts: dict) -> ViewLoad
             make_text=objective.make_text,
             micro_batch_size=run.micro_batch,
             num_accumulations=run.num_accumulations,
-            num_repeats=run.recipe.num_repeats,
+            num_repeats=run.recipe.repeated_augmentation,
             rank=run.processes.rank,
             num_processes=run.processes.size,
             seed=run.recipe.seed,
@@ -209,30 +208,15 @@ def make_loader(run: Run, source, objective: Objective, facts: dict) -> ViewLoad
 # Learning ----------------------------------------------------------------------------------------------------------
 
 
-def rates_of(recipe: Recipe, step: int) -> dict:
-    """What `set_rates` writes into the optimiser at a step."""
-    return {
-        "learning_rate": cosine(
-            step,
-            base=recipe.peak_learning_rate,
-            final=recipe.last_learning_rate,
-            num_steps=recipe.num_steps,
-            num_warmup=int(recipe.warmup * recipe.num_steps),
-        ),
-        "weight_decay": cosine(
-            step, base=recipe.weight_decay[0], final=recipe.weight_decay[1], num_steps=recipe.num_steps
-        ),
-        "is_last_layer_frozen": step < recipe.freeze_last_layer * recipe.num_steps,
-    }
-
-
-def update(objective: Objective, optimizer: torch.optim.Optimizer, scaler, *, clip: float) -> dict[str, Tensor]:
+def update(
+    objective: Objective, optimizer: torch.optim.Optimizer, scaler, *, max_grad_norm: float
+) -> dict[str, Tensor]:
     """Clip the gradient of each part on its own and take a step; returns the norms before clipping."""
     if scaler is not None:
         scaler.unscale_(optimizer)
     norms = {}
     for name, part in objective.trained.items():
-        norm = torch.nn.utils.clip_grad_norm_(part.parameters(), clip or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(part.parameters(), max_grad_norm or math.inf)
         norms[f"gradient_{name}"] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     if scaler is not None:
         scaler.step(optimizer)

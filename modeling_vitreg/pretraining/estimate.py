@@ -28,9 +28,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersLayer
 
 from .build import make_objective
-from .objectives.dense import DensePrediction
 from .objectives.heads import PrototypeHead
 from .objectives.objective import Objective
+from .objectives.registry import objective_class
 from .run.recipe import Recipe
 from .views.masking import draw_masks
 
@@ -188,7 +188,8 @@ def plan(
             f"images: change one of them"
         )
     num_accumulations = recipe.batch_size // (num_processes * micro_batch)
-    recipe = _without_data(recipe)
+    settings = objective_class(recipe.objective).settings_for_estimate(recipe.settings)
+    recipe = dataclasses.replace(recipe, settings=settings)
     objective = _make_shapes(recipe)
     learned = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     learned_bytes, weight_bytes = _bytes(learned), _bytes(objective.parameters())
@@ -256,14 +257,14 @@ class _Trace:
 
 def _make_shapes(recipe: Recipe) -> Objective:
     """The objective without contents; one whose teacher has to be loaded is made on the CPU."""
-    with contextlib.nullcontext() if recipe.objective == "distill" else torch.device("meta"):
+    with contextlib.nullcontext() if objective_class(recipe.objective).has_external_teacher else torch.device("meta"):
         return make_objective(recipe)
 
 
 def _trace(
     recipe: Recipe, micro_batch: int, precision: str, is_sharded: bool, checkpoints_activations: bool
 ) -> _Trace:
-    objective = _make_shapes(_as_on_a_device(recipe)).train()
+    objective = _make_shapes(recipe).train()
     backbone = objective.trained["backbone"]
     if checkpoints_activations:
         backbone.gradient_checkpointing_enable()
@@ -288,29 +289,6 @@ def _trace(
     images = _bytes([batch[name] for name in ("global_views", "local_views") if name in batch])
     flops = ledger.flops | {"heads": sum(of_heads)}
     return _Trace(kept=kept, peak=ledger.peak, images=images, outside=ledger.outside, flops=flops)
-
-
-def _as_on_a_device(recipe: Recipe) -> Recipe:
-    """Views packed, as on a GPU; targets by Sinkhorn, for a moving mean asks for a number, which shapes do not have.
-    Both kinds of targets have the same sizes and no products of matrices but with vectors."""
-    changes = {}
-    if recipe.objective in ("dinov2", "distill"):
-        changes["settings.is_packed"] = True
-    if recipe.settings.get("centring") == "moving_mean":
-        changes["settings.centring"] = "sinkhorn"
-    return recipe.with_changes(changes)
-
-
-def _without_data(recipe: Recipe) -> Recipe:
-    """As many classes as ImageNet or ADE20k has, where the data would say; no mixtures, whose shares are drawn."""
-    if recipe.objective == "segment" and not (
-        recipe.settings.get("class_names") or recipe.settings.get("num_classes")
-    ):
-        return recipe.with_changes({"settings.num_classes": 150})
-    if recipe.objective != "classify":
-        return recipe
-    names = recipe.settings.get("class_names") or [str(number) for number in range(1000)]
-    return recipe.with_changes({"settings.class_names": names, "settings.mixup": 0.0, "settings.cutmix": 0.0})
 
 
 def _fill(objective: Objective, kind: torch.dtype) -> None:
@@ -340,11 +318,7 @@ def _make_batch(recipe: Recipe, objective: Objective, micro_batch: int, num_mask
     batch = {"global_views": torch.empty(crops.num_global, *shape, crops.global_size, crops.global_size)}
     if crops.num_local:
         batch["local_views"] = torch.empty(crops.num_local, *shape, crops.local_size, crops.local_size)
-    if recipe.objective == "classify":
-        batch["labels"] = torch.empty(micro_batch, dtype=torch.long)
-    if isinstance(objective, DensePrediction):
-        shape = (1, micro_batch, crops.global_size, crops.global_size)
-        batch[objective.truth_name] = torch.empty(shape, dtype=objective.truth_dtype)
+    batch |= objective.example_targets(micro_batch)
     if objective.masks is not None:
         num_patches = _num_patches(objective, crops.global_size)
         batch["masks"] = torch.empty(crops.num_global * micro_batch, num_patches, dtype=torch.bool)

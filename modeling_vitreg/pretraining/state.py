@@ -41,6 +41,7 @@ POINTER = "LAST"
 OBJECTIVE, OPTIMIZER, METADATA = "objective.safetensors", "optimizer.safetensors", "state.json"
 CHECKSUMS = "checksums.json"
 _NAME = re.compile(r"step-\d{8,}")
+_RENAMED = {"average.": "ema_model.", "_centre.centre": "_center.center"}  # parts of names in older states
 FORMAT = 1  # raised when an older version of this module could not read what this one writes
 
 
@@ -205,7 +206,11 @@ def load_objective(state: pathlib.Path) -> dict[str, torch.Tensor]:
     Raises:
         DamagedState: the file cannot be read.
     """
-    return _load(state / OBJECTIVE)
+    weights = _load(state / OBJECTIVE)
+    return {
+        next((name.replace(old, new) for old, new in _RENAMED.items() if old in name), name): weights[name]
+        for name in weights
+    }
 
 
 def _load(path: pathlib.Path) -> dict[str, torch.Tensor]:

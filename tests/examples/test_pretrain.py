@@ -258,7 +258,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_lost(fold
 
 
 def test_numbers_that_break_are_named_and_the_last_good_state_is_kept(folder):
-    message = _refuse(folder, "--set", "learning_rate=1e30", "--set", "warmup=0.5", output="broken")
+    message = _refuse(folder, "--set", "learning_rate=1e30", "--set", "warmup_ratio=0.5", output="broken")
     assert "is not finite" in message
     assert "step 1" in message or "step 2" in message
     assert "lower learning_rate" in message

@@ -51,7 +51,7 @@ PUBLISHED = {
         "drop path": 0.3,
         "prototypes": (65536, None),
         "bottlenecks": (256, 256),
-        "centring": "moving_mean",
+        "centering": "moving_mean",
         "local views": (8, 96),
         "width, depth, patch": (1024, 24, 16),
         "act": "gelu",
@@ -68,7 +68,7 @@ PUBLISHED = {
         "drop path": 0.4,
         "prototypes": (131072, 131072),
         "bottlenecks": (384, 256),
-        "centring": "sinkhorn",
+        "centering": "sinkhorn",
         "local views": (8, 98),
         "width, depth, patch": (1536, 40, 14),
         "act": "swiglu",
@@ -83,23 +83,23 @@ def test_the_recipes_of_dinov2_have_the_published_values(name):
     found = {
         "peak learning rate": pytest.approx(recipe.peak_learning_rate),
         "steps": recipe.num_steps,
-        "warm-up": int(recipe.warmup * recipe.num_steps),
+        "warm-up": int(recipe.warmup_ratio * recipe.num_steps),
         "temperature warm-up": int(settings.temperature_warmup * recipe.num_steps),
         "frozen": sum(step < recipe.freeze_last_layer * recipe.num_steps for step in range(2000)),
-        "decay": recipe.weight_decay,
+        "decay": (recipe.weight_decay, recipe.weight_decay_end),
         "layer decay": recipe.layer_decay,
         "momentum": settings.momentum,
         "drop path": config.drop_path_rate,
         "prototypes": (settings.num_prototypes, settings.num_patch_prototypes),
         "bottlenecks": (settings.bottleneck_width, settings.patch_bottleneck_width),
-        "centring": settings.centring,
+        "centering": settings.centering,
         "local views": (recipe.crops.num_local, recipe.crops.local_size),
         "width, depth, patch": (config.hidden_size, config.num_hidden_layers, config.patch_size),
         "act": config.hidden_act,
     }
     assert found == PUBLISHED[name]
     # What all of them share.
-    assert (recipe.patch_multiplier, recipe.last_learning_rate, recipe.clip) == (0.2, 1e-6, 3.0)
+    assert (recipe.patch_multiplier, recipe.min_learning_rate, recipe.max_grad_norm) == (0.2, 1e-6, 3.0)
     assert (settings.student_temperature, settings.teacher_temperature) == (0.1, (0.04, 0.07))
     assert (settings.dino_weight, settings.ibot_weight, settings.koleo_weight) == (1.0, 1.0, 0.1)
     assert (recipe.masks.ratio, recipe.masks.share, recipe.crops.global_size) == ((0.1, 0.5), 0.5, 224)

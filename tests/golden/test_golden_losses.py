@@ -15,6 +15,7 @@ from PIL import Image
 
 from modeling_vitreg import ViTWithRegistersConfig, ViTWithRegistersModel
 from modeling_vitreg.pretraining.build import make_objective
+from modeling_vitreg.pretraining.objectives.objective import TARGETS
 from modeling_vitreg.pretraining.run.parameters import parameter_groups, set_rates
 from modeling_vitreg.pretraining.run.recipe import make_recipe
 from modeling_vitreg.pretraining.state import last_state, load_state, read_metadata
@@ -71,7 +72,7 @@ def make_batch(objective, step: int) -> dict:
 
 
 def needed_maps(objective) -> set:
-    return {getattr(objective, "truth_name", None)}
+    return {TARGETS.get(objective.annotation)}
 
 
 def train(recipe: dict, folder: pathlib.Path) -> dict[str, list[float]]:

@@ -33,6 +33,7 @@ from modeling_vitreg.pretraining.views.crops import CropSettings, MultiCrop
 from modeling_vitreg.scenes import SceneSettings, render_scene
 
 
+ONE = {"num_global": 1, "num_local": 0}
 ROOT = pathlib.Path(__file__).parents[2]
 PLAIN = {"class_names": ("cat", "dog", "bird"), "mixup": 0.0, "cutmix": 0.0}
 ONE_VIEW = CropSettings(num_global=1, num_local=0, global_size=32)
@@ -129,7 +130,7 @@ def test_labels_are_mixed_as_images_are(make):
 
 
 def test_a_probe_leaves_the_backbone_as_it_is(make):
-    objective = make(is_probe=True, model={"drop_path_rate": 0.5})
+    objective = make(freeze_backbone=True, model={"drop_path_rate": 0.5})
     assert not objective.model.vitreg.training and objective.model.classifier.training
     objective(make_batch(), step=0)["total"].backward()
     learned = {name for name, parameter in objective.named_parameters() if parameter.grad is not None}
@@ -185,7 +186,7 @@ def test_a_distilled_student_learns_from_labels_and_from_the_teacher(make, tiny)
         ({"loss": "binary"}, "the binary loss needs smoothing 0, got 0.1"),
         ({"distillation": "hard"}, "contradict each other: give both or neither"),
         ({"distillation": "hard", "teacher": "x"}, "set has_distillation_token=True"),
-        ({"model": {"has_mask_token": True}}, "classification hides no patch"),
+        ({"model": {"has_mask_token": True}}, "would not train a mask token"),
     ],
 )
 def test_contradictions_are_refused(make, settings, message):
@@ -194,7 +195,7 @@ def test_contradictions_are_refused(make, settings, message):
 
 
 def test_the_average_of_the_weights_is_that_of_timm_and_is_what_is_saved(make):
-    objective = make(average_momentum=0.9)
+    objective = make(ema_decay=0.9)
     theirs = timm.utils.ModelEmaV3(objective.model, decay=0.9)
     assert objective.saved is not objective.model and objective.encoder is objective.saved.vitreg
     for step in range(4):
@@ -218,7 +219,9 @@ def test_an_image_without_a_label_is_refused(make):
 
 
 def test_simple_crops_and_three_augment_do_what_deit_iii_says(photograph):
-    settings = CropSettings(num_global=1, num_local=0, global_size=64, cut="simple", colours="none", flip=0.0)
+    settings = CropSettings(
+        num_global=1, num_local=0, global_size=64, cut="simple", color_augmentation="none", flip=0.0
+    )
     torch.manual_seed(0)
     (view,) = MultiCrop(settings)(photograph)["global_views"]
     whole = v2.functional.resize(
@@ -227,7 +230,7 @@ def test_simple_crops_and_three_augment_do_what_deit_iii_says(photograph):
     padded = v2.functional.pad(whole, [4], padding_mode="reflect").float()
     windows = padded.unfold(1, 64, 1).unfold(2, 64, 1)  # [3, 9, 9, 64, 64]
     assert ((windows - view[:, None, None].float()).abs().amax(dim=(0, 3, 4)) == 0).any()
-    settings = CropSettings(num_global=1, num_local=0, global_size=32, colours="three", jitter=(0.0, 0.0, 0.0, 0.0))
+    settings = CropSettings(**ONE, global_size=32, color_augmentation="three", color_jitter=(0.0,) * 4)
     torch.manual_seed(0)
     gray = 0
     for _ in range(60):
@@ -246,7 +249,7 @@ def test_each_part_of_three_augment_is_what_deit_does_with_pillow(photograph):
         "blurred": [np.asarray(small.filter(ImageFilter.GaussianBlur(radius))) for radius in radii],
     }
     size = {"num_global": 1, "num_local": 0, "global_size": 96, "global_scale": (1.0, 1.0), "flip": 0.0}
-    crop = MultiCrop(CropSettings(**size, colours="three", jitter=(0.0, 0.0, 0.0, 0.0)))
+    crop = MultiCrop(CropSettings(**size, color_augmentation="three", color_jitter=(0.0, 0.0, 0.0, 0.0)))
     torch.manual_seed(0)
     found = collections.Counter()
     for _ in range(60):
@@ -291,7 +294,7 @@ def test_a_classifier_starts_from_a_model_of_another_objective(tiny, tmp_path):
 RECIPE = {
     "objective": "classify",
     "model": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
-    "crops": {"global_size": 32, "num_global": 1, "num_local": 0, "colours": "three"},
+    "crops": {"global_size": 32, "num_global": 1, "num_local": 0, "color_augmentation": "three"},
     "settings": {"mixup": 0.8, "cutmix": 1.0},
     "optimizer": "lamb",
     "num_steps": 9,

@@ -218,7 +218,7 @@ RECIPE = {
         "intermediate_size": 64,
         "patch_size": 8,
     },
-    "crops": {"global_size": 32, "num_global": 1, "num_local": 0, "colours": "none"},
+    "crops": {"global_size": 32, "num_global": 1, "num_local": 0, "color_augmentation": "none"},
     "settings": {**SMALL, "num_tokens": 40},
     "num_steps": 8,
     "batch_size": 8,

@@ -9,7 +9,7 @@ from modeling_vitreg.pretraining.views.crops import CropSettings, MultiCrop
 
 
 SIDE = 256
-PLAIN = {"flip": 0.0, "jitter_probability": 0.0, "gray": 0.0, "blur": (0.0, 0.0, 0.0), "solarize": 0.0}
+PLAIN = {"flip": 0.0, "color_jitter_probability": 0.0, "gray": 0.0, "blur": (0.0, 0.0, 0.0), "solarize": 0.0}
 SMALL = {"global_size": 32, "local_size": 16}
 
 
@@ -110,7 +110,7 @@ def test_each_probability_is_the_share_of_views_that_it_changes():
         return view[:, 0, 0].tolist() != [200, 60, 90]
 
     assert share({}, of="local_views", is_changed=is_other_colour) == 0
-    jittered = share({"jitter_probability": 0.5}, of="local_views", is_changed=is_other_colour)
+    jittered = share({"color_jitter_probability": 0.5}, of="local_views", is_changed=is_other_colour)
     assert jittered == pytest.approx(0.5, abs=0.15)
     assert share({"solarize": 1.0}, of="local_views", is_changed=is_other_colour) == 0
     assert share({"solarize": 1.0}, of="global_views", number=1, is_changed=is_other_colour) == 0
@@ -177,7 +177,7 @@ def test_one_global_view_without_colours_is_what_mae_takes():
         ({"local_scale": (0.1, 1.3)}, "local_scale"),
         ({"num_global": 0}, "at least one global view"),
         ({"num_local": -1}, "num_local=-1"),
-        ({"jitter": (0.4, 0.4)}, "jitter has 4"),
+        ({"color_jitter": (0.4, 0.4)}, "color_jitter has 4"),
         ({"blur": (1.0, 0.1)}, "blur 3"),
         ({"blur": (1.0, 0.1, 1.5)}, "blur"),
         ({"gray": 1.5}, "gray is a probability"),

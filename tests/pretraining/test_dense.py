@@ -1,5 +1,6 @@
 """Training on maps: cuts that keep image and map together, losses beside the models' own, metrics, and the program."""
 
+import dataclasses
 import json
 import subprocess
 
@@ -34,7 +35,7 @@ from modeling_vitreg.pretraining.views.crops import CropSettings, MapCrop
 from modeling_vitreg.scenes import SEMANTIC_NAMES
 
 
-ONE_VIEW = CropSettings(num_global=1, num_local=0, global_size=32, colours="none")
+ONE_VIEW = CropSettings(num_global=1, num_local=0, global_size=32, color_augmentation="none")
 CUTS = {
     "resized": {"global_scale": (0.3, 0.9)},
     "simple": {"cut": "simple"},
@@ -71,7 +72,7 @@ def test_a_map_is_cut_where_its_image_is(cut):
     # Blocks of 16 pixels: class and depth are the red of the image, so that cut maps can be read off the cut image.
     classes = torch.randint(1, 5, (6, 8)).repeat_interleave(16, dim=0).repeat_interleave(16, dim=1).numpy()
     image = Image.fromarray(np.stack([classes * 50, classes * 0, classes * 0], axis=-1).astype(np.uint8))
-    crop = MapCrop(CropSettings(num_global=1, num_local=0, global_size=64, colours="none", flip=0.5, **CUTS[cut]))
+    crop = MapCrop(dataclasses.replace(ONE_VIEW, global_size=64, flip=0.5, **CUTS[cut]))
     num_padded = 0
     for _ in range(20):
         found = crop(image, mask=classes.astype(np.int32), depth=classes.astype(np.float32) / 4)
@@ -156,7 +157,7 @@ def test_errors_of_depth_are_those_of_the_formulas(make):
 
 @pytest.mark.parametrize("kind", ["segment", "depth"])
 def test_a_probe_leaves_the_backbone_as_it_is_and_lora_is_merged(make, kind, tmp_path):
-    probe = make(kind, is_probe=True)
+    probe = make(kind, freeze_backbone=True)
     probe(make_batch(), step=0)["total"].backward()
     assert not any(p.requires_grad for p in probe.encoder.parameters()) and not probe.encoder.training
     objective, images = make(kind, lora_rank=2), make_batch()["global_views"][0]
@@ -181,7 +182,7 @@ def test_a_probe_leaves_the_backbone_as_it_is_and_lora_is_merged(make, kind, tmp
         ("segment", {"num_classes": 300}, "2 to 255 of them"),
         ("segment", {"num_layers": 9}, r"num_layers is in 1 \.\.\. 4 for this model, got 9"),
         ("depth", {"min_depth": 3.0, "max_depth": 2.0}, "min_depth < max_depth"),
-        ("depth", {"lora_rank": 2, "is_probe": True}, "contradicts is_probe"),
+        ("depth", {"lora_rank": 2, "freeze_backbone": True}, "contradicts freeze_backbone"),
         ("depth", {"model": {"has_mask_token": True}}, "set has_mask_token=False"),
     ],
 )
@@ -230,7 +231,7 @@ def test_pictures_of_maps_leave_out_what_nobody_knows(tmp_path):
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "patch_size": 8}
 RECIPE = {
     "model": SIZES,
-    "crops": {"global_size": 32, "num_global": 1, "num_local": 0, "cut": "simple", "colours": "none"},
+    "crops": {"global_size": 32, "num_global": 1, "num_local": 0, "cut": "simple", "color_augmentation": "none"},
     "num_steps": 8,
     "batch_size": 8,
 }

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from modeling_vitreg import ViTWithRegistersModel
-from modeling_vitreg.pretraining.build import OBJECTIVES, make_objective
+from modeling_vitreg.pretraining.build import make_objective
 from modeling_vitreg.pretraining.objectives.distill import (
     Distillation,
     DistillationSettings,
@@ -17,6 +17,7 @@ from modeling_vitreg.pretraining.objectives.distill import (
     patch_distance,
     resize_patches,
 )
+from modeling_vitreg.pretraining.objectives.registry import OBJECTIVES
 from modeling_vitreg.pretraining.run.recipe import Recipe
 from modeling_vitreg.pretraining.state import load_state, save_state
 from modeling_vitreg.pretraining.views.crops import CropSettings
@@ -134,8 +135,8 @@ def test_patches_of_another_size_are_resized_to_the_grid_of_the_student(make):
 
 def test_the_teacher_is_in_no_state_and_in_no_optimiser(make):
     objective = make(teacher={"hidden_size": 64})
-    assert {name.split(".")[0] for name in objective.state_dict()} == {"student", "average"}
-    assert {name.split(".")[0] for name, _ in objective.named_parameters()} == {"student", "average"}
+    assert {name.split(".")[0] for name in objective.state_dict()} == {"student", "ema_model"}
+    assert {name.split(".")[0] for name, _ in objective.named_parameters()} == {"student", "ema_model"}
     assert all(module is not teacher_of(objective) for module in objective.modules())
     assert list(objective.trained) == ["backbone", "class_head", "patch_head"]
 
@@ -148,7 +149,7 @@ def test_the_teacher_does_not_learn_and_always_evaluates(make):
     before = copy.deepcopy(teacher_of(objective).state_dict())
     objective.train()
     assert objective.student.training
-    assert not objective.average.training and not teacher_of(objective).training
+    assert not objective.ema_model.training and not teacher_of(objective).training
     objective(batch, step=0)["total"].backward()
     assert all(weight.grad is None for weight in teacher_of(objective).parameters())
     assert all(torch.equal(weight, before[name]) for name, weight in teacher_of(objective).state_dict().items())
@@ -191,7 +192,7 @@ def test_registers_of_the_student_learn_and_enter_no_loss(make, randomise):
 
 def test_the_average_follows_the_student_and_is_what_is_kept(make, randomise):
     objective = make({"momentum": (0.9, 1.0)})
-    assert objective.encoder is objective.average
+    assert objective.encoder is objective.ema_model
     before = objective.encoder.layernorm.weight.clone()
     randomise(objective.student)
     objective.after_step(step=0)

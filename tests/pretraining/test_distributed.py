@@ -51,7 +51,7 @@ def _batch(images: slice = slice(None)) -> dict[str, Tensor]:
     }
 
 
-def _objective(centring: str, processes: DistributedContext = SINGLE_PROCESS) -> DINOv2:
+def _objective(centering: str, processes: DistributedContext = SINGLE_PROCESS) -> DINOv2:
     torch.manual_seed(1)
     config = ViTWithRegistersConfig(
         hidden_size=32,
@@ -63,7 +63,7 @@ def _objective(centring: str, processes: DistributedContext = SINGLE_PROCESS) ->
         initializer_range=0.3,  # so that class tokens differ from the first step on
     )
     settings = DINOv2Settings(
-        num_prototypes=24, num_patch_prototypes=16, hidden_width=32, bottleneck_width=8, centring=centring
+        num_prototypes=24, num_patch_prototypes=16, hidden_width=32, bottleneck_width=8, centering=centering
     )
     crops = CropSettings(num_local=3, global_size=32, local_size=16)
     return DINOv2(
@@ -110,7 +110,7 @@ def _work(rank: int, folder: str) -> None:
             results[f"mean entropy {name}"] = entropy_of_mean(rows.softmax(dim=1), processes=processes)
         centre = EmaCenter(5)
         targets = [centre(_logits(step)[parts[rank]], temperature=0.1, processes=processes) for step in range(3)]
-        results[f"centre {name}"] = centre.centre
+        results[f"centre {name}"] = centre.center
         results[f"centred targets {name}"] = targets[-1]
 
     half = PARTS["halves"][rank]
@@ -119,10 +119,10 @@ def _work(rank: int, folder: str) -> None:
     loss.backward()
     results["koleo"], results["koleo gradients"] = loss.detach(), [p.grad for p in network.parameters()]
 
-    for centring in CENTRINGS:
-        objective = _objective(centring, processes)
+    for centering in CENTRINGS:
+        objective = _objective(centering, processes)
         model = DistributedDataParallel(objective, broadcast_buffers=False)
-        results[centring] = _train(model, objective, slice(2 * rank, 2 * rank + 2))
+        results[centering] = _train(model, objective, slice(2 * rank, 2 * rank + 2))
     torch.save(results, f"{folder}/{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -162,7 +162,7 @@ def test_the_centre_moves_to_the_mean_of_all_processes(results, parts):
     centre = EmaCenter(5)
     targets = [centre(_logits(step), temperature=0.1) for step in range(3)]
     for result in results:
-        torch.testing.assert_close(result[f"centre {parts}"], centre.centre)
+        torch.testing.assert_close(result[f"centre {parts}"], centre.center)
     found = torch.cat([result[f"centred targets {parts}"] for result in results])
     torch.testing.assert_close(found, targets[-1])
 
@@ -184,11 +184,11 @@ def test_koleo_and_its_averaged_gradients_are_those_of_the_whole_batch(results):
             torch.testing.assert_close(found, parameter.grad, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("centring", CENTRINGS)
-def test_steps_of_two_processes_with_half_the_images_are_those_of_one_with_all(results, centring):
-    objective = _objective(centring)
+@pytest.mark.parametrize("centering", CENTRINGS)
+def test_steps_of_two_processes_with_half_the_images_are_those_of_one_with_all(results, centering):
+    objective = _objective(centering)
     expected = _train(objective, objective, slice(None))
-    first, second = (result[centring] for result in results)
+    first, second = (result[centering] for result in results)
     for name in ("dino", "ibot", "koleo", "total", "teacher_entropy", "mean_entropy"):
         mean = (first["losses"][name] + second["losses"][name]) / 2
         torch.testing.assert_close(mean, expected["losses"][name], rtol=1e-5, atol=1e-5)

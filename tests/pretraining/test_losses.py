@@ -103,15 +103,15 @@ def test_the_moving_centre_equals_the_plain_program_over_several_steps():
             assert found[b].tolist() == pytest.approx([power / sum(powers) for power in powers], rel=1e-4, abs=1e-7)
         means = [sum(column) / num_rows for column in zip(*logits.double().tolist())]
         expected = [0.9 * middle + 0.1 * mean for middle, mean in zip(expected, means)]
-        assert centre.centre.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-7)
+        assert centre.center.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
 
 def test_the_centre_stays_where_there_are_no_rows():
     centre = EmaCenter(3)
     centre(torch.ones(2, 3), temperature=0.1)
-    before = centre.centre.clone()
+    before = centre.center.clone()
     assert centre(torch.zeros(0, 3), temperature=0.1).shape == (0, 3)
-    assert torch.equal(centre.centre, before)
+    assert torch.equal(centre.center, before)
 
 
 # Class tokens ------------------------------------------------------------------------------------------------------

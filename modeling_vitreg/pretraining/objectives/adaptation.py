@@ -1,4 +1,4 @@
-"""How much of a backbone learns under a head: all of it, nothing, or products of low rank beside its linear layers.
+"""How much of a backbone is trained under a head: all of it, nothing, or low-rank adapters (LoRA).
 
 Source: Hu et al. 2021, arXiv 2106.09685 (LoRA), by peft.
 """
@@ -6,49 +6,56 @@ Source: Hu et al. 2021, arXiv 2106.09685 (LoRA), by peft.
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 from torch import nn
 
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersModel
 
 
-def check_adaptation(*, is_probe: bool, lora_rank: int) -> None:
-    """Refuse what contradicts itself.
-
-    Raises:
-        ValueError: a negative rank, or a rank where only the head learns.
-    """
-    if lora_rank < 0 or (lora_rank and is_probe):
-        raise ValueError(f"settings: lora_rank is 0 or more, and contradicts is_probe, got {lora_rank}, {is_probe}")
-
-
-def freeze_or_lora(backbone: ViTWithRegistersModel, *, is_probe: bool, lora_rank: int) -> None:
-    """Let nothing of a backbone learn, or products of a rank beside its linear layers of attention, and registers.
+@dataclasses.dataclass(frozen=True)
+class AdaptationSettings:
+    """Settings of all objectives with a head.
 
     Args:
-        backbone: changed in place.
-        is_probe: only the head learns.
-        lora_rank: 0 for no products.
+        freeze_backbone: train the head alone.
+        lora_rank: rank of the adapters beside the linear layers of attention, which are trained with the registers
+            and the head, by peft; 0 trains everything. Saved models have the adapters merged. Not with sharding.
+    """
+
+    freeze_backbone: bool = False
+    lora_rank: int = 0
+
+    def __post_init__(self):
+        if self.lora_rank < 0 or (self.lora_rank and self.freeze_backbone):
+            raise ValueError(
+                f"settings: lora_rank is 0 or more, and contradicts freeze_backbone, got {self.lora_rank} and "
+                f"{self.freeze_backbone}"
+            )
+
+
+def freeze_or_lora(backbone: ViTWithRegistersModel, settings: AdaptationSettings) -> None:
+    """Freeze a backbone, or add adapters to its attention and freeze all else but the registers, in place.
 
     Raises:
         ValueError: peft is not installed.
     """
-    if is_probe or lora_rank:
+    if settings.freeze_backbone or settings.lora_rank:
         backbone.requires_grad_(False)
-    if not lora_rank:
+    if not settings.lora_rank:
         return
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ValueError("settings: lora_rank needs peft, which is not installed: pip install peft") from error
-    config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=["qkv", "proj"])
-    inject_adapter_in_model(config, backbone)
+    rank = settings.lora_rank
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["qkv", "proj"]), backbone)
     if backbone.embeddings.register_tokens is not None:
         backbone.embeddings.register_tokens.requires_grad_(True)
 
 
 def merge_lora(model: nn.Module) -> nn.Module:
-    """A copy in which each layer with a product beside it is one with the sum."""
+    """A copy whose adapters are merged into the layers beside them."""
     model = copy.deepcopy(model)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
@@ -58,4 +65,4 @@ def merge_lora(model: nn.Module) -> nn.Module:
     return model
 
 
-__all__ = ["check_adaptation", "freeze_or_lora", "merge_lora"]
+__all__ = ["AdaptationSettings", "freeze_or_lora", "merge_lora"]

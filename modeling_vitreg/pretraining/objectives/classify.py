@@ -10,7 +10,6 @@ Source: DeiT-III, Touvron et al. 2022, arXiv 2204.07118; DeiT, Touvron et al. 20
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 
 import torch
 import torch.nn.functional as F
@@ -19,20 +18,21 @@ from torchvision.transforms import v2
 
 from modeling_vitreg.distributed import SINGLE_PROCESS, DistributedContext
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersForImageClassification, ViTWithRegistersModel
-from modeling_vitreg.modes import eval_mode
 
+from ..run.recipe import Recipe
 from ..views.crops import CropSettings
-from .adaptation import check_adaptation, freeze_or_lora, merge_lora
+from .adaptation import AdaptationSettings
 from .ema import make_ema_model, update_ema
-from .mae import check_single_view
-from .objective import Objective
+from .head_objective import HeadObjective, name_classes
+from .objective import DataSummary, Objective, Panel
+from .teachers import load_class_teacher
 
 
 LOSSES, DISTILLATIONS = ("softmax", "binary"), ("none", "hard", "soft")
 
 
 @dataclasses.dataclass(frozen=True)
-class ClassificationSettings:
+class ClassificationSettings(AdaptationSettings):
     """What is particular to a classifier. Defaults are those of fine-tuning in DeiT-III.
 
     Args:
@@ -40,11 +40,8 @@ class ClassificationSettings:
         loss: "softmax", or "binary", one decision for each class (DeiT-III from scratch).
         smoothing: of the labels; 0 with the binary loss, which would make every class true.
         mixup, cutmix: parameters of the distributions of shares; 0 for none. With both, either with probability 1/2.
-        average_momentum: of a moving average of the weights, which is then what is evaluated and saved; 0 for none.
+        ema_decay: of an exponential moving average of the weights, which is then evaluated and saved; 0 for none.
             DeiT's script keeps one of 0.99996 beside the weights, and reports the accuracy of the weights.
-        is_probe: learn the classifier alone; the backbone stays as it is.
-        lora_rank: learn a product of this rank beside each linear layer of attention, registers and classifier, by
-            peft; 0 learns everything. What is saved has the products merged into its weights. Not with sharding.
         distillation: "hard" (the teacher's class) or "soft" (its probabilities) through the distillation token.
         teacher: folder or Hub name of the classifier that is learned from.
         distillation_weight: share of the teacher in the loss.
@@ -56,15 +53,14 @@ class ClassificationSettings:
     smoothing: float = 0.1
     mixup: float = 0.8
     cutmix: float = 1.0
-    average_momentum: float = 0.0
-    is_probe: bool = False
-    lora_rank: int = 0
+    ema_decay: float = 0.0
     distillation: str = "none"
     teacher: str = ""
     distillation_weight: float = 0.5
     temperature: float = 3.0
 
     def __post_init__(self):
+        super().__post_init__()
         if self.loss not in LOSSES or self.distillation not in DISTILLATIONS:
             raise ValueError(
                 f"settings: loss is one of {', '.join(LOSSES)}, distillation of {', '.join(DISTILLATIONS)}, got "
@@ -77,9 +73,8 @@ class ClassificationSettings:
                 "settings: expected smoothing in [0, 1), mixup and cutmix of 0 or more, a positive temperature, got "
                 f"{self.smoothing}, {self.mixup}, {self.cutmix} and {self.temperature}"
             )
-        if not 0 <= self.average_momentum < 1:
-            raise ValueError(f"settings: average_momentum is in [0, 1), got {self.average_momentum}")
-        check_adaptation(is_probe=self.is_probe, lora_rank=self.lora_rank)
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"settings: ema_decay is in [0, 1), got {self.ema_decay}")
         if (self.distillation != "none") != bool(self.teacher):
             raise ValueError(
                 f"settings: distillation {self.distillation!r} and teacher {self.teacher!r} contradict each other: "
@@ -87,7 +82,7 @@ class ClassificationSettings:
             )
 
 
-class Classification(Objective):
+class Classification(HeadObjective):
     """A backbone with its classifier, or DeiT's two.
 
     Args:
@@ -101,6 +96,13 @@ class Classification(Objective):
         ValueError: fewer than two classes, several views, or a backbone that lacks what is read.
     """
 
+    description = "classification with labels"
+    citation = "deit"
+    settings_class = ClassificationSettings
+    annotation = "label"
+    metrics = ("accuracy",)
+    panels = (*Objective.panels, Panel("Accuracy on evaluation images", {"accuracy": "classifier"}, unit="%"))
+
     def __init__(
         self,
         backbone: ViTWithRegistersModel,
@@ -111,28 +113,49 @@ class Classification(Objective):
         num_steps: int,
         processes: DistributedContext = SINGLE_PROCESS,
     ):
-        super().__init__(num_steps=num_steps, processes=processes)
-        check_single_view(crops, objective="classification")
-        self.settings, self.crops = settings, crops
+        super().__init__(backbone, crops, num_steps=num_steps, processes=processes)
+        self.settings = settings
         num_classes = len(settings.class_names)
         if num_classes < 2:
             raise ValueError(f"settings: class_names are two or more, got {num_classes}: the data needs labels")
         self.model = _make_classifier(backbone, settings)
-        self.average = make_ema_model(self.model) if settings.average_momentum else None
+        self.adapt_backbone()
+        self.ema_model = make_ema_model(self.model) if settings.ema_decay else None
         self._teacher = (teacher,)  # in a tuple: it is no part of the state
         mixers = [v2.MixUp(alpha=settings.mixup, num_classes=num_classes)] if settings.mixup else []
         mixers += [v2.CutMix(alpha=settings.cutmix, num_classes=num_classes)] if settings.cutmix else []
         self._mix = v2.RandomChoice(mixers) if mixers else None
 
-    @property
-    def encoder(self) -> ViTWithRegistersModel:
-        """The backbone, that of the average if there is one."""
-        return self.saved.vitreg
+    @classmethod
+    def arguments_of(cls, recipe: Recipe) -> dict:
+        """See `Objective`; a teacher is loaded if there is one."""
+        arguments = super().arguments_of(recipe)
+        settings = arguments["settings"]
+        teacher = load_class_teacher(settings.teacher, settings.class_names) if settings.teacher else None
+        return arguments | {"teacher": teacher}
+
+    @classmethod
+    def settings_from_data(cls, settings: dict, data: DataSummary) -> dict:
+        """Names of classes; see `Objective`."""
+        if settings.get("class_names"):
+            return {}
+        if not data.class_names:
+            raise ValueError(
+                "classification needs classes: give --data a folder with a subfolder for each class, a dataset with a "
+                "column of classes (--label-column), or name them with --set settings.class_names=[cat,dog]"
+            )
+        return {"class_names": list(data.class_names)}
+
+    @classmethod
+    def settings_for_estimate(cls, settings: dict) -> dict:
+        """The 1000 classes of ImageNet where the data would name them; no mixing, whose shares are random."""
+        names = settings.get("class_names") or [str(number) for number in range(1000)]
+        return settings | {"class_names": names, "mixup": 0.0, "cutmix": 0.0}
 
     @property
     def saved(self) -> ViTWithRegistersForImageClassification:
-        """Backbone and classifier, their average if there is one."""
-        return self.model if self.average is None else self.average
+        """Backbone and classifier, or the average of their weights if there is one."""
+        return self.model if self.ema_model is None else self.ema_model
 
     @property
     def trained(self) -> dict[str, nn.Module]:
@@ -140,23 +163,17 @@ class Classification(Objective):
         heads = {"classifier": self.model.classifier, "distillation_classifier": self.model.distillation_classifier}
         return {"backbone": self.model.vitreg, **{name: head for name, head in heads.items() if head is not None}}
 
-    def write(self, model: ViTWithRegistersForImageClassification, folder: pathlib.Path) -> None:
-        """See `Objective`; products of LoRA are merged into a copy."""
-        super().write(merge_lora(model) if self.settings.lora_rank else model, folder)
-
     def train(self, mode: bool = True) -> Classification:
-        """Set the mode; a backbone that is only probed evaluates."""
+        """Set the mode; the average of the weights stays in evaluation mode."""
         super().train(mode)
-        if self.settings.is_probe:
-            self.model.vitreg.eval()
-        if self.average is not None:
-            self.average.eval()
+        if self.ema_model is not None:
+            self.ema_model.eval()
         return self
 
     def after_step(self, *, step: int) -> None:
-        """Move the average towards the weights."""
-        if self.average is not None:
-            update_ema(self.average, self.model, decay=self.settings.average_momentum)
+        """Update the average of the weights."""
+        if self.ema_model is not None:
+            update_ema(self.ema_model, self.model, decay=self.settings.ema_decay)
 
     def forward(self, batch: dict[str, Tensor], *, step: int) -> dict[str, Tensor]:
         """Losses `classes`, with a teacher `teacher`, and their weighted sum `total`.
@@ -192,16 +209,18 @@ class Classification(Objective):
             raise ValueError("classification: an image has no label: expected a class for each image of the data")
         return super().to_device(batch, **options)
 
-    @torch.no_grad()
-    def evaluate(
-        self, model: nn.Module, images: Tensor, truth: dict[str, Tensor], *, batch_size: int = 250
-    ) -> dict[str, float]:
-        """Share of held-out images whose class is found, as `accuracy`; see `Objective`."""
-        if "labels" not in truth:
+    def evaluate(self, model: nn.Module, images: Tensor, targets: dict[str, Tensor]) -> dict[str, float]:
+        """`accuracy`: share of evaluation images with the right class; see `Objective`."""
+        if "labels" not in targets:
             return {}
-        with eval_mode(model):
-            found = [model(part.to(model.device)).logits.argmax(dim=1).cpu() for part in images.split(batch_size)]
-        return {"accuracy": (torch.cat(found) == truth["labels"]).float().mean().item()}
+        return {"accuracy": (self.predict(model, images) == targets["labels"]).float().mean().item()}
+
+    def _predict(self, model: nn.Module, images: Tensor) -> Tensor:
+        return model(images).logits.argmax(dim=1)
+
+    def example_targets(self, num_images: int) -> dict[str, Tensor]:
+        """See `Objective`."""
+        return {"labels": torch.empty(num_images, dtype=torch.long)}
 
 
 def classification_loss(logits: Tensor, targets: Tensor, *, settings: ClassificationSettings) -> Tensor:
@@ -245,15 +264,11 @@ def _make_classifier(
     is_distilled = settings.distillation != "none"
     if is_distilled and not config.has_distillation_token:
         raise ValueError("distillation reads the distillation token: set has_distillation_token=True in the model")
-    if backbone.embeddings.mask_token is not None:
-        raise ValueError("classification hides no patch: set has_mask_token=False in the model")
-    config.id2label = dict(enumerate(settings.class_names))
-    config.label2id = {name: number for number, name in config.id2label.items()}
+    name_classes(config, settings.class_names)
     if is_distilled:
         config.pooling = "cls_distillation"
     model = ViTWithRegistersForImageClassification(config)
     model.vitreg = backbone
-    freeze_or_lora(backbone, is_probe=settings.is_probe, lora_rank=settings.lora_rank)
     return model
 
 

@@ -35,11 +35,11 @@ from modeling_vitreg.dual_encoder_vitreg import (
     matching_loss,
 )
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersModel
-from modeling_vitreg.modes import eval_mode
 
 from ..views.crops import CropSettings
-from .mae import check_single_view
-from .objective import Objective
+from .adaptation import AdaptationSettings
+from .head_objective import HeadObjective
+from .objective import DataSummary, Objective, Panel
 
 
 LARGEST_SCALE = math.log(100)
@@ -48,7 +48,7 @@ _SPECIAL = ("<pad>", "<start>", "<unknown>", "<end>")
 
 
 @dataclasses.dataclass(frozen=True)
-class CLIPSettings:
+class CLIPSettings(AdaptationSettings):
     """What is particular to CLIP. Defaults are those of OpenCLIP's ViT-B/16.
 
     Args:
@@ -76,13 +76,14 @@ class CLIPSettings:
     prompt: str = "a picture of a {}."
 
     def __post_init__(self):
+        super().__post_init__()
         if not (self.words or self.tokenizer):
             raise ValueError("settings: expected words, which are found in captions, or a tokenizer, got neither")
         if "{}" not in self.prompt:
             raise ValueError(f"settings: prompt has {{}} where the name of a class goes, got {self.prompt!r}")
 
 
-class CLIP(Objective):
+class CLIP(HeadObjective):
     """An image tower, a text tower, their projections and the scale of their products.
 
     Args:
@@ -95,6 +96,13 @@ class CLIP(Objective):
         ValueError: several views, or a backbone with a mask token.
     """
 
+    description = "matching of images with their captions (CLIP)"
+    citation = "clip"
+    settings_class = CLIPSettings
+    annotation = "text"
+    metrics = ("zero_shot",)
+    panels = (*Objective.panels, Panel("Accuracy on evaluation images", {"zero_shot": "zero-shot"}, unit="%"))
+
     def __init__(
         self,
         backbone: ViTWithRegistersModel,
@@ -104,11 +112,8 @@ class CLIP(Objective):
         num_steps: int,
         processes: DistributedContext = SINGLE_PROCESS,
     ):
-        super().__init__(num_steps=num_steps, processes=processes)
-        check_single_view(crops, objective="CLIP")
-        if backbone.embeddings.mask_token is not None:
-            raise ValueError("CLIP hides no patch: set has_mask_token=False in the model")
-        self.settings, self.crops = settings, crops
+        super().__init__(backbone, crops, num_steps=num_steps, processes=processes)
+        self.settings = settings
         self.make_text = CaptionTokens(make_tokenizer(settings), settings.num_tokens)
         text = _make_text_model(settings, self.make_text.tokenizer)
         config = ViTWithRegistersDualEncoderConfig(
@@ -118,16 +123,29 @@ class CLIP(Objective):
             logit_scale_init_value=settings.logit_scale,
         )
         self.model = ViTWithRegistersDualEncoderModel(config, vision_model=backbone, text_model=text)
+        self.adapt_backbone()
 
-    @property
-    def encoder(self) -> ViTWithRegistersModel:
-        """The image tower."""
-        return self.model.vision_model
+    @classmethod
+    def settings_from_data(cls, settings: dict, data: DataSummary) -> dict:
+        """Words of the captions and names of classes; see `Objective`."""
+        found: dict = {}
+        if not (settings.get("words") or settings.get("tokenizer")):
+            if data.texts is None:
+                raise ValueError(
+                    "the words of a stream are unknown: name a tokenizer with --set settings.tokenizer=..., or leave "
+                    "--streaming out"
+                )
+            found["words"] = find_words(data.texts())
+        if data.class_names and not settings.get("class_names"):
+            found["class_names"] = list(data.class_names)
+        return found
 
-    @property
-    def saved(self) -> ViTWithRegistersDualEncoderModel:
-        """Both towers."""
-        return self.model
+    @classmethod
+    def settings_for_estimate(cls, settings: dict) -> dict:
+        """The 49,408 tokens of CLIP where the data would say the words."""
+        if settings.get("words") or settings.get("tokenizer"):
+            return settings
+        return settings | {"words": [f"word{number}" for number in range(49408 - len(_SPECIAL))]}
 
     @property
     def trained(self) -> dict[str, nn.Module]:
@@ -142,7 +160,7 @@ class CLIP(Objective):
 
     def write(self, model: ViTWithRegistersDualEncoderModel, folder: pathlib.Path) -> None:
         """See `Objective`: both towers, with what they are loaded with, and the tokenizer."""
-        model.save_pretrained(folder)
+        super().write(model, folder)
         save_tokenizer(self.make_text.tokenizer, folder)
 
     def after_step(self, *, step: int) -> None:
@@ -169,20 +187,20 @@ class CLIP(Objective):
         return F.normalize(texts, dim=-1)
 
     @torch.no_grad()
-    def evaluate(
-        self, model: nn.Module, images: Tensor, truth: dict[str, Tensor], *, batch_size: int = 250
-    ) -> dict[str, float]:
-        """Share of held-out images whose class has the nearest name, as `zero_shot`; see `Objective`."""
-        if not self.settings.class_names or "labels" not in truth:
+    def evaluate(self, model: nn.Module, images: Tensor, targets: dict[str, Tensor]) -> dict[str, float]:
+        """`zero_shot`: share of evaluation images nearest to the name of their class; see `Objective`."""
+        if not self.settings.class_names or "labels" not in targets:
             return {}
+        return {"zero_shot": (self.predict(model, images) == targets["labels"]).float().mean().item()}
+
+    def _predict(self, model: nn.Module, images: Tensor) -> Tensor:
         prompts = [self.make_text(self.settings.prompt.format(name)) for name in self.settings.class_names]
-        with eval_mode(model):
-            classes = self.embed_texts(model, torch.stack(prompts).to(model.device))  # [C, E]
-            found = [
-                (embed_images(model, part.to(model.device)) @ classes.T).argmax(dim=1).cpu()
-                for part in images.split(batch_size)
-            ]
-        return {"zero_shot": (torch.cat(found) == truth["labels"]).float().mean().item()}
+        classes = self.embed_texts(model, torch.stack(prompts).to(model.device))  # [C, E]
+        return (embed_images(model, images) @ classes.T).argmax(dim=1)
+
+    def example_targets(self, num_images: int) -> dict[str, Tensor]:
+        """See `Objective`."""
+        return {"texts": torch.zeros((num_images, self.settings.num_tokens), dtype=torch.long)}
 
 
 def embed_images(model: ViTWithRegistersDualEncoderModel, images: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import pathlib
 from collections.abc import Callable
 
 import torch
@@ -27,38 +26,34 @@ from modeling_vitreg.modeling_vitreg import (
     ViTWithRegistersModel,
     scale_invariant_loss,
 )
-from modeling_vitreg.modes import eval_mode
 
 from ..views.crops import IGNORED, CropSettings, MapCrop
-from .adaptation import check_adaptation, freeze_or_lora, merge_lora
-from .mae import check_single_view
-from .objective import Objective
+from .adaptation import AdaptationSettings
+from .head_objective import HeadObjective, name_classes
+from .objective import TARGETS, DataSummary, Objective, Panel
 
 
 @dataclasses.dataclass(frozen=True)
-class SegmentationSettings:
+class SegmentationSettings(AdaptationSettings):
     """What is particular to segmentation.
 
     Args:
         class_names: of the classes 0, 1, ... of a mask; 255 is no class and does not count.
         num_classes: where the classes have no names.
         num_layers: last layers whose patches the head reads, side by side.
-        is_probe, lora_rank: see `ClassificationSettings`.
     """
 
     class_names: tuple[str, ...] = ()
     num_classes: int = 0
     num_layers: int = 1
-    is_probe: bool = False
-    lora_rank: int = 0
 
     def __post_init__(self):
+        super().__post_init__()
         if bool(self.class_names) == bool(self.num_classes) or not 2 <= len(self.names) <= IGNORED:
             raise ValueError(
                 f"settings: expected class_names or num_classes, 2 to {IGNORED} of them, got {len(self.class_names)} "
                 f"names and num_classes {self.num_classes}: the classes of masks are not found in the data"
             )
-        check_adaptation(is_probe=self.is_probe, lora_rank=self.lora_rank)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -67,33 +62,30 @@ class SegmentationSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class DepthSettings:
+class DepthSettings(AdaptationSettings):
     """What is particular to depth.
 
     Args:
         min_depth, max_depth: metres, the range of the bins; true depths outside of it do not count.
         num_bins: whose expected depth is the answer.
         num_layers: that the head reads, spread over the depth, the last among them.
-        is_probe, lora_rank: see `ClassificationSettings`.
     """
 
     min_depth: float = 1e-3
     max_depth: float = 10.0
     num_bins: int = 256
     num_layers: int = 1
-    is_probe: bool = False
-    lora_rank: int = 0
 
     def __post_init__(self):
+        super().__post_init__()
         if not (0 < self.min_depth < self.max_depth and self.num_bins > 1):
             raise ValueError(
                 f"settings: expected 0 < min_depth < max_depth and two or more num_bins, got {self.min_depth}, "
                 f"{self.max_depth} and {self.num_bins}"
             )
-        check_adaptation(is_probe=self.is_probe, lora_rank=self.lora_rank)
 
 
-class DensePrediction(Objective):
+class DensePrediction(HeadObjective):
     """A backbone under a head that says something of each pixel.
 
     Args:
@@ -106,8 +98,7 @@ class DensePrediction(Objective):
         ValueError: several views, a backbone with a mask token, or fewer layers than are read.
     """
 
-    truth_name: str  # of the maps in a batch
-    truth_dtype: torch.dtype
+    target_dtype: torch.dtype
 
     def __init__(
         self,
@@ -118,45 +109,21 @@ class DensePrediction(Objective):
         num_steps: int,
         processes: DistributedContext = SINGLE_PROCESS,
     ):
-        super().__init__(num_steps=num_steps, processes=processes)
-        check_single_view(crops, objective="a map of each pixel")
-        if backbone.embeddings.mask_token is not None:
-            raise ValueError("nothing is hidden here: set has_mask_token=False in the model")
+        super().__init__(backbone, crops, num_steps=num_steps, processes=processes)
         depth = backbone.config.num_hidden_layers
         if not 1 <= settings.num_layers <= depth:
             raise ValueError(f"settings: num_layers is in 1 ... {depth} for this model, got {settings.num_layers}")
-        self.settings, self.crops = settings, crops
+        self.settings = settings
         backbone.config.out_indices = self._choose_layers(depth)
         self.model = self._make_model(backbone)
         for name in getattr(self.model, "_ddp_params_and_buffers_to_ignore", ()):  # a norm that the head does not read
             self.model.get_parameter(name).requires_grad_(False)
-        freeze_or_lora(backbone, is_probe=settings.is_probe, lora_rank=settings.lora_rank)
-
-    @property
-    def encoder(self) -> ViTWithRegistersModel:
-        """The backbone; there is no average."""
-        return self.model.vitreg
-
-    @property
-    def saved(self) -> ViTWithRegistersForSemanticSegmentation | ViTWithRegistersForDepthEstimation:
-        """Backbone and head."""
-        return self.model
+        self.adapt_backbone()
 
     @property
     def make_views(self) -> MapCrop:
         """See `Objective`; maps are cut with their image."""
         return MapCrop(self.crops)
-
-    def train(self, mode: bool = True) -> DensePrediction:
-        """Set the mode; a backbone that is only probed evaluates."""
-        super().train(mode)
-        if self.settings.is_probe:
-            self.model.vitreg.eval()
-        return self
-
-    def write(self, model: nn.Module, folder: pathlib.Path) -> None:
-        """See `Objective`; products of LoRA are merged into a copy."""
-        super().write(merge_lora(model) if self.settings.lora_rank else model, folder)
 
     def forward(self, batch: dict[str, Tensor], *, step: int) -> dict[str, Tensor]:
         """The loss of the pixels, as `total`.
@@ -165,15 +132,13 @@ class DensePrediction(Objective):
             batch: `global_views` (1, B, 3, h, w), and `semantic_masks` or `depths` (1, B, h, w).
             step: number of the step.
         """
-        images, truth = batch["global_views"].flatten(0, 1), batch[self.truth_name].flatten(0, 1)
-        return {"total": self._loss(images, truth)}
+        images, maps = batch["global_views"].flatten(0, 1), batch[TARGETS[self.annotation]].flatten(0, 1)
+        return {"total": self._loss(images, maps)}
 
-    @torch.no_grad()
-    def predict(self, model: nn.Module, images: Tensor, *, batch_size: int = 64) -> Tensor:
-        """Maps (N, h, w) on the CPU of normalised images (N, 3, h, w), by what is saved: class numbers, or metres."""
-        with eval_mode(model):
-            parts = [self._predict(model, part.to(model.device)).cpu() for part in images.split(batch_size)]
-        return torch.cat(parts)
+    def example_targets(self, num_images: int) -> dict[str, Tensor]:
+        """See `Objective`."""
+        size = self.crops.global_size
+        return {TARGETS[self.annotation]: torch.empty((1, num_images, size, size), dtype=self.target_dtype)}
 
     @abc.abstractmethod
     def _choose_layers(self, depth: int) -> list[int]:
@@ -184,18 +149,41 @@ class DensePrediction(Objective):
         """A model with a new head, around the backbone."""
 
     @abc.abstractmethod
-    def _loss(self, images: Tensor, truth: Tensor) -> Tensor:
+    def _loss(self, images: Tensor, maps: Tensor) -> Tensor:
         """Of images (B, 3, h, w) and maps (B, h, w)."""
 
     @abc.abstractmethod
     def _predict(self, model: nn.Module, images: Tensor) -> Tensor:
-        """(B, 3, h, w) -> (B, h, w)."""
+        """Class numbers or metres, (B, 3, h, w) -> (B, h, w)."""
 
 
 class Segmentation(DensePrediction):
     """Cross-entropy of the class of each pixel; see `DensePrediction`."""
 
-    truth_name, truth_dtype = "semantic_masks", torch.int32
+    description = "semantic segmentation with masks"
+    citation = "dinov2"
+    settings_class = SegmentationSettings
+    annotation, target_dtype = "mask", torch.int32
+    metrics = ("pixel_accuracy", "mean_iou")
+    panels = (
+        *Objective.panels,
+        Panel(
+            "Segmentation of evaluation images", {"mean_iou": "mean IoU", "pixel_accuracy": "pixel accuracy"}, unit="%"
+        ),
+    )
+
+    @classmethod
+    def settings_from_data(cls, settings: dict, data: DataSummary) -> dict:
+        """Names of the classes of masks; see `Objective`."""
+        is_known = not data.mask_names or set(settings) & {"class_names", "num_classes"}
+        return {} if is_known else {"class_names": list(data.mask_names)}
+
+    @classmethod
+    def settings_for_estimate(cls, settings: dict) -> dict:
+        """The 150 classes of ADE20k where the data would name them."""
+        return (
+            settings if settings.get("class_names") or settings.get("num_classes") else settings | {"num_classes": 150}
+        )
 
     @property
     def trained(self) -> dict[str, nn.Module]:
@@ -209,15 +197,15 @@ class Segmentation(DensePrediction):
         Raises:
             ValueError: a class that does not exist; found here, where a GPU need not be waited for.
         """
-        check_masks(batch[self.truth_name], num_classes=len(self.settings.names), ignore_index=IGNORED)
+        check_masks(batch[TARGETS[self.annotation]], num_classes=len(self.settings.names), ignore_index=IGNORED)
         return super().to_device(batch, **options)
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, images: Tensor, truth: dict[str, Tensor]) -> dict[str, float]:
-        """`mean_iou` and `pixel_accuracy` over all pixels of held-out images; see `Objective`."""
-        if self.truth_name not in truth:
+    def evaluate(self, model: nn.Module, images: Tensor, targets: dict[str, Tensor]) -> dict[str, float]:
+        """`mean_iou` and `pixel_accuracy` over all pixels of evaluation images; see `Objective`."""
+        if TARGETS[self.annotation] not in targets:
             return {}
-        masks = truth[self.truth_name].long()
+        masks = targets[TARGETS[self.annotation]].long()
         areas = measure_areas(self.predict(model, images), masks, num_classes=len(self.settings.names)).sum(dim=0)
         found, predicted, true = areas
         return {
@@ -230,8 +218,7 @@ class Segmentation(DensePrediction):
 
     def _make_model(self, backbone: ViTWithRegistersModel) -> ViTWithRegistersForSemanticSegmentation:
         config = backbone.config
-        config.id2label = dict(enumerate(self.settings.names))
-        config.label2id = {name: number for number, name in config.id2label.items()}
+        name_classes(config, self.settings.names)
         config.semantic_loss_ignore_index = IGNORED
         model = ViTWithRegistersForSemanticSegmentation(config)
         model.vitreg = backbone
@@ -239,10 +226,10 @@ class Segmentation(DensePrediction):
             model.segmentation_norm = _SharedBatchNorm(model.segmentation_norm, self.processes.all_gather)
         return model
 
-    def _loss(self, images: Tensor, truth: Tensor) -> Tensor:
-        total = F.cross_entropy(self._scores(self.model, images), truth.long(), ignore_index=IGNORED, reduction="sum")
+    def _loss(self, images: Tensor, maps: Tensor) -> Tensor:
+        total = F.cross_entropy(self._scores(self.model, images), maps.long(), ignore_index=IGNORED, reduction="sum")
         # The mean over processes is taken of gradients: each divides by its share of all pixels that count.
-        count = self.processes.all_reduce_sum((truth != IGNORED).sum().float()) / self.processes.size
+        count = self.processes.all_reduce_sum((maps != IGNORED).sum().float()) / self.processes.size
         return total / count.clamp(min=1)
 
     def _predict(self, model: nn.Module, images: Tensor) -> Tensor:
@@ -256,7 +243,15 @@ class Segmentation(DensePrediction):
 class DepthEstimation(DensePrediction):
     """Scale-invariant loss of the depth of each pixel; see `DensePrediction`."""
 
-    truth_name, truth_dtype = "depths", torch.float32
+    description = "estimation of depth with depth maps"
+    citation = "dinov2"
+    settings_class = DepthSettings
+    annotation, target_dtype = "depth", torch.float32
+    metrics = ("d1", "rmse")
+    panels = (
+        *Objective.panels,
+        Panel("Error of depth on evaluation images", {"rmse": "RMSE (metres)", "abs_rel": "absolute relative"}),
+    )
 
     @property
     def trained(self) -> dict[str, nn.Module]:
@@ -264,12 +259,12 @@ class DepthEstimation(DensePrediction):
         return {"backbone": self.model.vitreg, "head": self.model.depth_classifier}
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, images: Tensor, truth: dict[str, Tensor]) -> dict[str, float]:
-        """Errors `rmse`, `abs_rel` and `d1`, means over held-out images; see `Objective`."""
-        if self.truth_name not in truth:
+    def evaluate(self, model: nn.Module, images: Tensor, targets: dict[str, Tensor]) -> dict[str, float]:
+        """Errors `rmse`, `abs_rel` and `d1`, means over evaluation images; see `Objective`."""
+        if TARGETS[self.annotation] not in targets:
             return {}
         limits = {"min_depth": self.settings.min_depth, "max_depth": self.settings.max_depth}
-        means = depth_errors(self.predict(model, images), truth[self.truth_name], **limits).nanmean(dim=0)
+        means = depth_errors(self.predict(model, images), targets[TARGETS[self.annotation]], **limits).nanmean(dim=0)
         errors = dict(zip(DEPTH_ERRORS, means.tolist()))
         return {name: errors[name] for name in ("rmse", "abs_rel", "d1")}
 
@@ -285,10 +280,10 @@ class DepthEstimation(DensePrediction):
         model.vitreg = backbone
         return model
 
-    def _loss(self, images: Tensor, truth: Tensor) -> Tensor:
+    def _loss(self, images: Tensor, maps: Tensor) -> Tensor:
         # The loss is no mean over pixels: all of them are needed at once.
-        depths, truth = self.processes.all_gather(self._predict(self.model, images)), self.processes.all_gather(truth)
-        return scale_invariant_loss(depths, truth, max_depth=self.settings.max_depth)
+        depths, maps = self.processes.all_gather(self._predict(self.model, images)), self.processes.all_gather(maps)
+        return scale_invariant_loss(depths, maps, max_depth=self.settings.max_depth)
 
     def _predict(self, model: nn.Module, images: Tensor) -> Tensor:
         return model(images).predicted_depth

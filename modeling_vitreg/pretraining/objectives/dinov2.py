@@ -12,7 +12,6 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from modeling_vitreg.configuration_vitreg import ViTWithRegistersConfig
 from modeling_vitreg.distributed import SINGLE_PROCESS, DistributedContext
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersModel
 
@@ -24,7 +23,7 @@ from ..views.packing import encode_views
 from .ema import make_ema_model, update_ema
 from .heads import PrototypeHead
 from .losses import EmaCenter, cross_view_loss, koleo_loss, masked_patch_loss, sinkhorn
-from .objective import Objective
+from .objective import Objective, Panel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +34,7 @@ class DINOv2Settings:
         num_prototypes: of the head for class tokens.
         num_patch_prototypes: of a head of its own for patches; None shares one head.
         hidden_width, bottleneck_width, patch_bottleneck_width: of the heads.
-        centring: "sinkhorn" or "moving_mean".
+        centering: "sinkhorn" or "moving_mean".
         student_temperature: of the student.
         teacher_temperature: first and last value, over `temperature_warmup` of the run.
         temperature_warmup: share of the steps.
@@ -50,7 +49,7 @@ class DINOv2Settings:
     hidden_width: int = 2048
     bottleneck_width: int = 256
     patch_bottleneck_width: int = 256
-    centring: str = "sinkhorn"
+    centering: str = "sinkhorn"
     student_temperature: float = 0.1
     teacher_temperature: tuple[float, float] = (0.04, 0.07)
     temperature_warmup: float = 0.3
@@ -61,8 +60,8 @@ class DINOv2Settings:
     is_packed: bool | None = None
 
     def __post_init__(self):
-        if self.centring not in ("sinkhorn", "moving_mean"):
-            raise ValueError(f"objective: centring is 'sinkhorn' or 'moving_mean', got {self.centring!r}")
+        if self.centering not in ("sinkhorn", "moving_mean"):
+            raise ValueError(f"objective: centering is 'sinkhorn' or 'moving_mean', got {self.centering!r}")
         for name in ("student_temperature", "num_prototypes", "hidden_width", "bottleneck_width"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"objective: {name} is positive, got {getattr(self, name)!r}")
@@ -88,6 +87,23 @@ class DINOv2(Objective):
         ValueError: the backbone lacks a class token or a mask token.
     """
 
+    description = "self-distillation of class tokens and hidden patches, without labels (DINOv2)"
+    citation = "dinov2"
+    settings_class = DINOv2Settings
+    panels = (
+        Panel(
+            "Loss",
+            {
+                "total": "total",
+                "dino": "class token (DINO)",
+                "ibot": "masked patches (iBOT)",
+                "koleo": "spread (KoLeo)",
+            },
+        ),
+        Panel("Entropy of the targets (nats)", {"teacher_entropy": "single targets", "mean_entropy": "their mean"}),
+    )
+    needs_cls_token = needs_mask_token = needs_normed_tokens = has_masks = True
+
     def __init__(
         self,
         backbone: ViTWithRegistersModel,
@@ -98,9 +114,8 @@ class DINOv2(Objective):
         num_steps: int,
         processes: DistributedContext = SINGLE_PROCESS,
     ):
-        super().__init__(num_steps=num_steps, processes=processes)
-        _check_backbone(backbone)
-        self.settings, self.crops, self.masks = settings, crops, masks
+        super().__init__(backbone, crops, num_steps=num_steps, processes=processes)
+        self.settings, self.masks = settings, masks
         self.num_prototypes = settings.num_prototypes
         width = backbone.config.hidden_size
         heads = {
@@ -120,10 +135,15 @@ class DINOv2(Objective):
             )
         self.student = nn.ModuleDict({"backbone": backbone, **heads})
         self.teacher = make_ema_model(self.student)
-        self.class_centre = self.patch_centre = None
-        if settings.centring == "moving_mean":
-            self.class_centre = EmaCenter(settings.num_prototypes)
-            self.patch_centre = EmaCenter(settings.num_patch_prototypes or settings.num_prototypes)
+        self.class_center = self.patch_center = None
+        if settings.centering == "moving_mean":
+            self.class_center = EmaCenter(settings.num_prototypes)
+            self.patch_center = EmaCenter(settings.num_patch_prototypes or settings.num_prototypes)
+
+    @classmethod
+    def settings_for_estimate(cls, settings: dict) -> dict:
+        """Views packed, as on a GPU."""
+        return settings | {"is_packed": True}
 
     @property
     def encoder(self) -> ViTWithRegistersModel:
@@ -206,11 +226,11 @@ class DINOv2(Objective):
         views = [(batch["global_views"].flatten(0, 1), None)]
         (tokens,) = encode_views(self.teacher["backbone"], views, patches=[batch["masked_patches"]])
         logits = self._project(self.teacher, *tokens)
-        if self.settings.centring == "sinkhorn":
+        if self.settings.centering == "sinkhorn":
             return tuple(sinkhorn(part, temperature=temperature, processes=self.processes) for part in logits)
-        centres = self.class_centre, self.patch_centre
+        centers = self.class_center, self.patch_center
         return tuple(
-            centre(part, temperature=temperature, processes=self.processes) for centre, part in zip(centres, logits)
+            center(part, temperature=temperature, processes=self.processes) for center, part in zip(centers, logits)
         )
 
     def _project(self, network: nn.ModuleDict, cls_tokens: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,16 +245,6 @@ def _patch_weights(masks: Tensor, masked_patches: Tensor) -> Tensor:
     """One over the number of masked patches in the view of each masked patch, (M,)."""
     per_view = 1 / masks.sum(dim=1).clamp(min=1)
     return per_view[masked_patches // masks.shape[1]]
-
-
-def _check_backbone(backbone: ViTWithRegistersModel) -> None:
-    config: ViTWithRegistersConfig = backbone.config
-    if not config.has_cls_token:
-        raise ValueError("the DINOv2 objective needs a class token: set has_cls_token=True in the model")
-    if backbone.embeddings.mask_token is None:
-        raise ValueError("the DINOv2 objective needs a mask token: set has_mask_token=True in the model")
-    if config.has_pooled_norm:
-        raise ValueError("the DINOv2 objective reads normed tokens: set has_pooled_norm=False in the model")
 
 
 __all__ = ["DINOv2", "DINOv2Settings"]

@@ -25,11 +25,13 @@ from torch import Tensor, nn
 from modeling_vitreg.distributed import SINGLE_PROCESS, DistributedContext
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersModel
 
+from ..run.recipe import Recipe
 from ..run.schedules import cosine
 from ..views.crops import CropSettings
 from ..views.packing import encode_views
 from .ema import make_ema_model, update_ema
-from .objective import Objective
+from .objective import Objective, Panel
+from .teachers import load_teacher
 
 
 COSINE_SHARE, ABSOLUTE_SHARE = 0.9, 0.1  # of the distance of patches
@@ -80,7 +82,11 @@ class Distillation(Objective):
         ValueError: student, teacher and crops do not fit together.
     """
 
-    masks = None
+    description = "distillation of class and patch tokens of a larger frozen teacher"
+    citation = "dinov2"
+    settings_class = DistillationSettings
+    panels = (Panel("Loss", {"total": "total", "class_distance": "class token", "patch_distance": "patches"}),)
+    has_external_teacher = True
 
     def __init__(
         self,
@@ -92,9 +98,9 @@ class Distillation(Objective):
         num_steps: int,
         processes: DistributedContext = SINGLE_PROCESS,
     ):
-        super().__init__(num_steps=num_steps, processes=processes)
+        super().__init__(backbone, crops, num_steps=num_steps, processes=processes)
         _check_networks(backbone, teacher, crops)
-        self.settings, self.crops = settings, crops
+        self.settings = settings
         width, target_width = backbone.config.hidden_size, teacher.config.hidden_size
         self.student = nn.ModuleDict(
             {
@@ -106,14 +112,25 @@ class Distillation(Objective):
         for head in (self.student["class_head"], self.student["patch_head"]):
             nn.init.trunc_normal_(head.weight, std=0.02)
             nn.init.zeros_(head.bias)
-        self.average = make_ema_model(backbone)
+        self.ema_model = make_ema_model(backbone)
         # In a tuple torch does not find it, so that no checkpoint holds the weights of another model.
         self._teacher = (teacher.requires_grad_(False).eval(),)
+
+    @classmethod
+    def arguments_of(cls, recipe: Recipe) -> dict:
+        """See `Objective`; the teacher is loaded."""
+        arguments = super().arguments_of(recipe)
+        return arguments | {"teacher": load_teacher(arguments["settings"].teacher, recipe)}
+
+    @classmethod
+    def settings_for_estimate(cls, settings: dict) -> dict:
+        """Views packed, as on a GPU."""
+        return settings | {"is_packed": True}
 
     @property
     def encoder(self) -> ViTWithRegistersModel:
         """The moving average of the student."""
-        return self.average
+        return self.ema_model
 
     @property
     def trained(self) -> dict[str, nn.Module]:
@@ -123,12 +140,12 @@ class Distillation(Objective):
     def train(self, mode: bool = True) -> Distillation:
         """Set the mode of the student; its average always evaluates, as the teacher does."""
         super().train(mode)
-        self.average.eval()
+        self.ema_model.eval()
         return self
 
     def after_step(self, *, step: int) -> None:
-        """Move the average towards the student."""
-        update_ema(self.average, self.student["backbone"], decay=self.rates(step=step)["momentum"])
+        """Update the average."""
+        update_ema(self.ema_model, self.student["backbone"], decay=self.rates(step=step)["momentum"])
 
     def rates(self, *, step: int) -> dict[str, float]:
         """Momentum of the average at a step."""
@@ -243,10 +260,6 @@ def _check_networks(backbone: ViTWithRegistersModel, teacher: ViTWithRegistersMo
                 f"crops: global_size is a multiple of the patches of the {name}, {config.patch_shape}, got "
                 f"{crops.global_size}: change crops.global_size, student or teacher"
             )
-    if backbone.embeddings.mask_token is not None:
-        raise ValueError(
-            "distillation hides no patch, so a mask token would never learn: set has_mask_token=False in the model"
-        )
 
 
 __all__ = [

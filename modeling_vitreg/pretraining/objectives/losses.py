@@ -64,16 +64,16 @@ class EmaCenter(nn.Module):
     def __init__(self, num_prototypes: int, *, momentum: float = 0.9):
         super().__init__()
         self.momentum = momentum
-        self.register_buffer("centre", torch.zeros(num_prototypes))
+        self.register_buffer("center", torch.zeros(num_prototypes))
 
     @torch.no_grad()
     def forward(self, logits: Tensor, *, temperature: float, processes: DistributedContext = SINGLE_PROCESS) -> Tensor:
         """Targets float32 (rows, K) with the centre of the rows before these, which then moves the centre."""
         logits = logits.float()
-        targets = (logits - self.centre).div_(temperature).softmax(dim=-1)
+        targets = (logits - self.center).div_(temperature).softmax(dim=-1)
         total = processes.all_reduce_sum(torch.cat([logits.sum(dim=0), logits.new_tensor([float(len(logits))])]))
-        if total[-1] > 0:
-            self.centre.lerp_(total[:-1] / total[-1], 1 - self.momentum)
+        moved = self.center.lerp(total[:-1] / total[-1], 1 - self.momentum)
+        self.center.copy_(torch.where(total[-1] > 0, moved, self.center))  # without waiting for the device
         return targets
 
 

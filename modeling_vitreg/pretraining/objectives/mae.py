@@ -64,6 +64,11 @@ class MAE(Objective):
         ValueError: crops, masks or backbone do not fit the objective.
     """
 
+    description = "reconstruction of the pixels of hidden patches from a quarter of the patches (MAE)"
+    citation = "mae"
+    settings_class = MAESettings
+    needs_normed_tokens = has_masks = has_single_view = True
+
     def __init__(
         self,
         backbone: ViTWithRegistersModel,
@@ -74,11 +79,10 @@ class MAE(Objective):
         num_steps: int,
         processes: DistributedContext = SINGLE_PROCESS,
     ):
-        super().__init__(num_steps=num_steps, processes=processes)
-        check_single_view(crops, objective="MAE")
+        super().__init__(backbone, crops, num_steps=num_steps, processes=processes)
         _check_masks(masks)
-        _check_backbone(backbone)
-        self.settings, self.crops, self.masks = settings, crops, masks
+        _check_config(backbone.config)
+        self.settings, self.masks = settings, masks
         self.backbone = backbone
         grid = tuple(crops.global_size // side for side in backbone.config.patch_shape)
         self.decoder = MAEDecoder(backbone.config, grid=grid, settings=settings)
@@ -245,19 +249,6 @@ def standardise(patches: Tensor) -> Tensor:
     return (patches - mean) / (variance + 1e-6).sqrt()
 
 
-def check_single_view(crops: CropSettings, *, objective: str) -> None:
-    """Refuse crops that an objective of one view would throw away.
-
-    Raises:
-        ValueError: not exactly one global view and no local one.
-    """
-    if (crops.num_global, crops.num_local) != (1, 0):
-        raise ValueError(
-            f"the {objective} objective looks at one view of an image: expected num_global=1 and num_local=0 in "
-            f"crops, got {crops.num_global} and {crops.num_local}"
-        )
-
-
 def _gather(tokens: Tensor, places: Tensor) -> Tensor:
     return tokens.gather(1, places.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
@@ -271,15 +262,7 @@ def _check_masks(masks: MaskSettings) -> None:
         )
 
 
-def _check_backbone(backbone: ViTWithRegistersModel) -> None:
-    config: ViTWithRegistersConfig = backbone.config
-    if backbone.embeddings.mask_token is not None:
-        raise ValueError(
-            "the MAE objective shows masked patches to no encoder, so a mask token would never learn: set "
-            "has_mask_token=False in the model"
-        )
-    if config.has_pooled_norm:
-        raise ValueError("the MAE objective reads normed tokens: set has_pooled_norm=False in the model")
+def _check_config(config: ViTWithRegistersConfig) -> None:
     if config.position_embedding_type == "none":
         raise ValueError(
             "the MAE objective has to tell visible patches apart: position_embedding_type is 'learned', 'sincos' or "
@@ -297,7 +280,6 @@ __all__ = [
     "MAE",
     "MAEDecoder",
     "MAESettings",
-    "check_single_view",
     "patchify",
     "standardise",
 ]

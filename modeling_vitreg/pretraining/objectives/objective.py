@@ -1,10 +1,15 @@
-"""What the training loop asks of an objective; the loop knows nothing else about it."""
+"""The interface between an objective and the training loop.
+
+An objective describes itself in class attributes: what it learns from, what it logs, how a card names it. A new one is
+a module in this folder and a line in `registry.py`.
+"""
 
 from __future__ import annotations
 
 import abc
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,35 +17,161 @@ from transformers import PreTrainedModel
 
 from modeling_vitreg.distributed import SINGLE_PROCESS, DistributedContext
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersLayer, ViTWithRegistersModel
+from modeling_vitreg.settings import make_settings
 
+from ..run.recipe import Recipe
 from ..views.crops import CropSettings, MultiCrop
 from ..views.masking import MaskSettings
 
 
-class Objective(nn.Module, abc.ABC):
-    """Everything that learns, in one module, so that it is wrapped, sharded and saved as one.
+TARGETS = {"label": "labels", "text": "texts", "mask": "semantic_masks", "depth": "depths"}  # annotation: batch
+
+
+class Panel(NamedTuple):
+    """A panel of `curves.png`.
 
     Args:
-        num_steps: of the whole run; schedules of an objective end there.
-        processes: the processes that share a batch.
+        title: above the panel.
+        curves: keys of the log and their labels.
+        unit: "%" for shares, else empty.
     """
 
-    crops: CropSettings
-    make_text: Callable[[str], Tensor] | None = None  # tokens of the caption of an image
+    title: str
+    curves: dict[str, str]
+    unit: str = ""
+
+
+class DataSummary(NamedTuple):
+    """What training data say of themselves.
+
+    Args:
+        class_names: of the labels; empty if there are none.
+        mask_names: of the classes of masks; empty if unknown.
+        texts: all captions; None for a stream.
+    """
+
+    class_names: tuple[str, ...] = ()
+    mask_names: tuple[str, ...] = ()
+    texts: Callable[[], Iterable[str]] | None = None
+
+
+class Objective(nn.Module, abc.ABC):
+    """All modules that are trained, in one module that is wrapped, sharded and saved as a whole.
+
+    Args:
+        backbone: the model that learns.
+        crops: views of an image.
+        num_steps: steps of the run; schedules of the objective end there.
+        processes: processes that share a batch.
+
+    Attributes:
+        description: what the model learned, for cards.
+        citation: family in `cards.citations`, or a BibTeX entry.
+        settings_class: dataclass of `settings` in a recipe, if there are any.
+        annotation: what it learns from beside images, a key of `TARGETS`.
+        metrics: what `evaluate` measures, the most informative last; names of `modeling_vitreg.metrics`, or any other.
+        panels: of `curves.png`; panels that all objectives share are added.
+        needs_cls_token, needs_mask_token, needs_normed_tokens: of the backbone. A mask token that is not needed is
+            refused, because it would not be trained.
+        has_masks: `masks` of the recipe are used.
+        has_single_view: it takes one global view and no local ones.
+        has_head: it adds a head to any pretrained backbone.
+        has_external_teacher: it needs the weights of another model.
+
+    Raises:
+        ValueError: crops or backbone do not fit the objective.
+    """
+
+    description: str
+    citation: str | None = None
+    settings_class: type | None = None
+    annotation: str | None = None
+    metrics: tuple[str, ...] = ()
+    panels: tuple[Panel, ...] = (Panel("Loss", {"total": "total"}),)
+    needs_cls_token = needs_mask_token = needs_normed_tokens = False
+    has_masks = has_single_view = has_head = has_external_teacher = False
+
+    make_text: Callable[[str], Tensor] | None = None  # caption of an image to tokens
     masks: MaskSettings | None = None
     num_prototypes: int | None = None
 
-    def __init__(self, *, num_steps: int, processes: DistributedContext = SINGLE_PROCESS):
+    def __init__(
+        self,
+        backbone: ViTWithRegistersModel,
+        crops: CropSettings,
+        *,
+        num_steps: int,
+        processes: DistributedContext = SINGLE_PROCESS,
+    ):
         super().__init__()
-        self.num_steps = num_steps
-        self.processes = processes
+        self._check(backbone, crops)
+        self.crops, self.num_steps, self.processes = crops, num_steps, processes
+
+    def _check(self, backbone: ViTWithRegistersModel, crops: CropSettings) -> None:
+        config, name = backbone.config, type(self).__name__
+        if self.has_single_view and (crops.num_global, crops.num_local) != (1, 0):
+            raise ValueError(
+                f"the {name} objective takes one view of an image: expected num_global=1 and num_local=0 in crops, "
+                f"got {crops.num_global} and {crops.num_local}"
+            )
+        if self.needs_cls_token and not config.has_cls_token:
+            raise ValueError(f"the {name} objective needs a class token: set has_cls_token=True in the model")
+        if self.needs_mask_token and backbone.embeddings.mask_token is None:
+            raise ValueError(f"the {name} objective needs a mask token: set has_mask_token=True in the model")
+        if not self.needs_mask_token and backbone.embeddings.mask_token is not None:
+            raise ValueError(
+                f"the {name} objective would not train a mask token: set has_mask_token=False in the model"
+            )
+        if self.needs_normed_tokens and config.has_pooled_norm:
+            raise ValueError(f"the {name} objective reads normed tokens: set has_pooled_norm=False in the model")
+
+    @classmethod
+    def from_recipe(cls, backbone: ViTWithRegistersModel, recipe: Recipe, **common: Any) -> Objective:
+        """The objective of a recipe around a backbone; `common` are `num_steps` and `processes`.
+
+        Raises:
+            ValueError: values of the recipe do not fit the objective.
+        """
+        return cls(backbone, crops=recipe.crops, **cls.arguments_of(recipe), **common)
+
+    @classmethod
+    def arguments_of(cls, recipe: Recipe) -> dict[str, Any]:
+        """Arguments of the constructor that come from a recipe."""
+        arguments: dict[str, Any] = {}
+        if cls.has_masks:
+            arguments["masks"] = recipe.masks
+        elif recipe.masks != MaskSettings():
+            raise ValueError(
+                f"masks: the objective {recipe.objective!r} hides no patch, got {recipe.masks}: remove them"
+            )
+        if cls.settings_class is not None:
+            arguments["settings"] = make_settings(cls.settings_class, recipe.settings, of="settings")
+        elif recipe.settings:
+            raise ValueError(
+                f"settings: the objective {recipe.objective!r} has none, got {', '.join(recipe.settings)}: remove them"
+            )
+        return arguments
+
+    @classmethod
+    def settings_from_data(cls, settings: dict[str, Any], data: DataSummary) -> dict[str, Any]:
+        """Values of `settings` that a recipe leaves to the data, such as names of classes.
+
+        Raises:
+            ValueError: the data do not say what is needed.
+        """
+        return {}
+
+    @classmethod
+    def settings_for_estimate(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """Settings of the same cost that need neither data nor the contents of tensors; see `estimate`."""
+        return settings
 
     @abc.abstractmethod
     def forward(self, batch: dict[str, Tensor], *, step: int) -> dict[str, Tensor]:
         """Losses of a batch from `to_device`.
 
         Returns:
-            Scalars: `total`, which has the gradient; its terms, unweighted; and what else is worth a line in the log.
+            Scalars: `total`, which has a gradient; its unweighted terms; and other values for the log.
         """
 
     @property
@@ -50,46 +181,46 @@ class Objective(nn.Module, abc.ABC):
 
     @property
     def make_views(self) -> Callable[..., dict[str, Tensor]]:
-        """What cuts views of an image, for `ViewLoader`."""
+        """Function that cuts the views of an image, for `ViewLoader`."""
         return MultiCrop(self.crops)
 
     @property
     def saved(self) -> PreTrainedModel:
-        """What is written for `from_pretrained`: the encoder, or a model with a head around it."""
+        """Model that is written for `from_pretrained`: the encoder, or a model with a head around it."""
         return self.encoder
 
     @property
     @abc.abstractmethod
     def trained(self) -> dict[str, nn.Module]:
-        """Modules that learn, by name; `backbone` is one of them. The gradient of each is clipped on its own."""
+        """Modules that are trained, by name; `backbone` is one of them. The gradient of each is clipped separately."""
 
-    def after_step(self, *, step: int) -> None:  # most objectives have no teacher
-        """Called after each step of the optimiser; a teacher follows its student here."""
+    def after_step(self, *, step: int) -> None:
+        """Called after each step of the optimiser, for example to update an average of the weights."""
 
     def encoder_of(self, model: PreTrainedModel) -> ViTWithRegistersModel:
-        """The encoder inside what is saved, which may be a copy that was gathered."""
+        """The encoder inside a saved model, which may be a gathered copy."""
         return model.base_model
 
     def write(self, model: PreTrainedModel, folder: pathlib.Path) -> None:
-        """Write what is saved into a folder."""
+        """Write a saved model into a folder."""
         model.save_pretrained(folder)
 
-    def evaluate(self, model: PreTrainedModel, images: Tensor, truth: dict[str, Tensor]) -> dict[str, float]:
-        """What can be said of held-out images (N, 3, h, w), for the log.
+    def evaluate(self, model: PreTrainedModel, images: Tensor, targets: dict[str, Tensor]) -> dict[str, float]:
+        """Values of `metrics` on evaluation images, for the log.
 
         Args:
-            model: what is saved, whole; see `sharding.gather_model`.
-            images: normalised.
-            truth: what is known of them, out of `labels` (N,), `semantic_masks` and `depths`, both (N, h, w).
+            model: saved model, whole; see `sharding.gather_model`.
+            images: normalised, (N, 3, h, w).
+            targets: annotations that are known: `labels` (N,), `semantic_masks` and `depths` (N, h, w).
         """
         return {}
 
     def rates(self, *, step: int) -> dict[str, float]:
-        """Values of the schedules of this objective, for the log."""
+        """Values of the objective's schedules at a step, for the log."""
         return {}
 
     def compile_layers(self) -> None:
-        """Compile the layers of every network, in place: all layers share one graph for each size of views."""
+        """Compile the layers of all networks in place; layers share one graph for each size of views."""
         for module in self.modules():
             if isinstance(module, ViTWithRegistersLayer):
                 module.compile()
@@ -97,13 +228,13 @@ class Objective(nn.Module, abc.ABC):
     def to_device(self, batch: dict, *, device: torch.device, mean: list, std: list) -> dict[str, Tensor]:
         """Move a batch of `ViewLoader` and normalise its views: uint8 (V, B, 3, h, w) to float32."""
         # (x / 255 - mean) / std in two operations in place.
-        scale = 1 / (255 * torch.tensor(std, device=device).view(3, 1, 1))
-        shift = torch.tensor(mean, device=device).view(3, 1, 1) * 255 * scale
+        scale = 1 / (255 * torch.tensor(std, device=device).view(-1, 1, 1))
+        shift = torch.tensor(mean, device=device).view(-1, 1, 1) * 255 * scale
         moved = {}
         for name in ("global_views", "local_views"):
             if name in batch:
                 moved[name] = batch[name].to(device, non_blocking=True).float().mul_(scale).sub_(shift)
-        for name in ("labels", "texts", "semantic_masks", "depths"):
+        for name in TARGETS.values():
             if name in batch:
                 moved[name] = batch[name].to(device, non_blocking=True)
         if batch.get("masks") is not None:
@@ -113,5 +244,9 @@ class Objective(nn.Module, abc.ABC):
             moved["masked_patches"] = masks.flatten().nonzero().squeeze(1).to(device, non_blocking=True)
         return moved
 
+    def example_targets(self, num_images: int) -> dict[str, Tensor]:
+        """Annotations of a batch, as shapes; see `estimate`."""
+        return {}
 
-__all__ = ["Objective"]
+
+__all__ = ["TARGETS", "DataSummary", "Objective", "Panel"]

@@ -18,7 +18,6 @@ from modeling_vitreg.modeling_vitreg import ViTWithRegistersModel
 
 from ..views.crops import CropSettings
 from ..views.masking import MaskSettings
-from .mae import check_single_view
 from .objective import Objective
 
 
@@ -38,6 +37,10 @@ class SimMIM(Objective):
         ValueError: crops, masks or backbone do not fit the objective.
     """
 
+    description = "prediction of the pixels of patches that a mask token replaces (SimMIM)"
+    citation = "simmim"
+    needs_mask_token = needs_normed_tokens = has_masks = has_single_view = True
+
     def __init__(
         self,
         backbone: ViTWithRegistersModel,
@@ -47,11 +50,9 @@ class SimMIM(Objective):
         num_steps: int,
         processes: DistributedContext = SINGLE_PROCESS,
     ):
-        super().__init__(num_steps=num_steps, processes=processes)
-        check_single_view(crops, objective="SimMIM")
+        super().__init__(backbone, crops, num_steps=num_steps, processes=processes)
         _check_masks(masks)
-        _check_backbone(backbone)
-        self.crops, self.masks = crops, masks
+        self.masks = masks
         self.backbone = backbone
         config = backbone.config
         self.decoder = nn.Linear(config.hidden_size, config.num_channels * math.prod(config.patch_shape))
@@ -94,13 +95,6 @@ def _check_masks(masks: MaskSettings) -> None:
             f"the SimMIM objective learns from masked patches alone: expected masks such as kind='random', "
             f"ratio=(0.6, 0.6), share=1, got ratio={masks.ratio}, share={masks.share}"
         )
-
-
-def _check_backbone(backbone: ViTWithRegistersModel) -> None:
-    if backbone.embeddings.mask_token is None:
-        raise ValueError("the SimMIM objective needs a mask token: set has_mask_token=True in the model")
-    if backbone.config.has_pooled_norm:
-        raise ValueError("the SimMIM objective reads normed tokens: set has_pooled_norm=False in the model")
 
 
 __all__ = ["SimMIM"]

@@ -1,6 +1,6 @@
-"""A recipe: everything that decides the numbers of a run, in one frozen dataclass, from a YAML file.
+"""Recipe of a training run: all settings that change its numbers, as a frozen dataclass, read from a YAML file.
 
-What a run needs beside it (where to write, how many workers) does not change a number and is not part of it.
+Settings that change no number, such as the output folder and the number of workers, are options of the program.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import sys
 from typing import Any
 
 import yaml
@@ -16,10 +17,22 @@ from modeling_vitreg.settings import make_settings, suggest_name
 
 from ..views.crops import CropSettings
 from ..views.masking import MaskSettings
-from .schedules import scale_learning_rate
+from .schedules import cosine, scale_learning_rate
 
 
 OPTIMIZERS = ("adamw", "lamb")
+RENAMED = {  # names of older versions
+    "clip": "max_grad_norm",
+    "warmup": "warmup_ratio",
+    "last_learning_rate": "min_learning_rate",
+    "num_repeats": "repeated_augmentation",
+    "crops.colours": "crops.color_augmentation",
+    "crops.jitter": "crops.color_jitter",
+    "crops.jitter_probability": "crops.color_jitter_probability",
+    "settings.is_probe": "settings.freeze_backbone",
+    "settings.average_momentum": "settings.ema_decay",
+    "settings.centring": "settings.centering",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +40,7 @@ class Recipe:
     """A training run.
 
     Args:
-        objective: "dinov2", "mae", "simmim", "distill", "classify", "clip", "segment" or "depth".
+        objective: a name of `objectives.registry.OBJECTIVES`.
         model: keywords of `ViTWithRegistersConfig`, or `preset` and what differs from it.
         num_register_tokens: registers of the model.
         crops: `CropSettings`.
@@ -35,21 +48,22 @@ class Recipe:
         settings: of the objective, for example `DINOv2Settings`.
         mean, std: of the pixels in [0, 1], saved with the model.
         num_steps: steps of the optimiser.
-        batch_size: images a step, over all processes and accumulations.
-        num_repeats: how often an image is in a step, each time cut anew (repeated augmentation; DeiT takes 3).
+        batch_size: images per step, over all processes and accumulations.
+        repeated_augmentation: how many times an image is in a step, each time with other crops (3 in DeiT).
         learning_rate: for the batch size that `learning_rate_rule` names.
         learning_rate_rule: see `scale_learning_rate`.
-        last_learning_rate: at the end of the cosine.
-        warmup: share of the steps with a rising learning rate.
-        weight_decay: first and last value, along half a cosine.
+        min_learning_rate: at the end of the cosine.
+        warmup_ratio: share of the steps with a rising learning rate.
+        weight_decay: at the first step.
+        weight_decay_end: at the last step, along half a cosine; if it is left out, `weight_decay` is constant.
         decays_tokens: decay class token, registers, mask token and positions too, as DINOv2 does.
         layer_decay: factor of the learning rate from a layer to the one before it.
         patch_multiplier: factor of the learning rate of the patch embedding.
         optimizer: "adamw" or "lamb".
-        betas: of its moments.
-        clip: largest norm of the gradient of each part; 0 for none.
-        freeze_last_layer: share of the steps in which the prototypes do not learn.
-        seed: of everything that is drawn.
+        betas: of the optimiser.
+        max_grad_norm: largest norm of the gradient of each part; 0 does not clip.
+        freeze_last_layer: share of the steps in which the prototypes are not trained.
+        seed: of all random numbers.
     """
 
     objective: str = "dinov2"
@@ -62,26 +76,27 @@ class Recipe:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     num_steps: int = 125_000
     batch_size: int = 1024
-    num_repeats: int = 1
+    repeated_augmentation: int = 1
     learning_rate: float = 4e-3
     learning_rate_rule: str = "sqrt1024"
-    last_learning_rate: float = 1e-6
-    warmup: float = 0.1
-    weight_decay: tuple[float, float] = (0.04, 0.4)
+    min_learning_rate: float = 1e-6
+    warmup_ratio: float = 0.1
+    weight_decay: float = 0.04
+    weight_decay_end: float = 0.4
     decays_tokens: bool = True
     layer_decay: float = 0.9
     patch_multiplier: float = 0.2
     optimizer: str = "adamw"
     betas: tuple[float, float] = (0.9, 0.999)
-    clip: float = 3.0
+    max_grad_norm: float = 3.0
     freeze_last_layer: float = 0.01
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("num_steps", "batch_size", "num_repeats"):
+        for name in ("num_steps", "batch_size", "repeated_augmentation"):
             if getattr(self, name) < 1:
                 raise ValueError(f"recipe: {name} is a positive integer, got {getattr(self, name)!r}")
-        for name in ("warmup", "freeze_last_layer"):
+        for name in ("warmup_ratio", "freeze_last_layer"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"recipe: {name} is a share of the steps in [0, 1], got {getattr(self, name)!r}")
         if self.optimizer not in OPTIMIZERS:
@@ -102,13 +117,16 @@ class Recipe:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     def with_changes(self, changes: dict[str, Any]) -> Recipe:
-        """The recipe with other values; a key may name a value inside another as "crops.num_local".
+        """The recipe with other values; a key may name an inner value, such as "crops.num_local".
 
         Raises:
             ValueError: a name that does not exist, or a value of the wrong type.
         """
         values = self.as_dict()
-        for name, value in changes.items():
+        if values["weight_decay"] == values["weight_decay_end"] and "weight_decay" in changes:
+            del values["weight_decay_end"]  # a constant stays constant
+        for old, value in changes.items():
+            name = _new_name(old, tell=True)
             *path, last = name.split(".")
             inner = values
             for part in path:
@@ -119,6 +137,21 @@ class Recipe:
                 raise ValueError(f"recipe: no value is called {last!r}; {suggest_name(last, values)}")
             inner[last] = value
         return make_recipe(values)
+
+    def rates(self, step: int) -> dict[str, Any]:
+        """Arguments of `parameters.set_rates` at a step."""
+        num_steps = self.num_steps
+        return {
+            "learning_rate": cosine(
+                step,
+                base=self.peak_learning_rate,
+                final=self.min_learning_rate,
+                num_steps=num_steps,
+                num_warmup=int(self.warmup_ratio * num_steps),
+            ),
+            "weight_decay": cosine(step, base=self.weight_decay, final=self.weight_decay_end, num_steps=num_steps),
+            "is_last_layer_frozen": step < self.freeze_last_layer * num_steps,
+        }
 
 
 def read_recipe(path: str | pathlib.Path) -> Recipe:
@@ -131,18 +164,46 @@ def read_recipe(path: str | pathlib.Path) -> Recipe:
     if not isinstance(values, dict):
         raise ValueError(f"recipe: {path} holds no mapping of names to values")
     try:
-        return make_recipe(values)
+        return make_recipe(values, tell=True)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def make_recipe(values: dict[str, Any]) -> Recipe:
-    """A recipe from nested dictionaries; the inverse of `Recipe.as_dict`."""
-    values = dict(values)
+def make_recipe(values: dict[str, Any], *, tell: bool = False) -> Recipe:
+    """A recipe from nested dictionaries, the inverse of `Recipe.as_dict`; older names are read too.
+
+    Args:
+        values: names and values.
+        tell: name older names on stderr.
+    """
+    values = _rename(values, tell=tell)
+    decay = values.get("weight_decay")
+    if isinstance(decay, (list, tuple)) and len(decay) == 2:
+        values["weight_decay"], values["weight_decay_end"] = decay
+    elif decay is not None:
+        values.setdefault("weight_decay_end", decay)
     for name, kind in (("crops", CropSettings), ("masks", MaskSettings)):
         if isinstance(values.get(name), dict):
             values[name] = make_settings(kind, values[name], of=name)
     return make_settings(Recipe, values, of="recipe")
+
+
+def _rename(values: dict[str, Any], *, tell: bool, path: str = "") -> dict[str, Any]:
+    renamed: dict[str, Any] = {}
+    for old, value in values.items():
+        name = _new_name(path + str(old), tell=tell)
+        new = name.removeprefix(path)
+        if new != old and new in values:
+            raise ValueError(f"recipe: {path}{old} is the older name of {name}: give one of them")
+        renamed[new] = _rename(value, tell=tell, path=f"{name}.") if isinstance(value, dict) else value
+    return renamed
+
+
+def _new_name(name: str, *, tell: bool) -> str:
+    new = RENAMED.get(name, name)
+    if new != name and tell:
+        print(f"recipe: {name} was renamed to {new}", file=sys.stderr)
+    return new
 
 
 __all__ = ["Recipe", "make_recipe", "read_recipe"]

@@ -30,7 +30,7 @@ class CropSettings:
         global_size, local_size: side in pixels, a multiple of the patch.
         global_scale, local_scale: smallest and largest share of the image's area.
         flip: probability of a horizontal flip.
-        jitter: brightness, contrast, saturation, hue; with probability `jitter_probability`.
+        color_jitter: brightness, contrast, saturation, hue; with probability `color_jitter_probability`.
         gray: probability of losing the colours.
         blur: probability of a Gaussian blur (kernel 9, sigma 0.1 to 2 pixels) of the first global view, the other
             global views, and local views. DINO means (1.0, 0.1, 0.5); the released code of DINOv2 inverts what it
@@ -40,8 +40,8 @@ class CropSettings:
             pixels, and a square of it (DeiT-III's simple random crop); "zoomed": the short side to the size of the
             view times a random factor, and a square of it, padded where it is smaller (segmentation). Of global views.
         zoom: smallest and largest factor.
-        colours: "dino", what the values above say; "three", DeiT-III's 3-Augment: one of gray, solarised and blurred,
-            then jitter; "random", two operations of RandAugment at magnitude 9; "none".
+        color_augmentation: "dino", as the values above say; "three", DeiT-III's 3-Augment: one of gray, solarised and
+            blurred, then jitter; "random", two operations of RandAugment at magnitude 9; "none".
     """
 
     num_global: int = 2
@@ -51,14 +51,14 @@ class CropSettings:
     global_scale: tuple[float, float] = (0.32, 1.0)
     local_scale: tuple[float, float] = (0.05, 0.32)
     flip: float = 0.5
-    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
-    jitter_probability: float = 0.8
+    color_jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    color_jitter_probability: float = 0.8
     gray: float = 0.2
     blur: tuple[float, float, float] = (1.0, 0.1, 0.5)
     solarize: float = 0.2
     cut: str = "resized"
     zoom: tuple[float, float] = (0.5, 2.0)
-    colours: str = "dino"
+    color_augmentation: str = "dino"
 
     def __post_init__(self):
         for name in ("global_scale", "local_scale"):
@@ -72,18 +72,18 @@ class CropSettings:
                 f"crops: expected at least one global view and no negative number of local ones, got num_global="
                 f"{self.num_global}, num_local={self.num_local}"
             )
-        for name, known in (("cut", CUTS), ("colours", COLOURS)):
+        for name, known in (("cut", CUTS), ("color_augmentation", COLOURS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"crops: {name} is one of {', '.join(known)}, got {getattr(self, name)!r}")
         for name in ("global_size", "local_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"crops: {name} is a side in pixels, 1 or more, got {getattr(self, name)}")
-        if len(self.jitter) != 4 or len(self.blur) != 3:
+        if len(self.color_jitter) != 4 or len(self.blur) != 3:
             raise ValueError(
-                f"crops: jitter has 4 values (brightness, contrast, saturation, hue) and blur 3 (first global view, "
-                f"other global views, local views), got {self.jitter} and {self.blur}"
+                f"crops: color_jitter has 4 values (brightness, contrast, saturation, hue) and blur 3 (first global "
+                f"view, other global views, local views), got {self.color_jitter} and {self.blur}"
             )
-        for name in ("flip", "jitter_probability", "gray", "solarize"):
+        for name in ("flip", "color_jitter_probability", "gray", "solarize"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"crops: {name} is a probability, got {getattr(self, name)}")
         if not all(0 <= probability <= 1 for probability in self.blur):
@@ -172,16 +172,16 @@ def _cutter(size: int, settings: CropSettings, *, is_local: bool = False) -> v2.
 
 
 def _painter(settings: CropSettings, *, blur: float, solarize: float) -> v2.Transform:
-    if settings.colours in ("none", "random"):
-        return v2.Identity() if settings.colours == "none" else v2.RandAugment(num_ops=2, magnitude=9)
-    if settings.colours == "three":
+    if settings.color_augmentation in ("none", "random"):
+        return v2.Identity() if settings.color_augmentation == "none" else v2.RandAugment(num_ops=2, magnitude=9)
+    if settings.color_augmentation == "three":
         one = [v2.Grayscale(3), v2.RandomSolarize(threshold=128, p=1.0), v2.GaussianBlur(9, sigma=(0.1, 2.0))]
-        return v2.Compose([v2.RandomChoice(one), v2.ColorJitter(*settings.jitter)])
+        return v2.Compose([v2.RandomChoice(one), v2.ColorJitter(*settings.color_jitter)])
     steps = []
-    if settings.jitter_probability and any(settings.jitter):
+    if settings.color_jitter_probability and any(settings.color_jitter):
         # Through PIL, whose HSV is a third faster than that of a tensor.
-        jitter = v2.Compose([v2.ToPILImage(), v2.ColorJitter(*settings.jitter), v2.PILToTensor()])
-        steps.append(v2.RandomApply([jitter], p=settings.jitter_probability))
+        jitter = v2.Compose([v2.ToPILImage(), v2.ColorJitter(*settings.color_jitter), v2.PILToTensor()])
+        steps.append(v2.RandomApply([jitter], p=settings.color_jitter_probability))
     if settings.gray:
         steps.append(v2.RandomGrayscale(settings.gray))
     if blur:

@@ -1,0 +1,68 @@
+"""Objectives that train a head on a backbone, which is trained with it, frozen, or adapted by LoRA."""
+
+from __future__ import annotations
+
+import pathlib
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from modeling_vitreg.modeling_vitreg import ViTWithRegistersConfig, ViTWithRegistersModel
+from modeling_vitreg.modes import eval_mode
+
+from .adaptation import AdaptationSettings, freeze_or_lora, merge_lora
+from .objective import Objective
+
+
+class HeadObjective(Objective):
+    """A model with a head in `model`, around a backbone that `settings` may freeze; see `Objective`."""
+
+    has_head = has_single_view = True
+
+    settings: AdaptationSettings
+    model: PreTrainedModel
+
+    def adapt_backbone(self) -> None:
+        """Freeze the backbone or add adapters to it, as the settings say."""
+        freeze_or_lora(self.encoder_of(self.model), self.settings)
+
+    @property
+    def encoder(self) -> ViTWithRegistersModel:
+        """The backbone of the saved model."""
+        return self.encoder_of(self.saved)
+
+    @property
+    def saved(self) -> PreTrainedModel:
+        """Backbone and head."""
+        return self.model
+
+    def train(self, mode: bool = True) -> HeadObjective:
+        """Set the mode; a frozen backbone stays in evaluation mode."""
+        super().train(mode)
+        if self.settings.freeze_backbone:
+            self.encoder_of(self.model).eval()
+        return self
+
+    def write(self, model: PreTrainedModel, folder: pathlib.Path) -> None:
+        """See `Objective`; LoRA is merged into a copy."""
+        super().write(merge_lora(model) if self.settings.lora_rank else model, folder)
+
+    @torch.no_grad()
+    def predict(self, model: nn.Module, images: Tensor, *, batch_size: int = 64) -> Tensor:
+        """Predictions on the CPU of a saved model for normalised images (N, 3, h, w)."""
+        with eval_mode(model):
+            parts = [self._predict(model, part.to(model.device)).cpu() for part in images.split(batch_size)]
+        return torch.cat(parts)
+
+    def _predict(self, model: nn.Module, images: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+def name_classes(config: ViTWithRegistersConfig, names: tuple[str, ...]) -> None:
+    """Write names of classes into a configuration."""
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: number for number, name in config.id2label.items()}
+
+
+__all__ = ["HeadObjective", "name_classes"]

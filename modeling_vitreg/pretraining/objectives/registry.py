@@ -1,0 +1,39 @@
+"""The objectives that a recipe can name."""
+
+from __future__ import annotations
+
+import importlib
+
+from modeling_vitreg.settings import suggest_name
+
+from .objective import Objective
+
+
+# Name in recipes: module and class, which is imported when it is asked for.
+OBJECTIVES = {
+    "dinov2": f"{__package__}.dinov2:DINOv2",
+    "mae": f"{__package__}.mae:MAE",
+    "simmim": f"{__package__}.simmim:SimMIM",
+    "distill": f"{__package__}.distill:Distillation",
+    "classify": f"{__package__}.classify:Classification",
+    "clip": f"{__package__}.clip:CLIP",
+    "segment": f"{__package__}.dense:Segmentation",
+    "depth": f"{__package__}.dense:DepthEstimation",
+}
+
+
+def objective_class(name: str) -> type[Objective]:
+    """The class of an objective.
+
+    Raises:
+        ValueError: no objective has this name.
+    """
+    if name not in OBJECTIVES:
+        raise ValueError(
+            f"recipe: objective is one of {', '.join(OBJECTIVES)}, got {name!r}; {suggest_name(name, OBJECTIVES)}"
+        )
+    module, _, attribute = OBJECTIVES[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+__all__ = ["OBJECTIVES", "objective_class"]
