@@ -15,12 +15,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_vitreg import ViTWithRegistersConfig
-from .modeling_vitreg import ViTWithRegistersModel, set_initial
+from .modeling_vitreg import ViTWithRegistersModel, classification_loss, set_initial, without_reentrance
 
 
 # The names under which transformers finds the model; its pipeline looks for the second.
@@ -248,6 +249,10 @@ class ViTWithRegistersDualEncoderModel(PreTrainedModel):
             repo_id = to_hub.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
             self.push_to_hub(repo_id, token=kwargs.get("token"), **to_hub)
 
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=checkpoint, **options):
+        checkpoint_func = without_reentrance(gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable, checkpoint_func, **options)
+
     def _read_texts(self, input_ids: Tensor, **inputs) -> ModelOutput:
         """The output of the text tower, which is given only what the caller has: not every tower takes everything."""
         inputs = {name: value for name, value in inputs.items() if value is not None}
@@ -290,8 +295,8 @@ def matching_loss(logits: Tensor) -> Tensor:
             f"expected as many texts as images, in pairs, got logits of shape {tuple(logits.shape)}: leave the loss "
             "out, or give each image its text"
         )
-    truth = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, truth) + F.cross_entropy(logits.t(), truth)) / 2
+    pairs = torch.arange(len(logits), device=logits.device)
+    return (classification_loss(logits, pairs) + classification_loss(logits.t(), pairs)) / 2
 
 
 def unwrap_text_model(text_model: nn.Module) -> nn.Module:

@@ -14,11 +14,13 @@ import functools
 import json
 import math
 import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -29,10 +31,12 @@ from transformers.modeling_outputs import (
     SemanticSegmenterOutput,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.utils import ModelOutput, cached_file
+from transformers.utils import ModelOutput, cached_file, logging
 
 from .configuration_vitreg import ViTWithRegistersConfig
 
+
+logger = logging.get_logger(__name__)
 
 # ------------------------------------------------------------------------------------------------------------------
 # Shims: everything in this file that depends on the version of transformers, each with its reason.
@@ -65,6 +69,14 @@ def set_initial(parameter: Tensor | None, initialise, *args, **kwargs) -> None:
     if parameter is not None and not getattr(parameter, "_is_hf_initialized", False):
         with torch.no_grad():
             initialise(parameter, *args, **kwargs)
+
+
+def without_reentrance(checkpoint: Callable) -> Callable:
+    """Checkpointing of activations that keeps the gradients of nested tensors. Up to 4.57 the library defaults to
+    reentrant checkpointing, which returns layers without gradient, and without a word, where tokens come in tuples."""
+    if isinstance(checkpoint, functools.partial) and checkpoint.keywords.get("use_reentrant"):
+        return functools.partial(checkpoint, use_reentrant=False)
+    return checkpoint
 
 
 def set_up_backbone(backbone: nn.Module, config: ViTWithRegistersConfig) -> None:
@@ -351,6 +363,21 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------------
 
 
+def check_image_size(size: Iterable[int], patch_shape: Iterable[int]) -> None:
+    """Refuse an image size (height, width) that is not a multiple of the patch (rows, columns), all in pixels.
+
+    Raises:
+        ValueError: the message names the nearest sizes that fit.
+    """
+    for axis, side, patch in zip(("height", "width"), size, patch_shape):
+        if side % patch or side < patch:
+            below = max(side // patch, 1) * patch
+            raise ValueError(
+                f"an image {axis} of {side} pixels does not fit patches of {patch} pixels: the nearest sizes that fit "
+                f"are {below} and {below + patch}; resize or pad the images"
+            )
+
+
 class ViTWithRegistersRegisterTokens(nn.Module):
     """The registers, as a module of their own so that PEFT can train them through `modules_to_save`."""
 
@@ -418,13 +445,7 @@ class ViTWithRegistersEmbeddings(nn.Module):
                 f"expected images (batch, {self.config.num_channels}, height, width), got a tensor of shape "
                 f"{tuple(pixel_values.shape)}; the number of channels is `config.num_channels`"
             )
-        for axis, side, patch in zip(("height", "width"), pixel_values.shape[2:], self.config.patch_shape):
-            if side % patch or side < patch:
-                below = max(side // patch, 1) * patch
-                raise ValueError(
-                    f"an image {axis} of {side} pixels does not fit patches of {patch} pixels: the nearest sizes that "
-                    f"fit are {below} and {below + patch}; resize or pad the images"
-                )
+        check_image_size(pixel_values.shape[2:], self.config.patch_shape)
 
     def _mask(self, patches: Tensor, bool_masked_pos: Tensor) -> Tensor:
         if self.mask_token is None:
@@ -539,7 +560,7 @@ class ViTWithRegistersAttention(AttentionBackend):
         )
         return output.flatten(2), probabilities if output_attentions else None  # [B, N, H, d] -> [B, N, D]
 
-    def prefix_probabilities(self, hidden_states: Tensor, rotary: tuple | None, num_queries: int) -> Tensor:
+    def prefix_attention(self, hidden_states: Tensor, rotary: tuple | None, num_queries: int) -> Tensor:
         """Probabilities (B, H, Q, N), in float32, of the first Q tokens over all; nothing of size N x N is built."""
         query, key, _ = self.split_heads(self.qkv(hidden_states), rotary)
         return (query[:, :, :num_queries].float() @ key.float().transpose(-2, -1) * self.scaling).softmax(dim=-1)
@@ -723,8 +744,38 @@ def unpack_tokens(packed: Tensor, like: list) -> list:
 # Base class
 # ------------------------------------------------------------------------------------------------------------------
 
-IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PROCESSOR_FILE = "preprocessor_config.json"
+
+
+def read_image_processor(path: str | os.PathLike, *, num_channels: int) -> dict:
+    """Settings in a `preprocessor_config.json`, whose mean, standard deviation and factor are checked.
+
+    Raises:
+        ValueError: the file is no JSON object, or one of the three is no finite number or not one for each channel.
+    """
+    with open(path, encoding="utf-8") as file:
+        try:
+            settings = json.load(file)
+        except ValueError as error:
+            raise ValueError(f"{path} is no valid JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds a {type(settings).__name__}, expected an object of settings")
+    for name in ("image_mean", "image_std", "rescale_factor"):
+        value = settings.get(name)
+        values = value if isinstance(value, list) and name != "rescale_factor" else [value]
+        is_number = all(type(each) in (int, float) and math.isfinite(each) for each in values)
+        is_positive = name == "image_mean" or (is_number and all(each > 0 for each in values))
+        if value is not None and not (is_number and is_positive and len(values) in (1, num_channels)):
+            raise ValueError(
+                f"{path} has {name} {value!r}, expected a finite {'' if name == 'image_mean' else 'positive '}number"
+                + ("" if name == "rescale_factor" else f", or one for each of {num_channels} channels")
+            )
+    return settings
+
+
+def _join(settings: dict) -> str:
+    return ", ".join(f"{name}={value}" for name, value in settings.items())
 
 
 class ViTWithRegistersPreTrainedModel(PreTrainedModel):
@@ -744,6 +795,8 @@ class ViTWithRegistersPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     # The image processor for a new model; the pipelines of dense tasks accept no other, the rest accept any.
     _image_processor_type = "BitImageProcessor"
+    _has_new_channels = False  # since it was loaded: the image processor of then does not fit
+    _has_checked_labels = False
 
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
@@ -779,8 +832,37 @@ class ViTWithRegistersPreTrainedModel(PreTrainedModel):
         return self.base_model.embeddings.patch_embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the patch embedding, for example by one for other channels."""
+        """Replace the patch embedding, for example by one for images with other channels.
+
+        The configuration takes over the number of channels and whether there is a bias.
+
+        Raises:
+            ValueError: the layer is no `nn.Conv2d` that maps each patch to one token of `config.hidden_size`, or the
+                model predicts pixels, whose number of channels would change.
+        """
+        patch = self.config.patch_shape
+        expected = {
+            "out_channels": self.config.hidden_size,
+            "kernel_size": patch,
+            "stride": patch,
+            "padding": (0, 0),
+            "dilation": (1, 1),
+            "groups": 1,
+        }
+        wrong = {name: getattr(value, name, None) for name in expected if getattr(value, name, None) != expected[name]}
+        if not isinstance(value, nn.Conv2d) or wrong:
+            raise ValueError(
+                f"expected an nn.Conv2d with {_join(expected)}, got {type(value).__name__}"
+                + (f" with {_join(wrong)}" if isinstance(value, nn.Conv2d) else "")
+            )
+        fitting = self._change_config(num_channels=value.in_channels, has_patch_bias=value.bias is not None)
+        self._check_channels(fitting.num_channels)
+        self._has_new_channels = fitting.num_channels != self.config.num_channels
+        self.config.num_channels, self.config.has_patch_bias = fitting.num_channels, fitting.has_patch_bias
         self.base_model.embeddings.patch_embeddings = value
+
+    def _check_channels(self, num_channels: int) -> None:
+        """Refuse a number of channels that other parts of this model do not allow."""
 
     def no_weight_decay(self) -> set:
         """Names of the parameters that are tokens or positions: decay none of them or all, registers included."""
@@ -796,16 +878,15 @@ class ViTWithRegistersPreTrainedModel(PreTrainedModel):
             num_register_tokens: 0 or more.
 
         Raises:
-            ValueError: a negative number.
+            ValueError: a number that the configuration does not allow.
         """
-        if num_register_tokens < 0:
-            raise ValueError(f"expected 0 or more register tokens, got {num_register_tokens}")
         num_registers, num_test_time = self.config.num_register_tokens, self.config.num_test_time_registers
         if num_test_time and num_register_tokens != num_registers:
             raise ValueError(
                 f"{num_test_time} of the {num_registers} registers are test-time registers, which stay the last ones: "
                 f"keep {num_registers} registers, or resize those of the original model, then retrofit it again"
             )
+        self._change_config(num_register_tokens=num_register_tokens)
         embeddings = self.base_model.embeddings
         old, weight = embeddings.register_tokens, embeddings.patch_embeddings.weight
         new = ViTWithRegistersRegisterTokens(num_register_tokens, self.config.hidden_size).to(weight)
@@ -825,13 +906,23 @@ class ViTWithRegistersPreTrainedModel(PreTrainedModel):
 
         Args:
             image_size: side in pixels, or (rows, columns); multiples of the patch.
+
+        Raises:
+            ValueError: a size that the configuration does not allow.
         """
-        # A new configuration checks the size before anything changes.
-        fitting = type(self.config).from_dict({**self.config.to_dict(), "image_size": image_size})
-        self.config.image_size = image_size
+        fitting = self._change_config(image_size=image_size)
+        self.config.image_size = fitting.image_size
         positions = self.base_model.embeddings.position_embeddings
         if positions is not None:
             positions.resize(fitting.grid_shape)
+
+    def _change_config(self, **fields) -> ViTWithRegistersConfig:
+        """A copy of the configuration with other values, which its constructor checks before the model changes."""
+        return type(self.config).from_dict({**self.config.to_dict(), **fields})
+
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=checkpoint, **options):
+        checkpoint_func = without_reentrance(gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable, checkpoint_func, **options)
 
     def split_tokens(self, hidden_state: Tensor, grid: tuple) -> ViTWithRegistersTokens:
         """Name the tokens of any layer.
@@ -867,7 +958,8 @@ class ViTWithRegistersPreTrainedModel(PreTrainedModel):
 
         Args:
             pixel_values: images (B, C, height, width).
-            layers: numbers of layers from 0, or from -1 backwards.
+            layers: layer numbers, from 1 for the first layer, or from -1 backwards. Changed: earlier versions counted
+                from 0; as for `output_hidden_states`, 0 is the embedding, which has no attention.
             queries: any of "cls", "distillation", "registers"; kinds that the model lacks are left out.
             average_heads: average over heads.
 
@@ -880,12 +972,15 @@ class ViTWithRegistersPreTrainedModel(PreTrainedModel):
         layers = [layers] if isinstance(layers, int) else list(layers)
         queries = (queries,) if isinstance(queries, str) else tuple(queries)
         depth, kinds = self.config.num_hidden_layers, self.config.token_slices
-        if not layers or any(not -depth <= layer < depth for layer in layers):
-            raise ValueError(f"expected layers from {-depth} to {depth - 1}, got {layers}")
+        if not layers or any(not (1 <= layer <= depth or -depth <= layer <= -1) for layer in layers):
+            raise ValueError(
+                f"expected layers from 1 to {depth}, or from -{depth} to -1 counted from the last, got {layers}; "
+                "0 is the embedding, which has no attention"
+            )
         kinds.pop("patches")
         if not queries or any(query not in kinds for query in queries):
             raise ValueError(f"expected queries out of {', '.join(kinds)}, got {queries}")
-        layers = [layer % depth for layer in layers]
+        layers = [layer % (depth + 1) if layer > 0 else depth + 1 + layer for layer in layers]
         probabilities, grid = self.base_model.prefix_attention(pixel_values, layers)
         maps = torch.stack([probabilities[layer] for layer in layers], dim=1)  # [B, M, H, prefix, N]
         maps = maps[..., kinds["registers"].stop :].transpose(2, 3).unflatten(-1, grid)
@@ -926,7 +1021,11 @@ class ViTWithRegistersPreTrainedModel(PreTrainedModel):
             self.push_to_hub(repo_id, token=kwargs.get("token"), **to_hub)
 
     def image_processor_settings(self) -> dict:
-        """Settings of the image processor that is saved with the model, as in `preprocessor_config.json`."""
+        """Settings of the image processor that is saved with the model, as in `preprocessor_config.json`.
+
+        Raises:
+            ValueError: the image processor file of the loaded model has an invalid mean, deviation or rescale factor.
+        """
         defaults, loaded = self._default_image_processor(), self._loaded_image_processor()
         kind = self._image_processor_type
         if loaded and (kind == "BitImageProcessor" or loaded["image_processor_type"].startswith(kind)):
@@ -958,8 +1057,8 @@ class ViTWithRegistersPreTrainedModel(PreTrainedModel):
             "do_rescale": True,
             "rescale_factor": 1 / 255,
             "do_normalize": True,
-            "image_mean": IMAGENET_MEAN if channels == 3 else [0.5] * channels,
-            "image_std": IMAGENET_STD if channels == 3 else [0.5] * channels,
+            "image_mean": list(IMAGENET_MEAN) if channels == 3 else [0.5] * channels,
+            "image_std": list(IMAGENET_STD) if channels == 3 else [0.5] * channels,
         }
         if self._image_processor_type == "BitImageProcessor":
             shortest_edge = round(max(rows, columns) * 256 / 224)  # the protocol of ImageNet: 256 cut to 224
@@ -974,7 +1073,7 @@ class ViTWithRegistersPreTrainedModel(PreTrainedModel):
 
     def _loaded_image_processor(self) -> dict:
         source = self.config._name_or_path
-        if not source:
+        if not source or self._has_new_channels:
             return {}
         try:  # from the folder or the cache, never from the network: saving works offline
             path = cached_file(
@@ -989,28 +1088,51 @@ class ViTWithRegistersPreTrainedModel(PreTrainedModel):
             return {}
         if path is None:
             return {}
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
+        return read_image_processor(path, num_channels=self.config.num_channels)
 
     def _save_image_processor(self, folder: str | os.PathLike) -> None:
         path = os.path.join(folder, PROCESSOR_FILE)
         if os.path.exists(path):
             return
+        try:
+            settings = self.image_processor_settings()
+        except ValueError as error:  # the model is worth more than the file that came with the one it started from
+            logger.warning(f"{error}; saved the default image processor instead")
+            settings = self._default_image_processor()
         with open(path + ".tmp", "w", encoding="utf-8") as file:
-            json.dump(self.image_processor_settings(), file, indent=2, sort_keys=True)
+            json.dump(settings, file, indent=2, sort_keys=True)
             file.write("\n")
         os.replace(path + ".tmp", path)
 
-    def _encode(self, pixel_values, *, stages=(), output_hidden_states=None, output_attentions=None, **inputs):
-        """Run the base model for a head: its output, with only what the caller asked for, and the tokens before the
-        final norm of the stages that the head reads."""
-        wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+    def _encode(
+        self,
+        pixel_values,
+        *,
+        stages=(),
+        num_layers=None,
+        output_hidden_states=None,
+        output_attentions=None,
+        bool_masked_pos=None,
+    ):
+        """Run the base model for a head.
+
+        Args:
+            stages: numbers of the layers whose tokens, before the final norm, the head reads.
+            num_layers: layers that the head needs; all run if the caller asks for hidden states or attentions.
+
+        Returns:
+            The output of the base model, with only what the caller asked for, and the tokens of the stages.
+        """
+        config = self.config
+        wants_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        wants_attentions = config.output_attentions if output_attentions is None else output_attentions
         output = self.vitreg(
             pixel_values,
+            bool_masked_pos,
             output_hidden_states=True if wants_states else list(stages),
-            output_attentions=output_attentions,
+            output_attentions=wants_attentions,
+            num_layers=None if wants_states or wants_attentions else num_layers,
             return_dict=True,
-            **inputs,
         )
         grid = output.patch_grid.shape[1:3]
         tokens = [self.split_tokens(output.hidden_states[stage], grid) for stage in stages]
@@ -1018,14 +1140,66 @@ class ViTWithRegistersPreTrainedModel(PreTrainedModel):
             output.hidden_states = None
         return output, tokens
 
-    def _leave_final_norm_untrained(self) -> None:
-        """Keep distributed data parallel training from waiting for a gradient of the final norm, which this head does
-        not read. It stays for other models of the checkpoint, and `requires_grad` is lost on loading from 5.0 on."""
-        self._ddp_params_and_buffers_to_ignore = [f"vitreg.layernorm.{name}" for name in ("weight", "bias")]
+    def _answer(self, kind: type, output: ModelOutput, return_dict: bool | None, **fields) -> ModelOutput | tuple:
+        """The output of a head: its own fields, and what the caller asked for of the base model."""
+        fields |= {name: getattr(output, name) for name in ("hidden_states", "attentions")}
+        return self._as_asked(kind(**fields), return_dict)
 
-    def _answer(self, output: ModelOutput, return_dict: bool | None) -> ModelOutput | tuple:
+    def _as_asked(self, output: ModelOutput, return_dict: bool | None) -> ModelOutput | tuple:
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list:
+        """Names of the parameters that this model does not read: distributed data parallel training would wait for
+        their gradients. They stay for other models of the checkpoint; freezing would not do, for `requires_grad` is
+        lost on loading from 5.0 on."""
+        unread = tuple(f"vitreg.{part}" for part in self._unread_parts())
+        return [name for name, _ in self.named_parameters() if name.startswith(unread)] if unread else []
+
+    def _unread_parts(self) -> list:
+        """Parts of the base model that this model does not read, as beginnings of the names of their parameters."""
+        return []
+
+    def _parts_behind(self, stages: list, *, reads_final_norm: bool) -> list:
+        """Parts of the base model that a head on some stages does not read."""
+        parts = [f"layers.{number}." for number in range(max(stages), self.config.num_hidden_layers)]
+        return parts + ([] if reads_final_norm and not self.config.has_pooled_norm else ["layernorm."])
+
+    def _may_check_values(self, labels: Tensor) -> bool:
+        """Whether to look at the values of labels: on a CPU always; elsewhere once, for looking waits for the device;
+        never while a graph is recorded, nor where there are no values (fake, meta and batched tensors)."""
+        is_plain = type(labels) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(labels)
+        if is_traced() or not is_plain or labels.is_meta:
+            return False
+        is_first, self._has_checked_labels = not self._has_checked_labels, True
+        return is_first or labels.device.type == "cpu"
+
+    def _check_class_numbers(self, name: str, labels: Tensor, *, ignored: int) -> Tensor:
+        """Class numbers as int64, after a look at their type and range."""
+        if labels.is_floating_point() or labels.is_complex():
+            raise ValueError(f"{name} have the dtype {labels.dtype}, expected integers, the numbers of classes")
+        num_labels = self.config.num_labels
+        if self._may_check_values(labels):
+            numbers = labels[labels != ignored]
+            if numbers.numel() and not 0 <= numbers.min() <= numbers.max() < num_labels:
+                raise ValueError(
+                    f"{name} lie between {numbers.min()} and {numbers.max()}, expected 0 to {num_labels - 1}: "
+                    f"{num_labels} is `config.num_labels`, and {ignored} marks what does not count"
+                )
+        return labels.long()
+
+
+def mean_loss(total: Tensor, count: Tensor | int) -> Tensor:
+    """A sum of losses over how many they are; over nothing it is zero, with a gradient of zeros, and not NaN."""
+    return total / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
+
+
+def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of scores (B, C, ...) and class numbers (B, ...), without those that are -100; or of scores
+    (B, C) and probabilities of the classes (B, C)."""
+    total = F.cross_entropy(logits.float(), labels, reduction="sum")
+    return mean_loss(total, len(labels) if labels.is_floating_point() else (labels != -100).sum())
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1075,6 +1249,7 @@ class ViTWithRegistersModel(ViTWithRegistersPreTrainedModel):
         output_hidden_states: bool | int | list | None = None,
         output_attentions: bool | None = None,
         output_pre_norm: bool = False,
+        num_layers: int | None = None,
         return_dict: bool | None = None,
     ) -> ViTWithRegistersModelOutput | tuple:
         """Encode images.
@@ -1086,19 +1261,23 @@ class ViTWithRegistersModel(ViTWithRegistersPreTrainedModel):
                 of layer i, negative ones count from the end; the others are None.
             output_attentions: return probabilities, computed eagerly whatever the attention back end.
             output_pre_norm: return the tokens before the final norm too.
+            num_layers: run only the first layers; all tokens are then those of layer `num_layers`.
             return_dict: False for a tuple.
 
         Raises:
-            ValueError: images of the wrong shape or size, or a mask that does not fit.
+            ValueError: images of the wrong shape or size, a mask that does not fit, or a layer that does not exist.
         """
         if pixel_values is None:
             raise ValueError("expected `pixel_values`, images of shape (batch, channels, height, width), got None")
         if output_attentions is None:
             output_attentions = self.config.output_attentions
-        wanted = self._wanted_states(output_hidden_states)
+        num_layers = len(self.layers) if num_layers is None else num_layers
+        if not 0 <= num_layers <= len(self.layers):
+            raise ValueError(f"expected num_layers from 0 to {len(self.layers)}, got {num_layers}")
+        wanted = self._wanted_states(output_hidden_states, num_layers)
         hidden_state, rotary, grid = self.embed(pixel_values, bool_masked_pos)
         hidden_states, attentions = [hidden_state if 0 in wanted else None], []
-        for number, layer in enumerate(self.layers, start=1):
+        for number, layer in zip(range(1, num_layers + 1), self.layers):
             hidden_state = layer(hidden_state, rotary, output_attentions)
             if output_attentions:
                 hidden_state, probabilities = hidden_state
@@ -1120,7 +1299,7 @@ class ViTWithRegistersModel(ViTWithRegistersPreTrainedModel):
             patch_grid=tokens.patch_grid,
             pre_norm=self.split_tokens(hidden_state, grid) if output_pre_norm else None,
         )
-        return self._answer(output, return_dict)
+        return self._as_asked(output, return_dict)
 
     def embed(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None) -> tuple:
         """The input of the first layer (B, N, D), the tables of rotary positions or None, and the grid."""
@@ -1147,21 +1326,19 @@ class ViTWithRegistersModel(ViTWithRegistersPreTrainedModel):
         return self.layernorm(mean) if self.config.has_pooled_norm else mean
 
     def prefix_attention(self, pixel_values: Tensor, layers: list) -> tuple[dict, tuple]:
-        """Attention probabilities (B, H, prefix, N) of some layers by number, and the grid; see `attention_maps`."""
+        """Attention probabilities (B, H, prefix, N) of some layers by number, 1 ... L, and the grid."""
         hidden_state, rotary, grid = self.embed(pixel_values)
         probabilities = {}
-        for number, layer in enumerate(self.layers[: max(layers) + 1]):
+        for number, layer in zip(range(1, max(layers) + 1), self.layers):
             if number in layers:
                 normed = layer.norm1(hidden_state)
-                probabilities[number] = layer.attention.prefix_probabilities(
-                    normed, rotary, self.config.num_prefix_tokens
-                )
+                probabilities[number] = layer.attention.prefix_attention(normed, rotary, self.config.num_prefix_tokens)
             if number < max(layers):
                 hidden_state = layer(hidden_state, rotary)
         return probabilities, grid
 
-    def _wanted_states(self, output_hidden_states: bool | int | list | None) -> list:
-        states = range(len(self.layers) + 1)
+    def _wanted_states(self, output_hidden_states: bool | int | list | None, num_layers: int) -> list:
+        states = range(num_layers + 1)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if isinstance(output_hidden_states, bool):
@@ -1200,14 +1377,16 @@ class ViTWithRegistersForImageClassification(ViTWithRegistersPreTrainedModel):
 
         Args:
             pixel_values: (B, C, height, width).
-            labels: (B,) class numbers, or (B, classes) for `config.problem_type` "multi_label_classification" or
-                "regression". With two classifiers the loss is the mean of theirs.
+            labels: (B,) class numbers, -100 where there is none; or (B, classes), and then `config.problem_type` says
+                what they are: "single_label_classification" (probabilities, as of mixup), "multi_label_classification"
+                (0 or 1 each) or "regression". With one class, (B,) or (B, 1) numbers to predict. With two classifiers
+                the loss is the mean of theirs.
             teacher_classes: (B,) classes that a teacher predicts; in a distilled model they take the place of `labels`
                 for the second classifier (Touvron et al. 2021, hard distillation).
             output_hidden_states, output_attentions, return_dict: as in `ViTWithRegistersModel`.
 
         Raises:
-            ValueError: labels that do not fit the batch or the number of classes.
+            ValueError: labels that fit neither the batch and the number of classes nor the type of the problem.
         """
         depth, num_layers = self.config.num_hidden_layers, self.config.num_classifier_layers
         output, earlier = self._encode(
@@ -1216,7 +1395,7 @@ class ViTWithRegistersForImageClassification(ViTWithRegistersPreTrainedModel):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
         )
-        loss = cls_logits = distillation_logits = None
+        cls_logits = distillation_logits = None
         if self.distillation_classifier is None:
             cls_tokens = [self.vitreg.norm_tokens(tokens.cls_token) for tokens in earlier]
             logits = self.classifier(torch.cat([*cls_tokens, output.pooler_output], dim=-1))
@@ -1226,21 +1405,21 @@ class ViTWithRegistersForImageClassification(ViTWithRegistersPreTrainedModel):
             cls_logits = self.classifier(output.cls_token)
             distillation_logits = self.distillation_classifier(output.distillation_token)
             logits = (cls_logits + distillation_logits) / 2
+        loss = None
         if labels is not None:
-            self._check_labels(labels, logits)
-            loss = self.loss_function(labels, logits if cls_logits is None else cls_logits, self.config)
+            loss = self._loss("labels", labels, logits if cls_logits is None else cls_logits)
             if distillation_logits is not None:
-                teacher_classes = labels if teacher_classes is None else teacher_classes
-                loss = (loss + self.loss_function(teacher_classes, distillation_logits, self.config)) / 2
-        output = ViTWithRegistersClassifierOutput(
+                name, targets = ("labels", labels) if teacher_classes is None else ("teacher_classes", teacher_classes)
+                loss = (loss + self._loss(name, targets, distillation_logits)) / 2
+        return self._answer(
+            ViTWithRegistersClassifierOutput,
+            output,
+            return_dict,
             loss=loss,
             logits=logits,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
             cls_logits=cls_logits,
             distillation_logits=distillation_logits,
         )
-        return self._answer(output, return_dict)
 
     def _make_classifier(self, size: int) -> nn.Module:
         if self.config.num_labels == 0:
@@ -1249,21 +1428,47 @@ class ViTWithRegistersForImageClassification(ViTWithRegistersPreTrainedModel):
         classifier.is_zero_initialized = self.config.has_zero_init_classifier
         return classifier
 
-    def _check_labels(self, labels: Tensor, logits: Tensor) -> None:
-        if labels.shape not in (logits.shape[:1], logits.shape):
+    def _loss(self, name: str, labels: Tensor, logits: Tensor) -> Tensor:
+        if self.config.num_labels == 0:
+            raise ValueError(f"{name} need a classifier, but `config.num_labels` is 0")
+        kind = self._problem_type(name, labels, logits.shape)
+        if kind == "single_label_classification":
+            if labels.ndim == 1:
+                return classification_loss(logits, self._check_class_numbers(name, labels, ignored=-100))
+            return classification_loss(logits, labels.float())
+        labels = labels.reshape(logits.shape).float()
+        if kind == "regression":
+            return mean_loss(F.mse_loss(logits.float(), labels, reduction="sum"), labels.numel())
+        if self._may_check_values(labels) and not ((labels >= 0) & (labels <= 1)).all():
             raise ValueError(
-                f"labels have shape {tuple(labels.shape)}, expected {tuple(logits.shape[:1])} class numbers or "
-                f"{tuple(logits.shape)} targets: {self.config.num_labels} is `config.num_labels`"
+                f"{name} lie between {labels.min()} and {labels.max()}, expected 0 or 1 for each class: "
+                "problem_type is 'multi_label_classification'"
             )
-        # On an accelerator a look at the values would wait for it; there the loss itself stops the program.
-        is_class_number = labels.ndim == 1 and not labels.is_floating_point() and self.config.num_labels > 1
-        if is_class_number and labels.device.type == "cpu" and not is_traced():
-            numbers = labels[labels != -100]  # the number that cross-entropy leaves out
-            if numbers.numel() and not 0 <= numbers.min() <= numbers.max() < self.config.num_labels:
-                raise ValueError(
-                    f"labels lie between {numbers.min()} and {numbers.max()}, expected 0 to "
-                    f"{self.config.num_labels - 1}: {self.config.num_labels} is `config.num_labels`"
-                )
+        return mean_loss(F.binary_cross_entropy_with_logits(logits.float(), labels, reduction="sum"), labels.numel())
+
+    def _problem_type(self, name: str, labels: Tensor, shape: tuple) -> str:
+        """The type of the problem, by the configuration or by the labels; one batch does not decide for the next."""
+        kind, num_labels = self.config.problem_type, self.config.num_labels
+        if labels.shape not in (shape[:1], shape):
+            raise ValueError(
+                f"{name} have shape {tuple(labels.shape)}, expected {tuple(shape[:1])} class numbers or "
+                f"{tuple(shape)} targets: {num_labels} is `config.num_labels`"
+            )
+        if kind is None and num_labels == 1:
+            return "regression"
+        if kind is None and labels.ndim == 1:
+            return "single_label_classification"
+        if kind is None:
+            raise ValueError(
+                f"{name} of shape {tuple(labels.shape)} may be several things: set `config.problem_type` to "
+                "'single_label_classification' (probabilities of the classes, as of mixup), "
+                "'multi_label_classification' (0 or 1 for each class) or 'regression'"
+            )
+        if kind != "single_label_classification" and labels.ndim == 1 and num_labels > 1:
+            raise ValueError(
+                f"{name} have shape {tuple(labels.shape)}, but problem_type={kind!r} needs {tuple(shape)}"
+            )
+        return kind
 
 
 class ViTWithRegistersForMaskedImageModeling(ViTWithRegistersPreTrainedModel):
@@ -1278,8 +1483,6 @@ class ViTWithRegistersForMaskedImageModeling(ViTWithRegistersPreTrainedModel):
         if config.masked_target == "pixels":
             size = config.num_channels * math.prod(config.patch_shape)
         self.decoder = nn.Linear(config.hidden_size, size)
-        if config.has_pooled_norm:
-            self._leave_final_norm_untrained()
         self.post_init()
 
     def forward(
@@ -1325,14 +1528,8 @@ class ViTWithRegistersForMaskedImageModeling(ViTWithRegistersPreTrainedModel):
         loss = None
         if errors is not None:
             mask = errors.new_ones(errors.shape) if bool_masked_pos is None else bool_masked_pos.flatten(1)
-            loss = (errors * mask).sum() / mask.sum().clamp(min=1)
-        output = MaskedImageModelingOutput(
-            loss=loss,
-            reconstruction=reconstruction,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-        )
-        return self._answer(output, return_dict)
+            loss = mean_loss((errors * mask).sum(), mask.sum())
+        return self._answer(MaskedImageModelingOutput, output, return_dict, loss=loss, reconstruction=reconstruction)
 
     def patchify(self, images: Tensor) -> Tensor:
         """Images (B, C, height, width) to patches (B, P, C x rows x columns of a patch)."""
@@ -1343,6 +1540,16 @@ class ViTWithRegistersForMaskedImageModeling(ViTWithRegistersPreTrainedModel):
         sizes = tuple(side * patch for side, patch in zip(grid, self.config.patch_shape))
         return F.fold(patches.transpose(1, 2), sizes, self.config.patch_shape, stride=self.config.patch_shape)
 
+    def _check_channels(self, num_channels: int) -> None:
+        if self.config.masked_target == "pixels" and num_channels != self.config.num_channels:
+            raise ValueError(
+                f"this model predicts pixels of {self.config.num_channels} channels: for {num_channels} make a new "
+                f"model from a configuration with num_channels={num_channels}"
+            )
+
+    def _unread_parts(self) -> list:
+        return ["layernorm."] if self.config.has_pooled_norm else []
+
     def _feature_errors(self, predicted: Tensor, target: Tensor) -> Tensor:
         if target.shape != predicted.shape:
             raise ValueError(
@@ -1350,6 +1557,25 @@ class ViTWithRegistersForMaskedImageModeling(ViTWithRegistersPreTrainedModel):
                 f"`config.masked_target_size`"
             )
         return 1 - F.cosine_similarity(predicted.float(), target.float(), dim=-1)
+
+
+def segment_patches(patches: Tensor, norm: nn.Module, classifier: nn.Module) -> Tensor:
+    """Scores (B, classes, rows, columns) of patches (B, rows, columns, D)."""
+    return classifier(norm(patches.permute(0, 3, 1, 2)))
+
+
+class LinearSegmentationHead(nn.Module):
+    """DINOv2's linear head of segmentation, on its own: batch norm and a 1 x 1 convolution."""
+
+    def __init__(self, width: int, num_classes: int):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(width)
+        self.classifier = nn.Conv2d(width, num_classes, kernel_size=1)
+
+    def forward(self, patches: Tensor, size: tuple[int, int]) -> Tensor:
+        """Scores (B, classes, height, width) of pixels from normed patches (B, rows, columns, D)."""
+        scores = segment_patches(patches, self.norm, self.classifier).float()
+        return F.interpolate(scores, size=size, mode="bilinear", align_corners=False)
 
 
 class ViTWithRegistersForSemanticSegmentation(ViTWithRegistersPreTrainedModel):
@@ -1361,11 +1587,8 @@ class ViTWithRegistersForSemanticSegmentation(ViTWithRegistersPreTrainedModel):
     def __init__(self, config: ViTWithRegistersConfig):
         super().__init__(config)
         self.vitreg = ViTWithRegistersModel(config, use_mask_token=False, use_projection=False)
-        size = config.hidden_size * len(config.out_indices)
-        self.segmentation_norm = nn.BatchNorm2d(size)
-        self.segmentation_classifier = nn.Conv2d(size, config.num_labels, kernel_size=1)
-        if config.has_pooled_norm:
-            self._leave_final_norm_untrained()
+        head = LinearSegmentationHead(config.hidden_size * len(config.out_indices), config.num_labels)
+        self.segmentation_norm, self.segmentation_classifier = head.norm, head.classifier
         self.post_init()
 
     def forward(
@@ -1388,26 +1611,55 @@ class ViTWithRegistersForSemanticSegmentation(ViTWithRegistersPreTrainedModel):
             brings them to the size of the image, as the loss does.
 
         Raises:
-            ValueError: labels of another size than the images.
+            ValueError: labels of another size than the images, or of a class that does not exist.
         """
         output, stages = self._encode(
             pixel_values,
             stages=self.config.out_indices,
+            num_layers=max(self.config.out_indices),
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
         )
-        grids = [self.vitreg.norm_tokens(tokens.patch_grid) for tokens in stages]
-        features = torch.cat(grids, dim=-1).permute(0, 3, 1, 2)  # [B, rows, columns, D] -> [B, D, rows, columns]
-        logits = self.segmentation_classifier(self.segmentation_norm(features))
+        patches = torch.cat([self.vitreg.norm_tokens(tokens.patch_grid) for tokens in stages], dim=-1)
+        logits = segment_patches(patches, self.segmentation_norm, self.segmentation_classifier)
         loss = None
         if labels is not None:
-            _check_map("labels", labels, pixel_values)
-            pixel_logits = F.interpolate(logits.float(), size=labels.shape[1:], mode="bilinear", align_corners=False)
-            loss = F.cross_entropy(pixel_logits, labels, ignore_index=self.config.semantic_loss_ignore_index)
-        output = SemanticSegmenterOutput(
-            loss=loss, logits=logits, hidden_states=output.hidden_states, attentions=output.attentions
-        )
-        return self._answer(output, return_dict)
+            _check_map(labels, pixel_values)
+            ignored = self.config.semantic_loss_ignore_index
+            labels = self._check_class_numbers("labels", labels, ignored=ignored)
+            scores = F.interpolate(logits.float(), size=labels.shape[1:], mode="bilinear", align_corners=False)
+            total = F.cross_entropy(scores, labels, ignore_index=ignored, reduction="sum")
+            loss = mean_loss(total, (labels != ignored).sum())
+        return self._answer(SemanticSegmenterOutput, output, return_dict, loss=loss, logits=logits)
+
+    def _unread_parts(self) -> list:
+        return self._parts_behind(self.config.out_indices, reads_final_norm=True)
+
+
+def expect_depth(scores: Tensor, size: tuple[int, int], *, min_depth: float, max_depth: float) -> Tensor:
+    """Expected depth (B, height, width) in metres, of scores (B, bins, rows, columns) of evenly spaced depths.
+
+    DINOv2 enlarges the features four times and then convolves; the two commute, and 256 bins are fewer than the
+    channels, so the scores are enlarged in their place.
+    """
+    scores = F.interpolate(scores.float(), scale_factor=4, mode="bilinear", align_corners=False).relu() + 0.1
+    bins = torch.linspace(min_depth, max_depth, scores.shape[1], device=scores.device)
+    depth = torch.einsum("bkhw,k->bhw", scores / scores.sum(dim=1, keepdim=True), bins)
+    return F.interpolate(depth[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+
+
+class LinearDepthHead(nn.Module):
+    """DINOv2's linear head of depth, on its own: a 1 x 1 convolution to bins, and the expected depth."""
+
+    def __init__(self, width: int, *, num_bins: int, min_depth: float, max_depth: float):
+        super().__init__()
+        self.min_depth, self.max_depth = min_depth, max_depth
+        self.classifier = nn.Conv2d(width, num_bins, kernel_size=1)
+
+    def forward(self, features: Tensor, size: tuple[int, int]) -> Tensor:
+        """Depth (B, height, width) in metres from features (B, rows, columns, D)."""
+        scores = self.classifier(features.permute(0, 3, 1, 2))
+        return expect_depth(scores, size, min_depth=self.min_depth, max_depth=self.max_depth)
 
 
 class ViTWithRegistersForDepthEstimation(ViTWithRegistersPreTrainedModel):
@@ -1416,14 +1668,12 @@ class ViTWithRegistersForDepthEstimation(ViTWithRegistersPreTrainedModel):
 
     _auto_class = "AutoModelForDepthEstimation"
     _image_processor_type = "DPTImageProcessor"
-    upsampling = 4
 
     def __init__(self, config: ViTWithRegistersConfig):
         super().__init__(config)
         self.vitreg = ViTWithRegistersModel(config, use_mask_token=False, use_projection=False)
         size = config.hidden_size * (1 + config.has_cls_token) * len(config.out_indices)
         self.depth_classifier = nn.Conv2d(size, config.num_depth_bins, kernel_size=1)
-        self._leave_final_norm_untrained()
         self.post_init()
 
     def forward(
@@ -1445,38 +1695,50 @@ class ViTWithRegistersForDepthEstimation(ViTWithRegistersPreTrainedModel):
             `predicted_depth` (B, height, width) in metres, in float32.
 
         Raises:
-            ValueError: labels of another size than the images.
+            ValueError: labels of another size than the images, or in another unit: none of them counts, and the
+                median lies more than ten times beyond `config.max_depth`.
         """
         output, stages = self._encode(
             pixel_values,
             stages=self.config.out_indices,
+            num_layers=max(self.config.out_indices),
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
         )
-        features = torch.cat([self._features(tokens) for tokens in stages], dim=-1).permute(0, 3, 1, 2)
-        # DINOv2 enlarges the features and then convolves; the two commute, and 256 bins are fewer than the channels.
-        scores = self.depth_classifier(features).float()
-        scores = F.interpolate(scores, scale_factor=self.upsampling, mode="bilinear", align_corners=False)
-        scores = scores.relu() + 0.1
-        bins = torch.linspace(
-            self.config.min_depth, self.config.max_depth, self.config.num_depth_bins, device=scores.device
+        features = torch.cat([_join_cls_token(tokens.patch_grid, tokens.cls_token) for tokens in stages], dim=-1)
+        depth = expect_depth(
+            self.depth_classifier(features.permute(0, 3, 1, 2)),
+            pixel_values.shape[2:],
+            min_depth=self.config.min_depth,
+            max_depth=self.config.max_depth,
         )
-        depth = torch.einsum("bkhw,k->bhw", scores / scores.sum(dim=1, keepdim=True), bins)
-        depth = F.interpolate(depth[:, None], size=pixel_values.shape[2:], mode="bilinear", align_corners=False)[:, 0]
         loss = None
         if labels is not None:
-            _check_map("labels", labels, pixel_values)
+            _check_map(labels, pixel_values)
+            self._check_unit(labels)
             loss = scale_invariant_loss(depth, labels, max_depth=self.config.max_depth)
-        output = DepthEstimatorOutput(
-            loss=loss, predicted_depth=depth, hidden_states=output.hidden_states, attentions=output.attentions
-        )
-        return self._answer(output, return_dict)
+        return self._answer(DepthEstimatorOutput, output, return_dict, loss=loss, predicted_depth=depth)
 
-    def _features(self, tokens: ViTWithRegistersTokens) -> Tensor:
-        grid = tokens.patch_grid
-        if tokens.cls_token is None:
-            return grid
-        return torch.cat([grid, tokens.cls_token[:, None, None].expand_as(grid)], dim=-1)
+    def _check_unit(self, labels: Tensor) -> None:
+        limit = self.config.max_depth
+        if not self._may_check_values(labels):
+            return
+        known = labels[(labels > 0) & labels.isfinite()]
+        if known.numel() and known.min() > limit and known.median() > 10 * limit:
+            raise ValueError(
+                f"no depth in labels counts: they lie between {known.min():g} and {known.max():g}, and "
+                f"`config.max_depth` is {limit:g} metres: scale them to metres, or set max_depth"
+            )
+
+    def _unread_parts(self) -> list:
+        return self._parts_behind(self.config.out_indices, reads_final_norm=False)
+
+
+def _join_cls_token(patches: Tensor, cls_token: Tensor | None) -> Tensor:
+    """Each patch (B, rows, columns, D) beside the class token (B, D), if there is one: (B, rows, columns, 2 D)."""
+    if cls_token is None:
+        return patches
+    return torch.cat([patches, cls_token[:, None, None].expand_as(patches)], dim=-1)
 
 
 def scale_invariant_loss(depth: Tensor, target: Tensor, *, max_depth: float) -> Tensor:
@@ -1488,8 +1750,8 @@ def scale_invariant_loss(depth: Tensor, target: Tensor, *, max_depth: float) -> 
     count = is_valid.sum()
     error = torch.log(depth.float() + 1e-3) - torch.log(target.float().clamp(min=0) + 1e-3)
     error = torch.where(is_valid, error, 0.0)
-    mean = error.sum() / count.clamp(min=1)
-    variance = torch.where(is_valid, (error - mean).square(), 0.0).sum() / (count - 1).clamp(min=1)
+    mean = mean_loss(error.sum(), count)
+    variance = mean_loss(torch.where(is_valid, (error - mean).square(), 0.0).sum(), count - 1)
     return (variance + 0.15 * mean.square()).clamp(min=1e-12).sqrt()  # the root of zero has no gradient
 
 
@@ -1514,18 +1776,22 @@ class ViTWithRegistersBackbone(BackboneMixin, ViTWithRegistersPreTrainedModel):
     ) -> BackboneOutput | tuple:
         """Feature maps of the stages in `out_features`, each (B, D, rows, columns), or with
         `config.reshape_hidden_states` false (B, 1 + P, D), class token and patches, as DPT reads them."""
+        numbers = self._stage_numbers()
         output, stages = self._encode(
             pixel_values,
-            stages=[self.stage_names.index(name) for name in self.out_features],
+            stages=numbers,
+            num_layers=max(numbers),
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
         )
-        output = BackboneOutput(
-            feature_maps=tuple(self._feature_map(tokens) for tokens in stages),
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-        )
-        return self._answer(output, return_dict)
+        feature_maps = tuple(self._feature_map(tokens) for tokens in stages)
+        return self._answer(BackboneOutput, output, return_dict, feature_maps=feature_maps)
+
+    def _stage_numbers(self) -> list:
+        return [self.stage_names.index(name) for name in self.out_features]
+
+    def _unread_parts(self) -> list:
+        return self._parts_behind(self._stage_numbers(), reads_final_norm=self.config.apply_layernorm)
 
     def _feature_map(self, tokens: ViTWithRegistersTokens) -> Tensor:
         norm = self.vitreg.norm_tokens if self.config.apply_layernorm else nn.Identity()
@@ -1535,10 +1801,10 @@ class ViTWithRegistersBackbone(BackboneMixin, ViTWithRegistersPreTrainedModel):
         return norm(torch.cat([*prefix, tokens.patch_tokens], dim=1))
 
 
-def _check_map(name: str, values: Tensor, pixel_values: Tensor) -> None:
+def _check_map(labels: Tensor, pixel_values: Tensor) -> None:
     expected = (pixel_values.shape[0], *pixel_values.shape[2:])
-    if values.shape != expected:
-        raise ValueError(f"{name} have shape {tuple(values.shape)}, expected {tuple(expected)} like the images")
+    if labels.shape != expected:
+        raise ValueError(f"labels have shape {tuple(labels.shape)}, expected {tuple(expected)} like the images")
 
 
 AUTO_MODELS = (

@@ -58,14 +58,16 @@ def test_maps_are_attentions_folded_onto_the_grid(tiny, randomise, position):
     model = randomise(ViTWithRegistersModel(config))
     images = torch.randn(2, 3, 24, 40)
     attentions = model(images, output_attentions=True).attentions
-    maps = model.attention_maps(images, layers=(2, 0), queries=("cls", "distillation", "registers"))
+    maps = model.attention_maps(images, layers=(3, 1), queries=("cls", "distillation", "registers"))
     assert maps.cls.shape == (2, 2, 2, 3, 5)  # images, layers, heads, rows, columns
     assert maps.registers.shape == (2, 2, 4, 2, 3, 5)
-    for position, layer in enumerate((2, 0)):
-        folded = attentions[layer][..., 6:].unflatten(-1, (3, 5))
+    for position, layer in enumerate((3, 1)):
+        folded = attentions[layer - 1][..., 6:].unflatten(-1, (3, 5))
         torch.testing.assert_close(maps.cls[:, position], folded[:, :, 0])
         torch.testing.assert_close(maps.distillation[:, position], folded[:, :, 1])
         torch.testing.assert_close(maps.registers[:, position], folded[:, :, 2:6].transpose(1, 2))
+    last = model.attention_maps(images, layers=(-1, -3), queries=("cls", "distillation", "registers"))
+    assert all(torch.equal(last[name], maps[name]) for name in maps)
     averaged = model.attention_maps(images, average_heads=True)
     torch.testing.assert_close(averaged.cls[:, 0], maps.cls[:, 0].mean(1))
     torch.testing.assert_close(averaged.registers[:, 0], maps.registers[:, 0].mean(2))
@@ -75,17 +77,17 @@ def test_maps_are_attentions_folded_onto_the_grid(tiny, randomise, position):
 def test_maps_compute_only_the_queries_and_layers_asked_for(tiny, monkeypatch):
     model = ViTWithRegistersForImageClassification(tiny()).eval()
     shapes, layers = [], []
-    original = ViTWithRegistersAttention.prefix_probabilities
+    original = ViTWithRegistersAttention.prefix_attention
     monkeypatch.setattr(
         ViTWithRegistersAttention,
-        "prefix_probabilities",
+        "prefix_attention",
         lambda *args: shapes.append(original(*args).shape) or original(*args),
     )
     for number, layer in enumerate(model.vitreg.layers):
         layer.register_forward_hook(lambda *_, number=number: layers.append(number))
-    model.attention_maps(torch.randn(2, 3, 32, 32), layers=1)
+    model.attention_maps(torch.randn(2, 3, 32, 32), layers=2)
     assert shapes == [(2, 2, 5, 21)]  # prefix x tokens, never tokens x tokens
-    assert layers == [0]  # of layer 1 only queries and keys are needed, layer 2 never runs
+    assert layers == [0]  # of layer 2 only queries and keys are needed, layer 3 never runs
 
 
 def test_maps_leave_out_kinds_that_the_model_lacks(tiny):
@@ -100,8 +102,11 @@ def test_maps_leave_out_kinds_that_the_model_lacks(tiny):
 def test_maps_of_unknown_layers_or_queries_are_refused(tiny):
     model = ViTWithRegistersModel(tiny())
     images = torch.randn(1, 3, 32, 32)
-    with pytest.raises(ValueError, match=r"expected layers from -3 to 2, got \[3\]"):
-        model.attention_maps(images, layers=3)
+    for layer in (0, 4, -4):
+        with pytest.raises(
+            ValueError, match=rf"expected layers from 1 to 3, or from -3 to -1 .* got \[{layer}\]; 0 is"
+        ):
+            model.attention_maps(images, layers=layer)
     with pytest.raises(ValueError, match=r"expected queries out of cls, distillation, registers, got .*patches"):
         model.attention_maps(images, queries=("patches",))
 

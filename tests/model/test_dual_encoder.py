@@ -27,6 +27,7 @@ from modeling_vitreg import (
     ViTWithRegistersDualEncoderOutput,
     ViTWithRegistersModel,
 )
+from modeling_vitreg.dual_encoder_vitreg import matching_loss
 from modeling_vitreg.pretraining.objectives.clip import CLIPSettings, make_tokenizer, save_tokenizer
 
 
@@ -95,6 +96,13 @@ def test_the_loss_is_that_of_open_clip(make):
     expected = ClipLoss()(output.image_embeds, output.text_embeds, model.logit_scale.exp())
     torch.testing.assert_close(output.loss, expected)
     assert model(**PAIRS).loss is None
+
+
+def test_the_loss_over_no_pair_is_zero_with_a_gradient():
+    logits = torch.empty(0, 0, requires_grad=True)
+    loss = matching_loss(logits)
+    loss.backward()
+    assert loss.item() == 0 and logits.grad.shape == (0, 0)
 
 
 def test_features_are_the_embeddings_before_their_length_is_taken_away(make):

@@ -78,6 +78,142 @@ def test_labels_that_do_not_fit_are_refused(tiny, images):
         model(images, labels=torch.tensor([1, 2]), teacher_classes=torch.tensor([1, 2]))
     with pytest.raises(ValueError, match=r"labels lie between 0 and 7, expected 0 to 4: 5 is `config.num_labels`"):
         model(images, labels=torch.tensor([0, 7]))
+    with pytest.raises(ValueError, match=r"labels have the dtype torch.float32, expected integers"):
+        model(images, labels=torch.tensor([0.0, 1.0]))
+    with pytest.raises(ValueError, match=r"labels need a classifier, but `config.num_labels` is 0"):
+        ViTWithRegistersForImageClassification(tiny(num_labels=0))(images, labels=torch.tensor([0, 1]))
+    distilled = tiny(num_labels=5, has_distillation_token=True, pooling="cls_distillation")
+    with pytest.raises(ValueError, match=r"teacher_classes lie between 2 and 9, expected 0 to 4"):
+        ViTWithRegistersForImageClassification(distilled)(
+            images, labels=torch.tensor([0, 1]), teacher_classes=torch.tensor([2, 9])
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64], ids=str)
+def test_class_numbers_may_be_integers_of_any_size(tiny, images, dtype):
+    masks = torch.randint(0, 3, (2, 32, 48))
+    for cls, labels in (
+        (ViTWithRegistersForImageClassification, torch.tensor([0, 2])),
+        (ViTWithRegistersForSemanticSegmentation, masks),
+    ):
+        model = cls(tiny(num_labels=3))
+        assert torch.equal(model(images, labels=labels.to(dtype)).loss, model(images, labels=labels).loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float32], ids=str)
+def test_multi_label_targets_may_be_numbers_of_any_type(tiny, images, dtype):
+    hot = torch.tensor([[1, 0, 0], [0, 1, 1]])
+    model = ViTWithRegistersForImageClassification(tiny(num_labels=3, problem_type="multi_label_classification"))
+    output = model(images, labels=hot.to(dtype))
+    torch.testing.assert_close(output.loss, F.binary_cross_entropy_with_logits(output.logits, hot.float()))
+    with pytest.raises(ValueError, match=r"labels lie between 0.0 and 2.0, expected 0 or 1 for each class"):
+        model(images, labels=2 * hot)
+    with pytest.raises(ValueError, match=r"labels have shape \(2,\), but problem_type='multi_.*' needs \(2, 3\)"):
+        model(images, labels=torch.tensor([1, 2]))
+
+
+def test_labels_of_shape_batch_by_classes_need_the_type_of_the_problem(tiny, images):
+    soft, hot = torch.tensor([[0.7, 0.3, 0.0], [0.0, 0.0, 1.0]]), torch.tensor([[1, 0, 0], [0, 0, 1]])
+    model = ViTWithRegistersForImageClassification(tiny(num_labels=3))
+    for labels in (soft, hot):
+        with pytest.raises(ValueError, match=r"labels of shape \(2, 3\) may be several things: set"):
+            model(images, labels=labels)
+    model.config.problem_type = "single_label_classification"
+    output = model(images, labels=soft)
+    torch.testing.assert_close(output.loss, F.cross_entropy(output.logits, soft))
+    assert torch.equal(model(images, labels=hot).loss, model(images, labels=torch.tensor([0, 2])).loss)
+
+
+def test_a_forward_pass_never_edits_the_configuration(tiny, images):
+    maps = torch.zeros(2, 32, 48)
+    batches = [
+        (ViTWithRegistersForImageClassification, {"num_labels": 3}, {"labels": torch.tensor([0, 2])}),
+        (ViTWithRegistersForImageClassification, {"num_labels": 1}, {"labels": torch.rand(2)}),
+        (
+            ViTWithRegistersForImageClassification,
+            {"num_labels": 2, "problem_type": "multi_label_classification"},
+            {"labels": torch.rand(2, 2)},
+        ),
+        (ViTWithRegistersForMaskedImageModeling, {}, {"bool_masked_pos": torch.rand(2, 24) < 0.5}),
+        (ViTWithRegistersForSemanticSegmentation, {"num_labels": 3}, {"labels": maps.long()}),
+        (ViTWithRegistersForDepthEstimation, {}, {"labels": maps}),
+        (ViTWithRegistersBackbone, {}, {"output_hidden_states": True, "output_attentions": True}),
+    ]
+    for cls, settings, inputs in batches:
+        model = cls(tiny(**settings))
+        before = model.config.to_dict()
+        model(images, **inputs)
+        assert model.config.to_dict() == before, cls.__name__
+
+
+# A mean over nothing -----------------------------------------------------------------------------------------------
+
+
+NOTHING = {
+    "classes": (ViTWithRegistersForImageClassification, {"num_labels": 3}, {"labels": torch.full((2,), -100)}),
+    "masks": (
+        ViTWithRegistersForSemanticSegmentation,
+        {"num_labels": 3},
+        {"labels": torch.full((2, 32, 48), 255, dtype=torch.uint8)},
+    ),
+    "masks with another number": (
+        ViTWithRegistersForSemanticSegmentation,
+        {"num_labels": 3, "semantic_loss_ignore_index": -1},
+        {"labels": torch.full((2, 32, 48), -1)},
+    ),
+    "no patch": (ViTWithRegistersForMaskedImageModeling, {}, {"bool_masked_pos": torch.zeros(2, 24).bool()}),
+    "no feature": (
+        ViTWithRegistersForMaskedImageModeling,
+        {"masked_target": "features"},
+        {"bool_masked_pos": torch.zeros(2, 24).bool(), "target_features": torch.randn(2, 24, 32)},
+    ),
+    "depth 0": (ViTWithRegistersForDepthEstimation, {}, {"labels": torch.zeros(2, 32, 48)}),
+    "depth unknown": (ViTWithRegistersForDepthEstimation, {}, {"labels": torch.full((2, 32, 48), torch.nan)}),
+    "depth just beyond": (ViTWithRegistersForDepthEstimation, {}, {"labels": torch.full((2, 32, 48), 11.0)}),
+}
+DISTILLED = {"num_labels": 3, "has_distillation_token": True, "pooling": "cls_distillation"}
+NOTHING["classes of two"] = (ViTWithRegistersForImageClassification, DISTILLED, NOTHING["classes"][2])
+SETTINGS = {
+    "classes": {"num_labels": 3},
+    "probabilities": {"num_labels": 3, "problem_type": "single_label_classification"},
+    "multi-label": {"num_labels": 3, "problem_type": "multi_label_classification"},
+    "regression": {"num_labels": 1},
+}
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_a_loss_over_nothing_is_zero_with_a_gradient(tiny, randomise, images, name):
+    cls, settings, inputs = NOTHING[name]
+    model = randomise(cls(tiny(**settings))).train()
+    loss = model(images, **inputs).loss
+    loss.backward()
+    assert loss.item() < 1e-5
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert len(gradients) > 10 and not any(gradient.any() for gradient in gradients)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_loss_over_no_image_is_zero_with_a_gradient(tiny, randomise, name):
+    # The last batch of a process may be empty; the library's "sdpa" takes none.
+    kind = ViTWithRegistersForImageClassification
+    model = randomise(kind._from_config(tiny(**SETTINGS[name]), attn_implementation="eager"))
+    labels = torch.empty(0, dtype=torch.long) if name == "classes" else torch.empty(0, model.config.num_labels)
+    loss = model(torch.randn(0, 3, 32, 48), labels=labels).loss
+    loss.backward()
+    assert loss.item() == 0
+    assert not any(parameter.grad.any() for parameter in model.parameters())
+
+
+def test_labels_of_which_some_count_weigh_as_the_library_weighs_them(tiny, images):
+    model = ViTWithRegistersForImageClassification(tiny(num_labels=3))
+    output = model(images, labels=torch.tensor([-100, 2]))
+    assert torch.equal(output.loss, F.cross_entropy(output.logits, torch.tensor([-100, 2])))
+    model = ViTWithRegistersForSemanticSegmentation(tiny(num_labels=3))
+    masks = torch.randint(0, 3, (2, 32, 48))
+    masks[0] = 255
+    output = model(images, labels=masks)
+    scores = F.interpolate(output.logits, size=(32, 48), mode="bilinear")
+    assert torch.equal(output.loss, F.cross_entropy(scores, masks, ignore_index=255))
 
 
 # Masked image modelling --------------------------------------------------------------------------------------------
@@ -148,6 +284,14 @@ def test_maps_of_labels_have_the_size_of_the_images(tiny, images):
             cls(tiny())(images, labels=torch.zeros(2, 32, 32, dtype=torch.long))
 
 
+def test_masks_of_classes_that_do_not_exist_are_refused(tiny, images):
+    model = ViTWithRegistersForSemanticSegmentation(tiny(num_labels=3))
+    with pytest.raises(ValueError, match=r"labels lie between 0 and 7, expected 0 to 2: .* and 255 marks"):
+        model(images, labels=torch.arange(2 * 32 * 48).view(2, 32, 48) % 8)
+    with pytest.raises(ValueError, match=r"labels have the dtype torch.float32, expected integers"):
+        model(images, labels=torch.zeros(2, 32, 48))
+
+
 # Depth -------------------------------------------------------------------------------------------------------------
 
 
@@ -179,12 +323,20 @@ def test_depth_loss_is_the_scale_invariant_loss_over_valid_pixels(tiny, randomis
     torch.testing.assert_close(output.loss, (error.var() + 0.15 * error.mean() ** 2).sqrt())
 
 
-def test_depth_without_a_valid_pixel_trains_on_nothing(tiny, images):
+@pytest.mark.parametrize("scale", [100, 1000, 256], ids=["centimetres", "millimetres", "KITTI"])
+def test_depth_in_another_unit_is_refused_in_words(tiny, images, scale):
     model = ViTWithRegistersForDepthEstimation(tiny())
-    loss = model(images, labels=torch.zeros(2, 32, 48)).loss
-    loss.backward()
-    assert loss.item() < 1e-5
-    assert all(p.grad is None or (p.grad == 0).all() for p in model.parameters())
+    depths = torch.rand(2, 32, 48) * 8 + 1
+    depths[:, :4] = 0
+    message = (
+        r"no depth in labels counts: they lie between .* and `config.max_depth` is 10 metres: scale them to metres"
+    )
+    with pytest.raises(ValueError, match=message):
+        model(images, labels=(scale * depths).to(torch.int32))
+    assert model(images, labels=depths).loss > 1e-3
+    # On an accelerator the first labels are looked at; here the second too.
+    with pytest.raises(ValueError, match=message):
+        model(images, labels=scale * depths)
 
 
 def test_the_trainer_finds_the_labels_of_every_head_and_nothing_else():
@@ -205,6 +357,44 @@ def process_group(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
+
+
+STAGES = ([0], [1], [1, 2], [0, 3])
+
+
+@pytest.mark.parametrize("out_indices", STAGES, ids=str)
+@pytest.mark.parametrize("settings", [{}, {"apply_layernorm": False}, {"reshape_hidden_states": False}], ids=str)
+def test_a_head_on_early_stages_runs_no_layer_behind_them_and_no_parameter_waits(
+    tiny, images, process_group, out_indices, settings
+):
+    inputs = {
+        ViTWithRegistersBackbone: {},
+        ViTWithRegistersForSemanticSegmentation: {"labels": torch.zeros(2, 32, 48, dtype=torch.long)},
+        ViTWithRegistersForDepthEstimation: {"labels": torch.rand(2, 32, 48)},
+    }
+    for cls, extra in inputs.items():
+        model, ran = cls(tiny(out_indices=out_indices, has_distillation_token=True, **settings)), []
+        for number, layer in enumerate(model.vitreg.layers, start=1):
+            layer.register_forward_hook(lambda *_, number=number, ran=ran: ran.append(number))
+        parallel = torch.nn.parallel.DistributedDataParallel(model)
+        for _ in range(2):
+            output = parallel(images, **extra)
+            loss = output.loss if extra else sum(part.square().sum() for part in output.feature_maps)
+            loss.backward()
+        assert ran == 2 * list(range(1, max(out_indices) + 1))
+        without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+        assert without == set(model._ddp_params_and_buffers_to_ignore)
+        assert len(model(images, output_attentions=True).attentions) == 3
+
+
+def test_stages_that_are_chosen_later_decide_what_is_run(tiny, images):
+    model, ran = ViTWithRegistersBackbone(tiny(out_indices=[3])), []
+    for number, layer in enumerate(model.vitreg.layers, start=1):
+        layer.register_forward_hook(lambda *_, number=number: ran.append(number))
+    model.out_features = ["stage1"]
+    model(images)
+    assert ran == [1]
+    assert {name.split(".")[2] for name in model._ddp_params_and_buffers_to_ignore} == {"1", "2"}
 
 
 @pytest.mark.parametrize("has_pooled_norm", [False, True])
@@ -237,6 +427,7 @@ def test_feature_maps_are_normed_patches_without_registers(tiny, randomise, imag
         expected = model.vitreg.layernorm(states[stage])[:, 5:].transpose(1, 2).unflatten(2, (4, 6))
         torch.testing.assert_close(feature_map, expected)
     assert output.hidden_states is None
+    assert len(model(images, output_hidden_states=True).hidden_states) == 4
     model.config.apply_layernorm = False
     torch.testing.assert_close(model(images).feature_maps[1], states[2][:, 5:].transpose(1, 2).unflatten(2, (4, 6)))
 
