@@ -524,12 +524,23 @@ class ViTWithRegistersAttention(AttentionBackend):
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(
-        self, hidden_states: Tensor, rotary: tuple | None = None, output_attentions: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attend among tokens (B, N, D); the second value is probabilities (B, H, N, N) if asked for."""
-        output, probabilities = self.attend(self.qkv(hidden_states), rotary, output_attentions)
-        return self.mix(output), probabilities
+    def forward(self, hidden_states: Tensor, rotary: tuple | None = None, groups: tuple | None = None) -> Tensor:
+        """Attend among the tokens of an image.
+
+        Args:
+            hidden_states: (B, N, D), or (T, D) for `groups`.
+            rotary: tables of the positions, or a tuple of one for each group.
+            groups: (images, tokens) of each group of images whose tokens lie in one sequence, T in all.
+        """
+        packed = self.qkv(hidden_states)
+        if groups is None:
+            return self.mix(self.attend(packed, rotary)[0])
+        parts = packed.split([num_images * num_tokens for num_images, num_tokens in groups])
+        found = [
+            self.attend(part.unflatten(0, group), table)[0].flatten(0, 1)
+            for part, group, table in zip(parts, groups, rotary)
+        ]
+        return self.mix(torch.cat(found) if len(found) > 1 else found[0])
 
     def mix(self, attended: Tensor) -> Tensor:
         """The output layer, on what the heads found (..., D)."""
@@ -629,7 +640,8 @@ class ViTWithRegistersLayerScale(nn.Module):
 class ViTWithRegistersDropPath(nn.Module):
     """Stochastic depth: while training, leave a branch out for some images and scale it up for the others.
 
-    A choice is None for all images, factors (B, 1, 1), or the indices of the images that the branch is run on.
+    A choice is None for all images, or a pair: indices of the rows that the branch runs on, or None for all of them,
+    and a factor for each of these rows. A row is an image of (B, N, D), or a token of (T, D).
     """
 
     def __init__(self, config: ViTWithRegistersConfig, rate: float):
@@ -637,37 +649,55 @@ class ViTWithRegistersDropPath(nn.Module):
         self.rate = rate
         self.mode = config.drop_path_mode
 
-    def choose(self, hidden_states: Tensor, *, needs_all: bool = False) -> Tensor | None:
-        """Draw which images go through a branch; `needs_all` runs the branch on all of them nevertheless."""
+    def choose(self, like: Tensor, *, needs_all: bool = False) -> tuple[Tensor | None, Tensor] | None:
+        """Draw which of the images of `like` (B, ...) run a branch; `needs_all` runs it on all of them."""
         if not self.training or self.rate == 0.0:
             return None
-        num_images = hidden_states.shape[0]
+        num_images = like.shape[0]
         if self.mode == "batch_subset" and not needs_all:
             num_kept = max(int(num_images * (1 - self.rate)), 1)
-            return torch.randperm(num_images, device=hidden_states.device)[:num_kept]
-        return hidden_states.new_empty(num_images, 1, 1).bernoulli_(1 - self.rate) / (1 - self.rate)
+            kept = torch.randperm(num_images, device=like.device)[:num_kept]
+            return kept, like.new_full((num_kept, 1, 1), num_images / num_kept)
+        return None, like.new_empty(num_images, 1, 1).bernoulli_(1 - self.rate) / (1 - self.rate)
+
+    def choose_tokens(
+        self, hidden_states: Tensor, groups: tuple, *, needs_all: bool = False
+    ) -> tuple[tuple[Tensor | None, Tensor] | None, tuple]:
+        """Draw for groups of images whose tokens (T, D) lie in one sequence; also the groups that the branch sees."""
+        parts = hidden_states.split([num_images * num_tokens for num_images, num_tokens in groups])
+        choices = [self.choose(part.unflatten(0, group), needs_all=needs_all) for part, group in zip(parts, groups)]
+        if choices[0] is None:
+            return None, groups
+        rows, factors, kept_groups, start = [], [], [], 0
+        for (images, factor), (num_images, num_tokens) in zip(choices, groups):
+            factors.append(factor.flatten().repeat_interleave(num_tokens)[:, None])  # [B, 1, 1] -> [B N, 1]
+            if images is not None:
+                tokens = torch.arange(num_tokens, device=images.device)
+                rows.append((start + images[:, None] * num_tokens + tokens).flatten())
+            kept_groups.append((len(factor), num_tokens))
+            start += num_images * num_tokens
+        return (torch.cat(rows) if rows else None, torch.cat(factors)), tuple(kept_groups)
 
     @staticmethod
-    def select(hidden_states: Tensor, choice: Tensor | None) -> Tensor:
-        """The images that the branch is run on."""
-        return hidden_states if choice is None or choice.is_floating_point() else hidden_states[choice]
-
-    @staticmethod
-    def add(hidden_states: Tensor, branch: Tensor, choice: Tensor | None) -> Tensor:
-        """The residual sum, with the branch of what was selected."""
+    def add(hidden_states: Tensor, branch, choice: tuple | None, *args) -> Tensor:
+        """The residual sum with `branch(rows, *args)`, for the rows that were chosen."""
         if choice is None:
-            return hidden_states + branch
-        if choice.is_floating_point():
-            return hidden_states + branch * choice
-        scale = hidden_states.shape[0] / choice.shape[0]
-        return hidden_states.index_add(0, choice, branch.to(hidden_states.dtype), alpha=scale)
+            return hidden_states + branch(hidden_states, *args)
+        rows, factors = choice
+        if rows is None:
+            return hidden_states + branch(hidden_states, *args) * factors
+        added = branch(hidden_states[rows], *args) * factors
+        return hidden_states.index_add(0, rows, added.to(hidden_states.dtype))
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}, mode={self.mode}"
 
 
 class ViTWithRegistersLayer(GradientCheckpointingLayer):
-    """Attention and MLP, each behind a norm, with LayerScale and stochastic depth."""
+    """Attention and MLP, each behind a norm, with LayerScale and stochastic depth.
+
+    The two branches have one signature each and no random number, so that they compile to one graph each.
+    """
 
     def __init__(self, config: ViTWithRegistersConfig, drop_path_rate: float, register_neurons: list | None = None):
         super().__init__()
@@ -686,58 +716,49 @@ class ViTWithRegistersLayer(GradientCheckpointingLayer):
         self,
         hidden_states: Tensor,
         rotary: tuple | None = None,
-        output_attentions: bool = False,
-        reads: tuple | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Tokens (B, N, D) to tokens, with the attention probabilities (B, H, N, N) beside them if asked for.
+        groups: tuple | None = None,
+        reads: Tensor | None = None,
+    ) -> Tensor:
+        """Tokens to tokens.
 
-        Given tuples, groups of images of different sizes and their rotary tables, it runs all groups at once; with
-        `reads`, indices (M,) into the (B N) tokens of each group, only these are finished, as (M, 1, D).
+        Args:
+            hidden_states: (B, N, D), or (T, D) for `groups`.
+            rotary, groups: as in `ViTWithRegistersAttention`.
+            reads: indices (M,) into the T tokens of the groups; only these are finished, and returned as (M, D).
         """
-        if isinstance(hidden_states, tuple):
-            return self._forward_groups(hidden_states, rotary, reads)
-        choice = self.drop_path.choose(hidden_states, needs_all=output_attentions)
-        inputs = self.norm1(self.drop_path.select(hidden_states, choice))
-        branch, probabilities = self.attention(inputs, rotary, output_attentions)
-        hidden_states = self.drop_path.add(hidden_states, self.layer_scale1(branch), choice)
+        if groups is not None:
+            return self._forward_groups(hidden_states, rotary, groups, reads)
         choice = self.drop_path.choose(hidden_states)
-        branch = self.mlp(self.norm2(self.drop_path.select(hidden_states, choice)))
-        hidden_states = self.drop_path.add(hidden_states, self.layer_scale2(branch), choice)
-        return (hidden_states, probabilities) if output_attentions else hidden_states
+        hidden_states = self.drop_path.add(hidden_states, self.attention_branch, choice, rotary)
+        return self.drop_path.add(hidden_states, self.mlp_branch, self.drop_path.choose(hidden_states))
 
-    def _forward_groups(self, groups: tuple, rotaries: tuple, reads: tuple | None = None) -> tuple:
-        """Norms and products see the tokens of all groups in one sequence; attention stays within an image."""
+    def attention_branch(self, hidden_states: Tensor, rotary: tuple | None, groups: tuple | None = None) -> Tensor:
+        """What attention adds to tokens."""
+        return self.layer_scale1(self.attention(self.norm1(hidden_states), rotary, groups))
+
+    def mlp_branch(self, hidden_states: Tensor) -> Tensor:
+        """What the MLP adds to tokens."""
+        return self.layer_scale2(self.mlp(self.norm2(hidden_states)))
+
+    def forward_with_attentions(self, hidden_states: Tensor, rotary: tuple | None = None) -> tuple[Tensor, Tensor]:
+        """Tokens (B, N, D) to tokens, and the attention probabilities (B, H, N, N), computed eagerly."""
+        packed = self.attention.qkv(self.norm1(hidden_states))
+        attended, probabilities = self.attention.attend(packed, rotary, output_attentions=True)
+        choice = self.drop_path.choose(hidden_states, needs_all=True)
+        branch = self.layer_scale1(self.attention.mix(attended))
+        hidden_states = self.drop_path.add(hidden_states, lambda _: branch, choice)
+        hidden_states = self.drop_path.add(hidden_states, self.mlp_branch, self.drop_path.choose(hidden_states))
+        return hidden_states, probabilities
+
+    def _forward_groups(self, hidden_states: Tensor, rotary: tuple, groups: tuple, reads: Tensor | None) -> Tensor:
         # A choice of whole images would leave tokens to read without a branch: then all images run, with factors.
-        choices = [[self.drop_path.choose(group, needs_all=reads is not None) for group in groups] for _ in range(2)]
-        inputs = list(map(self.drop_path.select, groups, choices[0]))
-        packed = unpack_tokens(self.attention.qkv(self.norm1(pack_tokens(inputs))), inputs)
-        branches = [self.attention.attend(part, rotary)[0] for part, rotary in zip(packed, rotaries)]
+        draws = [self.drop_path.choose_tokens(hidden_states, groups, needs_all=reads is not None) for _ in range(2)]
+        (choice, kept), (mlp_choice, _) = draws
+        hidden_states = self.drop_path.add(hidden_states, self.attention_branch, choice, rotary, kept)
         if reads is not None:
-            images = [read // group.shape[1] for group, read in zip(groups, reads)]
-            groups, branches = (list(map(read_tokens, part, reads)) for part in (groups, branches))
-            choices = [[c if c is None else c[image] for c, image in zip(part, images)] for part in choices]
-        branches = unpack_tokens(self.layer_scale1(self.attention.mix(pack_tokens(branches))), branches)
-        groups = list(map(self.drop_path.add, groups, branches, choices[0]))
-        inputs = list(map(self.drop_path.select, groups, choices[1]))
-        branches = unpack_tokens(self.layer_scale2(self.mlp(self.norm2(pack_tokens(inputs)))), inputs)
-        return tuple(map(self.drop_path.add, groups, branches, choices[1]))
-
-
-def read_tokens(tokens: Tensor, read: Tensor) -> Tensor:
-    """Tokens (M, 1, D) at the indices (M,) into the (B N) tokens of a group (B, N, D)."""
-    return tokens.flatten(0, 1)[read].unsqueeze(1)
-
-
-def pack_tokens(groups: list) -> Tensor:
-    """Tokens of groups of images, (B, N, D) each, as one sequence (sum of B N, D)."""
-    sequences = [group.flatten(0, 1) for group in groups]
-    return torch.cat(sequences) if len(sequences) > 1 else sequences[0]
-
-
-def unpack_tokens(packed: Tensor, like: list) -> list:
-    """Undo `pack_tokens`, for tokens of any width."""
-    parts = packed.split([group.shape[0] * group.shape[1] for group in like])
-    return [part.unflatten(0, group.shape[:2]) for part, group in zip(parts, like)]
+            hidden_states = hidden_states[reads]
+            mlp_choice = mlp_choice and (None, mlp_choice[1][reads])
+        return self.drop_path.add(hidden_states, self.mlp_branch, mlp_choice)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1278,10 +1299,11 @@ class ViTWithRegistersModel(ViTWithRegistersPreTrainedModel):
         hidden_state, rotary, grid = self.embed(pixel_values, bool_masked_pos)
         hidden_states, attentions = [hidden_state if 0 in wanted else None], []
         for number, layer in zip(range(1, num_layers + 1), self.layers):
-            hidden_state = layer(hidden_state, rotary, output_attentions)
             if output_attentions:
-                hidden_state, probabilities = hidden_state
+                hidden_state, probabilities = layer.forward_with_attentions(hidden_state, rotary)
                 attentions.append(probabilities)
+            else:
+                hidden_state = layer(hidden_state, rotary)
             hidden_states.append(hidden_state if number in wanted else None)
         normed = self.norm_tokens(hidden_state)
         tokens = self.split_tokens(normed, grid)

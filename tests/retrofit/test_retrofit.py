@@ -76,7 +76,7 @@ def test_scores_equal_the_published_loop(planted):
         states = planted(image[None], output_hidden_states=True).hidden_states
         where = states[outliers.layer][0].norm(dim=-1) >= outliers.threshold
         for number, layer in enumerate(planted.layers[: outliers.highest_layer]):
-            attended, _ = layer.attention(layer.norm1(states[number]), planted.embed(image[None])[1])
+            attended = layer.attention(layer.norm1(states[number]), planted.embed(image[None])[1])
             activations = layer.mlp.activate(layer.norm2(states[number] + layer.layer_scale1(attended)))[0]
             expected[number] += activations[where].abs().mean(dim=0).double() / len(IMAGES)
     torch.testing.assert_close(score_units(planted, batches, outliers), expected, rtol=1e-6, atol=1e-9)

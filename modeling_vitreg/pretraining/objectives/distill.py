@@ -30,7 +30,7 @@ from ..run.schedules import cosine
 from ..views.crops import CropSettings
 from ..views.packing import encode_views
 from .ema import make_ema_model, update_ema
-from .objective import Objective, Panel
+from .objective import Objective, Panel, compile_layers
 from .teachers import load_teacher
 
 
@@ -155,8 +155,7 @@ class Distillation(Objective):
     def compile_layers(self) -> None:
         """Compile the layers of student, average and teacher."""
         super().compile_layers()
-        for layer in self._teacher[0].layers:
-            layer.compile()
+        compile_layers(self._teacher[0])
 
     def forward(self, batch: dict[str, Tensor], *, step: int) -> dict[str, Tensor]:
         """Distances `class_distance`, `patch_distance` and their weighted sum `total`.

@@ -220,10 +220,11 @@ class Objective(nn.Module, abc.ABC):
         return {}
 
     def compile_layers(self) -> None:
-        """Compile the layers of all networks in place; layers share one graph for each size of views."""
-        for module in self.modules():
-            if isinstance(module, ViTWithRegistersLayer):
-                module.compile()
+        """Compile the branches of the layers of every network, in place; all layers share their graphs.
+
+        Sizes are dynamic: views of other sizes and other numbers of masked patches compile nothing anew.
+        """
+        compile_layers(self)
 
     def to_device(self, batch: dict, *, device: torch.device, mean: list, std: list) -> dict[str, Tensor]:
         """Move a batch of `ViewLoader` and normalise its views: uint8 (V, B, 3, h, w) to float32."""
@@ -249,4 +250,12 @@ class Objective(nn.Module, abc.ABC):
         return {}
 
 
-__all__ = ["TARGETS", "DataSummary", "Objective", "Panel"]
+def compile_layers(network: nn.Module) -> None:
+    """Compile both branches of every layer inside a network, in place."""
+    for module in network.modules():
+        if isinstance(module, ViTWithRegistersLayer):
+            module.attention_branch = torch.compile(module.attention_branch, dynamic=True)
+            module.mlp_branch = torch.compile(module.mlp_branch, dynamic=True)
+
+
+__all__ = ["TARGETS", "DataSummary", "Objective", "Panel", "compile_layers"]

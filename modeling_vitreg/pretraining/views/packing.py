@@ -14,6 +14,8 @@ Letters: B images of a group, N tokens and P patches of an image, M tokens read,
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -46,11 +48,14 @@ def encode_views(
 
 def _encode(model: ViTWithRegistersModel, groups: list, patches: list) -> list[tuple[Tensor, Tensor]]:
     states, rotaries, _ = zip(*(model.embed(images, masks) for images, masks in groups))
-    reads = tuple(_indices(model, state, wanted) for state, wanted in zip(states, patches))
+    sizes = tuple(tuple(state.shape[:2]) for state in states)
+    starts = itertools.accumulate((num_images * num_tokens for num_images, num_tokens in sizes), initial=0)
+    reads = [start + _indices(model, state, wanted) for start, state, wanted in zip(starts, states, patches)]
+    tokens = torch.cat([state.flatten(0, 1) for state in states])  # never a view: a compiler would guard on its base
     *layers, last = model.layers
     for layer in layers:
-        states = layer(states, rotaries)
-    tokens = [model.norm_tokens(state).squeeze(1) for state in last(states, rotaries, False, reads)]
+        tokens = layer(tokens, rotaries, sizes)
+    tokens = model.norm_tokens(last(tokens, rotaries, sizes, torch.cat(reads))).split([len(read) for read in reads])
     return [(part[: len(images)], part[len(images) :]) for part, (images, _) in zip(tokens, groups)]
 
 
