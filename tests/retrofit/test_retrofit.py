@@ -6,9 +6,12 @@ import pytest
 import torch
 from planted_models import pictures, plain_model, planted_model
 from transformers import AutoModel
+from typer.testing import CliRunner
 
 from modeling_vitreg import ViTWithRegistersForImageClassification
 from modeling_vitreg.analysis.survey import SurveySettings, survey
+from modeling_vitreg.cards.model_folder import FINGERPRINT_FILE
+from modeling_vitreg.cli import app
 from modeling_vitreg.features import load_encoder
 from modeling_vitreg.reports import RetrofitReport, read_report
 from modeling_vitreg.retrofit import NothingToRepair, RetrofitError, RetrofitSettings, retrofit
@@ -171,3 +174,19 @@ def test_an_output_that_is_not_empty_is_kept(tmp_path):
 def test_settings_are_checked(name):
     with pytest.raises(ValueError, match=f"expected {name} of 1 or more, got 0"):
         RetrofitSettings(**{name: 0})
+
+
+def test_the_verb_repairs_and_compares(tmp_path, monkeypatch):
+    planted_model(layer=2, magnitude=60.0).save_pretrained(tmp_path / "model")
+    (tmp_path / "images").mkdir()
+    for number, image in enumerate(IMAGES):
+        image.save(tmp_path / "images" / f"{number:02}.png")
+    command = ["retrofit", "model", "repaired", "--images", "images", "--report", "page", "--set", "batch_size=16"]
+    monkeypatch.chdir(tmp_path)
+    done, again = CliRunner().invoke(app, command), CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert "Repaired: with 1 unit moved, outliers fall from 12 % to 0 % of the patches of layer 4" in done.output
+    assert "layer 2: units 0" in done.output and (tmp_path / "repaired" / FINGERPRINT_FILE).exists()
+    words = [read_report(tmp_path / "page" / number / "artifacts.json").verdict["word"] for number in ("1", "2")]
+    assert words == ["many", "none"] and (tmp_path / "page" / "index.html").exists()
+    assert again.exit_code == 1 and "repaired exists and is not empty" in again.output

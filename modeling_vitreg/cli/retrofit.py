@@ -1,0 +1,82 @@
+"""`vitreg retrofit`."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Annotated
+
+import typer
+
+from . import options
+from .errors import plain_errors
+from .options import DATA, MODEL, OUTPUT, option
+from .tell import tell_unreadable
+
+
+_IMAGES = "Images to find the units on: a folder, .tar shards, a Hub dataset, or scenes."
+_REPORT = "Folder for a page that compares the model before and after."
+_FORCE = "Write the model even if there is nothing to repair or the result is worse."
+
+
+def retrofit(
+    model: Annotated[str, typer.Argument(help="Folder of a model, or anything that `vitreg convert` takes.")],
+    output: Annotated[pathlib.Path, typer.Argument(help="Folder to write.")],
+    images: Annotated[str, option(DATA, _IMAGES)],
+    split: options.Split = "train",
+    num_images: Annotated[int, option(DATA, "Number of images; a quarter is held out.", min=16)] = 200,
+    num_registers: Annotated[int, option(MODEL, "Number of test-time registers to add.", min=1)] = 1,
+    device: options.Device = None,
+    settings: options.Set = None,
+    report: Annotated[pathlib.Path | None, option(OUTPUT, _REPORT)] = None,
+    force: Annotated[bool, option(OUTPUT, _FORCE, "--force")] = False,
+) -> None:
+    """Repair a finished model that has artifacts, without training: add a test-time register.
+
+    * `vitreg retrofit facebook/dinov2-large dinov2-large-repaired --images my_photos`
+
+    * `vitreg retrofit timm:vit_base_patch16_clip_224.openai clip-repaired --images my_photos --report before-after`
+
+    * `vitreg retrofit my-model my-model-repaired --images my_photos --set num_units=50 --set highest_layer=18`
+
+    Finds the MLP units that write outliers and lets them act on an extra register (arXiv 2506.08010). Nothing is
+    written unless outliers fall to a fifth and the class token keeps its direction. Settings for --set: `layer`,
+    `threshold`, `highest_layer`, `num_units`, `image_size`, `batch_size`.
+    """
+    with plain_errors():
+        options.check_output(output)
+        if report is not None:
+            options.check_output(report)
+        _, device = options.check_inputs([], images, device)
+        from modeling_vitreg.analysis.report_dir import compare
+        from modeling_vitreg.analysis.survey import SurveySettings
+        from modeling_vitreg.cards import record_fingerprint
+        from modeling_vitreg.features import load_encoder
+        from modeling_vitreg.images import open_images
+        from modeling_vitreg.retrofit import RetrofitSettings
+        from modeling_vitreg.retrofit import retrofit as run_retrofit
+        from modeling_vitreg.settings import make_settings, read_assignments
+
+        usual = {"num_images": num_images, "num_registers": num_registers, "force": force}
+        chosen = make_settings(RetrofitSettings, usual | read_assignments(settings or ()), of="--set")
+
+        def open_source() -> object:
+            return open_images(images, split=split, scenes=range(chosen.num_images))
+
+        words = {"source_of_images": images, "command": options.command_line()}
+        made = run_retrofit(model, output, images=open_source(), settings=chosen, device=device, **words)
+        record_fingerprint(output)
+        if report is not None:
+            encoders = [load_encoder(model, device=device), load_encoder(output, device=device)]
+            survey = SurveySettings(num_images=chosen.num_images, image_size=chosen.image_size)
+            compare(
+                encoders, open_source, output_folder=report, settings=survey, source=images, command=words["command"]
+            )
+    tell_unreadable(made.images)
+    typer.echo(made.verdict["sentence"])
+    for layer, units in made.register_neurons.items():
+        typer.echo(f"  layer {layer}: units {', '.join(map(str, units))}")
+    typer.echo(f"wrote {output}" + (f" and {report / 'index.html'}" if report else ""))
+    typer.echo(f'next: AutoModel.from_pretrained("{output}", trust_remote_code=True)')
+
+
+__all__ = ["retrofit"]
