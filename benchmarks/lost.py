@@ -95,7 +95,7 @@ def run_theirs(reference: types.ModuleType, features: Tensor) -> list:
 
 
 def run_sweep(features: Tensor, biases: list[float]) -> list:
-    results = lost_with_biases(features, biases=biases, is_normalised=True)
+    results = lost_with_biases(features, biases=biases, is_normalized=True)
     return [
         component_boxes(seed_components(found.mask, found.seeds, grid=GRID), patch_shape=PATCH) for found in results
     ]

@@ -4,15 +4,12 @@ import argparse
 import dataclasses
 import os
 import pathlib
-import platform
 
-import accelerate
-import torch
-import transformers
 import yaml
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from modeling_vitreg import reports
 from modeling_vitreg.distributed import DistributedContext
 from modeling_vitreg.images import DataOptions, ImageSource, open_images
 from modeling_vitreg.pretraining.objectives.objective import DataSummary
@@ -207,9 +204,4 @@ def name_init(init: str | None) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "accelerate": accelerate.__version__,
-    }
+    return reports.versions("torch", "transformers", "accelerate")

@@ -1,36 +1,83 @@
-"""What is measured of maps: areas of classes, from which intersection over union follows, and errors of depth.
+"""Formulas of metrics, and the table `METRICS` that says how each one is named, written and compared.
 
-Heads are trained and evaluated in several places; what a number means stands here.
+Heads and features are evaluated in several places; all of them compute and describe their numbers by this module.
+`hf_metrics` offers the same numbers as metrics of the library `evaluate`.
 
-Letters: B images of a batch, C classes.
+Letters: B images of a batch, C classes, M and N boxes. A box is (xmin, ymin, xmax, ymax) in pixels; the pixel in
+column x spans x ... x + 1.
 
 Source: open-mmlab/mmsegmentation, `evaluation/metrics`; zhyever/Monocular-Depth-Estimation-Toolbox,
-`depth/core/evaluation`, by both of which DINOv2 reports.
+`depth/core/evaluation`, the toolboxes that DINOv2 was evaluated with; Deselaers et al. 2010 (CorLoc).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch import Tensor
 
 
 DEPTH_ERRORS = ("rmse", "abs_rel", "d1", "d2", "d3", "log10", "rmse_log", "silog", "sq_rel")
+IOU_THRESHOLD = 0.5  # of CorLoc
+
+
+@dataclass(frozen=True)
+class MetricDescription:
+    """How a metric is written and compared.
+
+    Args:
+        label: name for tables and figures.
+        unit: "%" for shares, which are stored from 0 to 1; "m" for metres; empty for plain numbers.
+        higher_is_better: whether larger values are better.
+        hub_id: name on the Hugging Face Hub, None if it has none.
+    """
+
+    label: str
+    unit: str = "%"
+    higher_is_better: bool = True
+    hub_id: str | None = None
+
+
+# Keys are the names in reports, in the logs of training runs and in their summaries.
+METRICS = {
+    "top1": MetricDescription("top-1 accuracy", hub_id="accuracy"),
+    "top5": MetricDescription("top-5 accuracy"),
+    "accuracy": MetricDescription("accuracy", hub_id="accuracy"),
+    "knn": MetricDescription("k-NN accuracy"),
+    "zero_shot": MetricDescription("zero-shot accuracy"),
+    "mean_iou": MetricDescription("mean IoU", hub_id="mean_iou"),
+    "mean_accuracy": MetricDescription("mean accuracy of classes"),
+    "pixel_accuracy": MetricDescription("pixel accuracy"),
+    "corloc": MetricDescription("CorLoc"),
+    "rmse": MetricDescription("RMSE of depth", "m", higher_is_better=False),
+    "abs_rel": MetricDescription("absolute relative error", "", higher_is_better=False),
+    "d1": MetricDescription("depths within 25 %"),
+    "d2": MetricDescription("depths within 56 %"),
+    "d3": MetricDescription("depths within 95 %"),
+    "log10": MetricDescription("log10 error", "", higher_is_better=False),
+    "rmse_log": MetricDescription("RMSE of log depth", "", higher_is_better=False),
+    "silog": MetricDescription("scale-invariant log error", "", higher_is_better=False),
+    "sq_rel": MetricDescription("squared relative error", "m", higher_is_better=False),
+}
 
 
 def measure_areas(predicted: Tensor, masks: Tensor, *, num_classes: int, ignore_index: int = 255) -> Tensor:
-    """Pixels of each class that both, the prediction, and the truth of each image have.
+    """Number of pixels of each class in the intersection, in the prediction and in the ground truth of each image.
 
     Args:
         predicted: (B, height, width) class numbers.
-        masks: the same, true; pixels of `ignore_index` do not count.
+        masks: ground truth of the same shape; pixels with `ignore_index` are not counted.
         num_classes: C.
         ignore_index: see `masks`.
 
     Returns:
-        (B, 3, C) in float64: intersection, prediction, truth.
+        (B, 3, C) in float64: intersection, prediction, ground truth.
 
     Raises:
-        ValueError: maps of different size, or a class that does not exist.
+        ValueError: the shapes differ, or a class number is out of range.
     """
     if predicted.shape != masks.shape:
         raise ValueError(f"expected maps of one shape, got {tuple(predicted.shape)} and {tuple(masks.shape)}")
@@ -44,15 +91,15 @@ def measure_areas(predicted: Tensor, masks: Tensor, *, num_classes: int, ignore_
 
 
 def check_masks(masks: Tensor, *, num_classes: int, ignore_index: int) -> None:
-    """Refuse a mask with a class that does not exist.
+    """Check the class numbers of a mask.
 
     Raises:
-        ValueError: the message names the class.
+        ValueError: a class number is out of range; the message names it.
     """
     is_wrong = (masks != ignore_index) & ((masks < 0) | (masks >= num_classes))
     if is_wrong.any():
         raise ValueError(
-            f"expected classes 0 ... {num_classes - 1} in a mask, or {ignore_index} where there is none, got "
+            f"expected classes 0 ... {num_classes - 1} in a mask, or {ignore_index} for pixels to ignore, got "
             f"{masks[is_wrong][0].item()}"
         )
 
@@ -67,14 +114,14 @@ def depth_errors(predicted: Tensor, depths: Tensor, *, min_depth: float, max_dep
 
     Args:
         predicted: (B, height, width), above 0.
-        depths: the same, true.
-        min_depth, max_depth: metres.
+        depths: ground truth of the same shape.
+        min_depth, max_depth: range of valid depths in metres.
 
     Returns:
         (B, errors) in float64, in the order of `DEPTH_ERRORS`; NaN for an image without a valid pixel.
 
     Raises:
-        ValueError: maps of different size, or a predicted depth that is not above 0.
+        ValueError: the shapes differ, or a predicted depth is not above 0.
     """
     if predicted.shape != depths.shape or not (predicted > 0).all():
         raise ValueError(
@@ -103,4 +150,49 @@ def _errors(predicted: Tensor, depth: Tensor, min_depth: float, max_depth: float
     return torch.stack([values[name] for name in DEPTH_ERRORS])
 
 
-__all__ = ["DEPTH_ERRORS", "check_masks", "depth_errors", "measure_areas"]
+def box_iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Intersection over union (M, N) of boxes (M, 4) and others (N, 4); 0 for pairs of empty boxes."""
+    boxes, others = (np.asarray(part, dtype=np.float64).reshape(-1, 4) for part in (boxes, others))
+    lower = np.maximum(boxes[:, None, :2], others[None, :, :2])  # [M, N, 2]
+    upper = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
+    common = (upper - lower).clip(min=0).prod(axis=-1)
+    areas, other_areas = ((part[:, 2:] - part[:, :2]).prod(axis=-1) for part in (boxes, others))
+    union = areas[:, None] + other_areas[None] - common
+    return np.divide(common, union, out=np.zeros_like(common), where=union > 0)
+
+
+def best_iou(box: np.ndarray, truth: np.ndarray) -> float:
+    """Largest IoU of a box (4,) with the true boxes (N, 4), 0 if there are none."""
+    return float(box_iou(box, truth).max(initial=0.0))
+
+
+def corloc(
+    predicted: Sequence[np.ndarray], truth: Sequence[np.ndarray], *, iou_threshold: float = IOU_THRESHOLD
+) -> float:
+    """CorLoc: share of images whose box has an IoU of `iou_threshold` or more with one of the true boxes.
+
+    Args:
+        predicted: one box (4,) per image.
+        truth: the true boxes (N, 4) of each image.
+        iou_threshold: from 0 to 1.
+
+    Raises:
+        ValueError: no images, or the numbers of boxes and images differ.
+    """
+    if len(predicted) != len(truth) or not len(truth):
+        raise ValueError(f"expected one box for each of one or more images, got {len(predicted)} for {len(truth)}")
+    return sum(best_iou(box, boxes) >= iou_threshold for box, boxes in zip(predicted, truth)) / len(truth)
+
+
+__all__ = [
+    "DEPTH_ERRORS",
+    "IOU_THRESHOLD",
+    "METRICS",
+    "MetricDescription",
+    "best_iou",
+    "box_iou",
+    "check_masks",
+    "corloc",
+    "depth_errors",
+    "measure_areas",
+]

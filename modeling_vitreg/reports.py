@@ -1,47 +1,98 @@
-"""Facts that travel between stages: frozen dataclasses of plain values, JSON in and out, each with a version.
+"""Reports: what was measured, on what, by which command. Frozen dataclasses of plain values, written as JSON.
 
-A report holds what was measured and how: the number of images, the layer, the rule behind each threshold, the command.
-Whoever draws, compares or publishes reads the report and never the model.
+Each program that draws, compares or publishes results reads a report and never the model. `made_with` and
+`command_line` describe how a report was made; `short_hash` identifies its inputs. Reports of earlier versions are read
+too: `read_report` renames the keys that have changed since (see `_RENAMED`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
+import importlib.metadata
 import json
 import os
 import pathlib
+import platform
+import shlex
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from typing import ClassVar, TypeVar
 
 from modeling_vitreg.files import write_text
 
 
+_ARCHITECTURE = {
+    "architecture.num_layers": "num_hidden_layers",
+    "architecture.num_heads": "num_attention_heads",
+    "architecture.num_registers": "num_register_tokens",
+}
+_DISCOVERY = {
+    "hit": "iou_threshold",
+    "overlap": "iou",
+    "mean_overlap": "mean_iou",
+    "settings.mass": "attention_share",
+    "settings.is_centred": "is_centered",
+    "settings.is_normalised": "is_normalized",
+}
+# Keys of version 1 and their present names, by kind of report; "parent.key" holds inside that parent only.
+_RENAMED = {
+    "artifacts": {
+        **_ARCHITECTURE,
+        "ablation.num_registers": "num_register_tokens",
+        "places": "outlier_positions",
+        "outlier_positions.hottest": "most_frequent",
+        "sinks": "massive_activations",
+        "verdict.word": "level",
+        "layers.mass": "attention_share",
+        "layers.head_mass": "head_attention_share",
+        "layers.top_mass": "top_patch_share",
+        "layers.top_over_even": "top_patch_ratio",
+    },
+    "conversion": {},
+    "discovery": {**_ARCHITECTURE, **_DISCOVERY},
+    "evaluation": {
+        **_ARCHITECTURE,
+        **_DISCOVERY,
+        "architecture.fingerprint": "weights_hash",
+        "model_fingerprint": "weights_hash",
+        "data_fingerprint": "dataset_hash",
+        "fingerprints": "hashes",
+        "settings.num_neighbours": "num_neighbors",
+    },
+}
+
+
 @dataclass(frozen=True)
 class ArtifactReport:
-    """What artifacts a model has on some images. Values are those of JSON: no tensor, no array.
+    """Artifacts of a model on a set of images. All values are plain JSON values, no tensors or arrays.
 
-    A section that was not measured is {"skipped": why}. Layers count from 1, the output of the first layer; tokens are
-    those before the final norm; norms are in units of the residual stream and carry over to no other model.
+    A section that was not measured is {"skipped": reason}. Layer 0 is the embedding, layers 1 ... L are the outputs of
+    the layers. Tokens are taken before the final norm. Norms cannot be compared between models.
 
     Args:
-        model: name that the encoder was loaded by, with `architecture`: its family, sizes and tokens.
-        images: `source`, `num_images` measured, `num_unreadable`, `num_nonfinite`, `size` and `grid` (rows, columns),
-            `is_complete` and, where it is false, `stopped_by`.
-        verdict: `word` (none, few, many, or unknown), `sentence`, and the layer, rule, threshold, share and interval
-            behind it.
-        bins: `edges` of the histograms of norms, below and above which lies one more bin.
-        layers: one dictionary a layer: moments, quantiles, histogram, and for each rule its threshold and share.
-        places: where outliers lie and how like their neighbours they are; see `analysis.positions`.
-        sinks: massive activations; see `analysis.activations`.
-        attention: of class token and registers; see `analysis.attention`.
-        ablation: what registers are worth; see `analysis.ablation`.
-        probes: what tokens hold; see `analysis.probes`.
-        command: that made the report.
-        made_with: versions of what made it.
+        model: name or path of the encoder.
+        architecture: family, sizes and prefix tokens of the encoder.
+        images: `source`, `num_images` measured, `num_unreadable`, `unreadable` (the first reasons), `num_nonfinite`,
+            `nonfinite` (the first names), `size` and `grid` (rows, columns), `is_complete`, and `stopped_by` if the
+            pass ended early.
+        verdict: `level` (none, few, many or unknown), `sentence`, and the layer, rule, threshold, share and interval
+            that decided it.
+        bins: `edges` of the histograms of norms; one more bin lies below the first and above the last edge.
+        layers: one dictionary per layer: moments, quantiles, histogram, and threshold and share for each rule.
+        outlier_positions: where outliers lie, and their similarity to their neighbours; see `analysis.positions`.
+        massive_activations: see `analysis.activations`.
+        attention: attention of the class token and the registers; see `analysis.attention`.
+        ablation: effect of replacing the registers; see `analysis.ablation`.
+        probes: linear probes on tokens; see `analysis.probes`.
+        command: command that made the report.
+        made_with: see `made_with`.
     """
 
     kind: ClassVar[str] = "artifacts"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     model: str
     architecture: dict
@@ -49,8 +100,8 @@ class ArtifactReport:
     verdict: dict
     bins: dict
     layers: list
-    places: dict
-    sinks: dict
+    outlier_positions: dict
+    massive_activations: dict
     attention: dict
     ablation: dict
     probes: dict
@@ -75,7 +126,7 @@ class ConversionReport:
     """
 
     kind: ClassVar[str] = "conversion"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     source: dict
     target: dict
@@ -87,26 +138,25 @@ class ConversionReport:
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """How good a frozen encoder is at some tasks. Values are those of JSON: no tensor, no array.
+    """Results of a frozen encoder on several tasks. All values are plain JSON values, no tensors or arrays.
 
     Args:
-        model: name that the encoder was loaded by.
-        architecture: its family and sizes, `fingerprint` of code and weights, and `revision` on the Hub where known.
-        data: for the fingerprint of each data set `name`, `fingerprints` of its parts, `revision` where known, and
-            for the parts `train` and `test` `num_images`, `num_unreadable`, `num_nonfinite` and `unreadable` (why, the
-            first few).
-        results: one dictionary a number: `task`, `dataset`, `split`, `metric`, `value`, `interval` [low, high] of
-            95 %, `interval_method`, `n` test images behind the value, `settings` (what was asked for), `facts` (what
-            came out: choices of a sweep, sizes), `seed`, `data_fingerprint`, `revision` of the data,
-            `model_fingerprint`, `seconds` of the task without the encoding, and `command` and `commit` that made it.
-        skipped: of the tasks that were asked for last, name to the reason why there is no result.
+        model: name or path of the encoder.
+        architecture: family and sizes of the encoder, `weights_hash`, and `revision` on the Hub if known.
+        data: for each `dataset_hash`: `name`, `hashes` of its parts, `revision` if known, and for the parts `train`
+            and `test` `num_images`, `num_unreadable`, `num_nonfinite` and `unreadable` (the first reasons).
+        results: one dictionary per number: `task`, `dataset`, `split`, `metric`, `value`, `interval` [low, high] of
+            95 %, `interval_method`, `n` test images, `settings` of the task, `facts` (choices of a sweep, sizes),
+            `seed`, `dataset_hash`, `revision` of the data, `weights_hash`, `seconds` of the task without the encoding,
+            and the `command` and `commit` that made it.
+        skipped: task to the reason why it has no result, for the tasks of the last command.
         stopped_by: why the evaluation ended early, None if it did not.
-        command: that wrote the report last; a result of an earlier one has its own.
-        made_with: versions of what wrote it last, device and precision, and the commit of a checkout.
+        command: command that wrote the report last; earlier results keep their own.
+        made_with: see `made_with`.
     """
 
     kind: ClassVar[str] = "evaluation"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     model: str
     architecture: dict
@@ -120,26 +170,28 @@ class EvaluationReport:
 
 @dataclass(frozen=True)
 class DiscoveryReport:
-    """What a model discovers on some images. Values are those of JSON: no tensor, no array.
+    """Objects that were discovered in a set of images. All values are plain JSON values, no tensors or arrays.
 
-    CorLoc is the share of annotated images whose box overlaps a true box by `hit`; None where no image is annotated.
+    CorLoc is the share of annotated images whose box has an IoU of `iou_threshold` or more with a true box; None if no
+    image is annotated.
 
     Args:
-        model: name that the encoder was loaded by, with `architecture`: its family and sizes.
+        model: name or path of the encoder.
+        architecture: family and sizes of the encoder.
         images: `source`, `num_images` measured, `num_annotated` of them, `num_unreadable`, `num_nonfinite`,
-            `unreadable` (why, the first few), `is_complete` and, where it is false, `stopped_by`.
-        as_published: `settings`, `corloc`, `num_hits`, `mean_overlap` (of the best true box) and `num_degenerate`, the
-            images in which the method had nothing to go by.
+            `unreadable` (the first reasons), `is_complete`, and `stopped_by` if the pass ended early.
+        as_published: `settings`, `corloc`, `num_hits`, `mean_iou` (with the best true box) and `num_degenerate`, the
+            number of images in which the method found no structure.
         sweep: `settings` and `entries`, each with `feature`, `layer`, `bias` and the numbers above; empty without one.
-        best_of_sweep: the entry of most hits, the first of several, and a `note`; empty without a sweep.
-        predictions: as published, for each image in order `name`, `box`, `overlap` (None where not annotated),
-            `is_degenerate` and the true `boxes`.
-        command: that made the report.
-        made_with: versions of what made it.
+        best_of_sweep: the entry with the most hits, the first of several, and a `note`; empty without a sweep.
+        predictions: with the published settings, for each image in order: `name`, `box`, `iou` (None if not
+            annotated), `is_degenerate` and the true `boxes`.
+        command: command that made the report.
+        made_with: see `made_with`.
     """
 
     kind: ClassVar[str] = "discovery"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     model: str
     architecture: dict
@@ -189,18 +241,64 @@ class RetrofitReport:
 Report = TypeVar("Report")
 
 
+# Provenance --------------------------------------------------------------------------------------------------------
+
+
+def made_with(**details: str) -> dict:
+    """Versions and commit that a measurement is made with, and further details such as device and dtype."""
+    names = ("torch", "transformers", "modeling-vitreg", "scikit-learn")
+    return {**versions(*names), **details, "commit": find_commit()}
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of Python and of those packages that are installed."""
+    found = {"python": platform.python_version()}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@functools.cache
+def find_commit() -> str | None:
+    """Commit of the git checkout that this package runs from, None if it is installed."""
+    folder = pathlib.Path(__file__).resolve().parent
+    command = ["git", "-C", str(folder), "rev-parse", "--show-toplevel", "HEAD"]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    top, commit = run.stdout.split("\n")[:2]
+    return commit if pathlib.Path(top) == folder.parent else None  # else the package lies in another project
+
+
+def command_line() -> str:
+    """The command of this process, quoted for a shell, with the name of the program instead of its path."""
+    return shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def short_hash(values: object, *, sort_keys: bool = True) -> str:
+    """16-character hash of JSON values."""
+    return hashlib.sha256(json.dumps(values, sort_keys=sort_keys).encode()).hexdigest()[:16]
+
+
+# Files -------------------------------------------------------------------------------------------------------------
+
+
 def write_report(report: object, path: str | os.PathLike) -> pathlib.Path:
-    """Write a report as JSON, beside its final place first, so that a reader meets a whole file or none.
+    """Write a report as JSON; the file appears whole or not at all.
 
     Args:
         report: a dataclass with class variables `kind` and `version`.
-        path: file to write; its folder is made.
+        path: file to write; its folder is created.
 
     Returns:
         The file written.
 
     Raises:
-        ValueError: the report holds a number that JSON lacks (not finite), or a value of another type.
+        ValueError: the report holds a number that is not finite, or a value that JSON cannot hold.
     """
     path = pathlib.Path(path)
     content = {"kind": report.kind, "version": report.version, **dataclasses.asdict(report)}
@@ -213,14 +311,14 @@ def write_report(report: object, path: str | os.PathLike) -> pathlib.Path:
 
 
 def read_report(path: str | os.PathLike, *, kind: type[Report] = ArtifactReport) -> Report:
-    """Read a report that `write_report` wrote.
+    """Read a report of this or an earlier version.
 
     Args:
-        path: of the file.
-        kind: class of the report that is expected.
+        path: file to read.
+        kind: expected class of the report.
 
     Raises:
-        ValueError: the file is no report, one of another kind or version, or lacks a field.
+        ValueError: the file is not a report, or is one of another kind or of a later version, or lacks a field.
     """
     path = pathlib.Path(path)
     try:
@@ -229,12 +327,14 @@ def read_report(path: str | os.PathLike, *, kind: type[Report] = ArtifactReport)
         raise ValueError(f"{path}: expected a report in JSON, got a file that does not parse: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a report, a dictionary in JSON, got a {type(content).__name__}")
-    found = (content.pop("kind", None), content.pop("version", None))
-    if found != (kind.kind, kind.version):
+    found = (content.get("kind"), content.get("version"))
+    if found[0] != kind.kind or found[1] not in range(1, kind.version + 1):
         raise ValueError(
-            f"{path}: expected a report of kind {kind.kind!r}, version {kind.version}, got kind {found[0]!r}, version "
-            f"{found[1]!r}: make it again with the command that it names"
+            f"{path}: expected a report of kind {kind.kind!r}, version {kind.version} or earlier, got kind "
+            f"{found[0]!r}, version {found[1]!r}: make it again with the command that it names"
         )
+    content = rename_old_keys(content)
+    del content["kind"], content["version"]
     names = {entry.name for entry in dataclasses.fields(kind)}
     if set(content) != names:
         raise ValueError(
@@ -244,11 +344,32 @@ def read_report(path: str | os.PathLike, *, kind: type[Report] = ArtifactReport)
     return kind(**content)
 
 
+def rename_old_keys(content: dict) -> dict:
+    """A report as read from JSON, with the keys of the present version; of any version and kind."""
+    renamed = _RENAMED.get(content.get("kind"), {}) if content.get("version") == 1 else {}
+    return _rename(content, renamed, "")
+
+
+def _rename(value: object, renamed: dict, parent: str) -> object:
+    if isinstance(value, list):
+        return [_rename(entry, renamed, parent) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    names = {key: renamed.get(f"{parent}.{key}", renamed.get(key, key)) for key in value}
+    return {names[key]: _rename(entry, renamed, names[key]) for key, entry in value.items()}
+
+
 __all__ = [
     "ArtifactReport",
     "ConversionReport",
     "DiscoveryReport",
     "EvaluationReport",
+    "command_line",
+    "find_commit",
+    "made_with",
     "read_report",
+    "rename_old_keys",
+    "short_hash",
+    "versions",
     "write_report",
 ]

@@ -78,7 +78,7 @@ def ablate_registers(
                 modes[mode]["score"] = float(score(*tokens))
     report = {
         "num_images": len(pixel_values),
-        "num_registers": base.config.num_register_tokens,
+        "num_register_tokens": base.config.num_register_tokens,
         "from_layer": from_layer,
         "measured": "normed tokens of the last layer against those of the unharmed model",
         "modes": modes,

@@ -19,7 +19,7 @@ MASSIVE_RATIOS = {"language models": 1000.0, "vision": 100.0}  # to the median m
 _SAMPLE = 4096  # entries of an image behind its median
 
 
-class ActivationPeaks:
+class MassiveActivations:
     """The largest entries of every layer, image by image, in constant memory.
 
     Args:
@@ -124,4 +124,4 @@ def _to_numpy(values: Tensor) -> np.ndarray:
     return values.cpu().double().numpy()
 
 
-__all__ = ["MASSIVE_RATIOS", "MASSIVE_VALUE", "ActivationPeaks", "sample_medians"]
+__all__ = ["MASSIVE_RATIOS", "MASSIVE_VALUE", "MassiveActivations", "sample_medians"]

@@ -93,10 +93,10 @@ class AttentionMeans:
             kinds = values.split(list(self.kinds.values()), dim=-1)
             found = {
                 "entropy": attention_entropy(maps).mean(1),  # [B, H, Q] -> [B, Q]
-                "mass": torch.stack([part.sum(-1).mean(1) for part in kinds], dim=-1),  # [B, Q, kinds]
+                "attention_share": torch.stack([part.sum(-1).mean(1) for part in kinds], dim=-1),  # [B, Q, kinds]
                 "top": maps.gather(-1, places)[..., 0].mean(1),
                 "overlap": map_overlap(mean_maps),
-                "head_mass": maps.sum(-1),  # [B, H, Q]
+                "head_attention_share": maps.sum(-1),  # [B, H, Q]
                 "map": mean_maps,
             }
             for name, value in found.items():
@@ -121,14 +121,14 @@ class AttentionMeans:
     def _summarise_layer(self, sums: dict, layer: int) -> dict:
         mean = {name: value / self.num_images for name, value in sums.items()}
         patches = list(self.kinds).index("patches")
-        even = mean["mass"][:, patches] / mean["map"].shape[-1]
+        even = mean["attention_share"][:, patches] / mean["map"].shape[-1]
         return {
             "layer": layer,
             "entropy": _finite(mean["entropy"]),
-            "mass": [dict(zip(self.kinds, row)) for row in mean["mass"].tolist()],
-            "top_mass": mean["top"].tolist(),
-            "top_over_even": (mean["top"] / np.maximum(even, 1e-30)).tolist(),
-            "head_mass": mean["head_mass"].T.tolist(),  # [H, Q] -> [Q, H]
+            "attention_share": [dict(zip(self.kinds, row)) for row in mean["attention_share"].tolist()],
+            "top_patch_share": mean["top"].tolist(),
+            "top_patch_ratio": (mean["top"] / np.maximum(even, 1e-30)).tolist(),
+            "head_attention_share": mean["head_attention_share"].T.tolist(),  # [H, Q] -> [Q, H]
             "overlap": [_finite(row) for row in mean["overlap"]],
         }
 

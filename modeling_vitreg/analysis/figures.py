@@ -182,13 +182,13 @@ def draw_series(
 # Places ------------------------------------------------------------------------------------------------------------
 
 
-def draw_places(report: ArtifactReport, path: str | os.PathLike) -> pathlib.Path:
+def draw_positions(report: ArtifactReport, path: str | os.PathLike) -> pathlib.Path:
     """Draw where outliers lie, and how like their neighbours they are right after the patch embedding.
 
     Source: Darcet et al. 2024, arXiv 2309.16588, figure 5a.
     """
     figure, (left, right) = _panels(2, height=3.6)
-    places = report.places
+    places = report.outlier_positions
     heat = np.array(places["heat_map"])
     drawn = left.imshow(heat, cmap="viridis", vmin=0, vmax=max(heat.max(), 0.01), interpolation="nearest")
     bar = figure.colorbar(drawn, ax=left, pad=0.02, shrink=0.85, format=PercentFormatter(xmax=1, decimals=None))
@@ -217,10 +217,10 @@ def draw_places(report: ArtifactReport, path: str | os.PathLike) -> pathlib.Path
     return _save(figure, path)
 
 
-def draw_peaks(report: ArtifactReport, path: str | os.PathLike) -> pathlib.Path:
+def draw_massive_activations(report: ArtifactReport, path: str | os.PathLike) -> pathlib.Path:
     """Draw the largest activation of every layer beside the median, and the share of the top channels."""
     figure, (left, right) = _panels(2, height=3.2)
-    layers = report.sinks["layers"]
+    layers = report.massive_activations["layers"]
     depth = [layer["layer"] for layer in layers]
     left.plot(depth, [layer["largest"] for layer in layers], color=ORANGE, marker="o", markersize=3, label="largest")
     left.plot(depth, [layer["median"] for layer in layers], color=BLUE, marker="o", markersize=3, label="median")
@@ -385,10 +385,10 @@ def _save(figure: Figure, path: str | os.PathLike) -> pathlib.Path:
 __all__ = [
     "draw_attention",
     "draw_heads",
+    "draw_massive_activations",
     "draw_norm_maps",
     "draw_norms",
-    "draw_peaks",
-    "draw_places",
+    "draw_positions",
     "draw_series",
     "draw_shares",
 ]

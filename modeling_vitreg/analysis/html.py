@@ -43,7 +43,8 @@ CAPTIONS = {
     "attention": "Where class token and registers look in the last layer, mean over heads. Each map has a scale of "
     "its own; written on it are the share of the attention that falls on patches, and its peak over its mean.",
     "heads": "The same for every head, on the first image.",
-    "peaks": "The largest single activation of each layer, and how much of the squared norm the top channels hold.",
+    "massive_activations": "Largest activation of each layer, and the share of the squared norm in the largest "
+    "channels.",
     "series": "Norms of the patches of the last layer, with the automatic threshold, and the share above it.",
 }
 _WIDE = ("norm_maps", "attention", "heads")
@@ -62,7 +63,7 @@ def render_page(report: ArtifactReport, figures: dict[str, pathlib.Path]) -> str
         _section("Norms", figures, ("norms", "shares"), _norm_tables(report)),
         _section("Where outliers are", figures, ("norm_maps", "places"), _place_text(report)),
         _section("Attention and registers", figures, ("attention", "heads"), _attention_text(report)),
-        _section("Massive activations", figures, ("peaks",), _peak_table(report)),
+        _section("Massive activations", figures, ("massive_activations",), _peak_table(report)),
         _section("What registers are worth", figures, (), _ablation_table(report)),
         _section("What tokens hold", figures, (), _probe_tables(report)),
         _method(report),
@@ -90,14 +91,14 @@ def render_comparison(reports: Sequence[ArtifactReport], figures: dict[str, path
 
 def _compared(report: ArtifactReport) -> list[str]:
     verdict = report.verdict
-    counts = [str(report.images["num_images"]), str(report.architecture["num_registers"]), verdict["word"]]
+    counts = [str(report.images["num_images"]), str(report.architecture["num_register_tokens"]), verdict["level"]]
     if not report.layers:
         return [*counts, *["-"] * 6]
     layer = report.layers[verdict["layer"] - 1]
     on_patches = "-"
     if "layers" in report.attention and "cls" in report.attention["queries"]:
-        on_patches = write_share(report.attention["layers"][-1]["mass"][0]["patches"])
-    largest = max(entry["largest"] for entry in report.sinks["layers"])
+        on_patches = write_share(report.attention["layers"][-1]["attention_share"][0]["patches"])
+    largest = max(entry["largest"] for entry in report.massive_activations["layers"])
     return [
         *counts,
         write_share(verdict["share"]),
@@ -114,10 +115,13 @@ def _compared(report: ArtifactReport) -> list[str]:
 
 def _head(report: ArtifactReport) -> str:
     images, made = report.images, report.architecture
-    tokens = [f"{made['num_registers']} registers", "a class token" if made["has_cls_token"] else "no class token"]
+    tokens = [
+        f"{made['num_register_tokens']} registers",
+        "a class token" if made["has_cls_token"] else "no class token",
+    ]
     facts = (
-        f"{made['family']}, {made['num_parameters'] / 1e6:.1f} M parameters, {made['num_layers']} layers, width "
-        f"{made['hidden_size']}, {' and '.join(tokens)}; {images['num_images']} images "
+        f"{made['family']}, {made['num_parameters'] / 1e6:.1f} M parameters, {made['num_hidden_layers']} layers, "
+        f"width {made['hidden_size']}, {' and '.join(tokens)}; {images['num_images']} images "
         f"{'of ' + images['source'] if images['source'] else ''} at {images['size'][0]} x {images['size'][1]} pixels, "
         f"{images['grid'][0]} x {images['grid'][1]} patches"
     )
@@ -174,14 +178,16 @@ def _norm_tables(report: ArtifactReport) -> str:
 
 
 def _place_text(report: ArtifactReport) -> str:
-    places = report.places
+    places = report.outlier_positions
     if "skipped" in places:
         return _skip(places["skipped"])
     if places["border_share"] is None:
         return "<p>There is no outlier whose place could be told.</p>"
     similar = places["similarity"]
     means = {kind: similar[kind]["mean"] for kind in ("outlier", "normal")}
-    hot = "; ".join(f"row {row}, column {column}: {write_share(share)}" for row, column, share in places["hottest"])
+    hot = "; ".join(
+        f"row {row}, column {column}: {write_share(share)}" for row, column, share in places["most_frequent"]
+    )
     return (
         f"<p>{write_share(places['border_share'])} of the outliers of layer {places['layer']} lie on the border of "
         f"the grid, which has {write_share(places['border_share_by_chance'])} of the patches. Most frequent places "
@@ -203,10 +209,12 @@ def _attention_text(report: ArtifactReport) -> str:
 
 def _attention_table(attention: dict) -> str:
     last = attention["layers"][-1]
-    kinds = [kind for kind, mass in last["mass"][0].items() if any(row[kind] for row in last["mass"])]
+    kinds = [
+        kind for kind, mass in last["attention_share"][0].items() if any(row[kind] for row in last["attention_share"])
+    ]
     rows = [
-        [_NAMES.get(query, query), *(write_share(last["mass"][place][kind]) for kind in kinds),
-         _number(last["entropy"][place]), write_share(last["top_mass"][place]),
+        [_NAMES.get(query, query), *(write_share(last["attention_share"][place][kind]) for kind in kinds),
+         _number(last["entropy"][place]), write_share(last["top_patch_share"][place]),
          f"{last['top_over_even'][place]:.1f} x"]
         for place, query in enumerate(attention["queries"])
     ]  # fmt: skip
@@ -217,7 +225,7 @@ def _attention_table(attention: dict) -> str:
 
 
 def _peak_table(report: ArtifactReport) -> str:
-    sinks = report.sinks
+    sinks = report.massive_activations
     if "skipped" in sinks:
         return _skip(sinks["skipped"])
     rows = []

@@ -15,11 +15,11 @@ from torch import Tensor
 from modeling_vitreg.features import Encoder, TokenFeatures, extract_many
 
 from .ablation import ablate_registers
-from .activations import ActivationPeaks
+from .activations import MassiveActivations
 from .attention import AttentionMeans, find_duplicates, register_similarity
 from .histograms import NormHistograms, bin_numbers
-from .positions import PlaceCounts, neighbour_similarity
-from .reservoir import TokenBank, draw_tokens, make_sample
+from .positions import PositionCounts, neighbour_similarity
+from .reservoir import TokenReservoir, draw_tokens, make_sample
 from .verdict import judge, summarise_layer
 
 
@@ -120,10 +120,10 @@ class Measurement:
         self.register_sums = np.zeros((depth, self.kinds["registers"]))
         self.cls_sums = np.zeros(depth)
         self.similarity = torch.zeros(self.kinds["registers"], self.kinds["registers"])
-        self.places = PlaceCounts(depth, grid=self.grid)
-        self.peaks = ActivationPeaks(depth, width=tokens.patch_tokens.shape[2], kinds=self.kinds)
+        self.places = PositionCounts(depth, grid=self.grid)
+        self.peaks = MassiveActivations(depth, width=tokens.patch_tokens.shape[2], kinds=self.kinds)
         self.attention = AttentionMeans(depth, kinds=self.kinds)
-        self.bank = TokenBank(settings.num_probe_images, patch_shape=self.encoder.patch_shape, seed=settings.seed)
+        self.bank = TokenReservoir(settings.num_probe_images, patch_shape=self.encoder.patch_shape, seed=settings.seed)
 
     def _measure(self, pixels: Tensor, tokens: list[TokenFeatures], norms: Tensor, labels: list) -> None:
         # What the model makes comes first: should it fail, nothing of the batch was counted.
@@ -178,8 +178,8 @@ class Measurement:
         return {
             "verdict": verdict,
             "layers": layers,
-            "places": self.places.summarise(verdict["layer"] - 1, threshold=verdict["threshold"]),
-            "sinks": self.peaks.summarise(),
+            "outlier_positions": self.places.summarise(verdict["layer"] - 1, threshold=verdict["threshold"]),
+            "massive_activations": self.peaks.summarise(),
             "attention": {**_attempt(self._summarise_attention), "registers": self._summarise_registers()},
             "ablation": _attempt(self._ablate),
             "probes": _attempt(lambda: self._probe(layers[-1]["rules"]["automatic"]["threshold"])),
@@ -233,9 +233,9 @@ class Measurement:
 
 def _know_nothing(num_seen: int) -> dict:
     sentence = f"Unknown: the features of all {num_seen} images hold numbers that are not finite."
-    names = ("places", "sinks", "attention", "ablation", "probes")
+    names = ("outlier_positions", "massive_activations", "attention", "ablation", "probes")
     sections = {name: {"skipped": "no image has finite features"} for name in names}
-    return {"verdict": {"word": "unknown", "sentence": sentence}, "layers": [], **sections}
+    return {"verdict": {"level": "unknown", "sentence": sentence}, "layers": [], **sections}
 
 
 def _parts(tokens: TokenFeatures) -> list[Tensor]:

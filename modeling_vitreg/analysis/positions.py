@@ -43,7 +43,7 @@ def neighbour_similarity(patches: Tensor, *, grid: tuple) -> Tensor:
     return (total / count).flatten(1)
 
 
-class PlaceCounts:
+class PositionCounts:
     """Counts of patches by layer, norm and place, and by layer, norm and similarity with their neighbours.
 
     They take 2,200 bytes a layer and patch, such as 5 MB for 12 layers of 14 x 14 patches.
@@ -110,7 +110,7 @@ class PlaceCounts:
             "heat_map": heat.tolist(),
             "border_share": float(heat[ring].sum() / heat.sum()) if heat.any() else None,
             "border_share_by_chance": float(ring.mean()),
-            "hottest": [place for place in places if place[2] > 0],
+            "most_frequent": [place for place in places if place[2] > 0],
             "similarity": {
                 "edges": SIMILARITY_EDGES.tolist(),
                 "outlier": self._summarise_similarity(layer, slice(first, None)),
@@ -129,4 +129,4 @@ def _first_bin(threshold: float) -> int:
     return int(np.searchsorted(EDGES, np.float32(threshold))) + 1
 
 
-__all__ = ["SIMILARITY_EDGES", "PlaceCounts", "neighbour_similarity"]
+__all__ = ["SIMILARITY_EDGES", "PositionCounts", "neighbour_similarity"]

@@ -2,7 +2,7 @@
 
     index.html       the page, with all figures inside
     artifacts.json   the `ArtifactReport`
-    norms.png  shares.png  norm_maps.png  places.png  attention.png  heads.png  peaks.png
+    norms.png  shares.png  norm_maps.png  outlier_positions.png  attention.png  heads.png  massive_activations.png
 
 A comparison holds `index.html`, `shares.png`, `series.png`, and a folder as above for each model, 1 to the last.
 A file is written beside its final place and renamed, the report first: what was measured survives a figure that fails.
@@ -22,10 +22,10 @@ from modeling_vitreg.reports import ArtifactReport, write_report
 from .figures import (
     draw_attention,
     draw_heads,
+    draw_massive_activations,
     draw_norm_maps,
     draw_norms,
-    draw_peaks,
-    draw_places,
+    draw_positions,
     draw_series,
     draw_shares,
 )
@@ -103,8 +103,8 @@ def write_folder(report: ArtifactReport, examples: Examples, folder: str | os.Pa
         tasks = {
             "norms": lambda path: draw_norms(report, path),
             "shares": lambda path: draw_shares([report], path),
-            "places": lambda path: draw_places(report, path),
-            "peaks": lambda path: draw_peaks(report, path),
+            "places": lambda path: draw_positions(report, path),
+            "massive_activations": lambda path: draw_massive_activations(report, path),
         }
     if report.layers and examples.images is not None:
         tasks["norm_maps"] = lambda path: draw_norm_maps(report, examples, path)

@@ -18,7 +18,7 @@ NUM_RANDOM = 4  # patches of an image
 NUM_LARGEST = 4
 
 
-class TokenBank:
+class TokenReservoir:
     """Keeps tokens of up to `num_images` images.
 
     Args:
@@ -74,7 +74,7 @@ class TokenBank:
 
 
 def make_sample(kept: dict, *, threshold: float) -> dict:
-    """Arguments of `probes.TokenSample`, from what `TokenBank.collect` returns; each patch of an image once."""
+    """Arguments of `probes.TokenSample`, from what `TokenReservoir.collect` returns; each patch of an image once."""
     images = np.repeat(np.arange(len(kept["norms"])), kept["norms"].shape[1])
     places = kept["places"].ravel()
     _, first = np.unique(np.stack([images, places]), axis=1, return_index=True)
@@ -120,4 +120,4 @@ def _to_numpy(values: Tensor) -> np.ndarray:
     return values.detach().float().cpu().numpy()
 
 
-__all__ = ["NUM_LARGEST", "NUM_RANDOM", "TokenBank", "draw_tokens", "make_sample"]
+__all__ = ["NUM_LARGEST", "NUM_RANDOM", "TokenReservoir", "draw_tokens", "make_sample"]

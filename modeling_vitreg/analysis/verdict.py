@@ -91,7 +91,7 @@ def judge(layers: list[dict], *, input_share: float) -> dict:
         end += 1
     numbers = layers[judged]["rules"]["automatic"]
     verdict = {
-        "word": _word(shares[judged]),
+        "level": _word(shares[judged]),
         "layer": judged + 1,
         "from_layer": start + 1 if has_any[judged] else None,
         "to_layer": end + 1 if has_any[judged] else None,
@@ -121,12 +121,12 @@ def _say(verdict: dict, *, num_layers: int) -> str:
     if verdict["low"] is not None:
         interval = f" (95 % interval {write_share(verdict['low'])} to {write_share(verdict['high'])})"
     rule = "the valley of the histogram" if verdict["rule"] == "valley" else verdict["rule"]
-    start = "No" if verdict["word"] == "none" else verdict["word"].capitalize()
+    start = "No" if verdict["level"] == "none" else verdict["level"].capitalize()
     text = (
         f"{start} artifacts: {write_share(verdict['share'])} of the patches of layer {verdict['layer']} of "
         f"{num_layers}{interval} have a norm above {verdict['threshold']:.4g} ({rule})."
     )
-    if verdict["word"] == "none":
+    if verdict["level"] == "none":
         return text
     text += f" They appear in layer {verdict['from_layer']}"
     text += "." if verdict["to_layer"] == num_layers else f" and are gone after layer {verdict['to_layer']}."

@@ -16,11 +16,11 @@ import sys
 import tempfile
 
 import torch
-import transformers
 from transformers.utils import logging as transformers_logging
 
 import modeling_vitreg
 from modeling_vitreg.files import write_text
+from modeling_vitreg.reports import versions
 
 from . import probe
 from .errors import CardError
@@ -70,7 +70,7 @@ def take_here(folder: str | os.PathLike) -> dict:
 
 def write_fingerprint(taken: dict) -> str:
     """The text of `fingerprint.json`."""
-    made_with = {"torch": torch.__version__, "transformers": transformers.__version__}
+    made_with = versions("torch", "transformers")
     content = {"kind": "fingerprint", "version": VERSION, **taken, "made_with": made_with}
     return json.dumps(content, indent=1, allow_nan=False) + "\n"
 

@@ -166,7 +166,7 @@ def _index_entry(result: dict) -> EvalResult:
 
 def _group_ways(results: list[dict]) -> list[dict]:
     """Results that were measured in the same way, each group once, with the names of its tasks."""
-    names = ("dataset", "revision", "data_fingerprint", "commit", "seed", "interval_method", "command")
+    names = ("dataset", "revision", "dataset_hash", "commit", "seed", "interval_method", "command")
     groups: dict[str, dict] = {}
     for result in results:
         way = {name: result[name] for name in names}

@@ -6,12 +6,13 @@ import math
 import pathlib
 
 from modeling_vitreg.images import split_hub_name
+from modeling_vitreg.reports import rename_old_keys
 
 from .errors import CardError
 from .model_folder import ModelFolder, read_json
 
 
-_RESULT = ("task", "dataset", "metric", "value", "interval", "n", "seed", "data_fingerprint")
+_RESULT = ("task", "dataset", "metric", "value", "interval", "n", "seed", "dataset_hash")
 
 
 def find_on_hub(name: str, revision: str | None) -> tuple[str, str | None] | None:
@@ -33,16 +34,16 @@ def read_results(path: pathlib.Path, *, model: ModelFolder) -> list[dict]:
 
     Returns:
         One dictionary a number: `task`, `dataset`, `metric`, `value`, `interval`, `interval_method`, `n`, `seed`,
-        `settings`, `data_fingerprint`, `model_fingerprint`; and of the report `command`, `commit` of the code and
+        `settings`, `dataset_hash`, `weights_hash`; and of the report `command`, `commit` of the code and
         `revision` of a data set of the Hub.
 
     Raises:
         CardError: the file is no evaluation report, was made of another model, or a result lacks a field or has a
             value that is no finite number.
     """
-    report = read_json(path)
-    if (report.get("kind"), report.get("version")) != ("evaluation", 1) or not isinstance(report.get("results"), list):
-        raise CardError(f"{path}: expected an evaluation report, version 1, got kind {report.get('kind')!r}")
+    report = rename_old_keys(read_json(path))
+    if report.get("kind") != "evaluation" or not isinstance(report.get("results"), list):
+        raise CardError(f"{path}: expected an evaluation report, got kind {report.get('kind')!r}")
     check_same_model(report.get("architecture") or {}, model, path, name=report.get("model"))
     results = []
     for result in report["results"]:
@@ -52,13 +53,13 @@ def read_results(path: pathlib.Path, *, model: ModelFolder) -> list[dict]:
         for value in (result["value"], *(result["interval"] or ())):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise CardError(f"{path}: the result of {result['task']} is {value!r}, not a finite number")
-        data = (report.get("data") or {}).get(result["data_fingerprint"]) or {}
+        data = (report.get("data") or {}).get(result["dataset_hash"]) or {}
         circumstances = {
             "command": report.get("command") or "not recorded",
             "commit": (report.get("made_with") or {}).get("commit"),
             "revision": data.get("revision"),
         }
-        results.append({"interval_method": None, "settings": {}, "model_fingerprint": None, **result, **circumstances})
+        results.append({"interval_method": None, "settings": {}, "weights_hash": None, **result, **circumstances})
     return results
 
 
@@ -77,17 +78,11 @@ def check_same_model(sizes: dict, model: ModelFolder, path: pathlib.Path, *, nam
     if model.is_adapter:  # it has no sizes of its own
         return
     architecture = model.architecture
-    names = {
-        "num_layers": "num_hidden_layers",
-        "num_heads": "num_attention_heads",
-        "hidden_size": "hidden_size",
-        "num_registers": "num_register_tokens",
-    }
-    for theirs, ours in names.items():
-        measured, actual = sizes.get(theirs), architecture[ours]
+    for field in ("num_hidden_layers", "num_attention_heads", "hidden_size", "num_register_tokens"):
+        measured, actual = sizes.get(field), architecture[field]
         if measured not in (None, actual):
             raise CardError(
-                f"{path}: was measured on another model, {name}: its {theirs} is {measured}, that of {model.path} is "
+                f"{path}: was measured on another model, {name}: its {field} is {measured}, that of {model.path} is "
                 f"{actual}"
             )
 
@@ -98,7 +93,7 @@ def check_same_weights(results: list[dict]) -> None:
     Raises:
         CardError: results of `read_results` are of different weights.
     """
-    found = {result["model_fingerprint"] for result in results} - {None}
+    found = {result["weights_hash"] for result in results} - {None}
     if len(found) > 1:
         raise CardError(
             f"the evaluation reports are of {len(found)} different models ({', '.join(sorted(found))}): keep those of "

@@ -66,7 +66,7 @@ def describe_limits(facts: Facts) -> list[str]:
     )
     if not config["num_register_tokens"]:
         limits.append("It has no registers: some patch tokens of large models of this kind hold artifacts.")
-    if facts.artifacts is not None and facts.artifacts.verdict["word"] in ("few", "many"):
+    if facts.artifacts is not None and facts.artifacts.verdict["level"] in ("few", "many"):
         limits.append("Some of its patch tokens are artifacts, as measured above: dense tasks may suffer from them.")
     return limits
 

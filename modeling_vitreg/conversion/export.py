@@ -11,7 +11,6 @@ import functools
 import importlib
 import json
 import pathlib
-import sys
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from modeling_vitreg import ViTWithRegistersConfig
 from modeling_vitreg import modeling_vitreg as models
 from modeling_vitreg.files import atomic_folder
-from modeling_vitreg.reports import ConversionReport, write_report
+from modeling_vitreg.reports import ConversionReport, command_line, made_with, write_report
 
 from .layouts import dinov2, timm
 from .layouts.layout import CheckpointInfo, Layout
@@ -33,7 +32,6 @@ from .pipeline import (
     prove,
     quietly,
     short,
-    versions,
 )
 from .references import find_reference, run_timm, timm_arguments, timm_positions, title_of
 from .repositories import repository_reference
@@ -146,8 +144,8 @@ def export(
             target={"layout": layout.name, "settings": written},
             ledger=describe_ledger(dataclasses.replace(ledger, dropped=ledger.dropped | dropped), title),
             proof=proof,
-            command=command or " ".join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]),
-            made_with=versions(),
+            command=command or command_line(),
+            made_with=made_with(),
         )
         write_report(report, folder / report_name)
     return report

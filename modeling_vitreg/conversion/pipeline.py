@@ -10,12 +10,10 @@ import dataclasses
 import json
 import pathlib
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import transformers
 from torch import nn
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
@@ -29,7 +27,7 @@ from modeling_vitreg import (
     ViTWithRegistersPreTrainedModel,
 )
 from modeling_vitreg.files import atomic_folder
-from modeling_vitreg.reports import ConversionReport, write_report
+from modeling_vitreg.reports import ConversionReport, command_line, made_with, write_report
 
 from .layouts import describe_checkpoint, recognise
 from .layouts.dinov2 import configure_head
@@ -136,8 +134,8 @@ def convert(
             },
             ledger=describe_ledger(ledger, title, left=opened.left),
             proof=proof,
-            command=command or " ".join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]),
-            made_with=versions(),
+            command=command or command_line(),
+            made_with=made_with(),
         )
         write_report(report, folder / REPORT_FILE)
     return report
@@ -161,11 +159,6 @@ def describe_ledger(ledger: Ledger, title: str, *, left: dict[str, str] | None =
         "filled": ledger.filled,
         "left": left or {},
     }
-
-
-def versions() -> dict[str, str]:
-    """Of what a conversion depends on."""
-    return {"torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def check_output(output: pathlib.Path) -> None:
@@ -405,5 +398,4 @@ __all__ = [
     "prove",
     "quietly",
     "short",
-    "versions",
 ]

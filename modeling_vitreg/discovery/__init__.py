@@ -1,9 +1,9 @@
 """Objects found without a label, by LOST, TokenCut and DINO-seg on the features of any encoder, and their worth."""
 
+from modeling_vitreg.metrics import box_iou
 from modeling_vitreg.reports import DiscoveryReport
 
 from .annotations import AnnotatedImage, read_annotations, read_cell, read_coco, read_scenes, read_source, read_voc
-from .boxes import box_overlaps
 from .dino_seg import dino_seg
 from .lost import LostResult, lost, lost_with_biases
 from .run import discover
@@ -18,7 +18,7 @@ __all__ = [
     "LostResult",
     "Sweep",
     "TokenCutResult",
-    "box_overlaps",
+    "box_iou",
     "dino_seg",
     "discover",
     "lost",

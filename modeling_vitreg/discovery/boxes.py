@@ -1,4 +1,4 @@
-"""What a box and an overlap are: components of masks, boxes in pixels, overlaps, CorLoc, padded images.
+"""From masks of patches to boxes in pixels: connected components, boxes around them, padded images.
 
 A box is (xmin, ymin, xmax, ymax) in pixels. The pixel in column x spans x ... x + 1, so a box is as wide as
 xmax - xmin. Components join patches that share a side.
@@ -17,7 +17,6 @@ from torch import Tensor
 
 _CROSS = np.zeros((3, 3, 3), dtype=bool)  # neighbours within an image, none in the next one of the batch
 _CROSS[1] = [[0, 1, 0], [1, 1, 1], [0, 1, 0]]
-HIT = 0.5  # overlap from which a box counts as found
 
 
 def seed_components(mask: Tensor, seeds: Tensor, *, grid: tuple[int, int]) -> np.ndarray:
@@ -68,38 +67,6 @@ def component_boxes(
     return boxes
 
 
-def box_overlaps(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Intersection over union of boxes (M, 4) and others (N, 4): (M, N), 0 where both are empty."""
-    boxes, others = (np.asarray(part, dtype=np.float64).reshape(-1, 4) for part in (boxes, others))
-    lower = np.maximum(boxes[:, None, :2], others[None, :, :2])  # [M, N, 2]
-    upper = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
-    common = (upper - lower).clip(min=0).prod(axis=-1)
-    areas, other_areas = ((part[:, 2:] - part[:, :2]).prod(axis=-1) for part in (boxes, others))
-    union = areas[:, None] + other_areas[None] - common
-    return np.divide(common, union, out=np.zeros_like(common), where=union > 0)
-
-
-def best_overlap(box: np.ndarray, truth: np.ndarray) -> float:
-    """Largest overlap of a box (4,) with the true boxes (objects, 4), 0 where there are none."""
-    return float(box_overlaps(box, truth).max(initial=0.0))
-
-
-def corloc(predicted: Sequence[np.ndarray], truth: Sequence[np.ndarray], *, hit: float = HIT) -> float:
-    """Share of images, from 0 to 1, whose box overlaps one of the true boxes by `hit` or more.
-
-    Args:
-        predicted: a box (4,) for each image.
-        truth: the boxes (objects, 4) of each image.
-        hit: intersection over union.
-
-    Raises:
-        ValueError: no images, or not as many boxes as images.
-    """
-    if len(predicted) != len(truth) or not len(truth):
-        raise ValueError(f"expected a box for each of one or more images, got {len(predicted)} for {len(truth)}")
-    return sum(best_overlap(box, boxes) >= hit for box, boxes in zip(predicted, truth)) / len(truth)
-
-
 def pad_to_patches(pixels: Tensor, *, patch_shape: tuple[int, int]) -> Tensor:
     """Pixels (..., rows, columns) with zeros below and to the right, until patches fill them."""
     rows, columns = (-side % patch for side, patch in zip(pixels.shape[-2:], patch_shape))
@@ -123,11 +90,7 @@ def _extent(lines: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 __all__ = [
-    "HIT",
-    "best_overlap",
-    "box_overlaps",
     "component_boxes",
-    "corloc",
     "largest_components",
     "pad_to_patches",
     "seed_components",

@@ -12,32 +12,34 @@ import torch
 from torch import Tensor
 
 
-MASS = 0.6
+ATTENTION_SHARE = 0.6
 
 
 @torch.no_grad()
-def dino_seg(attention: Tensor, *, mass: float = MASS) -> Tensor:
+def dino_seg(attention: Tensor, *, attention_share: float = ATTENTION_SHARE) -> Tensor:
     """Keep the patches that hold most of the attention.
 
     for each map:
         sort its patches, smallest first, and scale them to sum to one
-        keep a patch if the sum up to it, itself included, is above 1 - `mass`
+        keep a patch if the sum up to it, itself included, is above 1 - `attention_share`
 
     The object is the largest component. The published code leaves out the component of the last label, and takes the
     background where there is one component only; `boxes.largest_components` does neither.
 
     Args:
         attention: of the class token over the patches, (..., P), not negative; a head, or several.
-        mass: share that is kept, in (0, 1].
+        attention_share: share that is kept, in (0, 1].
 
     Returns:
         Mask (..., P), true where a patch is kept.
 
     Raises:
-        ValueError: no patches, attention that is negative, not finite or zero everywhere, or a mass out of range.
+        ValueError: no patches, attention that is negative, not finite or zero everywhere, or a share out of range.
     """
-    if not 0 < mass <= 1:
-        raise ValueError(f"expected a mass above 0 and at most 1, got {mass}; the published one is 0.6")
+    if not 0 < attention_share <= 1:
+        raise ValueError(
+            f"expected an attention_share above 0 and at most 1, got {attention_share}; the published one is 0.6"
+        )
     attention = attention.float()
     is_valid = attention.numel() and (attention >= 0).all() and attention.isfinite().all()
     if not is_valid or not (attention.sum(dim=-1) > 0).all():
@@ -45,8 +47,8 @@ def dino_seg(attention: Tensor, *, mass: float = MASS) -> Tensor:
             "expected attention (..., patches), not negative, finite and above zero somewhere in each map"
         )
     values, order = attention.sort(dim=-1, stable=True)
-    is_kept = (values / values.sum(dim=-1, keepdim=True)).cumsum(dim=-1) > 1 - mass
+    is_kept = (values / values.sum(dim=-1, keepdim=True)).cumsum(dim=-1) > 1 - attention_share
     return torch.zeros_like(is_kept).scatter(-1, order, is_kept)
 
 
-__all__ = ["MASS", "dino_seg"]
+__all__ = ["ATTENTION_SHARE", "dino_seg"]

@@ -45,7 +45,7 @@ def draw_discoveries(
         axis.axis("off")
     for axis, found in zip(axes, shown):
         axis.imshow(np.asarray(by_name[found["name"]].open()))
-        _draw_prediction(axis, found, hit=report.as_published["settings"]["hit"])
+        _draw_prediction(axis, found, iou_threshold=report.as_published["settings"]["iou_threshold"])
     figure.suptitle(_title(report), fontsize=10)
     figure.legend(handles=_legend(report), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     return figure
@@ -76,18 +76,18 @@ def draw_sweep(report: DiscoveryReport) -> Figure:
     axis.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=MISSED, linewidth=2))
     axis.set_xticks(range(len(biases)), [f"{bias:g}" for bias in biases], fontsize=8)
     axis.set_yticks(range(len(rows)), [f"{feature}, layer {layer}" for layer, feature in rows], fontsize=8)
-    axis.set_xlabel("bias" + (" (cosine)" if report.sweep["settings"]["is_normalised"] else " (squared features)"))
+    axis.set_xlabel("bias" + (" (cosine)" if report.sweep["settings"]["is_normalized"] else " (squared features)"))
     axis.set_title(f"{report.model}: LOST, {report.images['num_annotated']} images", fontsize=9)
     figure.colorbar(picture, label="CorLoc (%)")
     return figure
 
 
-def _draw_prediction(axis: Axes, found: dict, *, hit: float) -> None:
+def _draw_prediction(axis: Axes, found: dict, *, iou_threshold: float) -> None:
     for box in found["boxes"] or []:
         axis.add_patch(_rectangle(box, TRUE, linestyle="--", linewidth=1.2))
-    is_hit = found["overlap"] is not None and found["overlap"] >= hit
+    is_hit = found["iou"] is not None and found["iou"] >= iou_threshold
     axis.add_patch(_rectangle(found["box"], FOUND if is_hit else MISSED, linewidth=2))
-    words = found["name"] if found["overlap"] is None else f"{found['name']}: overlap {found['overlap']:.2f}"
+    words = found["name"] if found["iou"] is None else f"{found['name']}: IoU {found['iou']:.2f}"
     axis.set_title(words[-40:], fontsize=8)
 
 

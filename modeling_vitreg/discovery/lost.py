@@ -54,8 +54,8 @@ def lost(
     *,
     bias: float = 0.0,
     num_candidates: int = NUM_CANDIDATES,
-    is_centred: bool = False,
-    is_normalised: bool = False,
+    is_centered: bool = False,
+    is_normalized: bool = False,
 ) -> LostResult:
     """Find one object in each image.
 
@@ -70,15 +70,15 @@ def lost(
         features: of the patches, (B, P, D); of `TokenFeatures` the patches are taken.
         bias: added to every similarity, in units of the squared features, or of the cosine where they are normalised.
         num_candidates: k; an image with fewer patches takes all.
-        is_centred: subtract the mean over the patches of an image first.
-        is_normalised: then scale every patch to norm 1.
+        is_centered: subtract the mean over the patches of an image first.
+        is_normalized: then scale every patch to norm 1.
 
     Raises:
         ValueError: features of another shape, or not finite, or no candidates.
 
     Source: see the module. As published: bias 0, 100 candidates, keys of the last layer as they are.
     """
-    options = {"num_candidates": num_candidates, "is_centred": is_centred, "is_normalised": is_normalised}
+    options = {"num_candidates": num_candidates, "is_centered": is_centered, "is_normalized": is_normalized}
     (result,) = lost_with_biases(features, biases=[bias], **options)
     return result
 
@@ -89,8 +89,8 @@ def lost_with_biases(
     *,
     biases: Sequence[float],
     num_candidates: int = NUM_CANDIDATES,
-    is_centred: bool = False,
-    is_normalised: bool = False,
+    is_centered: bool = False,
+    is_normalized: bool = False,
 ) -> list[LostResult]:
     """LOST with several biases, one result for each; all share the similarities, which are most of the work.
 
@@ -104,9 +104,9 @@ def lost_with_biases(
     size = max(_CHUNK.get(patches.device.type, _CHUNK["cpu"]) // patches.shape[1] ** 2, 1)
     parts = []
     for chunk in patches.split(size):
-        if is_centred:
+        if is_centered:
             chunk = chunk - chunk.mean(dim=1, keepdim=True)
-        if is_normalised:
+        if is_normalized:
             chunk = F.normalize(chunk, dim=-1)
         with torch.autocast(chunk.device.type, enabled=False):
             degrees = count_similar(chunk, biases=biases)

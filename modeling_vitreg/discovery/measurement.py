@@ -16,9 +16,10 @@ from torch import Tensor
 
 from modeling_vitreg.features import Encoder, extract_many, layer_numbers
 from modeling_vitreg.images import UnreadableImage
+from modeling_vitreg.metrics import best_iou
 
 from .annotations import AnnotatedImage
-from .boxes import best_overlap, component_boxes, largest_components, pad_to_patches, seed_components
+from .boxes import component_boxes, largest_components, pad_to_patches, seed_components
 from .dino_seg import dino_seg
 from .lost import LostResult, lost, lost_with_biases
 from .settings import DiscoverySettings, Sweep
@@ -39,27 +40,27 @@ class Score:
     """Hits of one setting, image by image.
 
     Args:
-        hit: overlap from which an object counts as found.
+        iou_threshold: IoU with a true box from which an object counts as found.
     """
 
-    def __init__(self, hit: float):
-        self.hit, self.overlaps, self.num_degenerate = hit, [], 0
+    def __init__(self, iou_threshold: float):
+        self.iou_threshold, self.ious, self.num_degenerate = iou_threshold, [], 0
 
     def add(self, box: np.ndarray, truth: np.ndarray | None, is_degenerate: bool) -> float | None:
-        """Add a box (4,); returns its overlap with the best true box, None where the image is not annotated."""
+        """Add a box (4,); returns its IoU with the best true box, None where the image is not annotated."""
         self.num_degenerate += int(is_degenerate)
         if truth is None:
             return None
-        self.overlaps.append(best_overlap(box, truth))
-        return self.overlaps[-1]
+        self.ious.append(best_iou(box, truth))
+        return self.ious[-1]
 
     def summarise(self) -> dict:
         """The numbers of `DiscoveryReport.as_published`."""
-        num_hits = sum(overlap >= self.hit for overlap in self.overlaps)
+        num_hits = sum(iou >= self.iou_threshold for iou in self.ious)
         return {
-            "corloc": num_hits / len(self.overlaps) if self.overlaps else None,
+            "corloc": num_hits / len(self.ious) if self.ious else None,
             "num_hits": num_hits,
-            "mean_overlap": float(np.mean(self.overlaps)) if self.overlaps else None,
+            "mean_iou": float(np.mean(self.ious)) if self.ious else None,
             "num_degenerate": self.num_degenerate,
         }
 
@@ -84,8 +85,8 @@ class Measurement:
         (self.layer,) = layer_numbers(settings.layer, encoder.num_layers, first=1)
         layers = layer_numbers(sweep.layers, encoder.num_layers, first=1) if sweep else []
         self.pairs = list(dict.fromkeys((layer, feature) for layer in layers for feature in sweep.features))
-        self.published = Score(settings.hit)
-        self.scores = {(*pair, bias): Score(settings.hit) for pair in self.pairs for bias in sweep.biases}
+        self.published = Score(settings.iou_threshold)
+        self.scores = {(*pair, bias): Score(settings.iou_threshold) for pair in self.pairs for bias in sweep.biases}
         self.predictions, self.unreadable, self.num_nonfinite = {}, [], 0
 
     def pass_over(self, images: Iterable[tuple[int, AnnotatedImage]], *, tell: Callable[[int], object]) -> None:
@@ -156,7 +157,7 @@ class Measurement:
         """How many images were measured, and what became of the others."""
         return {
             "num_images": len(self.predictions),
-            "num_annotated": len(self.published.overlaps),
+            "num_annotated": len(self.published.ious),
             "num_unreadable": len(self.unreadable),
             "num_nonfinite": self.num_nonfinite,
             "unreadable": self.unreadable[:3],
@@ -179,7 +180,7 @@ class Measurement:
         """Boxes as published, and which of them say nothing."""
         settings = self.settings
         if settings.method == "dino_seg":
-            components = largest_components(dino_seg(attention, mass=settings.mass), grid=grid)
+            components = largest_components(dino_seg(attention, attention_share=settings.attention_share), grid=grid)
             is_degenerate = attention.amax(dim=1) == attention.amin(dim=1)
         else:
             result = self._apply(found[self.layer, settings.feature])
@@ -192,7 +193,7 @@ class Measurement:
             self.predictions[entry.number] = {
                 "name": entry.image.name,
                 "box": box.tolist(),
-                "overlap": self.published.add(box, truth, is_vain),
+                "iou": self.published.add(box, truth, is_vain),
                 "is_degenerate": is_vain,
                 "boxes": None if truth is None else np.asarray(truth, dtype=np.float64).tolist(),
             }
@@ -201,12 +202,12 @@ class Measurement:
         settings = self.settings
         if settings.method == "tokencut":
             return tokencut(patches, tau=settings.tau, epsilon=settings.epsilon)
-        names = ("bias", "num_candidates", "is_centred", "is_normalised")
+        names = ("bias", "num_candidates", "is_centered", "is_normalized")
         return lost(patches, **{name: getattr(settings, name) for name in names})
 
     def _try(self, entries: list, pair: tuple, patches: Tensor, grid: tuple) -> Iterator[tuple]:
         """Keys of the sweep for one feature of one layer, with boxes and which of them say nothing."""
-        options = {"is_centred": self.sweep.is_centred, "is_normalised": self.sweep.is_normalised}
+        options = {"is_centered": self.sweep.is_centered, "is_normalized": self.sweep.is_normalized}
         options["num_candidates"] = self.settings.num_candidates
         results = lost_with_biases(patches, biases=self.sweep.biases, **options)
         for bias, result in zip(self.sweep.biases, results):

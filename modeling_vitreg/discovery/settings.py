@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from modeling_vitreg.features import FEATURES
+from modeling_vitreg.metrics import IOU_THRESHOLD
 
-from .boxes import HIT
-from .dino_seg import MASS
+from .dino_seg import ATTENTION_SHARE
 from .lost import NUM_CANDIDATES
 from .tokencut import EPSILON, TAU
 
@@ -24,12 +24,12 @@ class DiscoverySettings:
         method: "lost", "tokencut" or "dino_seg".
         feature: "query", "key", "value", "token" or "mlp"; DINO-seg reads attention instead.
         layer: from 1, or from -1 backwards.
-        bias, num_candidates, is_centred, is_normalised: of `lost`.
+        bias, num_candidates, is_centered, is_normalized: of `lost`.
         tau, epsilon: of `tokencut`.
-        mass, head: of `dino_seg`; the head of the class token, from 0.
+        attention_share, head: of `dino_seg`; the head of the class token, from 0.
         longest_side: pixels to which larger images are shrunk; None: full resolution.
         batch_size: images of equal size at a time.
-        hit: overlap from which an object counts as found.
+        iou_threshold: IoU with a true box from which an object counts as found.
         has_progress_bar: show one.
 
     Raises:
@@ -41,15 +41,15 @@ class DiscoverySettings:
     layer: int = -1
     bias: float = 0.0
     num_candidates: int = NUM_CANDIDATES
-    is_centred: bool = False
-    is_normalised: bool = False
+    is_centered: bool = False
+    is_normalized: bool = False
     tau: float = TAU
     epsilon: float = EPSILON
-    mass: float = MASS
+    attention_share: float = ATTENTION_SHARE
     head: int = 4
     longest_side: int | None = None
     batch_size: int = 8
-    hit: float = HIT
+    iou_threshold: float = IOU_THRESHOLD
     has_progress_bar: bool = True
 
     def __post_init__(self):
@@ -58,20 +58,21 @@ class DiscoverySettings:
                 f"expected a method out of {', '.join(METHODS)} and a feature out of {', '.join(FEATURES)}, got "
                 f"{self.method!r} and {self.feature!r}"
             )
-        if self.batch_size < 1 or (self.longest_side is not None and self.longest_side < 1) or not 0 < self.hit <= 1:
+        sizes = [self.batch_size, 1 if self.longest_side is None else self.longest_side]
+        if min(sizes) < 1 or not 0 < self.iou_threshold <= 1:
             raise ValueError(
-                f"expected batch_size and longest_side of 1 or more and hit in (0, 1], got {self.batch_size}, "
-                f"{self.longest_side} and {self.hit}"
+                "expected batch_size and longest_side of 1 or more and iou_threshold in (0, 1], got "
+                f"{self.batch_size}, {self.longest_side} and {self.iou_threshold}"
             )
 
     def asked_for(self) -> dict:
         """What the boxes depend on: the settings that this method reads, by their names."""
         read = {
-            "lost": ("feature", "layer", "bias", "num_candidates", "is_centred", "is_normalised"),
+            "lost": ("feature", "layer", "bias", "num_candidates", "is_centered", "is_normalized"),
             "tokencut": ("feature", "layer", "tau", "epsilon"),
-            "dino_seg": ("layer", "mass", "head"),
+            "dino_seg": ("layer", "attention_share", "head"),
         }
-        names = ("method", *read[self.method], "longest_side", "hit")
+        names = ("method", *read[self.method], "longest_side", "iou_threshold")
         return {name: getattr(self, name) for name in names}
 
 
@@ -81,7 +82,7 @@ class Sweep:
 
     Args:
         features, layers, biases: the axes; layers from 1, or from -1 backwards.
-        is_centred, is_normalised: the same for all; biases of normalised features are in units of the cosine.
+        is_centered, is_normalized: the same for all; biases of normalised features are in units of the cosine.
 
     Raises:
         ValueError: an axis is empty, or there is no such feature.
@@ -90,8 +91,8 @@ class Sweep:
     features: Sequence[str] = ("query", "key", "value", "token")
     layers: Sequence[int] = (-1,)
     biases: Sequence[float] = (0.0, -0.1, -0.2, -0.3, -0.4, -0.5, -0.6, -0.7, -0.8)
-    is_centred: bool = False
-    is_normalised: bool = True
+    is_centered: bool = False
+    is_normalized: bool = True
 
     def __post_init__(self):
         for name, kind in (("features", str), ("layers", int), ("biases", float)):

@@ -11,8 +11,7 @@ from PIL import Image
 
 from modeling_vitreg.discovery import AnnotatedImage, read_cell
 from modeling_vitreg.images import DataOptions, ImageSource, UnreadableImage, decode_image, decode_maps
-
-from .provenance import shorten
+from modeling_vitreg.reports import short_hash
 
 
 if TYPE_CHECKING:
@@ -73,7 +72,7 @@ class LabelledImages:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Sixteen letters that change with images, labels, maps and their order."""
-        return shorten([self._images.fingerprint, self._indices.tolist()])
+        return short_hash([self._images.fingerprint, self._indices.tolist()])
 
     @functools.cached_property
     def box_fingerprint(self) -> str | None:
@@ -82,7 +81,7 @@ class LabelledImages:
             return None
         cells = self._boxes[self.box_column][:]
         boxes = [repr(cells[index]) for index in self._indices.tolist()]
-        return shorten([self._images.fingerprint, self._indices.tolist(), _LAYOUTS[self.options.box_format], boxes])
+        return short_hash([self._images.fingerprint, self._indices.tolist(), _LAYOUTS[self.options.box_format], boxes])
 
     def __len__(self) -> int:
         return len(self._indices)

@@ -23,7 +23,7 @@ from modeling_vitreg.metrics import DEPTH_ERRORS
 from modeling_vitreg.modeling_vitreg import scale_invariant_loss
 
 from .dense import Descent, fit_head, initialise
-from .intervals import Measured, statistic_of_images
+from .intervals import MetricValue, statistic_of_images
 
 
 _UPSAMPLING = 4
@@ -112,7 +112,7 @@ def fit_depth(
     return head
 
 
-def measure_depth(errors: Tensor, *, seed: int = 0) -> list[Measured]:
+def measure_depth(errors: Tensor, *, seed: int = 0) -> list[MetricValue]:
     """Means over the images of errors (I, errors); images without a valid pixel do not count.
 
     Raises:

@@ -35,9 +35,9 @@ from torch import Tensor
 
 from modeling_vitreg.features import Encoder, check_sides, extract_features
 from modeling_vitreg.images import UnreadableImage
+from modeling_vitreg.reports import short_hash
 
 from .data import LabelledImages
-from .provenance import shorten
 from .shards import Features, save_shard
 from .zero_shot import embed_images
 
@@ -83,7 +83,7 @@ def encode(
     *,
     kinds: Sequence[str],
     folder: str | os.PathLike,
-    model_fingerprint: str,
+    weights_hash: str,
     settings: EncodingSettings,
     title: str = "",
 ) -> dict[str, Features]:
@@ -94,7 +94,7 @@ def encode(
         images: to be encoded.
         kinds: of features, out of `KINDS`.
         folder: see above; it is made.
-        model_fingerprint: of `provenance.fingerprint_model`.
+        weights_hash: of `model_hash.hash_weights`.
         settings: size, batches and shards.
         title: of the progress bar.
 
@@ -109,8 +109,8 @@ def encode(
         raise ValueError(f"expected images, and kinds out of {', '.join(KINDS)}, got {len(images)} and {list(kinds)}")
     sides = encoder.image_size if settings.image_size is None else (settings.image_size, settings.image_size)
     check_sides(sides, encoder.patch_shape)
-    facts = [model_fingerprint, images.fingerprint, list(sides), settings.shard_size, settings.patch_precision]
-    folder = pathlib.Path(folder) / shorten(facts)
+    facts = [weights_hash, images.fingerprint, list(sides), settings.shard_size, settings.patch_precision]
+    folder = pathlib.Path(folder) / short_hash(facts)
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(images), settings.shard_size)
     files = {kind: [folder / f"{number:05}.{kind}.safetensors" for number in range(len(starts))] for kind in kinds}

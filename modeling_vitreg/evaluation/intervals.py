@@ -25,7 +25,7 @@ _Z = 1.959963984540054  # two-sided 95 % of a normal distribution
 
 
 @dataclass(frozen=True)
-class Measured:
+class MetricValue:
     """A value of a metric on `n` test images, with its interval (low, high)."""
 
     metric: str
@@ -35,7 +35,7 @@ class Measured:
     n: int
 
 
-def share_of_images(metric: str, is_right: Tensor) -> Measured:
+def share_of_images(metric: str, is_right: Tensor) -> MetricValue:
     """Share of the images (I,) that are right, with Wilson's interval.
 
     Raises:
@@ -44,14 +44,14 @@ def share_of_images(metric: str, is_right: Tensor) -> Measured:
     return share_of_counts(metric, int(is_right.sum()), len(is_right))
 
 
-def share_of_counts(metric: str, num_right: int, n: int) -> Measured:
+def share_of_counts(metric: str, num_right: int, n: int) -> MetricValue:
     """The same from the number of images that are right, out of `n`."""
-    return Measured(metric, num_right / max(n, 1), wilson_interval(num_right, n), WILSON, n)
+    return MetricValue(metric, num_right / max(n, 1), wilson_interval(num_right, n), WILSON, n)
 
 
 def statistic_of_images(
     metric: str, statistic: Callable[[Tensor], Tensor], *, num_images: int, seed: int = 0
-) -> Measured:
+) -> MetricValue:
     """A statistic of weighted images, bootstrapped.
 
     Args:
@@ -65,7 +65,7 @@ def statistic_of_images(
     """
     value = float(statistic(torch.ones(1, num_images, dtype=torch.float64))[0])
     interval = bootstrap_interval(statistic, num_images=num_images, seed=seed)
-    return Measured(metric, value, interval, BOOTSTRAP, num_images)
+    return MetricValue(metric, value, interval, BOOTSTRAP, num_images)
 
 
 def wilson_interval(num_right: int, n: int) -> tuple[float, float]:
@@ -112,7 +112,7 @@ def bootstrap_interval(
 __all__ = [
     "BOOTSTRAP",
     "WILSON",
-    "Measured",
+    "MetricValue",
     "bootstrap_interval",
     "share_of_counts",
     "share_of_images",

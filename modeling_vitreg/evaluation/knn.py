@@ -18,17 +18,17 @@ def knn_accuracy(
     held_out_features: Tensor,
     held_out_labels: Tensor,
     *,
-    num_neighbours: int = 20,
+    num_neighbors: int = 20,
     temperature: float = 0.07,
-    max_neighbours: int = 200,
+    max_neighbors: int = 200,
     chunk: int = 256,
 ) -> float:
     """Share of held-out rows whose class wins the vote of the most similar rows.
 
     for each held-out row:
-        neighbours = the `max_neighbours` rows of largest cosine, most similar first
+        neighbours = the `max_neighbors` rows of largest cosine, most similar first
         weights = softmax of cosine / `temperature` over all these neighbours
-        add the weights of the first `num_neighbours` to the classes of their rows; the class with the most wins
+        add the weights of the first `num_neighbors` to the classes of their rows; the class with the most wins
 
     The softmax runs over more neighbours than vote, which scales all votes of a row alike and changes no winner.
     Among equal votes the smallest label wins. With fewer rows than neighbours all rows are neighbours.
@@ -38,9 +38,9 @@ def knn_accuracy(
         labels: (B,) whole numbers, which need not be consecutive.
         held_out_features: (rows, D), on any device.
         held_out_labels: (rows,) whole numbers; a class that no row of `labels` has is never right.
-        num_neighbours: rows that vote.
+        num_neighbors: rows that vote.
         temperature: of the softmax, in units of the cosine.
-        max_neighbours: rows that the softmax runs over.
+        max_neighbors: rows that the softmax runs over.
         chunk: held-out rows a time; the memory is chunk x B float32 numbers.
 
     Returns:
@@ -50,7 +50,7 @@ def knn_accuracy(
         ValueError: shapes that do not fit, no rows, labels that are no whole numbers, features that are not finite, or
             numbers out of range.
     """
-    _check_numbers(num_neighbours, temperature, max_neighbours, chunk)
+    _check_numbers(num_neighbors, temperature, max_neighbors, chunk)
     _check_rows("features", features, labels)
     _check_rows("held_out_features", held_out_features, held_out_labels)
     if features.shape[1] != held_out_features.shape[1]:
@@ -60,25 +60,25 @@ def knn_accuracy(
         )
     classes, positions = labels.to(features.device).unique(return_inverse=True)
     features = F.normalize(features.float(), dim=1)
-    depth = min(max_neighbours, len(features))
+    depth = min(max_neighbors, len(features))
     num_right = 0
     for rows, truth in zip(held_out_features.split(chunk), held_out_labels.split(chunk)):
         # A loop that trains in bfloat16 evaluates under autocast too, where near neighbours would tie.
         with torch.autocast(features.device.type, enabled=False):
             rows = F.normalize(rows.to(features.device).float(), dim=1)
             similarity, neighbours = (rows @ features.T).topk(depth, dim=1)  # [M, B] -> [M, depth]
-        weights = (similarity / temperature).softmax(dim=1)[:, :num_neighbours]
-        voted = positions[neighbours[:, :num_neighbours]]
+        weights = (similarity / temperature).softmax(dim=1)[:, :num_neighbors]
+        voted = positions[neighbours[:, :num_neighbors]]
         votes = weights.new_zeros(len(rows), len(classes)).scatter_add(1, voted, weights)  # [M, k] -> [M, C]
         num_right += (classes[votes.argmax(dim=1)] == truth.to(classes.device)).sum().item()
     return num_right / len(held_out_features)
 
 
-def _check_numbers(num_neighbours: int, temperature: float, max_neighbours: int, chunk: int) -> None:
-    if not 1 <= num_neighbours <= max_neighbours:
+def _check_numbers(num_neighbors: int, temperature: float, max_neighbors: int, chunk: int) -> None:
+    if not 1 <= num_neighbors <= max_neighbors:
         raise ValueError(
-            f"expected 1 <= num_neighbours <= max_neighbours, got {num_neighbours} and {max_neighbours}: raise "
-            "max_neighbours with num_neighbours"
+            f"expected 1 <= num_neighbors <= max_neighbors, got {num_neighbors} and {max_neighbors}: raise "
+            "max_neighbors with num_neighbors"
         )
     if not temperature > 0:
         raise ValueError(f"expected a temperature above 0, got {temperature}; the published one is 0.07")

@@ -5,7 +5,7 @@
 Images are read at full resolution, as `discover` does, and not cut as for the other tasks. A pass that was stopped
 goes on with the shard it was in.
 
-A shard has `numbers` (I,), the images in it; `boxes` (I, 4), what was found; `overlaps` (I,) with the best true box,
+A shard has `numbers` (I,), the images in it; `boxes` (I, 4), what was found; `ious` (I,) with the best true box,
 NaN where nobody has looked; `is_degenerate` (I,), true where the method had nothing to go by.
 
 Letters: I images.
@@ -22,10 +22,10 @@ import tqdm
 from modeling_vitreg.discovery import DiscoverySettings
 from modeling_vitreg.discovery.measurement import Measurement
 from modeling_vitreg.features import Encoder
+from modeling_vitreg.reports import short_hash
 
 from .data import LabelledImages
-from .intervals import Measured, share_of_images
-from .provenance import shorten
+from .intervals import MetricValue, share_of_images
 from .shards import Features, save_shard
 
 
@@ -37,7 +37,7 @@ def find_objects(
     images: LabelledImages,
     *,
     folder: str | os.PathLike,
-    model_fingerprint: str,
+    weights_hash: str,
     settings: DiscoverySettings,
     shard_size: int = 256,
     has_progress_bar: bool = True,
@@ -48,7 +48,7 @@ def find_objects(
         encoder: from `modeling_vitreg.features.load_encoder`.
         images: with a column of boxes.
         folder: see above; it is made.
-        model_fingerprint: of `provenance.fingerprint_model`.
+        weights_hash: of `model_hash.hash_weights`.
         settings: method, features and batches.
         shard_size: images a file, which is what an interruption can cost.
         has_progress_bar: show one.
@@ -57,8 +57,8 @@ def find_objects(
         ValueError: settings that do not fit the model, or a column that holds no boxes.
     """
     Measurement(encoder, settings, None)  # refuses what does not fit, also where all shards are there
-    facts = [model_fingerprint, images.box_fingerprint, settings.asked_for(), shard_size]
-    folder = pathlib.Path(folder) / shorten(facts)
+    facts = [weights_hash, images.box_fingerprint, settings.asked_for(), shard_size]
+    folder = pathlib.Path(folder) / short_hash(facts)
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     with tqdm.tqdm(total=len(images), unit="image", desc="objects", disable=not has_progress_bar) as bar:
@@ -77,28 +77,28 @@ def find_objects(
 def _save(run: Measurement, file: pathlib.Path) -> None:
     numbers = sorted(run.predictions)
     found = [run.predictions[number] for number in numbers]
-    overlaps = [torch.nan if entry["overlap"] is None else entry["overlap"] for entry in found]
+    ious = [torch.nan if entry["iou"] is None else entry["iou"] for entry in found]
     tensors = {
         "numbers": torch.tensor(numbers, dtype=torch.int64),
         "boxes": torch.tensor([entry["box"] for entry in found], dtype=torch.float64).reshape(-1, 4),
-        "overlaps": torch.tensor(overlaps, dtype=torch.float64),
+        "ious": torch.tensor(ious, dtype=torch.float64),
         "is_degenerate": torch.tensor([entry["is_degenerate"] for entry in found], dtype=torch.bool),
     }
     save_shard(tensors, file, facts={"unreadable": run.unreadable, "num_nonfinite": run.num_nonfinite})
 
 
-def measure_objects(found: Features, *, hit: float) -> tuple[list[Measured], dict]:
-    """CorLoc, the share of annotated images whose object overlaps a true box by `hit`, and facts about it.
+def measure_objects(found: Features, *, iou_threshold: float) -> tuple[list[MetricValue], dict]:
+    """CorLoc, the share of annotated images whose object has an IoU of `iou_threshold` or more with a true box.
 
     Raises:
         ValueError: nobody has looked at any image.
     """
-    overlaps = found.load("overlaps")
-    overlaps = overlaps[~overlaps.isnan()]
-    if not len(overlaps):
+    ious = found.load("ious")
+    ious = ious[~ious.isnan()]
+    if not len(ious):
         raise ValueError("expected images with boxes, got none with any: is their column the right one?")
-    facts = {"mean_overlap": float(overlaps.mean()), "num_degenerate": int(found.load("is_degenerate").sum())}
-    return [share_of_images("corloc", overlaps >= hit)], facts
+    facts = {"mean_iou": float(ious.mean()), "num_degenerate": int(found.load("is_degenerate").sum())}
+    return [share_of_images("corloc", ious >= iou_threshold)], facts
 
 
 __all__ = ["OBJECTS", "find_objects", "measure_objects"]

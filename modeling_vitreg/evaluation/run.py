@@ -20,15 +20,15 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from modeling_vitreg.features import Encoder
-from modeling_vitreg.reports import EvaluationReport, read_report, write_report
+from modeling_vitreg.reports import EvaluationReport, read_report, short_hash, write_report
 
 from .data import EvaluationData
 from .encoding import encode
+from .model_hash import describe_model, hash_weights
 from .objects import OBJECTS, find_objects
-from .provenance import describe_makers, describe_model, fingerprint_model, shorten
 from .settings import EvaluationSettings
 from .shards import Features
-from .tasks import TASKS, Bench, Text
+from .tasks import TASKS, TaskInputs, Text
 
 
 REPORT_NAME = "evaluation.json"
@@ -100,10 +100,10 @@ class _Run:
     ):
         self.encoder, self.data, self.settings, self.folder = encoder, data, settings, folder
         self.feature_folder = pathlib.Path(feature_folder or folder / "features")
-        self.command, self.made_with = command, describe_makers(encoder)
-        self.model_fingerprint = fingerprint_model(encoder)
+        self.command, self.made_with = command, encoder.made_with()
+        self.weights_hash = hash_weights(encoder)
         self.parts = {"train": data.train.fingerprint, "test": data.test.fingerprint}
-        self.data_fingerprint = shorten([self.parts, data.mask_names, data.ignore_index, data.max_depth])
+        self.dataset_hash = short_hash([self.parts, data.mask_names, data.ignore_index, data.max_depth])
         self.results, self.facts = self._read()
         self.skipped = {}
 
@@ -132,12 +132,12 @@ class _Run:
                 getattr(self.data, part),
                 kinds=list(dict.fromkeys(wanted)),
                 folder=self.feature_folder,
-                model_fingerprint=self.model_fingerprint,
+                weights_hash=self.weights_hash,
                 settings=self.settings.encoding,
                 title=f"images to {part}",
             )
         if features:
-            self._note(self.data_fingerprint, self.parts, features)
+            self._note(self.dataset_hash, self.parts, features)
         return features
 
     def measure(self, name: str, features: dict[str, dict[str, Features]], text: Text) -> None:
@@ -169,7 +169,7 @@ class _Run:
         """Write what is known."""
         report = EvaluationReport(
             model=self.encoder.name,
-            architecture={**describe_model(self.encoder), "fingerprint": self.model_fingerprint},
+            architecture={**describe_model(self.encoder), "weights_hash": self.weights_hash},
             data=self.facts,
             results=self.results,
             skipped=self.skipped,
@@ -180,7 +180,7 @@ class _Run:
         write_report(report, self.folder / REPORT_NAME)
         return report
 
-    def _prepare(self, name: str, features: dict[str, dict[str, Features]], text: Text) -> Bench:
+    def _prepare(self, name: str, features: dict[str, dict[str, Features]], text: Text) -> TaskInputs:
         """What a task looks at.
 
         Raises:
@@ -196,7 +196,7 @@ class _Run:
         if empty := [part for part in parts.values() if part is not None and not len(part)]:
             reasons = "".join(f"\n  {line}" for line in empty[0].unreadable[:3])
             raise ValueError(f"no image could be read, or none has finite features{reasons}")
-        return Bench(
+        return TaskInputs(
             encoder=self.encoder,
             data=self.data,
             **parts,
@@ -212,7 +212,7 @@ class _Run:
             self.encoder,
             self.data.test,
             folder=self.feature_folder,
-            model_fingerprint=self.model_fingerprint,
+            weights_hash=self.weights_hash,
             settings=self.settings.discovery,
             shard_size=encoding.shard_size,
             has_progress_bar=encoding.has_progress_bar,
@@ -224,7 +224,7 @@ class _Run:
     def _note(self, fingerprint: str, parts: dict[str, str], features: dict[str, dict[str, Features]]) -> None:
         """Write down which data were read, and how many of the images."""
         counts = {part: next(iter(found.values())).counts() for part, found in features.items()}
-        facts = {"name": self.data.name, "fingerprints": parts, "revision": self.data.revision}
+        facts = {"name": self.data.name, "hashes": parts, "revision": self.data.revision}
         self.facts[fingerprint] = {**self.facts.get(fingerprint, {}), **facts, **counts}
 
     def _obstacle(self, name: str, text: Text) -> str | None:
@@ -238,7 +238,7 @@ class _Run:
         if not path.exists():
             return [], {}
         report = read_report(path, kind=EvaluationReport)
-        if report.architecture["fingerprint"] != self.model_fingerprint:
+        if report.architecture["weights_hash"] != self.weights_hash:
             raise ValueError(
                 f"{path}: expected an evaluation of this model, got one of {report.model} or of other weights: choose "
                 "another folder, or move this one away"
@@ -255,14 +255,14 @@ class _Run:
         if TASKS[name].kind.endswith("patches"):
             settings["patch_precision"] = encoding.patch_precision
         if name == "zero_shot" and text.class_embeddings is not None:
-            settings = {"image_size": sides, "class_embeddings": shorten(text.class_embeddings.tolist())}
+            settings = {"image_size": sides, "class_embeddings": short_hash(text.class_embeddings.tolist())}
         return {
             "task": name,
             "settings": json.loads(json.dumps(settings)),  # tuples become lists, as in a report that was read
             "seed": self.settings.seed,
             # Other numbers do not change with the boxes, nor CorLoc with the images to train on.
-            "data_fingerprint": self.data.test.box_fingerprint if is_discovery else self.data_fingerprint,
-            "model_fingerprint": self.model_fingerprint,
+            "dataset_hash": self.data.test.box_fingerprint if is_discovery else self.dataset_hash,
+            "weights_hash": self.weights_hash,
         }
 
     def _is_of(self, result: dict, name: str, text: Text) -> bool:

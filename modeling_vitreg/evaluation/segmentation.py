@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from modeling_vitreg.metrics import check_masks
 
 from .dense import Descent, fit_head, initialise
-from .intervals import Measured, statistic_of_images
+from .intervals import MetricValue, statistic_of_images
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def fit_segmentation(
     return head
 
 
-def measure_segmentation(areas: Tensor, *, seed: int = 0) -> list[Measured]:
+def measure_segmentation(areas: Tensor, *, seed: int = 0) -> list[MetricValue]:
     """Numbers from areas (I, 3, C).
 
     mean_iou        mean over classes of intersection / (prediction + truth - intersection)

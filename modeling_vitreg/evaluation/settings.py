@@ -19,11 +19,11 @@ class KnnSettings:
     """The vote of `knn.knn_accuracy`.
 
     Args:
-        num_neighbours: training images that vote.
+        num_neighbors: training images that vote.
         temperature: of the softmax over their cosines.
     """
 
-    num_neighbours: int = 20
+    num_neighbors: int = 20
     temperature: float = 0.07
 
 

@@ -10,13 +10,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from modeling_vitreg.metrics import METRICS
 from modeling_vitreg.reports import EvaluationReport
 
 
-_LESS_IS_BETTER = frozenset(("rmse", "abs_rel", "log10", "rmse_log", "silog", "sq_rel"))
-_SHARES = frozenset(("top1", "top5", "mean_iou", "mean_accuracy", "pixel_accuracy", "d1", "d2", "d3", "corloc"))
 _OF_THE_MODEL = frozenset(("image_size", "patch_precision"))  # settings that models of one row need not share
-_IDENTITY = ("task", "metric", "dataset", "data_fingerprint", "settings", "seed")
+_IDENTITY = ("task", "metric", "dataset", "dataset_hash", "settings", "seed")
 
 
 def compare(reports: Sequence[EvaluationReport], *, labels: Sequence[str] | None = None) -> str:
@@ -77,20 +76,20 @@ def _key(result: dict, *, ignored: frozenset) -> str:
 
 def _is_better(result: dict, other: dict) -> bool:
     (low, high), (other_low, other_high) = result["interval"], other["interval"]
-    return high < other_low if result["metric"] in _LESS_IS_BETTER else low > other_high
+    return low > other_high if METRICS[result["metric"]].higher_is_better else high < other_low
 
 
 def _format(result: dict | None, *, is_best: bool) -> str:
     if result is None:
         return "-"
-    scale, digits = (100, 1) if result["metric"] in _SHARES else (1, 3)
+    scale, digits = (100, 1) if METRICS[result["metric"]].unit == "%" else (1, 3)
     value, low, high = (f"{scale * number:.{digits}f}" for number in (result["value"], *result["interval"]))
     return f"**{value}** [{low}, {high}]" if is_best else f"{value} [{low}, {high}]"
 
 
 def _name_metric(metric: str) -> str:
-    direction = "↓" if metric in _LESS_IS_BETTER else "↑"
-    return f"{metric} {direction}{', %' if metric in _SHARES else ''}"
+    about = METRICS[metric]
+    return f"{metric} {'↑' if about.higher_is_better else '↓'}{f', {about.unit}' if about.unit else ''}"
 
 
 def _name_data(key: str, rows: dict) -> str:
@@ -98,7 +97,7 @@ def _name_data(key: str, rows: dict) -> str:
     own = dict(zip(_IDENTITY, json.loads(key)))
     others = [dict(zip(_IDENTITY, json.loads(other))) for other in rows]
     like = [other for other in others if all(other[name] == own[name] for name in ("task", "metric", "dataset"))]
-    differs = [name for name in ("data_fingerprint", "seed") if any(other[name] != own[name] for other in like)]
+    differs = [name for name in ("dataset_hash", "seed") if any(other[name] != own[name] for other in like)]
     words = [f"{name.replace('_', ' ')} {own[name]}" for name in differs]
     settings = [other["settings"] for other in like]
     differs = [name for name in own["settings"] if any(_differ(name, own["settings"], other) for other in settings)]

@@ -17,7 +17,7 @@ from modeling_vitreg.metrics import depth_errors, measure_areas
 from .data import EvaluationData
 from .depth import fit_depth, join_class_token, measure_depth
 from .inputs import ROWS_AT_ONCE, count_mask_classes, linear_inputs, name_of_vector, one_vector, with_labels
-from .intervals import Measured, share_of_counts, share_of_images
+from .intervals import MetricValue, share_of_counts
 from .knn import knn_accuracy
 from .linear import fit_linear
 from .logistic import fit_logistic
@@ -25,7 +25,7 @@ from .objects import OBJECTS, measure_objects
 from .segmentation import fit_segmentation, measure_segmentation
 from .shards import Features
 from .splits import require_classes
-from .top_k import best_counts, is_in_top
+from .top_k import best_counts, rank_classes
 from .zero_shot import embed_classes, similarities
 
 
@@ -43,7 +43,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Bench:
+class TaskInputs:
     """Everything that a task may look at.
 
     Args:
@@ -72,36 +72,36 @@ class Task:
 
     Args:
         kind: of features; see `encoding` and `objects`.
-        measure: from a bench to numbers, and to facts about them.
+        measure: from a inputs to numbers, and to facts about them.
         reads_train: whether training images are encoded.
         obstacle: from encoder, data and text to the reason why there is nothing to measure, None if there is.
     """
 
     kind: str
-    measure: Callable[[Bench], tuple[list[Measured], dict]]
+    measure: Callable[[TaskInputs], tuple[list[MetricValue], dict]]
     reads_train: bool = True
     obstacle: Callable[[Encoder, EvaluationData, Text], str | None] = lambda *_: None
 
 
-def measure_knn(bench: Bench) -> tuple[list[Measured], dict]:
+def measure_knn(inputs: TaskInputs) -> tuple[list[MetricValue], dict]:
     """Share of test images whose class wins the vote."""
-    (train, labels), (test, truth) = (with_labels(part, one_vector(part)) for part in (bench.train, bench.test))
+    (train, labels), (test, truth) = (with_labels(part, one_vector(part)) for part in (inputs.train, inputs.test))
     require_classes(labels)
-    settings, device = bench.settings, bench.encoder.device
-    options = {"num_neighbours": settings.num_neighbours, "temperature": settings.temperature}
-    options["max_neighbours"] = max(200, settings.num_neighbours)
+    settings, device = inputs.settings, inputs.encoder.device
+    options = {"num_neighbors": settings.num_neighbors, "temperature": settings.temperature}
+    options["max_neighbors"] = max(200, settings.num_neighbors)
     accuracy = knn_accuracy(train.to(device), labels, test, truth, **options)
-    facts = {"input": name_of_vector(bench.train), "num_train": len(labels)}
+    facts = {"input": name_of_vector(inputs.train), "num_train": len(labels)}
     return [share_of_counts("top1", round(accuracy * len(truth)), len(truth))], facts
 
 
-def measure_linear(bench: Bench) -> tuple[list[Measured], dict]:
+def measure_linear(inputs: TaskInputs) -> tuple[list[MetricValue], dict]:
     """Top-1 and top-5 of the head that the sweep chose."""
-    settings, seed = bench.settings, bench.seed
-    options = {"num_layers": settings.num_layers, "device": bench.encoder.device}
-    inputs, labels = linear_inputs(bench.train, **options)
-    head = fit_linear(inputs, labels, settings=settings, seed=seed, has_progress_bar=bench.has_progress_bar)
-    inputs, truth = linear_inputs(bench.test, **options)
+    settings, seed = inputs.settings, inputs.seed
+    options = {"num_layers": settings.num_layers, "device": inputs.encoder.device}
+    inputs, labels = linear_inputs(inputs.train, **options)
+    head = fit_linear(inputs, labels, settings=settings, seed=seed, has_progress_bar=inputs.has_progress_bar)
+    inputs, truth = linear_inputs(inputs.test, **options)
     facts = {
         "input": head.input,
         "learning_rate": head.learning_rate,
@@ -111,14 +111,14 @@ def measure_linear(bench: Bench) -> tuple[list[Measured], dict]:
     return _top(head.scores(inputs), truth, head.classes), facts
 
 
-def measure_logistic(bench: Bench) -> tuple[list[Measured], dict]:
+def measure_logistic(inputs: TaskInputs) -> tuple[list[MetricValue], dict]:
     """Top-1 and top-5 of the regression with the C that was chosen."""
-    (train, labels), (test, truth) = (with_labels(part, one_vector(part)) for part in (bench.train, bench.test))
-    settings, seed = bench.settings, bench.seed
-    fit = fit_logistic(train, labels, settings=settings, seed=seed, has_progress_bar=bench.has_progress_bar)
+    (train, labels), (test, truth) = (with_labels(part, one_vector(part)) for part in (inputs.train, inputs.test))
+    settings, seed = inputs.settings, inputs.seed
+    fit = fit_logistic(train, labels, settings=settings, seed=seed, has_progress_bar=inputs.has_progress_bar)
     scores = torch.from_numpy(fit.model.predict_proba(test.double().numpy()))
     facts = {
-        "input": name_of_vector(bench.train),
+        "input": name_of_vector(inputs.train),
         "strength": fit.strength,
         "validation_accuracy": fit.validation_accuracy,
         "is_converged": fit.is_converged,
@@ -127,89 +127,95 @@ def measure_logistic(bench: Bench) -> tuple[list[Measured], dict]:
     return _top(scores, truth, torch.from_numpy(fit.model.classes_)), facts
 
 
-def measure_masks(bench: Bench) -> tuple[list[Measured], dict]:
+def measure_masks(inputs: TaskInputs) -> tuple[list[MetricValue], dict]:
     """Intersection over union, and accuracies, of a linear head on normed patches."""
-    ignore_index, device = bench.data.ignore_index, bench.encoder.device
-    num_classes = len(bench.data.mask_names or ()) or count_mask_classes(
-        [bench.train, bench.test], ignore_index=ignore_index
+    ignore_index, device = inputs.data.ignore_index, inputs.encoder.device
+    num_classes = len(inputs.data.mask_names or ()) or count_mask_classes(
+        [inputs.train, inputs.test], ignore_index=ignore_index
     )
     head = fit_segmentation(
-        lambda rows: (bench.train.take("patches", rows), bench.train.take("masks", rows)),
-        num_images=len(bench.train),
+        lambda rows: (inputs.train.take("patches", rows), inputs.train.take("masks", rows)),
+        num_images=len(inputs.train),
         num_classes=num_classes,
-        settings=bench.settings,
+        settings=inputs.settings,
         ignore_index=ignore_index,
-        seed=bench.seed,
+        seed=inputs.seed,
         device=device,
-        title="segmentation" if bench.has_progress_bar else None,
+        title="segmentation" if inputs.has_progress_bar else None,
     )
     areas = []
-    for rows in torch.arange(len(bench.test)).split(ROWS_AT_ONCE):
-        masks = bench.test.take("masks", rows).long()
+    for rows in torch.arange(len(inputs.test)).split(ROWS_AT_ONCE):
+        masks = inputs.test.take("masks", rows).long()
         with torch.no_grad():
-            scores = head(bench.test.take("patches", rows).to(device).float(), tuple(masks.shape[1:]))
+            scores = head(inputs.test.take("patches", rows).to(device).float(), tuple(masks.shape[1:]))
         own = scores.argmax(dim=1).cpu()
         areas.append(measure_areas(own, masks, num_classes=num_classes, ignore_index=ignore_index))
-    facts = {"num_classes": num_classes, "num_train": len(bench.train)}
-    return measure_segmentation(torch.cat(areas), seed=bench.seed), facts
+    facts = {"num_classes": num_classes, "num_train": len(inputs.train)}
+    return measure_segmentation(torch.cat(areas), seed=inputs.seed), facts
 
 
-def measure_depths(bench: Bench) -> tuple[list[Measured], dict]:
+def measure_depths(inputs: TaskInputs) -> tuple[list[MetricValue], dict]:
     """Errors of a linear head on patches and class token of the last layer, before its norm."""
-    device, max_depth = bench.encoder.device, bench.data.max_depth
-    settings, title = bench.settings, "depth" if bench.has_progress_bar else None
+    device, max_depth = inputs.encoder.device, inputs.data.max_depth
+    settings, title = inputs.settings, "depth" if inputs.has_progress_bar else None
 
     def read(part: Features, rows: Tensor) -> Tensor:
         classes = part.take("class_tokens", rows) if "class_tokens" in part.names else None
         return join_class_token(part.take("patches", rows).float(), classes)
 
     head = fit_depth(
-        lambda rows: (read(bench.train, rows), bench.train.take("depths", rows)),
-        num_images=len(bench.train),
+        lambda rows: (read(inputs.train, rows), inputs.train.take("depths", rows)),
+        num_images=len(inputs.train),
         max_depth=max_depth,
         settings=settings,
-        seed=bench.seed,
+        seed=inputs.seed,
         device=device,
         title=title,
     )
     errors = []
-    for rows in torch.arange(len(bench.test)).split(ROWS_AT_ONCE):
-        depths = bench.test.take("depths", rows)
+    for rows in torch.arange(len(inputs.test)).split(ROWS_AT_ONCE):
+        depths = inputs.test.take("depths", rows)
         with torch.no_grad():
-            own = head(read(bench.test, rows).to(device), tuple(depths.shape[1:])).cpu()
+            own = head(read(inputs.test, rows).to(device), tuple(depths.shape[1:])).cpu()
         errors.append(depth_errors(own, depths, min_depth=settings.min_depth, max_depth=max_depth))
-    return measure_depth(torch.cat(errors), seed=bench.seed), {"max_depth": max_depth, "num_train": len(bench.train)}
+    return measure_depth(torch.cat(errors), seed=inputs.seed), {"max_depth": max_depth, "num_train": len(inputs.train)}
 
 
-def measure_zero_shot(bench: Bench) -> tuple[list[Measured], dict]:
+def measure_zero_shot(inputs: TaskInputs) -> tuple[list[MetricValue], dict]:
     """Top-1 and top-5 of the classes whose prompts are most similar."""
-    names, classes = bench.data.test.class_names, bench.text.class_embeddings
+    names, classes = inputs.data.test.class_names, inputs.text.class_embeddings
     if classes is None:
-        templates = bench.settings.templates
-        classes = embed_classes(bench.encoder.model, bench.text.tokenizer, names, templates=templates)
-    embeddings, truth = with_labels(bench.test, bench.test.load("embeddings"))
+        templates = inputs.settings.templates
+        classes = embed_classes(inputs.encoder.model, inputs.text.tokenizer, names, templates=templates)
+    embeddings, truth = with_labels(inputs.test, inputs.test.load("embeddings"))
     if truth.max() >= len(classes):
         raise ValueError(f"expected an embedding for each class, got {len(classes)} and the label {int(truth.max())}")
     scores = similarities(embeddings, classes.cpu())
-    is_given = bench.text.class_embeddings is not None
+    is_given = inputs.text.class_embeddings is not None
     return _top(scores, truth, torch.arange(len(classes))), {
         "num_classes": len(classes),
         "classes": "embeddings that were given" if is_given else "prompts of the class names",
     }
 
 
-def measure_discovery(bench: Bench) -> tuple[list[Measured], dict]:
+def measure_discovery(inputs: TaskInputs) -> tuple[list[MetricValue], dict]:
     """CorLoc of the object that was found in each image."""
-    (layer,) = layer_numbers(bench.settings.layer, bench.encoder.num_layers, first=1)
-    measured, facts = measure_objects(bench.test, hit=bench.settings.hit)
+    (layer,) = layer_numbers(inputs.settings.layer, inputs.encoder.num_layers, first=1)
+    measured, facts = measure_objects(inputs.test, iou_threshold=inputs.settings.iou_threshold)
     return measured, {"layer": layer, **facts}
 
 
-def _top(scores: Tensor, truth: Tensor, classes: Tensor) -> list[Measured]:
-    return [
-        share_of_images(f"top{number}", is_in_top(scores, truth, classes=classes, num_best=number))
-        for number in best_counts(len(classes))
-    ]
+def _top(scores: Tensor, truth: Tensor, classes: Tensor) -> list[MetricValue]:
+    # Imported here, for k-NN during training needs no `evaluate`.
+    from modeling_vitreg.hf_metrics import Accuracy
+
+    counts, num_images = best_counts(len(classes)), len(truth)
+    if len(scores) != num_images:
+        raise ValueError(f"expected scores of {num_images} images, got {len(scores)}")
+    ranked = rank_classes(scores, classes=classes, num_best=counts[-1])
+    metric = Accuracy(keep_in_memory=True)
+    shares = metric.compute(predictions=ranked.tolist(), references=truth.tolist(), top_k=counts)
+    return [share_of_counts(name, round(share * num_images), num_images) for name, share in shares.items()]
 
 
 def _no_masks(_: Encoder, data: EvaluationData, __: Text) -> str | None:
@@ -249,4 +255,4 @@ TASKS = {
 }
 
 
-__all__ = ["TASKS", "Bench", "Task", "Text"]
+__all__ = ["TASKS", "Task", "TaskInputs", "Text"]

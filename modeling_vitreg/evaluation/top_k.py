@@ -1,4 +1,4 @@
-"""Right or wrong: whether the class of an image is among those of the largest scores.
+"""The classes of largest score, from which top-1 and top-5 accuracy are computed.
 
 Letters: I images, C classes.
 """
@@ -8,31 +8,28 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def is_in_top(scores: Tensor, labels: Tensor, *, classes: Tensor, num_best: int = 1) -> Tensor:
-    """Whether each image (I,) has its label among the `num_best` classes of largest score.
-
-    Among equal scores the first class wins. A label that is none of the classes is never right.
+def rank_classes(scores: Tensor, *, classes: Tensor, num_best: int) -> Tensor:
+    """The `num_best` classes (I, num_best) of largest score; of equal scores the first class comes first.
 
     Args:
         scores: (I, C).
-        labels: (I,).
         classes: (C,), labels of the columns.
-        num_best: k.
+        num_best: at most C.
 
     Raises:
-        ValueError: scores that are not finite, or of another shape.
+        ValueError: the scores are not finite, or have another shape.
     """
-    if scores.shape != (len(labels), len(classes)):
-        raise ValueError(f"expected scores {(len(labels), len(classes))}, got {tuple(scores.shape)}")
+    if scores.ndim != 2 or scores.shape[1] != len(classes):
+        raise ValueError(f"expected scores (images, {len(classes)}), got {tuple(scores.shape)}")
     if not scores.isfinite().all():
         raise ValueError("expected finite scores, got NaN or infinity: a head diverged, lower its learning rate")
     order = scores.cpu().argsort(dim=1, descending=True, stable=True)[:, :num_best]
-    return (classes.cpu()[order] == labels.cpu()[:, None]).any(dim=1)
+    return classes.cpu()[order]
 
 
 def best_counts(num_classes: int) -> tuple[int, ...]:
-    """Which k are worth a number: 1, and 5 where there are more than 5 classes."""
+    """Values of k for top-k accuracy: 1, and 5 if there are more than 5 classes."""
     return (1, 5) if num_classes > 5 else (1,)
 
 
-__all__ = ["best_counts", "is_in_top"]
+__all__ = ["best_counts", "rank_classes"]

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import platform
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
-import transformers
 from PIL import Image
 from torch import Tensor, nn
 
 from modeling_vitreg.modes import eval_mode
+from modeling_vitreg.reports import made_with
 
 from .families import (
     any_image_size,
@@ -86,24 +85,18 @@ class Encoder:
         return {
             "family": self.family,
             "num_parameters": sum(parameter.numel() for parameter in self.model.parameters()),
-            "num_layers": self.num_layers,
-            "num_heads": self.num_heads,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
             "hidden_size": self.hidden_size,
             "patch_shape": list(self.patch_shape),
-            "num_registers": self.num_registers,
+            "num_register_tokens": self.num_registers,
             "has_cls_token": self.has_cls_token,
             "has_distillation_token": self.has_distillation_token,
         }
 
     def made_with(self) -> dict:
         """Versions, device and precision that a measurement of this model is made with."""
-        return {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "device": str(self.device),
-            "dtype": str(self.dtype).removeprefix("torch."),
-        }
+        return made_with(device=str(self.device), dtype=str(self.dtype).removeprefix("torch."))
 
     @property
     def num_prefix_tokens(self) -> int:

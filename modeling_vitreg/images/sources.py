@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
-import json
 import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
+
+from modeling_vitreg.reports import short_hash
 
 from .columns import find_columns, join_texts, sum_up_content
 from .decoding import decode_image
@@ -106,7 +106,7 @@ class ImageSource:
         raws = [self.raw(index) for index in spread]
         contents = [sum_up_content(raw) for raw in raws]
         facts = [self.class_names, labels, paths, contents]
-        return shorten([*facts, *self._columns.sum_up_maps(raws)])
+        return short_hash([*facts, *self._columns.sum_up_maps(raws)])
 
 
 class ImageStream:
@@ -154,7 +154,7 @@ class ImageStream:
         first = [self._columns.to_raw(row, fallback="") for row in itertools.islice(self._dataset, 1)]
         contents = [(os.path.basename(raw["name"]), sum_up_content(raw)) for raw in first]
         facts = [self.class_names, self._dataset.num_shards, files, contents]
-        return shorten([*facts, *self._columns.sum_up_maps(first)])
+        return short_hash([*facts, *self._columns.sum_up_maps(first)])
 
     def examples(
         self, *, seed: int, rank: int = 0, num_processes: int = 1, state: dict | None = None
@@ -217,11 +217,6 @@ class ImageStream:
 def derive_seed(*words: int) -> int:
     """The seed in 1 ... 2 ** 63 - 1 that stands for a sequence of integers: 0 or positive, of any size."""
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1)) or 1
-
-
-def shorten(facts: list) -> str:
-    """Sixteen letters that change with any of the facts."""
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
 __all__ = ["ImageSource", "ImageStream", "derive_seed"]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from modeling_vitreg.analysis.activations import ActivationPeaks, sample_medians
+from modeling_vitreg.analysis.activations import MassiveActivations, sample_medians
 
 
 KINDS = {"cls": 1, "distillation": 0, "registers": 2, "patches": 30}
@@ -16,7 +16,7 @@ def _parts(num_images=4, width=16, seed=0) -> list:
 
 
 def _measure(*batches) -> dict:
-    peaks = ActivationPeaks(1, width=16, kinds=KINDS)
+    peaks = MassiveActivations(1, width=16, kinds=KINDS)
     for parts in batches:
         peaks.add(0, parts)
         peaks.count(len(parts[0]))

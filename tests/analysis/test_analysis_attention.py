@@ -68,11 +68,11 @@ def test_means_equal_those_of_all_images_together():
     for query in range(3):
         expected = {"cls": mass[query, 0], "distillation": 0, "registers": mass[query, 1:3].sum()}
         expected["patches"] = mass[query, 3:].sum()
-        assert layer["mass"][query] == pytest.approx({key: float(value) for key, value in expected.items()})
+        assert layer["attention_share"][query] == pytest.approx({key: float(value) for key, value in expected.items()})
     top = torch.stack([values[image, :, :, 3 + place].mean(dim=0) for image, place in enumerate(places)]).mean(dim=0)
-    assert layer["top_mass"] == pytest.approx(top.tolist())
+    assert layer["top_patch_share"] == pytest.approx(top.tolist())
     even = mass[:, 3:].sum(dim=1) / 6
-    assert layer["top_over_even"] == pytest.approx((top / even).tolist())
+    assert layer["top_patch_ratio"] == pytest.approx((top / even).tolist())
     assert layer["entropy"] == pytest.approx(attention_entropy(values[..., 3:]).mean(dim=(0, 1)).tolist())
-    assert np.array(layer["head_mass"]).shape == (3, 4)
+    assert np.array(layer["head_attention_share"]).shape == (3, 4)
     np.testing.assert_allclose(means.mean_maps(1), mass[:, 3:], rtol=1e-5)

@@ -67,10 +67,10 @@ def test_a_series_has_a_place_for_each_report(planted, drawn, tmp_path):
 
 def test_places_show_the_heat_map_and_both_groups(planted, drawn, tmp_path):
     report, _ = planted
-    figures.draw_places(report, tmp_path / "places.png")
+    figures.draw_positions(report, tmp_path / "outlier_positions.png")
     left, right, _ = drawn[0].axes
-    np.testing.assert_allclose(left.images[0].get_array(), report.places["heat_map"])
-    numbers = report.places["similarity"]
+    np.testing.assert_allclose(left.images[0].get_array(), report.outlier_positions["heat_map"])
+    numbers = report.outlier_positions["similarity"]
     assert [label.split(":")[0] for label in _labels(right)] == ["normal patches", "outlier patches"]
     assert f"{numbers['outlier']['num_patches']}, mean {numbers['outlier']['mean']:.2f}" in _labels(right)[1]
 
@@ -108,7 +108,7 @@ def test_every_model_has_a_page_and_what_it_lacks_is_left_out(drawn, tmp_path, c
     report, examples = _measure(plain_model(**changes), num_images=3, **settings)
     page = write_folder(report, examples, tmp_path).read_text()
     names = {path.stem for path in tmp_path.glob("*.png")}
-    expected = {"norms", "shares", "places", "peaks"}
+    expected = {"norms", "shares", "places", "massive_activations"}
     if settings.get("num_shown", 4):
         expected |= {"norm_maps"}
         if changes.get("has_cls_token", True) and settings.get("num_attention_images", 1):
@@ -124,7 +124,7 @@ def test_a_figure_that_fails_is_left_out_with_a_warning(planted, monkeypatch, ca
     monkeypatch.setattr("modeling_vitreg.analysis.report_dir.draw_norms", fail)
     write_folder(*planted, tmp_path)
     assert "the figure norms was left out: RuntimeError: no paper" in caplog.text
-    assert not (tmp_path / "norms.png").exists() and (tmp_path / "places.png").exists()
+    assert not (tmp_path / "norms.png").exists() and (tmp_path / "outlier_positions.png").exists()
 
 
 def test_files_are_pictures_and_no_setting_of_the_caller_is_touched(planted, tmp_path):
@@ -150,7 +150,7 @@ def test_a_comparison_needs_two_and_bears_a_model_that_was_not_measured(planted,
     report, _ = planted
     with pytest.raises(ValueError, match="two reports or more, got 1"):
         render_comparison([report], {}, command="")
-    unknown = dataclasses.replace(report, layers=[], verdict={"word": "unknown", "sentence": "Unknown."})
+    unknown = dataclasses.replace(report, layers=[], verdict={"level": "unknown", "sentence": "Unknown."})
     page = render_comparison([report, unknown], {}, command="a < b")
     with pytest.raises(ValueError, match="one label for each of 2 reports, got 1"):
         write_comparison([report, unknown], tmp_path, labels=["1k"], axis="training step")

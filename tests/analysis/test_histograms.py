@@ -150,7 +150,7 @@ def test_the_last_layer_decides_if_it_has_any():
         layers = [layer(place, share, rule) for place, share in enumerate(shares, start=1)]
         verdict = judge(layers, input_share=0.02)
         assert not verdict["is_in_input"]  # they do not last from the input on
-        found = (verdict["word"], verdict["layer"], verdict["from_layer"], verdict["to_layer"])
+        found = (verdict["level"], verdict["layer"], verdict["from_layer"], verdict["to_layer"])
         assert found == (word, number, start, end)
 
 

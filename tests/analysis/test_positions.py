@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from modeling_vitreg.analysis.histograms import bin_numbers, next_edge
-from modeling_vitreg.analysis.positions import SIMILARITY_EDGES, PlaceCounts, neighbour_similarity
+from modeling_vitreg.analysis.positions import SIMILARITY_EDGES, PositionCounts, neighbour_similarity
 
 
 def _slow_similarity(patches: np.ndarray, grid: tuple) -> np.ndarray:
@@ -41,7 +41,7 @@ def test_a_flat_image_is_like_its_neighbours_and_a_checkerboard_is_not():
 def test_counts_equal_what_all_images_together_say():
     grid, threshold = (3, 4), next_edge(12.0)
     norms, similarity = torch.rand(2, 20, 12) * 20, torch.rand(20, 12) * 2 - 1
-    counts = PlaceCounts(2, grid=grid)
+    counts = PositionCounts(2, grid=grid)
     for part in (slice(0, 7), slice(7, 20)):
         counts.add(bin_numbers(norms[:, part]), similarity[part])
     is_outlier = (norms[1] >= np.float32(threshold)).numpy()
@@ -51,7 +51,7 @@ def test_counts_equal_what_all_images_together_say():
     ring[1, 1:3] = False
     assert report["border_share"] == pytest.approx(is_outlier[:, ring.ravel()].sum() / is_outlier.sum())
     assert report["border_share_by_chance"] == 10 / 12
-    hottest = report["hottest"][0]
+    hottest = report["most_frequent"][0]
     assert hottest[2] == is_outlier.mean(axis=0).max()
     assert is_outlier.mean(axis=0)[hottest[0] * 4 + hottest[1]] == hottest[2]
     for kind, members in (("outlier", is_outlier), ("normal", ~is_outlier)):
@@ -63,7 +63,7 @@ def test_counts_equal_what_all_images_together_say():
 
 
 def test_a_grid_of_one_patch_has_a_place_and_no_neighbours():
-    counts = PlaceCounts(1, grid=(1, 1))
+    counts = PositionCounts(1, grid=(1, 1))
     counts.add(bin_numbers(torch.full((1, 3, 1), 20.0)), torch.full((3, 1), torch.nan))
     report = counts.summarise(0, threshold=next_edge(10.0))
     assert report["heat_map"] == [[1.0]] and report["similarity"]["outlier"]["mean"] is None

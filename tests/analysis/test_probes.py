@@ -14,7 +14,7 @@ from modeling_vitreg.analysis.probes import (
     probe_position,
     split_images,
 )
-from modeling_vitreg.analysis.reservoir import NUM_LARGEST, NUM_RANDOM, TokenBank, draw_tokens, make_sample
+from modeling_vitreg.analysis.reservoir import NUM_LARGEST, NUM_RANDOM, TokenReservoir, draw_tokens, make_sample
 from modeling_vitreg.features import TokenFeatures
 
 
@@ -120,7 +120,7 @@ def _tokens(num_images=3, num_patches=10, width=4) -> TokenFeatures:
 
 
 def test_the_bank_keeps_random_and_largest_patches_with_their_pixels():
-    tokens, bank = _tokens(), TokenBank(2, patch_shape=(2, 2))
+    tokens, bank = _tokens(), TokenReservoir(2, patch_shape=(2, 2))
     norms = tokens.patch_tokens.norm(dim=-1)
     pixels = torch.arange(40, dtype=torch.float32).view(1, 1, 4, 10).expand(3, 1, 4, 10)
     for part in (slice(0, 1), slice(1, 3)):
@@ -141,7 +141,7 @@ def test_the_bank_keeps_random_and_largest_patches_with_their_pixels():
 
 
 def test_a_sample_has_each_patch_once_and_draws_are_of_their_kind():
-    tokens, bank = _tokens(), TokenBank(10, patch_shape=(2, 2))
+    tokens, bank = _tokens(), TokenReservoir(10, patch_shape=(2, 2))
     norms = tokens.patch_tokens.norm(dim=-1)
     bank.add(tokens, norms, pixel_values=torch.zeros(3, 1, 4, 10), labels=[0, 1, 0])
     kept = bank.collect()

@@ -35,24 +35,24 @@ def test_planted_outliers_are_found_exactly(layer, magnitude):
     shares = [entry["rules"]["automatic"]["share"] for entry in report.layers]
     assert shares == [is_white.mean() * (number >= layer) for number in range(1, DEPTH + 1)]
     verdict = report.verdict
-    assert (verdict["word"], verdict["layer"], verdict["rule"]) == ("many", DEPTH, "valley")
+    assert (verdict["level"], verdict["layer"], verdict["rule"]) == ("many", DEPTH, "valley")
     assert (verdict["from_layer"], verdict["to_layer"]) == (layer, DEPTH)
     assert verdict["num_images_above"] == 24
     assert f"appear in layer {layer}." in verdict["sentence"]
-    np.testing.assert_array_equal(report.places["heat_map"], is_white.mean(axis=0))
+    np.testing.assert_array_equal(report.outlier_positions["heat_map"], is_white.mean(axis=0))
     ring = np.ones(GRID, bool)
     ring[1:-1, 1:-1] = False
-    assert report.places["border_share"] == pytest.approx(is_white[:, ring].sum() / is_white.sum())
-    assert report.places["similarity"]["outlier"]["num_patches"] == is_white.sum()
+    assert report.outlier_positions["border_share"] == pytest.approx(is_white[:, ring].sum() / is_white.sum())
+    assert report.outlier_positions["similarity"]["outlier"]["num_patches"] == is_white.sum()
 
 
 def test_a_clean_model_has_none():
     report = _survey(plain_model(), pictures(24)[0])
-    assert report.verdict["word"] == "none"
+    assert report.verdict["level"] == "none"
     assert report.verdict["sentence"].startswith("No artifacts: 0 % of the patches of layer 4 of 4")
     assert [layer["valley_depth"] for layer in report.layers] == [0] * DEPTH
-    assert report.places["border_share"] is None and not report.places["hottest"]
-    assert not any(sum(layer["massive"]["ratio"].values()) for layer in report.sinks["layers"])
+    assert report.outlier_positions["border_share"] is None and not report.outlier_positions["most_frequent"]
+    assert not any(sum(layer["massive"]["ratio"].values()) for layer in report.massive_activations["layers"])
 
 
 def test_norms_that_differ_before_the_first_layer_are_told_from_what_layers_make():
@@ -69,7 +69,7 @@ def test_norms_that_differ_before_the_first_layer_are_told_from_what_layers_make
 def test_a_few_planted_outliers_are_called_few():
     images = pictures(250, num_white=0)[0] + pictures(8, num_white=1)[0]
     report = _survey(planted_model(layer=2, magnitude=30.0), images, batch_size=64)
-    assert report.verdict["word"] == "few"
+    assert report.verdict["level"] == "few"
     assert report.verdict["share"] == 8 / (258 * 16)
     assert report.verdict["rule"] == "3 x median"  # eight patches are no mode
 
@@ -89,18 +89,18 @@ def test_outliers_that_vanish_before_the_end_are_still_told():
         unit = model.layers[3].mlp.activation(model.layers[3].mlp.fc1(model.layers[3].norm2(states[2])))[0, 0, 0]
         model.layers[3].mlp.fc2.weight[:, 0] = (states[0] - states[1])[0, 0] / unit
     verdict = _survey(model, pictures(24)[0]).verdict
-    assert (verdict["word"], verdict["layer"], verdict["from_layer"], verdict["to_layer"]) == ("many", 2, 2, 3)
+    assert (verdict["level"], verdict["layer"], verdict["from_layer"], verdict["to_layer"]) == ("many", 2, 2, 3)
     assert "are gone after layer 3" in verdict["sentence"]
 
 
 def test_a_planted_channel_is_found():
     report = _survey(planted_model(layer=2, magnitude=400.0, channel=5), pictures(24)[0])
-    last, first = report.sinks["layers"][-1], report.sinks["layers"][0]
+    last, first = report.massive_activations["layers"][-1], report.massive_activations["layers"][0]
     assert last["top_channels"][0][0] == 5 and last["largest"] > 300
     assert last["top_shares"][0] > 0.99 > first["top_shares"][0]
     assert last["carriers"]["patches"] == 1
     assert last["massive"]["vision"]["patches"] == 2 and first["massive"]["ratio"]["patches"] == 0
-    assert report.sinks["channels"][0] == [5, 3]
+    assert report.massive_activations["channels"][0] == [5, 3]
 
 
 def test_numbers_do_not_depend_on_the_batch():
@@ -154,7 +154,7 @@ def test_a_folder_is_read_once_and_its_broken_file_is_counted(tmp_path, is_strea
     report = _survey(planted_model(layer=2, magnitude=50.0), source)
     assert report.images["num_images"] == 6 and report.images["is_complete"]
     assert report.images["num_unreadable"] == 1 and "broken.png" in report.images["unreadable"][0]
-    np.testing.assert_allclose(report.places["heat_map"], is_white.mean(axis=0))
+    np.testing.assert_allclose(report.outlier_positions["heat_map"], is_white.mean(axis=0))
 
 
 @pytest.mark.parametrize("num_registers", [0, 1])
@@ -177,7 +177,7 @@ def test_features_that_are_all_zero_have_a_report(tmp_path):
     for parameter in model.parameters():
         parameter.zero_()
     report = analyze(load_encoder(model), pictures(3)[0], output_folder=tmp_path, settings=SurveySettings(**QUICK))
-    assert report.verdict["word"] == "none" and report.layers[0]["max_over_median"] is None
+    assert report.verdict["level"] == "none" and report.layers[0]["max_over_median"] is None
     assert len(list(tmp_path.glob("*.png"))) == 7
 
 
@@ -210,9 +210,9 @@ def test_features_that_are_not_finite_are_left_out_and_counted():
     assert report.verdict["share"] == 2 / 16
     assert "AttributeError" in report.attention["skipped"]  # of a layer without attention; the rest is there
     report = _survey(model, [Image.new("RGB", (32, 32))] * 3)
-    assert report.verdict["word"] == "unknown" and report.layers == []
+    assert report.verdict["level"] == "unknown" and report.layers == []
     assert "all 3 images hold numbers that are not finite" in report.verdict["sentence"]
-    assert report.places == {"skipped": "no image has finite features"}
+    assert report.outlier_positions == {"skipped": "no image has finite features"}
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_a_folder_holds_page_report_and_figures(tmp_path):
     settings = SurveySettings(**QUICK, num_probe_images=10)
     report = analyze(encoder, images, output_folder=tmp_path, settings=settings, command="vitreg analyze <x>")
     names = {path.name for path in tmp_path.iterdir()}
-    pictures_written = {"norms", "shares", "norm_maps", "places", "attention", "heads", "peaks"}
+    pictures_written = {"norms", "shares", "norm_maps", "places", "attention", "heads", "massive_activations"}
     assert names == {"index.html", "artifacts.json"} | {f"{name}.png" for name in pictures_written}
     page = (tmp_path / "index.html").read_text()
     assert page.count("data:image/png;base64,") == len(pictures_written)
@@ -283,7 +283,7 @@ def test_models_are_compared_side_by_side(tmp_path):
     ]
     settings = SurveySettings(**QUICK)
     reports = compare(encoders, lambda: pictures(8)[0], output_folder=tmp_path, settings=settings, command="go")
-    assert [report.verdict["word"] for report in reports] == ["none", "many"]
+    assert [report.verdict["level"] for report in reports] == ["none", "many"]
     page = (tmp_path / "index.html").read_text()
     assert all(report.verdict["sentence"] in page for report in reports)
     assert (tmp_path / "1" / "index.html").exists() and (tmp_path / "2" / "artifacts.json").exists()

@@ -38,8 +38,8 @@ RESULT = {
     "n": 2718,
     "seed": 5,
     "settings": {},
-    "data_fingerprint": "f00d",
-    "model_fingerprint": "cafe",
+    "dataset_hash": "f00d",
+    "weights_hash": "cafe",
 }
 VERIFIED = {
     "is_verified": True,
@@ -93,7 +93,7 @@ def artifact_report(folder, **architecture):
         "model": "model",
         "architecture": sizes | architecture,
         "images": {"source": "photographs", "num_images": 61, "size": [32, 32], "is_complete": True},
-        "verdict": {"word": "few", "sentence": "Few artifacts: 0.31 % of the patches."},
+        "verdict": {"level": "few", "sentence": "Few artifacts: 0.31 % of the patches."},
         "layers": [],
         "command": "vitreg analyze model photographs",
     }
@@ -227,7 +227,7 @@ def test_results_of_another_model_are_refused(folder):
     with pytest.raises(CardError, match=r"was measured on another model, model: its num_registers is 0"):
         make_plan(folder, "user/name")
     evaluation_report(folder)
-    evaluation_report(folder, name="evaluation-later.json", task="linear", model_fingerprint="beef")
+    evaluation_report(folder, name="evaluation-later.json", task="linear", weights_hash="beef")
     with pytest.raises(CardError, match=r"are of 2 different models \(beef, cafe\)"):
         make_plan(folder, "user/name")
     evaluation_report(folder, name="evaluation-later.json", task="linear")

@@ -1,4 +1,4 @@
-"""Boxes, overlaps, components and annotations, against loops and known truth."""
+"""Boxes, ious, components and annotations, against loops and known truth."""
 
 import json
 
@@ -8,16 +8,9 @@ import torch
 from PIL import Image
 
 from modeling_vitreg.discovery.annotations import AnnotatedImage, read_coco, read_scenes, read_voc
-from modeling_vitreg.discovery.boxes import (
-    best_overlap,
-    box_overlaps,
-    component_boxes,
-    corloc,
-    largest_components,
-    pad_to_patches,
-    seed_components,
-)
+from modeling_vitreg.discovery.boxes import component_boxes, largest_components, pad_to_patches, seed_components
 from modeling_vitreg.images import UnreadableImage
+from modeling_vitreg.metrics import best_iou, box_iou, corloc
 from modeling_vitreg.scenes import SceneSettings, render_scene
 
 
@@ -73,15 +66,15 @@ def test_overlap_equals_the_count_of_shared_pixels():
         picture[top:bottom, left:right] = True
     common = (pixels[:, None] & pixels[None]).sum(axis=(2, 3))
     union = (pixels[:, None] | pixels[None]).sum(axis=(2, 3))
-    np.testing.assert_allclose(box_overlaps(boxes, boxes), common / np.maximum(union, 1))
-    assert best_overlap(boxes[0], np.zeros((0, 4))) == 0
+    np.testing.assert_allclose(box_iou(boxes, boxes), common / np.maximum(union, 1))
+    assert best_iou(boxes[0], np.zeros((0, 4))) == 0
 
 
 def test_corloc_counts_images_whose_box_overlaps_one_of_the_true_boxes_by_half():
     truth = [np.array([[0, 0, 10, 10], [20, 20, 30, 30]])] * 3 + [np.zeros((0, 4))]
     predicted = [[20, 20, 30, 25], [0, 0, 10, 10], [0, 0, 10, 4.9], [0, 0, 1, 1]]
     assert corloc(predicted, truth) == 0.5  # exactly half counts, an image without objects is a miss
-    assert corloc(predicted, truth, hit=0.6) == 0.25
+    assert corloc(predicted, truth, iou_threshold=0.6) == 0.25
     assert corloc(predicted[1:2] * 3 + predicted[3:], truth) == 0.75
     with pytest.raises(ValueError, match="got 4 for 0"):
         corloc(predicted, [])
@@ -147,13 +140,3 @@ def test_scenes_come_with_their_exact_boxes():
 def test_an_image_without_pixels_is_unreadable():
     with pytest.raises(UnreadableImage, match="0 x 4 pixels"):
         AnnotatedImage("flat", Image.new("RGB", (0, 4))).open()
-
-
-def test_corloc_is_a_metric_of_the_library_evaluate(tmp_path):
-    from modeling_vitreg.discovery.corloc import CorLoc
-
-    metric = CorLoc(cache_dir=str(tmp_path))
-    truth = [[[0, 0, 10, 10], [20, 20, 30, 30]], [[0, 0, 4, 4]], []]
-    predicted = [[20, 20, 30, 25], [2, 2, 6, 6], [0, 0, 1, 1]]
-    assert metric.compute(predictions=predicted, references=truth) == {"corloc": 1 / 3}
-    assert metric.compute(predictions=predicted, references=truth, hit=0.1) == {"corloc": 2 / 3}

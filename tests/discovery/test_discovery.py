@@ -18,9 +18,10 @@ from modeling_vitreg.discovery import (
     read_scenes,
     read_source,
 )
-from modeling_vitreg.discovery.boxes import best_overlap, component_boxes, seed_components
+from modeling_vitreg.discovery.boxes import component_boxes, seed_components
 from modeling_vitreg.discovery.figures import draw_discoveries, draw_sweep
 from modeling_vitreg.features import extract_features, load_encoder
+from modeling_vitreg.metrics import best_iou
 from modeling_vitreg.reports import read_report, write_report
 from modeling_vitreg.scenes import SceneSettings
 
@@ -65,7 +66,7 @@ def test_rectangles_are_found_exactly_and_corloc_is_one(transparent):
     report = discover(transparent, images, settings=DiscoverySettings(batch_size=3, **QUIET))
     assert [found["name"] for found in report.predictions] == list(BOXES)
     assert [tuple(found["box"]) for found in report.predictions] == list(BOXES.values())
-    assert report.as_published["corloc"] == 1 and report.as_published["mean_overlap"] == 1
+    assert report.as_published["corloc"] == 1 and report.as_published["mean_iou"] == 1
     assert (report.images["num_images"], report.images["num_annotated"]) == (4, 4)
     assert report.images["is_complete"] and report.images["stopped_by"] is None
 
@@ -76,7 +77,7 @@ def test_images_of_other_sizes_are_padded_and_boxes_cut_to_them(transparent, met
     report = discover(transparent, images, settings=DiscoverySettings(method=method, **QUIET))
     first, second = report.predictions
     assert first["box"] == [40, 24, 61, 43]
-    assert (second["box"], second["overlap"]) == ([40, 0, 64, 16], 1.0)
+    assert (second["box"], second["iou"]) == ([40, 0, 64, 16], 1.0)
 
 
 def test_boxes_of_shrunk_images_are_in_pixels_of_the_original(transparent):
@@ -94,7 +95,7 @@ def test_an_image_smaller_than_a_patch_is_one_patch(transparent):
 
 def test_the_sweep_equals_single_runs_in_one_pass(encoder):
     images = read_scenes(range(6), settings=SceneSettings(image_size=(44, 60)))
-    sweep = Sweep(features=("key", "value"), layers=(2, -1), biases=(0.0, -0.2), is_normalised=True)
+    sweep = Sweep(features=("key", "value"), layers=(2, -1), biases=(0.0, -0.2), is_normalized=True)
     calls = []
     handle = encoder.model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
     report = discover(encoder, images, settings=DiscoverySettings(batch_size=3, **QUIET), sweep=sweep)
@@ -103,10 +104,10 @@ def test_the_sweep_equals_single_runs_in_one_pass(encoder):
     assert len(report.sweep["entries"]) == 8
     for entry in report.sweep["entries"]:
         names = {name: entry[name] for name in ("feature", "layer", "bias")}
-        single = discover(encoder, images, settings=DiscoverySettings(**names, is_normalised=True, **QUIET))
+        single = discover(encoder, images, settings=DiscoverySettings(**names, is_normalized=True, **QUIET))
         expected = {name: single.as_published[name] for name in ("corloc", "num_hits", "num_degenerate")}
         assert {name: entry[name] for name in expected} == expected
-        assert entry["mean_overlap"] == pytest.approx(single.as_published["mean_overlap"])
+        assert entry["mean_iou"] == pytest.approx(single.as_published["mean_iou"])
     hits = [entry["num_hits"] for entry in report.sweep["entries"]]
     assert report.best_of_sweep["num_hits"] == max(hits) and "chosen on the images" in report.best_of_sweep["note"]
     plain = discover(encoder, images, settings=DiscoverySettings(**QUIET))
@@ -123,7 +124,7 @@ def test_scenes_give_the_boxes_of_the_steps_done_by_hand(encoder):
         components = seed_components(result.mask, result.seeds, grid=tokens.grid)
         (box,) = component_boxes(components, patch_shape=(8, 8))
         assert found["box"] == box.tolist()
-        assert found["overlap"] == pytest.approx(best_overlap(box, image.boxes))
+        assert found["iou"] == pytest.approx(best_iou(box, image.boxes))
 
 
 def test_dino_seg_reads_the_attention_of_the_class_token(encoder, tiny):
@@ -226,8 +227,8 @@ def test_settings_that_contradict_are_refused(encoder):
         DiscoverySettings(method="cut")
     with pytest.raises(ValueError, match="feature out of token, query"):
         DiscoverySettings(feature="keys")
-    with pytest.raises(ValueError, match="hit in"):
-        DiscoverySettings(hit=0)
+    with pytest.raises(ValueError, match="iou_threshold in"):
+        DiscoverySettings(iou_threshold=0)
     with pytest.raises(ValueError, match="sweep over at least one"):
         Sweep(layers=())
     with pytest.raises(ValueError, match="layers from 1 to 3"):

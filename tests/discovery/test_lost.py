@@ -61,7 +61,7 @@ def test_centring_and_scaling_come_before_the_products():
     features = smooth(3, 5, 6) + 2
     centred = features - features.mean(dim=1, keepdim=True)
     units = centred / centred.norm(dim=-1, keepdim=True)
-    found = lost(features, is_centred=True, is_normalised=True, bias=-0.1)
+    found = lost(features, is_centered=True, is_normalized=True, bias=-0.1)
     expected = lost(units, bias=-0.1)
     assert torch.equal(found.degrees, expected.degrees) and torch.equal(found.mask, expected.mask)
     torch.testing.assert_close(found.correlation, expected.correlation)
@@ -87,27 +87,27 @@ def test_of_two_objects_of_one_kind_only_that_of_the_seed_is_taken():
 def test_a_bias_brings_back_what_a_common_direction_hides():
     hidden = planted() + 5  # all similarities positive: every degree is the same
     assert lost(hidden).is_degenerate.all()
-    assert torch.equal(lost(hidden, is_centred=True).mask, lost(planted()).mask)
+    assert torch.equal(lost(hidden, is_centered=True).mask, lost(planted()).mask)
     units = hidden / hidden.norm(dim=-1, keepdim=True)
     similarity = units @ units.transpose(1, 2)
     middle = (similarity.min() + similarity.max()).item() / 2
-    assert torch.equal(lost(hidden, is_normalised=True, bias=-middle).mask, lost(planted()).mask)
+    assert torch.equal(lost(hidden, is_normalized=True, bias=-middle).mask, lost(planted()).mask)
 
 
 def test_a_sweep_of_biases_equals_single_runs_and_batches_equal_single_images():
     features = smooth(5, 40, 40)  # more than one chunk
     biases = [0.0, -0.2, 0.3]
-    for bias, swept in zip(biases, lost_with_biases(features, biases=biases, is_centred=True)):
-        single = lost(features, bias=bias, is_centred=True)
+    for bias, swept in zip(biases, lost_with_biases(features, biases=biases, is_centered=True)):
+        single = lost(features, bias=bias, is_centered=True)
         for image in range(5):
-            alone = lost(features[image : image + 1], bias=bias, is_centred=True)
+            alone = lost(features[image : image + 1], bias=bias, is_centered=True)
             assert torch.equal(swept.seeds[image], alone.seeds[0]) and torch.equal(swept.seeds, single.seeds)
             assert torch.equal(swept.mask[image], alone.mask[0]) and torch.equal(swept.mask, single.mask)
 
 
 def test_the_mask_of_the_seed_is_the_component_that_scipy_labels():
     features = smooth(6, 9, 11)
-    found = lost(features, is_centred=True)
+    found = lost(features, is_centered=True)
     components = seed_components(found.mask, found.seeds, grid=(9, 11))
     for mask, seed, component in zip(found.mask.reshape(-1, 9, 11), found.seeds.tolist(), components):
         labels, _ = ndimage.label(mask.numpy())
@@ -117,12 +117,12 @@ def test_the_mask_of_the_seed_is_the_component_that_scipy_labels():
 def test_features_without_information_give_a_defined_result_and_say_so():
     equal = lost(torch.ones(1, 9, 4))
     assert equal.is_degenerate.all() and equal.seeds == 0 and equal.mask.all()
-    centred = lost(torch.ones(1, 9, 4), is_centred=True)
+    centred = lost(torch.ones(1, 9, 4), is_centered=True)
     assert centred.is_degenerate.all() and not centred.mask.any()
     assert seed_components(centred.mask, centred.seeds, grid=(3, 3)).sum() == 1
     one = lost(torch.ones(2, 1, 4))
     assert one.is_degenerate.all() and one.mask.all()
-    zero = lost(torch.zeros(1, 4, 4), is_normalised=True)
+    zero = lost(torch.zeros(1, 4, 4), is_normalized=True)
     assert zero.is_degenerate.all()
 
 

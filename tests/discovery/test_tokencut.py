@@ -79,7 +79,7 @@ def test_errors_of_tokencut_say_what_was_expected():
 
 
 def slow_dino_seg(attention, mass):
-    """One map (P,): add patches from the smallest on; those after which the sum is above 1 - mass are kept."""
+    """One map (P,): add patches from the smallest on; keep those after which the sum is above 1 - mass."""
     total, reached, kept = sum(attention), 0.0, set()
     for place in sorted(range(len(attention)), key=lambda place: (attention[place], place)):
         reached += attention[place] / total
@@ -91,7 +91,7 @@ def slow_dino_seg(attention, mass):
 @pytest.mark.parametrize("mass", [0.3, 0.6, 1.0])
 def test_dino_seg_keeps_the_patches_that_hold_most_of_the_attention(mass):
     attention = torch.rand(2, 3, 20, dtype=torch.float64) ** 3
-    kept = dino_seg(attention, mass=mass)
+    kept = dino_seg(attention, attention_share=mass)
     for image in range(2):
         for head in range(3):
             assert kept[image, head].tolist() == slow_dino_seg(attention[image, head].tolist(), mass)
@@ -100,8 +100,8 @@ def test_dino_seg_keeps_the_patches_that_hold_most_of_the_attention(mass):
 
 
 def test_errors_of_dino_seg_say_what_was_expected():
-    with pytest.raises(ValueError, match="mass above 0 and at most 1, got 0"):
-        dino_seg(torch.rand(2, 4), mass=0)
+    with pytest.raises(ValueError, match="attention_share above 0 and at most 1, got 0"):
+        dino_seg(torch.rand(2, 4), attention_share=0)
     for attention in (torch.zeros(2, 4), torch.tensor([[1.0, torch.nan]]), -torch.rand(1, 3), torch.rand(2, 0)):
         with pytest.raises(ValueError, match="expected attention"):
             dino_seg(attention)

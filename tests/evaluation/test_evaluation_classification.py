@@ -15,11 +15,19 @@ from modeling_vitreg.evaluation.linear import (
 )
 from modeling_vitreg.evaluation.logistic import LogisticSettings, fit_logistic
 from modeling_vitreg.evaluation.splits import hold_out
-from modeling_vitreg.evaluation.top_k import is_in_top
+from modeling_vitreg.evaluation.top_k import rank_classes
 from modeling_vitreg.evaluation.zero_shot import ZeroShotSettings
+from modeling_vitreg.hf_metrics import Accuracy
 
 
 RATES = (0.01, 0.1, 0.5)
+
+
+def _accuracy(scores, labels, *, classes, num_best=1):
+    ranked = rank_classes(scores, classes=classes, num_best=num_best)
+    metric = Accuracy(keep_in_memory=True)
+    found = metric.compute(predictions=ranked.tolist(), references=labels.tolist(), top_k=(num_best,))
+    return found[f"top{num_best}"]
 
 
 def _blobs(num_rows, *, num_classes=4, width=6, spread=1.0):
@@ -67,8 +75,8 @@ def test_the_head_is_chosen_on_the_validation_part_and_good_inputs_win():
     assert (head.input, head.learning_rate) == ("features", 1.0)
     _, held_out = hold_out(300, share=0.1, seed=0)
     scores = head.scores(inputs)
-    is_right = is_in_top(scores, labels * 10 + 3, classes=head.classes)
-    assert is_right[held_out].double().mean() == head.validation_accuracy > 0.8
+    accuracy = _accuracy(scores[held_out], labels[held_out] * 10 + 3, classes=head.classes)
+    assert accuracy == pytest.approx(head.validation_accuracy) and accuracy > 0.8
 
 
 def test_logistic_regression_equals_scikit_learn_with_the_same_sweep():
@@ -87,22 +95,22 @@ def test_logistic_regression_equals_scikit_learn_with_the_same_sweep():
     oracle = LogisticRegression(C=10.0**best, max_iter=1000, tol=1e-10).fit(rows, labels)
     ours = fit.model.predict_proba(test.double().numpy())
     assert ours == pytest.approx(oracle.predict_proba(test.double().numpy()), abs=1e-5)
-    top1 = is_in_top(torch.from_numpy(ours), truth, classes=torch.arange(4))
-    assert top1.double().mean() == oracle.score(test.double(), truth)
+    top1 = _accuracy(torch.from_numpy(ours), truth, classes=torch.arange(4))
+    assert top1 == oracle.score(test.double(), truth)
 
 
 @pytest.mark.parametrize("num_best", [1, 2, 3])
 def test_top_k_equals_scikit_learn(num_best):
     scores, labels = torch.randn(50, 4), torch.randint(4, (50,))
     expected = top_k_accuracy_score(labels, scores, k=num_best, labels=range(4))
-    found = is_in_top(scores, labels * 3, classes=torch.arange(4) * 3, num_best=num_best)
-    assert found.double().mean().item() == expected
+    assert _accuracy(scores, labels * 3, classes=torch.arange(4) * 3, num_best=num_best) == expected
 
 
 def test_a_label_that_is_no_class_is_never_right_and_the_first_of_equals_wins():
     scores = torch.zeros(2, 3)
-    assert is_in_top(scores, torch.tensor([0, 1]), classes=torch.arange(3)).tolist() == [True, False]
-    assert not is_in_top(scores, torch.tensor([7, -1]), classes=torch.arange(3), num_best=3).any()
+    assert rank_classes(scores, classes=torch.arange(3), num_best=3).tolist() == [[0, 1, 2]] * 2
+    assert _accuracy(scores, torch.tensor([0, 1]), classes=torch.arange(3)) == 0.5
+    assert _accuracy(scores, torch.tensor([7, -1]), classes=torch.arange(3), num_best=3) == 0
 
 
 @pytest.mark.parametrize("fit, settings", [(fit_linear, LinearSettings()), (fit_logistic, LogisticSettings())])
@@ -119,7 +127,7 @@ def test_a_head_that_diverged_is_neither_chosen_nor_measured():
     with pytest.raises(ValueError, match="all heads diverged: give learning rates below"):
         fit_linear({"x": 1e12 * features}, labels, settings=LinearSettings(learning_rates=(1e30,), num_steps=20))
     with pytest.raises(ValueError, match="expected finite scores"):
-        is_in_top(torch.full((2, 3), torch.nan), torch.zeros(2).long(), classes=torch.arange(3))
+        rank_classes(torch.full((2, 3), torch.nan), classes=torch.arange(3), num_best=1)
 
 
 def test_settings_out_of_range_are_refused():

@@ -10,7 +10,7 @@ from modeling_vitreg import ViTWithRegistersModel
 from modeling_vitreg.evaluation import EncodingSettings, LabelledImages, open_data
 from modeling_vitreg.evaluation.encoding import encode, fit_map
 from modeling_vitreg.evaluation.inputs import count_mask_classes, linear_inputs
-from modeling_vitreg.evaluation.provenance import fingerprint_model
+from modeling_vitreg.evaluation.model_hash import hash_weights
 from modeling_vitreg.evaluation.sources import FIRST_TEST_SCENE
 from modeling_vitreg.features import extract_features, load_encoder
 from modeling_vitreg.images import DataOptions, ImageSource, UnreadableImage
@@ -58,7 +58,7 @@ def _labelled(dataset):
 
 def _encode(encoder, images, folder, *, kinds=KINDS, **settings):
     settings = EncodingSettings(**{**QUIET, **settings})
-    return encode(encoder, images, kinds=kinds, folder=folder, model_fingerprint="m", settings=settings)
+    return encode(encoder, images, kinds=kinds, folder=folder, weights_hash="m", settings=settings)
 
 
 def test_scenes_have_exact_truth_and_test_images_that_lie_far_from_the_others():
@@ -247,12 +247,12 @@ def test_features_that_are_not_finite_are_counted_and_large_ones_do_not_overflow
 def test_the_fingerprint_of_a_model_changes_with_weights_and_settings_only(tiny, tmp_path):
     def print_of(seed, **settings):
         torch.manual_seed(seed)
-        return fingerprint_model(load_encoder(ViTWithRegistersModel(tiny(**settings)), name=str(seed)))
+        return hash_weights(load_encoder(ViTWithRegistersModel(tiny(**settings)), name=str(seed)))
 
     assert print_of(0) == print_of(0) != print_of(1)
     torch.manual_seed(0)
     ViTWithRegistersModel(tiny()).save_pretrained(tmp_path / "model")
-    assert fingerprint_model(load_encoder(tmp_path / "model")) == print_of(0)
+    assert hash_weights(load_encoder(tmp_path / "model")) == print_of(0)
     assert print_of(0) != print_of(0, layer_norm_eps=1e-3)
 
 

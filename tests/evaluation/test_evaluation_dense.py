@@ -46,15 +46,15 @@ def test_segmentation_equals_a_plain_program_over_all_pixels():
     for own, truth in zip(predicted.flatten().tolist(), masks.flatten().tolist()):
         if truth != 255:
             matrix[truth][own] += 1
-    overlaps, accuracies = [], []
+    ious, accuracies = [], []
     for c in range(5):
         union = sum(matrix[c]) + sum(row[c] for row in matrix) - matrix[c][c]
         if union:
-            overlaps.append(matrix[c][c] / union)
+            ious.append(matrix[c][c] / union)
         if sum(matrix[c]):
             accuracies.append(matrix[c][c] / sum(matrix[c]))
-    assert len(overlaps) == 4  # what neither shows does not count
-    assert found["mean_iou"] == pytest.approx(sum(overlaps) / len(overlaps))
+    assert len(ious) == 4  # what neither shows does not count
+    assert found["mean_iou"] == pytest.approx(sum(ious) / len(ious))
     assert found["mean_accuracy"] == pytest.approx(sum(accuracies) / len(accuracies))
     total = sum(map(sum, matrix))
     assert found["pixel_accuracy"] == pytest.approx(sum(matrix[c][c] for c in range(5)) / total)

@@ -66,14 +66,14 @@ def test_corloc_is_that_of_discover_on_the_same_images(encoder, scenes, tmp_path
     assert (result["task"], result["metric"], result["n"]) == ("discovery", "corloc", NUM_SCENES)
     assert result["value"] == expected.as_published["corloc"]
     assert result["interval"] == list(wilson_interval(hits, NUM_SCENES))
-    assert result["facts"]["mean_overlap"] == pytest.approx(expected.as_published["mean_overlap"])
+    assert result["facts"]["mean_iou"] == pytest.approx(expected.as_published["mean_iou"])
     assert result["facts"]["layer"] == expected.as_published["settings"]["layer"]
-    assert report.data[result["data_fingerprint"]]["test"]["num_images"] == NUM_SCENES
+    assert report.data[result["dataset_hash"]]["test"]["num_images"] == NUM_SCENES
 
 
 def test_a_result_names_the_settings_that_its_method_reads_and_no_others(encoder, scenes, tmp_path):
     (result,) = _run(encoder, scenes, tmp_path, settings=_with(method="tokencut", tau=0.3, batch_size=2)).results
-    expected = {"method": "tokencut", "feature": "key", "layer": -1, "tau": 0.3, "epsilon": 1e-5, "hit": 0.5}
+    expected = {"method": "tokencut", "feature": "key", "layer": -1, "tau": 0.3, "epsilon": 1e-5, "iou_threshold": 0.5}
     assert result["settings"] == expected | {"longest_side": None}
     again = _run(encoder, scenes, tmp_path, settings=_with(method="tokencut", tau=0.3, bias=-0.5, batch_size=3))
     assert len(again.results) == 1  # TokenCut reads no bias, and a batch changes nothing
@@ -207,7 +207,7 @@ def test_boxes_of_every_source_give_one_corloc(encoder, tmp_path):
     for number, data in enumerate(opened):
         (result,) = _run(encoder, data, tmp_path / f"out {number}").results
         assert (result["n"], result["value"]) == (10, expected["corloc"]), number
-        assert result["facts"]["mean_overlap"] == pytest.approx(expected["mean_overlap"])
+        assert result["facts"]["mean_iou"] == pytest.approx(expected["mean_iou"])
     assert len({data.test.box_fingerprint for data in opened[:3]}) == 3
 
 
@@ -235,7 +235,7 @@ def test_images_without_boxes_that_cannot_be_read_or_with_boxes_outside_are_left
     (folder / "images" / "0.png").write_bytes(b"no picture")
     report = _run(encoder, open_data(str(folder / "images"), annotations=folder / "coco.json"), tmp_path / "out")
     (result,) = report.results
-    counts = report.data[result["data_fingerprint"]]["test"]
+    counts = report.data[result["dataset_hash"]]["test"]
     assert (result["n"], counts["num_images"], counts["num_unreadable"]) == (4, 4, 2)
     assert "0.png" in counts["unreadable"][0] and "is the layout of the boxes another one?" in counts["unreadable"][1]
     with pytest.raises(ValueError, match="discovery: no image could be read"):

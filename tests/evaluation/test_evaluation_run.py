@@ -69,8 +69,8 @@ def test_a_report_holds_every_number_with_its_circumstances(encoder, scenes, tmp
         low, high = result["interval"]
         assert low <= result["value"] <= high and result["n"] == 60 and result["seed"] == 0
         assert result["settings"]["image_size"] == [32, 32] and result["facts"]["num_train"] == 150
-        assert result["model_fingerprint"] == report.architecture["fingerprint"]
-        assert report.data[result["data_fingerprint"]]["test"]["num_images"] == 60
+        assert result["weights_hash"] == report.architecture["weights_hash"]
+        assert report.data[result["dataset_hash"]]["test"]["num_images"] == 60
         assert result["command"] == report.command == "vitreg evaluate tiny"
         assert (result["dataset"], result["split"], result["revision"]) == ("scenes of 32 pixels", "test", None)
 
@@ -132,7 +132,7 @@ def test_a_task_that_fails_takes_no_other_with_it(encoder, scenes, tmp_path, mon
 
 def test_a_done_task_is_not_skipped_when_what_it_needed_is_gone(encoder, scenes, tmp_path):
     _run(encoder, scenes, tmp_path, tasks=["segmentation", "knn"])
-    bare = dataclasses.replace(SETTINGS, knn=dataclasses.replace(SETTINGS.knn, num_neighbours=3))
+    bare = dataclasses.replace(SETTINGS, knn=dataclasses.replace(SETTINGS.knn, num_neighbors=3))
     report = _run(encoder, scenes, tmp_path, tasks=["zero_shot", "segmentation"], settings=bare)
     assert set(report.skipped) == {"zero_shot"} and len(report.results) == 4
     assert not _run(encoder, scenes, tmp_path, tasks=["segmentation"]).skipped  # those that were asked for last
@@ -217,14 +217,14 @@ def test_the_task_can_fail_and_succeed(tiny, scenes, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
         colours = open_data("scenes", **whole, options=DataOptions(label_column="colours"))
-    accuracy = knn_accuracy(*_pixels(colours.train, 8), *_pixels(colours.test, 8), num_neighbours=5)
+    accuracy = knn_accuracy(*_pixels(colours.train, 8), *_pixels(colours.test, 8), num_neighbors=5)
     chance = 1 / len(colours.train.class_names)
     assert wilson_interval(round(accuracy * 60), 60)[0] > chance
 
 
 def _report(model, *results, **changes):
     fields = {field.name: {} for field in dataclasses.fields(EvaluationReport)}
-    shared = {"dataset": "birds", "data_fingerprint": "f", "settings": {"num_steps": 5}, "seed": 0, "n": 60}
+    shared = {"dataset": "birds", "dataset_hash": "f", "settings": {"num_steps": 5}, "seed": 0, "n": 60}
     rows = [
         {"task": task, "metric": metric, "value": value, "interval": interval, "interval_method": "Wilson, 95 %"}
         | shared
@@ -255,7 +255,7 @@ def test_numbers_of_other_data_or_settings_stand_in_other_rows():
     first, second = _report("a", result), _report("b", result, settings={"num_steps": 9})
     lines = compare([first, second]).splitlines()
     assert "| birds (num_steps 5) | 90.0 [85.0, 95.0] | - |" in lines[2] and "(num_steps 9) | - |" in lines[3]
-    third = _report("b", result, data_fingerprint="g")
+    third = _report("b", result, dataset_hash="g")
     assert "birds (data fingerprint g)" in compare([first, third])
 
 

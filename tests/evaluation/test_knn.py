@@ -15,26 +15,26 @@ def _blobs(num_rows: int, *, num_classes: int = 5, spread: float = 1.6, width: i
     return centres[labels] + spread * torch.randn(num_rows, width), labels
 
 
-def _plain_loop(features, labels, held_out, held_out_labels, *, num_neighbours, temperature, max_neighbours):
+def _plain_loop(features, labels, held_out, held_out_labels, *, num_neighbors, temperature, max_neighbors):
     right = 0
     for row, truth in zip(held_out.tolist(), held_out_labels.tolist()):
         cosines = []
         for other, label in zip(features.tolist(), labels.tolist()):
             dot = sum(a * b for a, b in zip(row, other))
             cosines.append((dot / math.hypot(*row) / math.hypot(*other), label))
-        cosines = sorted(cosines, reverse=True)[:max_neighbours]
+        cosines = sorted(cosines, reverse=True)[:max_neighbors]
         total = sum(math.exp(cosine / temperature) for cosine, _ in cosines)
         votes = {}
-        for cosine, label in cosines[:num_neighbours]:
+        for cosine, label in cosines[:num_neighbors]:
             votes[label] = votes.get(label, 0) + math.exp(cosine / temperature) / total
         right += max(votes, key=votes.get) == truth
     return right / len(held_out)
 
 
-@pytest.mark.parametrize("num_neighbours, max_neighbours", [(1, 1), (3, 200), (20, 30), (50, 50)])
-def test_accuracy_equals_the_plain_loop(num_neighbours, max_neighbours):
+@pytest.mark.parametrize("num_neighbors, max_neighbors", [(1, 1), (3, 200), (20, 30), (50, 50)])
+def test_accuracy_equals_the_plain_loop(num_neighbors, max_neighbors):
     data = *_blobs(80), *_blobs(60)
-    options = {"num_neighbours": num_neighbours, "temperature": 0.2, "max_neighbours": max_neighbours}
+    options = {"num_neighbors": num_neighbors, "temperature": 0.2, "max_neighbors": max_neighbors}
     accuracy = knn_accuracy(*data, **options)
     assert accuracy == _plain_loop(*data, **options)
     assert 0.3 < accuracy < 0.95  # neither chance nor certainty, where everything would agree
@@ -87,14 +87,14 @@ def test_neighbours_are_found_in_float32_under_autocast():
     features = torch.stack([angles.cos(), angles.sin()], dim=1)
     labels = torch.tensor([1, 0])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert knn_accuracy(features, labels, features, labels, num_neighbours=1) == 1
+        assert knn_accuracy(features, labels, features, labels, num_neighbors=1) == 1
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"num_neighbours": 300}, "num_neighbours <= max_neighbours, got 300 and 200"),
-        ({"num_neighbours": 0}, "1 <= num_neighbours"),
+        ({"num_neighbors": 300}, "num_neighbors <= max_neighbors, got 300 and 200"),
+        ({"num_neighbors": 0}, "1 <= num_neighbors"),
         ({"temperature": 0.0}, "temperature above 0, got 0.0"),
         ({"chunk": 0}, "chunks of 1 or more rows, got 0"),
         ({"features": torch.ones(4)}, r"features \(rows, width\) with at least one row, got shape \(4,\)"),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, jaccard_score
 
-from modeling_vitreg.evaluation.metrics import Accuracy, DepthErrors, MeanIoU
+from modeling_vitreg.hf_metrics import Accuracy, CorLoc, DepthErrors, MeanIoU
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def test_accuracy_is_that_of_scikit_learn(random):
     assert Accuracy().compute(predictions=found, references=truth) == {"accuracy": pytest.approx(expected)}
 
 
-def test_mean_iou_is_that_of_scikit_learn_over_all_pixels_of_images_of_any_size(random):
+def test_mean_iouis_that_of_scikit_learn_over_all_pixels_of_images_of_any_size(random):
     truths = [random.integers(0, 4, shape) for shape in ((6, 8), (5, 9), (7, 3))]  # class 4 is nowhere
     found = [np.where(random.random(truth.shape) < 0.6, truth, random.integers(0, 4, truth.shape)) for truth in truths]
     flat_truth, flat_found = (np.concatenate([part.ravel() for part in parts]) for parts in (truths, found))
@@ -43,3 +43,11 @@ def test_errors_of_depth_are_means_over_images(random):
     rmse = np.mean([np.sqrt(np.mean((own - truth) ** 2)) for own, truth in known])
     d1 = np.mean([np.mean(np.maximum(own / truth, truth / own) < 1.25) for own, truth in known])
     assert (numbers["rmse"], numbers["d1"]) == (pytest.approx(rmse, rel=1e-5), pytest.approx(d1))
+
+
+def test_corloc_is_a_metric_of_the_library_evaluate(tmp_path):
+    metric = CorLoc(cache_dir=str(tmp_path))
+    truth = [[[0, 0, 10, 10], [20, 20, 30, 30]], [[0, 0, 4, 4]], []]
+    predicted = [[20, 20, 30, 25], [2, 2, 6, 6], [0, 0, 1, 1]]
+    assert metric.compute(predictions=predicted, references=truth) == {"corloc": 1 / 3}
+    assert metric.compute(predictions=predicted, references=truth, iou_threshold=0.1) == {"corloc": 2 / 3}
