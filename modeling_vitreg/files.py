@@ -95,6 +95,20 @@ def make_folder(path: str | os.PathLike) -> pathlib.Path:
     return path
 
 
+def check_writable(folder: str | os.PathLike) -> pathlib.Path:
+    """Make a folder and write an empty file into it, so that hours of work do not end at a disk that is read-only.
+
+    Raises:
+        OSError: the folder cannot be made or written.
+    """
+    folder = make_folder(folder)
+    with _errors_about(folder):
+        probe = folder / f".writable.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    return folder
+
+
 def checksum(path: str | os.PathLike) -> str:
     """CRC-32 of a file, 8 hexadecimal digits: finds damage, not deceit."""
     value = 0
@@ -160,4 +174,4 @@ def _errors_about(path: pathlib.Path) -> Iterator[None]:
         raise
 
 
-__all__ = ["atomic_folder", "atomic_write", "checksum", "make_folder", "write_text"]
+__all__ = ["atomic_folder", "atomic_write", "check_writable", "checksum", "make_folder", "write_text"]

@@ -15,6 +15,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -284,6 +285,13 @@ def short_hash(values: object, *, sort_keys: bool = True) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=sort_keys).encode()).hexdigest()[:16]
 
 
+def escape_markdown(text: str) -> str:
+    """A name from outside in one line of Markdown or of a cell in its tables, without any markup."""
+    line = " ".join("".join(letter if letter.isprintable() else " " for letter in str(text)).split())
+    escaped = re.sub(r"([\\`*\[\]#|])", r"\\\1", line)
+    return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
 # Files -------------------------------------------------------------------------------------------------------------
 
 
@@ -365,6 +373,7 @@ __all__ = [
     "DiscoveryReport",
     "EvaluationReport",
     "command_line",
+    "escape_markdown",
     "find_commit",
     "made_with",
     "read_report",

@@ -1,10 +1,10 @@
-"""What registers are worth to a finished model: replace them inside the network and compare what comes out.
+"""Register ablation: replace the registers inside a trained network and compare the final tokens.
 
-Setting registers to zero takes the model where it has never been, and so overstates their importance; values that are
-plausible but say nothing about the image (their mean over images, noise around it, those of another image) are the
-controls (arXiv 2604.14433). What zero costs beyond the controls is the shock, what the controls cost is information.
+A model has never seen registers of zeros, so zeros overstate the effect. Plausible values without information about
+the image (the mean over images, noise around it, registers of another image) are the controls (arXiv 2604.14433):
+their effect is the loss of information, and the further effect of zeros is that of unusual inputs.
 
-Registers are replaced at the input of every layer from `from_layer` on, by what the unharmed model has there.
+Registers are replaced at the input of each layer from `from_layer` on, by values computed from the unchanged model.
 
 Letters for shapes: B images, L layers, R registers, P patches, D width.
 """
@@ -23,11 +23,11 @@ from modeling_vitreg.modes import eval_mode
 
 
 MODES = {
-    "zeroed": "set to zero",
-    "mean": "set to their mean over the images",
-    "noise": "drawn at random, with their mean and deviation over the images",
-    "shuffled": "those of another image",
-    "removed": "taken out of the sequence",
+    "zeroed": "zeros",
+    "mean": "mean over the images",
+    "noise": "random, with the mean and standard deviation over the images",
+    "shuffled": "registers of another image",
+    "removed": "removed from the sequence",
 }
 
 
@@ -40,20 +40,20 @@ def ablate_registers(
     seed: int = 0,
     score: Callable[[Tensor | None, Tensor], float] | None = None,
 ) -> dict:
-    """Replace the registers of a model in five ways and measure how far class token and patches move.
+    """Replace the registers of a model in five ways, and measure the change of class token and patches.
 
     Args:
-        model: of this package, with or without a head; it is left as it was.
+        model: a model of this package, with or without a head; it is not changed.
         pixel_values: (B, C, height, width), two images or more.
-        from_layer: first layer whose input is changed, from 1. "removed" takes them out from the start.
-        seed: of the noise.
-        score: of normed class tokens (B, D), or None, and patch tokens (B, P, D), such as the accuracy of a probe.
+        from_layer: first layer whose input is changed, from 1; "removed" removes the registers from the embedding on.
+        seed: random seed of the noise.
+        score: function of normed class tokens (B, D) or None and patch tokens (B, P, D), such as a probe accuracy.
 
     Returns:
-        `num_images`, `num_registers`, `from_layer`, `measured` in words, `score` of the unharmed model where one was
-        given, and `modes`: for each of `MODES` its `meaning`, its `score`, and for `cls` (None without a class token)
-        and `patches` the mean `cosine` with the unharmed tokens, and the mean `distance`, relative to their norm, with
-        `distance_error`, its standard error over images.
+        `num_images`, `num_register_tokens`, `from_layer`, `measured` (a description), `score` of the unchanged model
+        if a score was given, and `modes`: for each of `MODES` its `meaning`, its `score`, and for `cls` (None without
+        a class token) and `patches` the mean `cosine` with the tokens of the unchanged model, and the mean `distance`
+        relative to their norm with `distance_error`, its standard error over images.
 
     Raises:
         ValueError: a model of another package or without registers, fewer than two images, or no such layer.
@@ -80,7 +80,7 @@ def ablate_registers(
         "num_images": len(pixel_values),
         "num_register_tokens": base.config.num_register_tokens,
         "from_layer": from_layer,
-        "measured": "normed tokens of the last layer against those of the unharmed model",
+        "measured": "normed tokens of the last layer, compared with those of the unchanged model",
         "modes": modes,
     }
     return report if score is None else {**report, "score": float(score(*whole))}
@@ -93,7 +93,9 @@ def _check(model: nn.Module, pixel_values: Tensor, from_layer: int) -> ViTWithRe
     if not base.config.num_register_tokens:
         raise ValueError("expected a model with registers, got one without: there is nothing to ablate")
     if len(pixel_values) < 2:
-        raise ValueError(f"expected two images or more, got {len(pixel_values)}: registers are exchanged among images")
+        raise ValueError(
+            f"expected two images or more, got {len(pixel_values)}: registers are exchanged between images"
+        )
     if not 1 <= from_layer <= base.config.num_hidden_layers:
         raise ValueError(f"expected from_layer in 1 ... {base.config.num_hidden_layers}, got {from_layer}")
     return base
@@ -117,7 +119,7 @@ def _run_and_record(base: ViTWithRegistersModel, pixel_values: Tensor) -> tuple:
 
 
 def _substitutes(states: list[Tensor], mode: str, seed: int) -> list[Tensor]:
-    """What stands in the place of the registers (B, R, D) at the input of each layer."""
+    """Values that replace the registers (B, R, D) at the input of each layer."""
     if mode == "zeroed":
         return [torch.zeros_like(state) for state in states]
     if mode == "shuffled":

@@ -1,8 +1,8 @@
-"""Massive activations: single entries of the residual stream, far above all others, in few channels and few tokens.
+"""Massive activations: entries of the residual stream far above all others, in few channels and few tokens.
 
 An entry is massive if its magnitude is above 100 and above 1000 times the median magnitude of its image and layer
-(Sun et al. 2024, arXiv 2402.17762). In Vision Transformers they stay below 500, so that the second test can fail on a
-channel that is plainly an outlier; a factor of 100, and the ratio alone, are counted beside it.
+(Sun et al. 2024, arXiv 2402.17762). In Vision Transformers the largest entries stay below 500 and rarely reach that
+ratio, so a ratio of 100, and that ratio alone, are counted as well.
 
 Letters for shapes: L layers, B images, N tokens, D width.
 """
@@ -20,7 +20,7 @@ _SAMPLE = 4096  # entries of an image behind its median
 
 
 class MassiveActivations:
-    """The largest entries of every layer, image by image, in constant memory.
+    """The largest entries of each layer, batch by batch, in constant memory.
 
     Args:
         num_layers: L.
@@ -39,9 +39,9 @@ class MassiveActivations:
         self._massive = {name: np.zeros((num_layers, len(kinds)), np.int64) for name in (*MASSIVE_RATIOS, "ratio")}
 
     def add(self, layer: int, parts: list[Tensor]) -> None:
-        """Add the tokens of a layer, from 0: (B, n, D) of each of `kinds`, n may be 0. `count` then counts the images.
+        """Add the tokens (B, n, D) of each of `kinds` of one layer, n may be 0. `count` then counts the images.
 
-        The median is that of the last kind, the patches, which are most of the tokens.
+        The median is computed over the last kind, the patches, which are most of the tokens.
         """
         sizes = [part.detach().abs().float() for part in parts]
         medians = sample_medians(sizes[-1])  # [B]
@@ -62,18 +62,18 @@ class MassiveActivations:
                 self._massive[name][layer] += np.array(found)
 
     def count(self, num_images: int) -> None:
-        """Count the images of a batch, once all its layers were added."""
+        """Count the images of a batch after all its layers were added."""
         self.num_images += num_images
 
     def summarise(self) -> dict:
         """Numbers of all layers.
 
         Returns:
-            `num_images`, `criteria` in words, `channels` that are largest in most layers, and `layers`, each with
-            `layer` (from 1), `largest`, `median` magnitude, `largest_over_median` of one image, `top_channels` as
-            [channel, largest], `top_shares` of the squared norm held by the first and the first three channels,
-            `carriers` (share of images whose largest entry lies in a token of each kind) and `massive` (entries of
-            an image by criterion and kind of token).
+            `num_images`, `criteria` (descriptions), `channels` that are largest in most layers, and `layers`, each
+            with `layer`, `largest`, `median` magnitude, the maximum over images of `largest_over_median`,
+            `top_channels` as [channel, largest], `top_shares` (shares of the squared norm in the largest and the three
+            largest channels), `carriers` (share of images whose largest entry lies in a token of each kind) and
+            `massive` (entries per image by criterion and kind of token).
         """
         layers = [self._summarise_layer(number) for number in range(len(self._largest))]
         leaders, counts = np.unique([layer["top_channels"][0][0] for layer in layers], return_counts=True)
@@ -112,10 +112,10 @@ class MassiveActivations:
 
 
 def sample_medians(sizes: Tensor) -> Tensor:
-    """Median (B,) of the entries (B, N, D) of each image, over some thousands spread evenly over it: the exact one of
-    all entries would cost more than the layer that made them."""
+    """Approximate median (B,) of the entries (B, N, D) of each image, over thousands of evenly spaced ones; the exact
+    median would cost more time than the layer itself."""
     entries = sizes.flatten(1)
-    # An odd step, for one that divides the width would meet few channels.
+    # An odd step: one that divides the width would visit few channels.
     step = max(entries.shape[1] // _SAMPLE, 1) | 1
     return entries[:, ::step].median(dim=1).values
 

@@ -1,11 +1,11 @@
-"""Where class token and registers look, how much of it falls on which tokens, and whether registers differ at all.
+"""Attention of the class token and the registers, its distribution over tokens, and similarity of the registers.
 
-Maps are probabilities over all tokens: a map over the patches sums to one minus what its query gives to the prefix.
+Maps are probabilities over all tokens: a map over the patches sums to one minus the attention on the prefix.
 
 Letters for shapes: B images, H heads, Q prefix tokens as queries, N tokens, P patches, R registers, D width.
 
-Source: Darcet et al. 2024, arXiv 2309.16588, section 3.4. Registers that start equal stay equal, for they have no
-position; then R registers do the work of one.
+Source: Darcet et al. 2024, arXiv 2309.16588, section 3.4. Registers that start equal stay equal, because they
+have no position; R equal registers act as one.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-DUPLICATE_COSINE = 0.999  # of two registers that count as one
+DUPLICATE_COSINE = 0.999  # from this similarity on, two registers count as equal
 
 
 def attention_entropy(maps: Tensor) -> Tensor:
-    """Entropy of maps (..., P) over the patches, each scaled to sum to one, over that of an even map: from 0 to 1.
+    """Entropy of maps (..., P), each scaled to sum to one, divided by that of a uniform map: from 0 to 1.
 
-    Not a number for a map without mass and for a single patch.
+    NaN for a map of zeros and for a single patch.
     """
     shares = maps.float() / maps.float().sum(-1, keepdim=True)
     return torch.special.entr(shares).sum(-1) / np.log(maps.shape[-1])
 
 
 def map_overlap(maps: Tensor) -> Tensor:
-    """How much maps (..., Q, P) of several queries overlap, (..., Q, Q): 1 for equal maps, 0 for disjoint ones.
+    """Overlap (..., Q, Q) of the maps (..., Q, P) of several queries: 1 for equal maps, 0 for disjoint ones.
 
     overlap of a and b = sum over patches of the smaller of both, each scaled to sum to one
     """
@@ -38,13 +38,14 @@ def map_overlap(maps: Tensor) -> Tensor:
 
 
 def register_similarity(registers: Tensor) -> Tensor:
-    """Mean over images of the cosine similarity between registers (B, R, D), as (R, R)."""
+    """Cosine similarity (R, R) between registers (B, R, D), mean over images."""
     units = F.normalize(registers.float(), dim=-1)
     return (units @ units.transpose(1, 2)).mean(0)
 
 
 def find_duplicates(similarity: Tensor, *, least: float = DUPLICATE_COSINE) -> list[list[int]]:
-    """Groups of two or more registers, counted from 1, whose similarity with the first of the group is `least`."""
+    """Groups of two or more registers, counted from 1, whose similarity to the first of the group is at least
+    `least`."""
     groups, is_taken = [], [False] * len(similarity)
     for first in range(len(similarity)):
         if is_taken[first]:
@@ -59,10 +60,10 @@ def find_duplicates(similarity: Tensor, *, least: float = DUPLICATE_COSINE) -> l
 
 
 class AttentionMeans:
-    """Means over images of what the prefix tokens attend to, layer by layer, in constant memory.
+    """Attention of the prefix tokens in each layer, mean over images, in constant memory.
 
     Args:
-        num_layers: that are measured.
+        num_layers: number of layers that are measured.
         kinds: number of tokens of each kind, in order: cls, distillation, registers, patches.
     """
 
@@ -77,12 +78,15 @@ class AttentionMeans:
         self.num_images = 0
         self._sums = [{} for _ in range(num_layers)]
 
+    def __len__(self) -> int:
+        return len(self._sums)
+
     def add(self, probabilities: list[Tensor], top_places: Tensor) -> None:
         """Add a batch.
 
         Args:
             probabilities: (B, H, Q, N) of each layer.
-            top_places: (B,), the patch with the largest norm at the output.
+            top_places: (B,), the patch with the largest norm in the last layer.
         """
         num_prefix = len(self.queries)
         for sums, values in zip(self._sums, probabilities):
@@ -104,18 +108,19 @@ class AttentionMeans:
         self.num_images += len(top_places)
 
     def summarise(self, layers: list[int]) -> dict:
-        """Numbers of all layers, which are those with these numbers, from 1.
+        """Numbers of the measured layers, whose numbers are `layers`.
 
         Returns:
-            `num_images`, `queries`, and `layers`, each with `layer` and for every query `entropy` (1: even),
-            `mass` on each kind of token, `top_mass` on the patch with the largest norm with `top_over_even`, its ratio
-            to an even share of the patches' mass, `head_mass` on the patches by head, and `overlap` with every query.
+            `num_images`, `queries`, and `layers`, each with `layer` and for each query `entropy` (1: uniform),
+            `attention_share` on each kind of token, `top_patch_share` on the patch with the largest norm,
+            `top_patch_ratio` of that share to a uniform one, `head_attention_share` on the patches by head, and
+            `overlap` with each query.
         """
         numbers = [self._summarise_layer(sums, layer) for sums, layer in zip(self._sums, layers)]
         return {"num_images": self.num_images, "queries": self.queries, "layers": numbers}
 
     def mean_maps(self, place: int) -> np.ndarray:
-        """Mean over images and heads of the maps (Q, P) of the layer at a place of the list that was measured."""
+        """Maps (Q, P) of a measured layer, by its index, mean over images and heads."""
         return self._sums[place]["map"] / self.num_images
 
     def _summarise_layer(self, sums: dict, layer: int) -> dict:

@@ -1,9 +1,8 @@
-"""Histograms of norms that grow image by image in constant memory, and what can be read from them.
+"""Histograms of norms, updated batch by batch in constant memory.
 
-The edges of the bins are fixed before the first image, 64 to a decade and with 150, the paper's threshold, among them.
-So the counts are exact however the images were split into batches, and a threshold that is one of the edges divides
-the patches exactly, although it is chosen after the last image: no second pass, and no norm is kept. A rule that
-gives another number is moved up to the next edge, by 3.7 % at most. A norm at the threshold counts as above it.
+The bin edges are fixed in advance, 64 per decade, and include 150, the threshold of the paper. Counts therefore do not
+depend on the batches, and a threshold that is an edge divides the patches exactly although it is chosen after the last
+image. Other thresholds are rounded up to the next edge, by at most 3.7 %. A norm at the threshold counts as above it.
 
 Letters for shapes: L layers, B images, P tokens of an image, K edges; K + 1 bins, the outer two open.
 """
@@ -30,7 +29,7 @@ _LEAST_COUNT = 10  # tokens above a valley
 
 
 class NormHistograms:
-    """Histograms of the norms of tokens, one a layer, with what an interval over images needs.
+    """Histograms of token norms, one per layer, and the sums that an interval over images needs.
 
     Args:
         num_layers: L.
@@ -45,7 +44,7 @@ class NormHistograms:
         self._smallest, self._largest = np.full(num_layers, np.inf), np.zeros(num_layers)
 
     def add(self, norms: Tensor, *, bins: Tensor | None = None) -> None:
-        """Add the norms (L, B, P) of a batch; `bins` are their `bin_numbers`, where the caller has them already.
+        """Add the norms (L, B, P) of a batch; `bins` are their `bin_numbers`, if the caller has computed them.
 
         Raises:
             ValueError: norms of another number of layers, or that are not finite.
@@ -56,7 +55,7 @@ class NormHistograms:
                 f"{tuple(norms.shape)} with {(~norms.isfinite()).sum().item()} that are not finite"
             )
         counts = count_bins(bin_numbers(norms) if bins is None else bins).cpu()  # [L, B, P] -> [L, B, K + 1]
-        # The tokens of an image above edge k are those in the bins behind it.
+        # The tokens of an image above edge k are those in the bins after it.
         above = counts.flip(-1).cumsum(-1).flip(-1)[..., 1:]  # [L, B, K + 1] -> [L, B, K]
         self.counts += counts.sum(1).numpy()
         self.images_above += (above > 0).sum(1).numpy()
@@ -71,7 +70,7 @@ class NormHistograms:
         self.num_tokens += norms[0].numel()
 
     def moments(self, layer: int) -> dict:
-        """Mean, standard deviation, smallest and largest norm of a layer, counted from 0; all exact."""
+        """Exact mean, standard deviation, minimum and maximum of a layer, by its index."""
         mean = self._sums[layer] / self.num_tokens
         variance = max(self._squares[layer] / self.num_tokens - mean**2, 0.0)
         return {
@@ -82,9 +81,9 @@ class NormHistograms:
         }
 
     def quantile(self, layer: int, share: float) -> float:
-        """The norm below which a `share` of the tokens lie, at most one bin, 3.7 %, from the exact one.
+        """Norm below which a `share` of the tokens lie, within one bin (3.7 %) of the exact value.
 
-        Tokens count as spread evenly over the logarithms of their bin.
+        Tokens are assumed to be uniformly distributed over the logarithm within a bin.
         """
         below = np.cumsum(self.counts[layer])
         number = int(np.searchsorted(below, share * self.num_tokens))
@@ -102,17 +101,17 @@ class NormHistograms:
     def share_above(self, layer: int, threshold: float) -> dict:
         """Share of tokens above a threshold, with an interval over images.
 
-        The interval is that of a mean over images, whose shares are independent, as those of patches of an image are
-        not: mean +- 1.96 standard errors, cut at 0 and 1. One image has none. Where no token is above, it ends at
-        1 - 0.05 ^ (1 / images), the largest share of images that are wholly above and yet would be missed by one
-        sample in twenty.
+        The interval is the mean over images +- 1.96 standard errors, clipped to 0 and 1, because images are
+        independent and the patches of one image are not. One image has no interval. If no token is above, the upper
+        end is 1 - 0.05 ^ (1 / images), the share of images with outliers that a sample of this size misses once in
+        twenty.
 
         Args:
-            layer: from 0.
+            layer: index of the layer.
             threshold: one of `EDGES`; see `next_edge`.
 
         Returns:
-            `share`, `low`, `high` (None for one image), `num_above` tokens, `num_images_above` with one or more.
+            `share`, `low`, `high` (None for one image), `num_above` tokens, `num_images_above` with at least one.
         """
         number = _edge_number(threshold)
         total, num_images = int(self.counts[layer][number + 1 :].sum()), self.num_images
@@ -129,7 +128,7 @@ class NormHistograms:
 
 
 def bin_numbers(norms: Tensor) -> Tensor:
-    """The bin of each norm, 0 below the first edge, K from the last on; int64, of the shape of `norms`."""
+    """Bin of each norm, 0 below the first edge, K from the last edge on; int64, of the shape of `norms`."""
     edges = torch.from_numpy(EDGES).to(norms.device)
     return torch.bucketize(norms.float().contiguous(), edges, right=True)
 
@@ -144,7 +143,7 @@ def count_bins(bins: Tensor, *, num_bins: int = len(EDGES) + 1) -> Tensor:
 
 
 def next_edge(value: float) -> float:
-    """The first edge at or above a value; the last edge for values beyond."""
+    """First edge at or above a value; the last edge for larger values."""
     number = int(np.searchsorted(EDGES, np.float32(value)))
     return float(EDGES[min(number, len(EDGES) - 1)])
 
@@ -166,7 +165,7 @@ class Valley:
 
 
 def find_valley(counts: np.ndarray, *, images_above: np.ndarray) -> Valley | None:
-    """Find the valley behind the highest mode of a histogram over the logarithm of the norm, if there is one.
+    """Find the valley after the highest mode of a histogram over the logarithm of the norm, if there is one.
 
     for each bin behind the highest peak of the smoothed histogram:
         the other mode is the highest peak behind that bin

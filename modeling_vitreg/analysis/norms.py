@@ -1,9 +1,9 @@
 """Norms of tokens before the final layer norm, and the one definition of an outlier.
 
-An outlier is a patch whose norm is above a multiple of the median of its layer. The median does not move as long as
-fewer than half of the patches are outliers, so the rule answers whether a model has any, and how many. A percentile
-answers only which they would be: it marks the same share of every model. A mean with standard deviations moves with
-the outliers that it is meant to find, and a fixed norm does not carry over from one model to another.
+An outlier is a patch whose norm is above a multiple of the median of its layer. The median is stable as long as fewer
+than half of the patches are outliers, so the rule tells whether a model has outliers, and how many. A percentile marks
+the same share of every model, mean plus standard deviations moves with the outliers, and a fixed norm cannot be
+transferred between models.
 
 Letters for shapes: L layers, B images, P patches, R registers, D width.
 
@@ -41,10 +41,9 @@ class TokenNorms:
 
 @torch.no_grad()
 def token_norms(model: ViTWithRegistersPreTrainedModel, pixel_values: Tensor) -> TokenNorms:
-    """Measure the tokens of every layer, in evaluation mode; every module then returns to the mode that it was in.
+    """Norms of the tokens of each layer, computed in evaluation mode; the modes of all modules are restored.
 
-    All layers are held at once, (L + 1) x B x N x D numbers: join the norms of small batches rather than pass a large
-    one.
+    All layers are in memory at once, (L + 1) x B x N x D numbers, so use small batches.
 
     Args:
         model: with or without a head.
@@ -79,7 +78,7 @@ def outlier_threshold(norms: Tensor, *, multiple: float = OUTLIER_MULTIPLE) -> f
         multiple: of the median, above 1.
 
     Returns:
-        Threshold in units of the residual stream; it does not carry over to another layer or model.
+        Threshold in units of the residual stream; it is valid for this layer of this model only.
 
     Raises:
         ValueError: norms that are empty, not finite or half of them zero, or a multiple that is not above 1.
@@ -109,7 +108,7 @@ def outlier_share(norms: Tensor, *, threshold: float) -> float:
 
 
 def summarise_norms(norms: TokenNorms) -> dict:
-    """Numbers to write down at every evaluation of a run, layer by layer; every value is one that JSON has.
+    """Numbers for the log of a training run, layer by layer; all are plain JSON values.
 
     Returns:
         `num_images`, `num_patches` (of an image), `multiple`, and `layers`: for each its `layer` from 1 on, quantiles

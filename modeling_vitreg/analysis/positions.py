@@ -1,7 +1,7 @@
-"""Where outliers lie in the image, and how much their patches are like their neighbours.
+"""Positions of outliers in the image, and similarity of their patches to the neighbours.
 
-Both are counted for every bin of the norm, so that outlier and normal patches can be told apart after the last image,
-when the threshold is known: in constant memory and without a second pass.
+Both are counted for each bin of the norm, because the threshold is known only after the last image. This takes
+constant memory and no second pass.
 
 Letters for shapes: L layers, B images, P patches, D width, K + 1 bins of norms, S bins of similarity.
 
@@ -24,14 +24,14 @@ _NUM_NORMS = len(EDGES) + 1
 
 
 def neighbour_similarity(patches: Tensor, *, grid: tuple) -> Tensor:
-    """Mean cosine similarity of each patch with its neighbours above, below, left and right, as far as it has them.
+    """Mean cosine similarity of each patch to its neighbours above, below, left and right, as far as they exist.
 
     Args:
         patches: (B, P, D), row by row.
         grid: (rows, columns).
 
     Returns:
-        (B, P), from -1 to 1; not a number on a grid of one patch, which has no neighbour.
+        (B, P), from -1 to 1; NaN on a grid of one patch, which has no neighbour.
     """
     units = F.normalize(patches.float(), dim=-1).unflatten(1, tuple(grid))  # [B, P, D] -> [B, rows, columns, D]
     down = (units[:, 1:] * units[:, :-1]).sum(-1)  # [B, rows - 1, columns]
@@ -44,9 +44,9 @@ def neighbour_similarity(patches: Tensor, *, grid: tuple) -> Tensor:
 
 
 class PositionCounts:
-    """Counts of patches by layer, norm and place, and by layer, norm and similarity with their neighbours.
+    """Counts of patches by layer, norm and position, and by layer, norm and similarity to their neighbours.
 
-    They take 2,200 bytes a layer and patch, such as 5 MB for 12 layers of 14 x 14 patches.
+    The memory is 2,200 bytes per layer and patch, for example 5 MB for 12 layers of 14 x 14 patches.
 
     Args:
         num_layers: L.
@@ -80,22 +80,22 @@ class PositionCounts:
         self._similarities += sums.double().cpu().numpy() if sums.device.type != "mps" else sums.cpu().numpy()
 
     def heat_map(self, layer: int, *, threshold: float) -> np.ndarray:
-        """Share of the images whose patch is an outlier, (rows, columns), for a layer from 0 and an edge."""
+        """Share of images (rows, columns) whose patch is an outlier, for an index of a layer and an edge."""
         counts = self.by_place[layer][:, _first_bin(threshold) :].sum(-1).numpy()
         return (counts / self.num_images).reshape(self.grid)
 
     def summarise(self, layer: int, *, threshold: float) -> dict:
-        """Places and neighbours of the outliers of one layer.
+        """Positions and neighbours of the outliers of one layer.
 
         Args:
-            layer: from 0.
+            layer: index of the layer, its number minus 1.
             threshold: an edge of the histogram.
 
         Returns:
-            `layer` (from 1), `threshold`, `num_images`, `heat_map` (rows of shares of images), `border_share` of the
-            outliers on the outer ring with `border_share_by_chance` (its share of the places), `hottest` places as
-            [row, column, share], and `similarity`: for `outlier` and `normal` patches their number, mean, histogram
-            over `edges`; mean None where there are none.
+            `layer`, `threshold`, `num_images`, `heat_map` (rows of shares of images), `border_share` (share of
+            outliers on the border) with `border_share_by_chance` (share of patches on the border), the `most_frequent`
+            positions as [row, column, share], and `similarity`: for `outlier` and `normal` patches their number, mean
+            (None without patches) and histogram over `edges`.
         """
         heat = self.heat_map(layer, threshold=threshold)
         ring = np.ones(self.grid, bool)

@@ -1,8 +1,7 @@
-"""What tokens hold: linear probes for the place of a patch, its pixels, and the class of its image.
+"""Linear probes on tokens: position of a patch, its pixels, and the class of its image.
 
-The probes are scikit-learn's, fitted on the tokens of some images and tested on those of others, so that no image is
-seen in both. Tokens are layer-normed without weights and every channel is standardised: whatever weights the final
-norm of a model has, a linear probe then sees the same.
+The probes are scikit-learn's, fitted on tokens of some images and tested on tokens of other images. Tokens are
+layer-normed without weights and each channel is standardised, so the weights of the model's final norm do not matter.
 
 Letters for shapes: T tokens, D width, I images.
 
@@ -46,11 +45,11 @@ class TokenSample:
 
 
 def split_images(images: np.ndarray, *, seed: int = 0) -> np.ndarray:
-    """Which tokens test: those of `TEST_SHARE` of the images, drawn at random, and at least of one.
+    """Which tokens are tested: those of a random `TEST_SHARE` of the images, at least one.
 
     Args:
-        images: (T,), number of the image of each token.
-        seed: of the draw.
+        images: (T,), image index of each token.
+        seed: random seed.
 
     Raises:
         ValueError: fewer than two images.
@@ -63,14 +62,14 @@ def split_images(images: np.ndarray, *, seed: int = 0) -> np.ndarray:
 
 
 def probe_position(sample: TokenSample, *, grid: tuple, seed: int = 0) -> dict:
-    """Predict from a token where its patch lies: logistic regression over the places of the grid.
+    """Predict the position of a patch from its token by logistic regression over the grid.
 
     Returns:
         `chance`, `num_train` tokens, and for `outlier` and `normal` test tokens `num_test`, `accuracy` and `distance`,
-        the mean Euclidean distance between predicted and true place in patches; None where there are none.
+        the mean Euclidean distance between predicted and true position in patches; None without tokens.
 
     Raises:
-        ValueError: fewer than two images, or all training tokens of one place.
+        ValueError: fewer than two images, or all training tokens at one position.
     """
     is_test = split_images(sample.images, seed=seed)
     probe = fit(classifier(), sample.tokens[~is_test], sample.places[~is_test])
@@ -82,11 +81,11 @@ def probe_position(sample: TokenSample, *, grid: tuple, seed: int = 0) -> dict:
 
 
 def probe_pixels(sample: TokenSample, *, seed: int = 0) -> dict:
-    """Predict from a token the pixels of its patch: ridge regression.
+    """Predict the pixels of a patch from its token by ridge regression.
 
     Returns:
-        `num_train`, `error_of_mean` (of always answering the mean patch), and for `outlier` and `normal` test tokens
-        `num_test` and `error`, the mean norm of the residual in normalised pixels; None where there are none.
+        `num_train`, `error_of_mean` (error of the mean patch as prediction), and for `outlier` and `normal` test
+        tokens `num_test` and `error`, the mean norm of the residual in normalised pixels; None without tokens.
 
     Raises:
         ValueError: fewer than two images.
@@ -101,18 +100,18 @@ def probe_pixels(sample: TokenSample, *, seed: int = 0) -> dict:
 
 
 def probe_class(draws: dict, labels: np.ndarray, *, seed: int = 0) -> dict:
-    """Predict the class of an image from one of its tokens: logistic regression.
+    """Predict the class of an image from one of its tokens by logistic regression.
 
     Args:
-        draws: name of a kind of token to a list of draws, each a pair of image numbers (I,) and tokens (I, D); images
-            without such a token are left out.
+        draws: kind of token to a list of draws, each a pair of image indices (I,) and tokens (I, D); images without
+            such a token are left out.
         labels: (images,), class numbers of all images.
-        seed: of the split.
+        seed: random seed of the split.
 
     Returns:
-        For each kind `accuracy` and `spread` (standard deviation) over its draws, `num_draws`, `num_images` of the
-        smallest draw and `chance`, the share of the most frequent class of the test images; or `skipped` with a
-        reason.
+        For each kind the mean `accuracy` over its draws and their standard deviation `spread`, `num_draws`,
+        `num_images` of the smallest draw, and `chance`, the share of the most frequent class of the test images; or
+        `skipped` with a reason.
     """
     report = {}
     for kind, pairs in draws.items():
@@ -135,7 +134,7 @@ def probe_class(draws: dict, labels: np.ndarray, *, seed: int = 0) -> dict:
 def _classify(images: np.ndarray, tokens: np.ndarray, labels: np.ndarray, *, seed: int) -> tuple[float, float]:
     is_test, own = split_images(images, seed=seed), labels[images]
     if len(np.unique(own[~is_test])) < 2:
-        raise ValueError("the images with such a token show fewer than two classes")
+        raise ValueError("the images with such a token have fewer than two classes")
     probe = fit(classifier(), tokens[~is_test], own[~is_test])
     accuracy = (probe.predict(normalise(tokens[is_test])) == own[is_test]).mean()
     _, counts = np.unique(own[is_test], return_counts=True)
@@ -143,19 +142,19 @@ def _classify(images: np.ndarray, tokens: np.ndarray, labels: np.ndarray, *, see
 
 
 def classifier() -> Pipeline:
-    """The classifier of all probes, before it is fitted."""
+    """Unfitted classifier of all probes."""
     return make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=200, random_state=_RANDOM_STATE))
 
 
 def regressor() -> Pipeline:
-    """The regression of the pixel probe, before it is fitted."""
+    """Unfitted regression of the pixel probe."""
     return make_pipeline(StandardScaler(), Ridge(alpha=1.0))
 
 
 def fit(probe: Pipeline, tokens: np.ndarray, targets: np.ndarray) -> Pipeline:
-    """Fit a probe on tokens (T, D), in place, and return it."""
+    """Fit a probe on tokens (T, D) in place, and return it."""
     with warnings.catch_warnings():
-        # A fixed number of steps is part of the protocol, and a grid may have more places than tokens.
+        # The number of steps is part of the protocol, and a grid may have more positions than there are tokens.
         warnings.simplefilter("ignore", UserWarning)
         return probe.fit(normalise(tokens), targets)
 

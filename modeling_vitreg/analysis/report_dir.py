@@ -1,22 +1,23 @@
-"""Everything about the artifacts of a model in one folder, by one call.
+"""The folder of an artifact report.
 
-    index.html       the page, with all figures inside
+    index.html       page with all figures embedded
     artifacts.json   the `ArtifactReport`
     norms.png  shares.png  norm_maps.png  outlier_positions.png  attention.png  heads.png  massive_activations.png
+    errors.log       tracebacks, if a section or a figure failed
 
-A comparison holds `index.html`, `shares.png`, `series.png`, and a folder as above for each model, 1 to the last.
-A file is written beside its final place and renamed, the report first: what was measured survives a figure that fails.
+A comparison holds `index.html`, `shares.png`, `series.png`, and one folder as above per model, named 1, 2, ...
+Each file appears whole or not at all. The report is written first, so a figure that fails loses no number.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import pathlib
 from collections.abc import Callable, Sequence
 
 from modeling_vitreg.features import Encoder
-from modeling_vitreg.files import write_text
+from modeling_vitreg.files import check_writable, write_text
+from modeling_vitreg.omissions import Failures
 from modeling_vitreg.reports import ArtifactReport, write_report
 
 from .figures import (
@@ -33,9 +34,6 @@ from .html import render_comparison, render_page
 from .survey import Examples, SurveySettings, survey
 
 
-_logger = logging.getLogger(__name__)
-
-
 def analyze(
     encoder: Encoder,
     images: object,
@@ -45,19 +43,21 @@ def analyze(
     source: str = "",
     command: str = "",
 ) -> ArtifactReport:
-    """Measure the artifacts of a model and write report, figures and page.
+    """Measure the artifacts of a model, and write report, figures and page.
 
     Args:
-        encoder: of `modeling_vitreg.features.load_encoder`.
+        encoder: from `modeling_vitreg.features.load_encoder`.
         images: anything that `samples.SampleReader` reads.
-        output_folder: see above; it is made, and files of these names in it are replaced.
+        output_folder: folder to write, see above; it is created, and files of these names are replaced.
         settings: how much is measured.
-        source: of the images, in words.
-        command: that the user gave.
+        source: name of the images, for the report.
+        command: command that makes the report, for the report.
 
     Raises:
-        ValueError: there is no image that can be read, or the images do not fit the model.
+        ValueError: no image can be read, or the images do not fit the model.
+        OSError: the folder cannot be written, which is checked before the images are read.
     """
+    check_writable(output_folder)
     report, examples = survey(encoder, images, settings=settings, source=source, command=command)
     write_folder(report, examples, output_folder)
     return report
@@ -72,24 +72,25 @@ def compare(
     source: str = "",
     command: str = "",
 ) -> list[ArtifactReport]:
-    """Measure several models on the same images and write a page of all, and a folder for each.
+    """Measure several models on the same images, and write one page for all and one folder per model.
 
-    Ctrl-C ends the pass of the model that is being measured; the next one follows.
+    Ctrl-C ends the pass of the model that is being measured; the next model follows.
 
     Args:
         encoders: two or more.
-        open_source: opens the images anew, for each model once.
+        open_source: opens the images; it is called once per model.
         output_folder, settings, source, command: as in `analyze`.
 
     Raises:
         ValueError: fewer than two encoders, or as in `analyze`.
+        OSError: as in `analyze`.
     """
     if len(encoders) < 2:
         raise ValueError(f"expected two models or more to compare, got {len(encoders)}")
     folder, reports = pathlib.Path(output_folder), []
     for number, encoder in enumerate(encoders, start=1):
-        words = {"settings": settings, "source": source, "command": command}
-        reports.append(analyze(encoder, open_source(), output_folder=folder / str(number), **words))
+        texts = {"settings": settings, "source": source, "command": command}
+        reports.append(analyze(encoder, open_source(), output_folder=folder / str(number), **texts))
     write_comparison(reports, folder, command=command)
     return reports
 
@@ -103,7 +104,7 @@ def write_folder(report: ArtifactReport, examples: Examples, folder: str | os.Pa
         tasks = {
             "norms": lambda path: draw_norms(report, path),
             "shares": lambda path: draw_shares([report], path),
-            "places": lambda path: draw_positions(report, path),
+            "outlier_positions": lambda path: draw_positions(report, path),
             "massive_activations": lambda path: draw_massive_activations(report, path),
         }
     if report.layers and examples.images is not None:
@@ -111,7 +112,8 @@ def write_folder(report: ArtifactReport, examples: Examples, folder: str | os.Pa
         if examples.attention:
             tasks["attention"] = lambda path: draw_attention(report, examples, path)
             tasks["heads"] = lambda path: draw_heads(report, examples, path)
-    return _write_page(folder / "index.html", render_page(report, _draw(tasks, folder)))
+    figures = _draw(tasks, folder, examples.failures)
+    return _write_page(folder / "index.html", render_page(report, figures), examples.failures)
 
 
 def write_comparison(
@@ -121,21 +123,23 @@ def write_comparison(
     labels: Sequence[str] | None = None,
     axis: str = "model",
     command: str = "",
+    is_strict: bool = False,
 ) -> pathlib.Path:
-    """Write the page of several reports, read back or fresh: models, sizes of a model, or checkpoints of a run.
+    """Write the page of several reports of models, sizes of a model, or checkpoints of a run.
 
     Args:
-        reports: in order, two or more.
-        folder: see above; it is made.
-        labels: of each report, such as its step; None: what tells the names of their models apart.
-        axis: what the labels are, such as "training step".
-        command: that the user gave.
+        reports: two or more, in order.
+        folder: folder to write, see above; it is created.
+        labels: one per report, such as the training step; None: the part of the models' names that differs.
+        axis: meaning of the labels, such as "training step".
+        command: command that makes the page.
+        is_strict: raise the error of a figure that fails instead of leaving the figure out.
 
     Returns:
         The page.
 
     Raises:
-        ValueError: fewer than two reports, or not one label for each.
+        ValueError: fewer than two reports, or the numbers of labels and reports differ.
     """
     if labels is None:
         labels = _tell_apart([report.model for report in reports])
@@ -147,31 +151,32 @@ def write_comparison(
         "shares": lambda path: draw_shares(measured, path),
         "series": lambda path: draw_series(measured, path, labels=shown, axis=axis),
     }
-    figures = _draw(tasks if measured else {}, folder)
-    return _write_page(folder / "index.html", render_comparison(reports, figures, command=command))
+    failures = Failures(is_strict=is_strict)
+    figures = _draw(tasks if measured else {}, folder, failures)
+    return _write_page(folder / "index.html", render_comparison(reports, figures, command=command), failures)
 
 
 def _tell_apart(names: Sequence[str]) -> list[str]:
-    """The ends of the names of models, without the folders that all of them end in, as in `outputs/a/model`."""
+    """The last folder in which the names of models differ, as in `outputs/a/model` and `outputs/b/model`."""
     parts = [name.rstrip("/").split("/") for name in names]
     while len({part[-1] for part in parts}) == 1 and all(len(part) > 1 for part in parts):
         parts = [part[:-1] for part in parts]
     return [part[-1][-24:] for part in parts]
 
 
-def _draw(tasks: dict, folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Draw all figures; one that cannot be drawn is left out with a warning, for the numbers are safe already."""
+def _draw(tasks: dict, folder: pathlib.Path, failures: Failures) -> dict[str, pathlib.Path]:
+    """Draw all figures; a figure that fails is left out, because the numbers are saved already."""
     figures = {}
     for name, draw in tasks.items():
-        try:
-            figures[name] = draw(folder / f"{name}.png")
-        except Exception as error:
-            _logger.warning("the figure %s was left out: %s: %s", name, type(error).__name__, error)
+        found = failures.attempt(f"figure {name}", lambda name=name, draw=draw: draw(folder / f"{name}.png"))
+        if isinstance(found, pathlib.Path):
+            figures[name] = found
     return figures
 
 
-def _write_page(path: pathlib.Path, text: str) -> pathlib.Path:
+def _write_page(path: pathlib.Path, text: str, failures: Failures) -> pathlib.Path:
     write_text(path, text)
+    failures.write(path.parent)
     return path
 
 

@@ -1,7 +1,8 @@
-"""A few tokens of the first images, kept for the probes until the threshold of outliers is known.
+"""Tokens of the first images, kept for the probes until the threshold of outliers is known.
 
-Of each image: patches drawn at random, the patches with the largest norms, class token and registers, all of the last
-layer before the final norm; and the pixels under those patches. A random outlier is thus one of an image's largest.
+For each image the reservoir keeps random patches, the patches with the largest norms, class token and registers, all
+from the last layer before the final norm, and the pixels of those patches. Outliers are therefore drawn from the
+largest patches of an image.
 
 Letters for shapes: B images, P patches, R registers, D width, K patches kept of an image, I images kept.
 """
@@ -19,12 +20,12 @@ NUM_LARGEST = 4
 
 
 class TokenReservoir:
-    """Keeps tokens of up to `num_images` images.
+    """Tokens of up to `num_images` images.
 
     Args:
-        num_images: how many, 0 for none.
-        patch_shape: pixels of a patch, (rows, columns).
-        seed: of the random patches.
+        num_images: number of images, 0 for none.
+        patch_shape: (rows, columns) of a patch in pixels.
+        seed: random seed of the patches.
     """
 
     def __init__(self, num_images: int, *, patch_shape: tuple, seed: int = 0):
@@ -35,7 +36,7 @@ class TokenReservoir:
         self._num_kept = 0
 
     def add(self, tokens, norms: Tensor, *, pixel_values: Tensor, labels: list) -> None:
-        """Keep what is wanted of a batch.
+        """Add a batch; images beyond the first `num_images` are ignored.
 
         Args:
             tokens: `TokenFeatures` of the last layer.
@@ -68,13 +69,13 @@ class TokenReservoir:
         return self._num_kept
 
     def collect(self) -> dict:
-        """Everything kept: `tokens` (I, K, D), `pixels`, `places`, `norms` (I, K), `registers` (I, R, D), `labels`
-        (I,) with -1 for none, and `cls` (I, D) where the model has a class token."""
+        """All tokens: `tokens` (I, K, D), `pixels`, `places`, `norms` (I, K), `registers` (I, R, D), `labels`
+        (I,) with -1 for none, and `cls` (I, D) if the model has a class token."""
         return {name: np.concatenate([part[name] for part in self._parts]) for name in self._parts[0]}
 
 
 def make_sample(kept: dict, *, threshold: float) -> dict:
-    """Arguments of `probes.TokenSample`, from what `TokenReservoir.collect` returns; each patch of an image once."""
+    """Arguments of `probes.TokenSample` from the result of `TokenReservoir.collect`; each patch of an image once."""
     images = np.repeat(np.arange(len(kept["norms"])), kept["norms"].shape[1])
     places = kept["places"].ravel()
     _, first = np.unique(np.stack([images, places]), axis=1, return_index=True)
@@ -88,11 +89,11 @@ def make_sample(kept: dict, *, threshold: float) -> dict:
 
 
 def draw_tokens(kept: dict, *, threshold: float, num_draws: int, seed: int = 0) -> dict:
-    """One token an image, drawn several times, for `probes.probe_class`: class token, one random normal patch, one
-    random outlier, one random register, as far as the model and the images have them."""
+    """One token per image, drawn several times, for `probes.probe_class`: the class token, a random normal patch, a
+    random outlier and a random register, as far as they exist."""
     random = np.random.default_rng(seed)
     is_outlier, number = kept["norms"] >= threshold, np.arange(len(kept["norms"]))
-    # The largest patches are kept on purpose, so a normal patch is drawn from those that came by chance.
+    # The largest patches are a biased choice, so normal patches are drawn from the random ones.
     is_normal = ~is_outlier & (np.arange(is_outlier.shape[1]) < NUM_RANDOM)
     draws = {"class token": [(number, kept["cls"])]} if "cls" in kept else {}
     for kind, members in (("normal patch", is_normal), ("outlier patch", is_outlier)):

@@ -1,8 +1,8 @@
-"""Images in order, from any source, with the broken ones counted instead of raised."""
+"""Images in order, from any source; images that cannot be read are counted and named instead of raised."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from PIL import Image
@@ -15,12 +15,12 @@ _NUM_NAMED = 20  # unreadable images whose names are kept
 
 @dataclass
 class SampleReader:
-    """Reads one pass over a source: `for image, label in reader`.
+    """One pass over a source: `for image, label, name in reader`.
 
     Args:
         images: an `ImageSource`, an `ImageStream`, a string for `open_images`, or an iterable of PIL images, or of
             pairs of an image and its label (or None).
-        limit: most images that are read, unreadable ones included; None for all.
+        limit: maximum number of images to read, including unreadable ones; None for all.
     """
 
     images: object
@@ -34,12 +34,12 @@ class SampleReader:
 
     @property
     def total(self) -> int | None:
-        """Images that will be read, None where the source does not know."""
+        """Number of images to read, None if the source does not know it."""
         if not hasattr(self.images, "__len__"):
             return self.limit
         return len(self.images) if self.limit is None else min(self.limit, len(self.images))
 
-    def __iter__(self) -> Iterator[tuple[Image.Image, int | None]]:
+    def __iter__(self) -> Iterator[tuple[Image.Image, int | None, str]]:
         for number, read in enumerate(_readers(self.images)):
             if self.limit is not None and number >= self.limit:
                 return
@@ -51,33 +51,37 @@ class SampleReader:
                     self.unreadable.append(str(error))
 
 
-def _readers(images: object) -> Iterator:
+def _readers(images: object) -> Iterator[Callable]:
     """A function for each image that decodes it, so that its failure does not end the pass."""
     if isinstance(images, ImageSource):
         for index in range(len(images)):
-            yield lambda index=index: images.read(index)
+            yield lambda index=index: _decode(images.raw(index))
     elif isinstance(images, ImageStream):
         for raw, state in images.examples(seed=0):
             if state["pass"] > 0:
                 return
-            yield lambda raw=raw: (decode_image(raw), raw["label"])
+            yield lambda raw=raw: _decode(raw)
     elif isinstance(images, Iterable):
         for number, entry in enumerate(images):
-            yield lambda entry=entry, number=number: _as_pair(entry, number)
+            yield lambda entry=entry, name=f"image {number}": _as_sample(entry, name)
     else:
         raise ValueError(
             f"expected images from `open_images` or an iterable of PIL images, got {type(images).__name__}"
         )
 
 
-def _as_pair(entry: object, number: int) -> tuple[Image.Image, int | None]:
+def _decode(raw: dict) -> tuple[Image.Image, int | None, str]:
+    return decode_image(raw), raw["label"], raw["name"]
+
+
+def _as_sample(entry: object, name: str) -> tuple[Image.Image, int | None, str]:
     image, label = entry if isinstance(entry, tuple) else (entry, None)
     if not isinstance(image, Image.Image):
-        raise UnreadableImage(f"image {number}", f"expected a PIL image, got a {type(image).__name__}")
+        raise UnreadableImage(name, f"expected a PIL image, got a {type(image).__name__}")
     try:
-        return image.convert("RGB"), label
-    except Exception as error:  # Pillow's plugins raise whatever they stumble upon
-        raise UnreadableImage(f"image {number}", f"{type(error).__name__}: {error}") from error
+        return image.convert("RGB"), label, name
+    except Exception as error:  # Pillow's plugins raise errors of many classes
+        raise UnreadableImage(name, f"{type(error).__name__}: {error}") from error
 
 
 __all__ = ["SampleReader"]

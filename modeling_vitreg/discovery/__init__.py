@@ -1,4 +1,4 @@
-"""Objects found without a label, by LOST, TokenCut and DINO-seg on the features of any encoder, and their worth."""
+"""Object discovery without labels: LOST, TokenCut and DINO-seg on the features of any encoder, and CorLoc."""
 
 from modeling_vitreg.metrics import box_iou
 from modeling_vitreg.reports import DiscoveryReport
@@ -6,7 +6,7 @@ from modeling_vitreg.reports import DiscoveryReport
 from .annotations import AnnotatedImage, read_annotations, read_cell, read_coco, read_scenes, read_source, read_voc
 from .dino_seg import dino_seg
 from .lost import LostResult, lost, lost_with_biases
-from .run import discover
+from .run import discover, write_folder
 from .settings import DiscoverySettings, Sweep
 from .tokencut import TokenCutResult, tokencut
 
@@ -30,4 +30,5 @@ __all__ = [
     "read_source",
     "read_voc",
     "tokencut",
+    "write_folder",
 ]

@@ -20,9 +20,9 @@ _CROSS[1] = [[0, 1, 0], [1, 1, 1], [0, 1, 0]]
 
 
 def seed_components(mask: Tensor, seeds: Tensor, *, grid: tuple[int, int]) -> np.ndarray:
-    """Components (B, rows, columns) of masks (B, P) that hold the seeds (B,).
+    """Components (B, rows, columns) of masks (B, P) that contain the seeds (B,).
 
-    Where the seed lies outside the mask, its component is the seed alone.
+    If the seed lies outside the mask, the component is the seed alone.
     """
     masks = _fold(mask, grid)
     images, places = np.arange(len(masks)), np.unravel_index(seeds.cpu().numpy(), grid)
@@ -50,15 +50,15 @@ def component_boxes(
     """Boxes (B, 4) around components.
 
     Args:
-        components: (B, rows, columns), true inside; none of them empty.
+        components: (B, rows, columns) in bool; none of them is empty.
         patch_shape: (rows, columns) of a patch in pixels.
-        image_sizes: (rows, columns) of each image before it was padded, to which boxes are cut; None: no padding.
+        image_sizes: (rows, columns) of each image before padding, to which boxes are clipped; None for no padding.
 
     Raises:
         ValueError: a component is empty.
     """
     if not components.any(axis=(1, 2)).all():
-        raise ValueError("expected a patch in every component, got an empty one: no box lies around nothing")
+        raise ValueError("expected at least one patch in each component, got an empty component")
     (top, bottom), (left, right) = (_extent(components.any(axis=axis)) for axis in (2, 1))
     boxes = np.stack([left, top, right, bottom], axis=1) * np.array([*patch_shape[::-1]] * 2, dtype=np.float64)
     if image_sizes is not None:
@@ -68,7 +68,7 @@ def component_boxes(
 
 
 def pad_to_patches(pixels: Tensor, *, patch_shape: tuple[int, int]) -> Tensor:
-    """Pixels (..., rows, columns) with zeros below and to the right, until patches fill them."""
+    """Pixels (..., rows, columns), padded with zeros at the bottom and the right to a multiple of the patch."""
     rows, columns = (-side % patch for side, patch in zip(pixels.shape[-2:], patch_shape))
     return torch.nn.functional.pad(pixels, (0, columns, 0, rows))
 
@@ -78,14 +78,14 @@ def _fold(mask: Tensor, grid: tuple[int, int]) -> np.ndarray:
 
 
 def _label(masks: np.ndarray) -> np.ndarray:
-    """Numbers of components (B, rows, columns), 0 outside of them."""
-    import scipy.ndimage  # not above: settings and boxes are of use without it
+    """Numbers of the components (B, rows, columns), 0 outside the mask."""
+    import scipy.ndimage  # imported here: settings and boxes are useful without it
 
     return scipy.ndimage.label(masks, structure=_CROSS)[0]
 
 
 def _extent(lines: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """First true place and the one behind the last, of (B, places)."""
+    """Index of the first true entry and of the one after the last, for rows (B, entries)."""
     return lines.argmax(axis=1), lines.shape[1] - lines[:, ::-1].argmax(axis=1)
 
 

@@ -1,4 +1,4 @@
-"""DINO-seg: the patches that hold most of the class token's attention, as a baseline of object discovery.
+"""DINO-seg: the patches with most of the attention of the class token, a baseline of object discovery.
 
 Letters for shapes: B images, H heads, P patches.
 
@@ -17,7 +17,7 @@ ATTENTION_SHARE = 0.6
 
 @torch.no_grad()
 def dino_seg(attention: Tensor, *, attention_share: float = ATTENTION_SHARE) -> Tensor:
-    """Keep the patches that hold most of the attention.
+    """Keep the patches with most of the attention.
 
     for each map:
         sort its patches, smallest first, and scale them to sum to one
@@ -27,8 +27,8 @@ def dino_seg(attention: Tensor, *, attention_share: float = ATTENTION_SHARE) -> 
     background where there is one component only; `boxes.largest_components` does neither.
 
     Args:
-        attention: of the class token over the patches, (..., P), not negative; a head, or several.
-        attention_share: share that is kept, in (0, 1].
+        attention: attention of the class token on the patches (..., P), not negative.
+        attention_share: share of the attention to keep, in (0, 1].
 
     Returns:
         Mask (..., P), true where a patch is kept.

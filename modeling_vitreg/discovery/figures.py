@@ -1,4 +1,4 @@
-"""Figures of a discovery: images with boxes, and the map of a sweep. Drawn without pyplot; the caller saves them."""
+"""Figures of a discovery: images with boxes, and the results of a sweep."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from modeling_vitreg.reports import DiscoveryReport
+from modeling_vitreg.style import BLUE, GREEN, ORANGE, make_cells, plain_text
 
 from .annotations import AnnotatedImage
 
 
-FOUND, MISSED, TRUE = "#009e73", "#d55e00", "#0072b2"
+FOUND, MISSED, TRUE = GREEN, ORANGE, BLUE
 _COLUMNS = 4
 
 
 def draw_discoveries(
     images: Sequence[AnnotatedImage], report: DiscoveryReport, *, num_images: int = 12, num_columns: int = _COLUMNS
 ) -> Figure:
-    """Images with the predicted box (solid) and the true ones (dashed), in a grid.
+    """Draw images with the predicted box (solid) and the true boxes (dashed) in a grid.
 
     Args:
-        images: those that the report was made of, in the same order or not; found by their names.
-        report: of `discover`.
-        num_images: at most so many, the first ones.
-        num_columns: of the grid.
+        images: images of the report, in any order; they are matched by name.
+        report: result of `discover`.
+        num_images: maximum number of images, the first ones.
+        num_columns: columns of the grid.
 
     Raises:
         ValueError: no image of the report is among them.
@@ -39,11 +40,8 @@ def draw_discoveries(
         raise ValueError("expected the images that the report was made of, got none with a name that is in it")
     num_columns = min(num_columns, len(shown))
     num_rows = math.ceil(len(shown) / num_columns)
-    figure = Figure(figsize=(2.8 * num_columns, 2.9 * num_rows + 0.6), layout="constrained")
-    axes = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
-    for axis in axes:
-        axis.axis("off")
-    for axis, found in zip(axes, shown):
+    figure, axes = make_cells(num_rows, num_columns, side=2.8, top=0.1 * num_rows + 0.6)
+    for axis, found in zip(axes.flat, shown):
         axis.imshow(np.asarray(by_name[found["name"]].open()))
         _draw_prediction(axis, found, iou_threshold=report.as_published["settings"]["iou_threshold"])
     figure.suptitle(_title(report), fontsize=10)
@@ -52,7 +50,7 @@ def draw_discoveries(
 
 
 def draw_sweep(report: DiscoveryReport) -> Figure:
-    """CorLoc, in percent, for every feature and layer (rows) and bias (columns) of a sweep; the best one is framed.
+    """Draw CorLoc in percent for each feature and layer (rows) and bias (columns); the best setting has a frame.
 
     Raises:
         ValueError: a report without a sweep over annotated images.
@@ -77,7 +75,7 @@ def draw_sweep(report: DiscoveryReport) -> Figure:
     axis.set_xticks(range(len(biases)), [f"{bias:g}" for bias in biases], fontsize=8)
     axis.set_yticks(range(len(rows)), [f"{feature}, layer {layer}" for layer, feature in rows], fontsize=8)
     axis.set_xlabel("bias" + (" (cosine)" if report.sweep["settings"]["is_normalized"] else " (squared features)"))
-    axis.set_title(f"{report.model}: LOST, {report.images['num_annotated']} images", fontsize=9)
+    axis.set_title(f"{plain_text(report.model)}: LOST, {report.images['num_annotated']} images", fontsize=9)
     figure.colorbar(picture, label="CorLoc (%)")
     return figure
 
@@ -87,22 +85,24 @@ def _draw_prediction(axis: Axes, found: dict, *, iou_threshold: float) -> None:
         axis.add_patch(_rectangle(box, TRUE, linestyle="--", linewidth=1.2))
     is_hit = found["iou"] is not None and found["iou"] >= iou_threshold
     axis.add_patch(_rectangle(found["box"], FOUND if is_hit else MISSED, linewidth=2))
-    words = found["name"] if found["iou"] is None else f"{found['name']}: IoU {found['iou']:.2f}"
-    axis.set_title(words[-40:], fontsize=8)
+    iou = "" if found["iou"] is None else f": IoU {found['iou']:.2f}"
+    axis.set_title(plain_text(found["name"], max_length=30) + iou, fontsize=8)
 
 
 def _rectangle(box: Sequence[float], colour: str, **style: object) -> Rectangle:
     left, top, right, bottom = box
-    # Pixels are drawn around whole numbers, boxes are counted from the edge of the first one.
+    # matplotlib centres pixels on whole numbers; boxes count from the edge of the first pixel.
     return Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False, edgecolor=colour, **style)
 
 
 def _title(report: DiscoveryReport) -> str:
     settings, corloc = report.as_published["settings"], report.as_published["corloc"]
-    words = f"{report.model}: {settings['method']}, {settings['feature']}, layer {settings['layer']}"
-    if settings["method"] == "dino_seg":
-        words = f"{report.model}: {settings['method']}, head {settings['head']}, layer {settings['layer']}"
-    return words if corloc is None else f"{words}, CorLoc {100 * corloc:.1f} % of {report.images['num_annotated']}"
+    is_dino_seg = settings["method"] == "dino_seg"
+    feature = f"head {settings['head']}" if is_dino_seg else settings["feature"]
+    title = f"{plain_text(report.model)}: {settings['method']}, {feature}, layer {settings['layer']}"
+    return (
+        title if corloc is None else f"{title}, CorLoc {100 * corloc:.1f} % of {report.images['num_annotated']} images"
+    )
 
 
 def _legend(report: DiscoveryReport) -> list[Rectangle]:

@@ -1,12 +1,12 @@
-"""LOST: find an object without a label, from how similar the patches of an image are.
+"""LOST: find an object without labels from the similarities between the patches of an image.
 
-Patches of an object are similar to few others, those of the background to many. The patch with the fewest positive
-similarities is the seed; patches that have few too and are similar to it expand it; the object is what is similar to
-their sum. Features may be queries, keys, values or tokens of any layer and any model.
+Patches of an object are similar to few other patches, patches of the background to many. The patch with the fewest
+positive similarities is the seed. Patches with few similarities that are similar to the seed expand it. The object
+consists of the patches that are similar to their sum. Features may be queries, keys, values or tokens of any layer.
 
 Letters for shapes: B images, P patches, D width, k candidates of the expansion.
 
-Source: Simeoni et al. 2021, arXiv 2109.14279 (valeoai/LOST, `object_discovery.py`); the bias on the Gram matrix, which
+Source: Simeoni et al. 2021, arXiv 2109.14279 (valeoai/LOST, `object_discovery.py`); the bias of the Gram matrix that
 models with registers need: Darcet et al. 2024, arXiv 2309.16588, section 3.3.
 """
 
@@ -23,13 +23,13 @@ from modeling_vitreg.features import TokenFeatures
 
 
 NUM_CANDIDATES = 100
-_BLOCK = 128  # rows of a product
-_CHUNK = {"cpu": 2**20, "cuda": 2**28}  # similarities of images that are worked on together
+_BLOCK = 128  # rows per matrix product
+_CHUNK = {"cpu": 2**20, "cuda": 2**28}  # similarities that are computed together
 
 
 @dataclass(frozen=True)
 class LostResult:
-    """What LOST found in each image of a batch.
+    """Result of LOST for each image of a batch.
 
     Args:
         seeds: (B,), the patch with the lowest degree, the first of several.
@@ -37,8 +37,8 @@ class LostResult:
         expansion: (B, P), true for the patches whose similarities are summed.
         correlation: (B, P), similarity to the sum of these patches.
         mask: (B, P), true where the correlation is above zero; the object is the component that holds the seed.
-        is_degenerate: (B,), true where all degrees are equal, so that the seed says nothing, or where the seed is not
-            in the mask: a bias below or above zero, or centred features, spread the degrees again.
+        is_degenerate: (B,), true if all degrees are equal, so the seed is arbitrary, or if the seed is not in the
+            mask; another bias or centred features may help.
     """
 
     seeds: Tensor
@@ -67,14 +67,14 @@ def lost(
         mask = sum over the expansion of A[i] > 0
 
     Args:
-        features: of the patches, (B, P, D); of `TokenFeatures` the patches are taken.
-        bias: added to every similarity, in units of the squared features, or of the cosine where they are normalised.
-        num_candidates: k; an image with fewer patches takes all.
-        is_centered: subtract the mean over the patches of an image first.
-        is_normalized: then scale every patch to norm 1.
+        features: features of the patches (B, P, D), or `TokenFeatures`.
+        bias: added to each similarity, in units of squared features, or of the cosine if they are normalised.
+        num_candidates: k; all patches if an image has fewer.
+        is_centered: subtract the mean over the patches of the image.
+        is_normalized: scale each patch to norm 1, after centring.
 
     Raises:
-        ValueError: features of another shape, or not finite, or no candidates.
+        ValueError: the features have another shape or are not finite, or there are no candidates.
 
     Source: see the module. As published: bias 0, 100 candidates, keys of the last layer as they are.
     """
@@ -92,15 +92,15 @@ def lost_with_biases(
     is_centered: bool = False,
     is_normalized: bool = False,
 ) -> list[LostResult]:
-    """LOST with several biases, one result for each; all share the similarities, which are most of the work.
+    """LOST with several biases, one result for each; they share the similarities, which are most of the work.
 
-    The similarities are never held as a whole: only the degrees need all of them, block by block. What is similar to
-    the seed, or to the sum of the expansion, is one product with a vector. Arguments and errors are those of `lost`.
+    The whole matrix of similarities is never in memory. Degrees are counted block by block, and similarities to the
+    seed and to the sum of the expansion are products with a vector. Arguments and errors are those of `lost`.
     """
     if num_candidates < 1:
         raise ValueError(f"expected one candidate or more, got {num_candidates}; the published number is 100")
     patches = check_patches(features)
-    check_finite(patches.square().sum(dim=-1))  # a square that overflows makes similarities that are not finite
+    check_finite(patches.square().sum(dim=-1))  # squares may overflow where features do not
     size = max(_CHUNK.get(patches.device.type, _CHUNK["cpu"]) // patches.shape[1] ** 2, 1)
     parts = []
     for chunk in patches.split(size):
@@ -123,11 +123,11 @@ def count_similar(patches: Tensor, *, biases: Sequence[float]) -> list[Tensor]:
     """
     num_patches = patches.shape[1]
     is_cpu = patches.device.type == "cpu"
-    block = _BLOCK if is_cpu else num_patches  # blocks stay in the cache of a CPU; a GPU wants all work at once
+    block = _BLOCK if is_cpu else num_patches  # a block fits the cache of a CPU; a GPU is faster with all rows at once
     degrees = [patches.new_zeros(patches.shape[:2], dtype=torch.int64) for _ in biases]
     for start in range(0, num_patches, block):
         stop = min(start + block, num_patches)
-        # From the diagonal on: what lies below it is the same, so that its columns are counted in place of its rows.
+        # The matrix is symmetric: only the part right of the diagonal is computed, and counted for rows and columns.
         similarity = patches[:, start:stop] @ patches[:, start:].transpose(1, 2)  # [B, block, P - start]
         similarity.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
         for counts, bias in zip(degrees, biases):
@@ -177,7 +177,7 @@ def check_patches(features: TokenFeatures | Tensor) -> Tensor:
 
 
 def check_finite(values: Tensor) -> None:
-    """Refuse values (B, ...) of which one is not finite.
+    """Check that values (B, ...) are finite.
 
     Raises:
         ValueError: the message names the images.

@@ -1,4 +1,4 @@
-"""Images through a model, object by object: what grows while a discovery passes over them.
+"""The pass of a discovery over the images: read, encode, find an object, compare it with the true boxes.
 
 Letters for shapes: B images, H heads, Q prefix tokens, N tokens, P patches.
 """
@@ -26,9 +26,12 @@ from .settings import DiscoverySettings, Sweep
 from .tokencut import TokenCutResult, tokencut
 
 
+_NUM_NAMED = 20  # images that are left out whose names are kept
+
+
 @dataclass
 class Entry:
-    """An image on its way through the model; `scale` leads from its pixels to those of the original."""
+    """An image of a batch: its `size` after resizing, and the `scale` from its pixels to those of the original."""
 
     number: int
     image: AnnotatedImage
@@ -37,7 +40,7 @@ class Entry:
 
 
 class Score:
-    """Hits of one setting, image by image.
+    """Results of one setting, image by image.
 
     Args:
         iou_threshold: IoU with a true box from which an object counts as found.
@@ -47,7 +50,7 @@ class Score:
         self.iou_threshold, self.ious, self.num_degenerate = iou_threshold, [], 0
 
     def add(self, box: np.ndarray, truth: np.ndarray | None, is_degenerate: bool) -> float | None:
-        """Add a box (4,); returns its IoU with the best true box, None where the image is not annotated."""
+        """Add a box (4,); returns its IoU with the best true box, None if the image is not annotated."""
         self.num_degenerate += int(is_degenerate)
         if truth is None:
             return None
@@ -66,7 +69,7 @@ class Score:
 
 
 class Measurement:
-    """Everything that grows while the images pass.
+    """Results of all settings, image by image.
 
     Args:
         encoder, settings, sweep: as in `run.discover`.
@@ -87,14 +90,14 @@ class Measurement:
         self.pairs = list(dict.fromkeys((layer, feature) for layer in layers for feature in sweep.features))
         self.published = Score(settings.iou_threshold)
         self.scores = {(*pair, bias): Score(settings.iou_threshold) for pair in self.pairs for bias in sweep.biases}
-        self.predictions, self.unreadable, self.num_nonfinite = {}, [], 0
+        self.predictions, self.unreadable, self.nonfinite = {}, [], []
 
     def pass_over(self, images: Iterable[tuple[int, AnnotatedImage]], *, tell: Callable[[int], object]) -> None:
-        """Read and measure images with their numbers, those of equal padded size together.
+        """Read and measure numbered images; those of equal padded size form a batch.
 
         Args:
             images: in any order.
-            tell: is called with the number of images that are done with, as they are.
+            tell: called with the number of images that are finished.
         """
         waiting = collections.defaultdict(list)  # padded size -> images of it
         for number, image in images:
@@ -115,7 +118,7 @@ class Measurement:
         group.clear()
 
     def read(self, number: int, image: AnnotatedImage) -> tuple[Entry, Tensor] | None:
-        """Pixels (C, rows, columns), padded; None for an image that cannot be read."""
+        """An image and its padded pixels (C, rows, columns); None if it cannot be read."""
         try:
             picture = image.open()
         except UnreadableImage as error:
@@ -138,7 +141,7 @@ class Measurement:
         attention = self._attention(pixels)
         values = [tokens.patch_tokens for tokens in found.values()] + [attention] * (attention is not None)
         is_finite = torch.stack([value.isfinite().flatten(1).all(dim=1) for value in values]).all(dim=0)
-        self.num_nonfinite += int((~is_finite).sum())
+        self.nonfinite += [entry.image.name for entry, kept in zip(entries, is_finite.tolist()) if not kept]
         if not is_finite.any():
             return
         entries = [entry for entry, is_kept in zip(entries, is_finite.tolist()) if is_kept]
@@ -147,24 +150,25 @@ class Measurement:
         grid = tuple(side // patch for side, patch in zip(pixels.shape[2:], self.encoder.patch_shape))
         published = self._publish(entries, found, attention, grid)
         swept = {key: boxes for pair in self.pairs for key, boxes in self._try(entries, pair, found[pair], grid)}
-        # Only now, so that a pass that is stopped in the middle of a batch has no half of it.
+        # Added at the end, so that an interrupted pass holds whole batches only.
         self._add_predictions(entries, *published)
         for key, (boxes, is_degenerate) in swept.items():
-            for entry, box, is_vain in zip(entries, boxes, is_degenerate):
-                self.scores[key].add(box, entry.image.boxes, is_vain)
+            for entry, box, is_empty in zip(entries, boxes, is_degenerate):
+                self.scores[key].add(box, entry.image.boxes, is_empty)
 
     def counts(self) -> dict:
-        """How many images were measured, and what became of the others."""
+        """Numbers of images that were measured and left out, and the reasons."""
         return {
             "num_images": len(self.predictions),
             "num_annotated": len(self.published.ious),
             "num_unreadable": len(self.unreadable),
-            "num_nonfinite": self.num_nonfinite,
-            "unreadable": self.unreadable[:3],
+            "num_nonfinite": len(self.nonfinite),
+            "unreadable": self.unreadable[:_NUM_NAMED],
+            "nonfinite": self.nonfinite[:_NUM_NAMED],
         }
 
     def sweep_entries(self) -> list[dict]:
-        """The numbers of each setting of the sweep."""
+        """Numbers of each setting of the sweep."""
         return [
             {"feature": feature, "layer": layer, "bias": bias, **score.summarise()}
             for (layer, feature, bias), score in self.scores.items()
@@ -177,7 +181,7 @@ class Measurement:
         return maps[:, self.settings.head, 0, maps.shape[2] :]
 
     def _publish(self, entries: list, found: dict, attention: Tensor | None, grid: tuple) -> tuple[np.ndarray, list]:
-        """Boxes as published, and which of them say nothing."""
+        """Boxes with the published settings, and which of them are degenerate."""
         settings = self.settings
         if settings.method == "dino_seg":
             components = largest_components(dino_seg(attention, attention_share=settings.attention_share), grid=grid)
@@ -188,13 +192,13 @@ class Measurement:
         return self._boxes(components, entries), is_degenerate.tolist()
 
     def _add_predictions(self, entries: list[Entry], boxes: np.ndarray, is_degenerate: list) -> None:
-        for entry, box, is_vain in zip(entries, boxes, is_degenerate):
+        for entry, box, is_empty in zip(entries, boxes, is_degenerate):
             truth = entry.image.boxes
             self.predictions[entry.number] = {
                 "name": entry.image.name,
                 "box": box.tolist(),
-                "iou": self.published.add(box, truth, is_vain),
-                "is_degenerate": is_vain,
+                "iou": self.published.add(box, truth, is_empty),
+                "is_degenerate": is_empty,
                 "boxes": None if truth is None else np.asarray(truth, dtype=np.float64).tolist(),
             }
 
@@ -206,7 +210,7 @@ class Measurement:
         return lost(patches, **{name: getattr(settings, name) for name in names})
 
     def _try(self, entries: list, pair: tuple, patches: Tensor, grid: tuple) -> Iterator[tuple]:
-        """Keys of the sweep for one feature of one layer, with boxes and which of them say nothing."""
+        """Keys of the sweep for one feature of one layer, with boxes, and which of them are degenerate."""
         options = {"is_centered": self.sweep.is_centered, "is_normalized": self.sweep.is_normalized}
         options["num_candidates"] = self.settings.num_candidates
         results = lost_with_biases(patches, biases=self.sweep.biases, **options)

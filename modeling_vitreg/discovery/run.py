@@ -1,29 +1,33 @@
-"""An encoder and annotated images in, a report of what it discovers out; with a sweep over what LOST reads.
+"""From an encoder and annotated images to a `DiscoveryReport`, with an optional sweep over the input of LOST.
 
-A model whose plain LOST fails may well work with other features, another layer or a bias. The sweep measures all of
-these in one pass over the images. "As published" is what was fixed before; "best of sweep" was chosen on the very
-images that it is measured on, so the two never stand in one column.
+A model on which plain LOST fails may work with other features, another layer or a bias. The sweep measures all of them
+in one pass over the images. The published settings are fixed in advance, and the best of a sweep is chosen on the
+images that it is measured on; the report keeps the two apart.
 
-Images are read at full resolution, normalised as the model wants it, and padded with zeros below and to the right
-until patches fill them. Images of equal padded size share a batch.
+Images are read at full resolution, normalised for the model, and padded with zeros at the bottom and the right to a
+multiple of the patch. Images of equal padded size form a batch.
+
+    discovery.json  boxes.png  sweep.png   of `write_folder`
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import os
+import pathlib
+from collections.abc import Iterable, Sequence
 
 import tqdm
 
 from modeling_vitreg.features import Encoder
-from modeling_vitreg.reports import DiscoveryReport
+from modeling_vitreg.reports import DiscoveryReport, write_report
 
 from .annotations import AnnotatedImage
 from .measurement import Measurement
 from .settings import DiscoverySettings, Sweep
 
 
-OPTIMISTIC = "chosen on the images that it is measured on: for comparing settings, not models"
+OPTIMISTIC = "chosen on the images that it was measured on: use it to compare settings, not models"
 
 
 def discover(
@@ -35,21 +39,21 @@ def discover(
     source: str = "",
     command: str = "",
 ) -> DiscoveryReport:
-    """Find an object in each image and compare it with the truth.
+    """Find one object in each image, and compare it with the true boxes.
 
-    An image that cannot be read, or whose features are not finite, is counted and left out. When the pass is stopped
-    by hand or fails after the first batch, the report holds what was measured until then and says so.
+    Images that cannot be read, or whose features are not finite, are counted, named and left out. If the pass is
+    stopped by hand or fails after the first batch, the report holds what was measured until then and says so.
 
     Args:
         encoder: from `modeling_vitreg.features.load_encoder`.
-        images: with boxes or without; see `annotations`.
-        settings: what is measured as published.
-        sweep: what is tried beside it; None: nothing.
-        source: of the images, in words, for the report.
-        command: that made the report, for the report.
+        images: images with or without boxes.
+        settings: the published settings.
+        sweep: further settings of LOST; None for no sweep.
+        source: name of the images, for the report.
+        command: command that makes the report, for the report.
 
     Returns:
-        The report; `modeling_vitreg.reports.write_report` writes it.
+        The report; `write_folder` writes it.
 
     Raises:
         ValueError: no image could be measured, or settings that do not fit the model.
@@ -58,7 +62,7 @@ def discover(
     stopped_by = _pass_over(images, run)
     if not run.predictions:
         raise ValueError(
-            f"expected at least one image, got {len(run.unreadable)} that cannot be read, {run.num_nonfinite} with "
+            f"expected at least one image, got {len(run.unreadable)} that cannot be read, {len(run.nonfinite)} with "
             "features that are not finite, and no other" + "".join(f"\n  {line}" for line in run.unreadable[:3])
         )
     settings = {**dataclasses.asdict(run.settings), "layer": run.layer}
@@ -77,8 +81,28 @@ def discover(
     )
 
 
+def write_folder(report: DiscoveryReport, images: Sequence[AnnotatedImage], folder: str | os.PathLike) -> list:
+    """Write report and figures; returns the files. The report is written first.
+
+    Args:
+        report: of `discover`.
+        images: those that it was made of.
+        folder: folder to write; it is created.
+    """
+    from modeling_vitreg.style import save_figure  # matplotlib is not needed before
+
+    from .figures import draw_discoveries, draw_sweep
+
+    folder = pathlib.Path(folder)
+    files = [write_report(report, folder / "discovery.json")]
+    files.append(save_figure(draw_discoveries(images, report), folder / "boxes.png"))
+    if report.best_of_sweep:
+        files.append(save_figure(draw_sweep(report), folder / "sweep.png"))
+    return files
+
+
 def _pass_over(images: Iterable[AnnotatedImage], run: Measurement) -> str | None:
-    """Feed all images to a run; returns why it stopped early, None if it did not."""
+    """Measure all images; returns why the pass stopped early, None if it did not."""
     total = len(images) if hasattr(images, "__len__") else None
     bar = tqdm.tqdm(total=total, unit="image", desc=run.encoder.name, disable=not run.settings.has_progress_bar)
     try:
@@ -86,11 +110,11 @@ def _pass_over(images: Iterable[AnnotatedImage], run: Measurement) -> str | None
             run.pass_over(enumerate(images), tell=bar.update)
     except KeyboardInterrupt:
         return f"stopped by hand after {len(run.predictions)} images"
-    except Exception as error:  # whatever it is, what was measured is worth more than the traceback
+    except Exception as error:  # what was measured until then is kept
         if not run.predictions:
             raise
         return f"{type(error).__name__} after {len(run.predictions)} images: {error}"
     return None
 
 
-__all__ = ["OPTIMISTIC", "DiscoveryReport", "discover"]
+__all__ = ["OPTIMISTIC", "DiscoveryReport", "discover", "write_folder"]

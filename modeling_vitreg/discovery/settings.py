@@ -1,4 +1,4 @@
-"""What a discovery measures: one method as published, and a sweep over what LOST reads."""
+"""Settings of object discovery: one method with published settings, and a sweep over the input of LOST."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ METHODS = ("lost", "tokencut", "dino_seg")
 
 @dataclass(frozen=True)
 class DiscoverySettings:
-    """What is measured as published, and how images are read.
+    """Method, its settings, and reading of images.
 
     Args:
         method: "lost", "tokencut" or "dino_seg".
-        feature: "query", "key", "value", "token" or "mlp"; DINO-seg reads attention instead.
-        layer: from 1, or from -1 backwards.
-        bias, num_candidates, is_centered, is_normalized: of `lost`.
-        tau, epsilon: of `tokencut`.
-        attention_share, head: of `dino_seg`; the head of the class token, from 0.
-        longest_side: pixels to which larger images are shrunk; None: full resolution.
-        batch_size: images of equal size at a time.
+        feature: "query", "key", "value", "token" or "mlp"; DINO-seg reads the attention instead.
+        layer: 1 ... L, or -1 for the last.
+        bias, num_candidates, is_centered, is_normalized: arguments of `lost`.
+        tau, epsilon: arguments of `tokencut`.
+        attention_share: argument of `dino_seg`.
+        head: attention head of DINO-seg, from 0.
+        longest_side: images are reduced to this longest side in pixels; None for full resolution.
+        batch_size: images of equal size per forward pass.
         iou_threshold: IoU with a true box from which an object counts as found.
-        has_progress_bar: show one.
+        has_progress_bar: show a progress bar.
 
     Raises:
         ValueError: a value out of its range.
@@ -66,7 +67,7 @@ class DiscoverySettings:
             )
 
     def asked_for(self) -> dict:
-        """What the boxes depend on: the settings that this method reads, by their names."""
+        """The settings that the boxes of this method depend on."""
         read = {
             "lost": ("feature", "layer", "bias", "num_candidates", "is_centered", "is_normalized"),
             "tokencut": ("feature", "layer", "tau", "epsilon"),
@@ -78,14 +79,14 @@ class DiscoverySettings:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What LOST is tried with: every feature with every layer and every bias.
+    """Settings of a sweep with LOST: each feature with each layer and each bias.
 
     Args:
-        features, layers, biases: the axes; layers from 1, or from -1 backwards.
-        is_centered, is_normalized: the same for all; biases of normalised features are in units of the cosine.
+        features, layers, biases: the axes of the sweep; layers as in `DiscoverySettings`.
+        is_centered, is_normalized: arguments of `lost`; biases of normalised features are in units of the cosine.
 
     Raises:
-        ValueError: an axis is empty, or there is no such feature.
+        ValueError: an axis is empty, or a feature is unknown.
     """
 
     features: Sequence[str] = ("query", "key", "value", "token")

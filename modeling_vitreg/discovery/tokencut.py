@@ -1,4 +1,4 @@
-"""TokenCut: cut the graph of patches in two where least similarity is lost; the part that stands out is the object.
+"""TokenCut: a normalised cut of the graph of patches into two parts, object and background.
 
 Letters for shapes: B images, P patches, D width.
 
@@ -20,19 +20,19 @@ from .lost import check_finite, check_patches
 
 
 TAU, EPSILON = 0.2, 1e-5
-_SAME = 1e-9  # relative difference in float64 that says nothing
+_SAME = 1e-9  # relative difference in float64 that counts as equal
 
 
 @dataclass(frozen=True)
 class TokenCutResult:
-    """What TokenCut found in each image of a batch.
+    """Result of TokenCut for each image of a batch.
 
     Args:
-        seeds: (B,), the patch that stands out most, the first of several.
+        seeds: (B,), the patch of largest absolute value in the eigenvector, the first of several.
         eigenvector: (B, P) in float64, of the second smallest eigenvalue; larger on the object.
-        mask: (B, P), true on the part that holds the seed; the object is the component that holds it.
-        is_degenerate: (B,), true where the second eigenvector is not the only one of its eigenvalue, so that the cut
-            is any: all patches equal, none similar to another, or one patch.
+        mask: (B, P), true on the part that contains the seed; the object is the component that contains it.
+        is_degenerate: (B,), true if the second eigenvalue is not simple, so the cut is arbitrary: all patches are
+            equal, none is similar to another, or there is one patch.
     """
 
     seeds: Tensor
@@ -43,7 +43,7 @@ class TokenCutResult:
 
 @torch.no_grad()
 def tokencut(features: TokenFeatures | Tensor, *, tau: float = TAU, epsilon: float = EPSILON) -> TokenCutResult:
-    """Cut each image in two.
+    """Divide each image into two parts.
 
     for each image:
         W[i, j] = 1 where the cosine of patches i and j is above `tau`, else `epsilon`; D = its sums, on a diagonal
@@ -52,12 +52,12 @@ def tokencut(features: TokenFeatures | Tensor, *, tau: float = TAU, epsilon: flo
         mask = y > mean of y
 
     Args:
-        features: of the patches, (B, P, D); of `TokenFeatures` the patches are taken.
+        features: features of the patches (B, P, D), or `TokenFeatures`.
         tau: cosine above which two patches are joined.
-        epsilon: weight of all others, above 0.
+        epsilon: weight of all other pairs, above 0.
 
     Raises:
-        ValueError: features of another shape, or not finite, or epsilon out of range.
+        ValueError: the features have another shape or are not finite, or epsilon is out of range.
 
     Source: see the module. As published: keys of the last layer, tau 0.2, epsilon 1e-5.
     """
@@ -83,7 +83,7 @@ def tokencut(features: TokenFeatures | Tensor, *, tau: float = TAU, epsilon: flo
 
 
 def second_eigenvector(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Second vector y of (D - W) y = lambda D y, and whether it is not the only one of its lambda.
+    """Second eigenvector y of (D - W) y = lambda D y, and whether its eigenvalue is not simple.
 
     With u = D^(1/2) y this is the vector of the second largest eigenvalue of D^(-1/2) W D^(-1/2), a symmetric matrix.
 

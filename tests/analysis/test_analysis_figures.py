@@ -108,7 +108,7 @@ def test_every_model_has_a_page_and_what_it_lacks_is_left_out(drawn, tmp_path, c
     report, examples = _measure(plain_model(**changes), num_images=3, **settings)
     page = write_folder(report, examples, tmp_path).read_text()
     names = {path.stem for path in tmp_path.glob("*.png")}
-    expected = {"norms", "shares", "places", "massive_activations"}
+    expected = {"norms", "shares", "outlier_positions", "massive_activations"}
     if settings.get("num_shown", 4):
         expected |= {"norm_maps"}
         if changes.get("has_cls_token", True) and settings.get("num_attention_images", 1):
@@ -123,7 +123,8 @@ def test_a_figure_that_fails_is_left_out_with_a_warning(planted, monkeypatch, ca
 
     monkeypatch.setattr("modeling_vitreg.analysis.report_dir.draw_norms", fail)
     write_folder(*planted, tmp_path)
-    assert "the figure norms was left out: RuntimeError: no paper" in caplog.text
+    assert "figure norms failed: RuntimeError: no paper" in caplog.text
+    assert "RuntimeError: no paper" in (tmp_path / "errors.log").read_text()
     assert not (tmp_path / "norms.png").exists() and (tmp_path / "outlier_positions.png").exists()
 
 
@@ -141,9 +142,9 @@ def test_warnings_stand_behind_the_verdict(planted):
     images = {**report.images, "num_unreadable": 2, "unreadable": ["<a>", "b"], "num_nonfinite": 3}
     attention = {**report.attention, "registers": {"similarity": [], "duplicates": [[1, 3], [2, 4]]}}
     page = render_page(dataclasses.replace(report, images=images, attention=attention), {})
-    assert "2 images cannot be read: &lt;a&gt;; b" in page
-    assert "3 images have features that are not finite" in page
-    assert "Registers that are equal and do the work of one: 1, 3; 2, 4." in page
+    assert "2 of 17 images could not be read and are left out: &lt;a&gt;; b" in page
+    assert "3 of 17 images have features that are not finite and are left out" in page
+    assert "These registers are equal and act as one: 1, 3; 2, 4." in page
 
 
 def test_a_comparison_needs_two_and_bears_a_model_that_was_not_measured(planted, drawn, tmp_path):

@@ -12,7 +12,7 @@ from modeling_vitreg.analysis.histograms import (
     find_valley,
     next_edge,
 )
-from modeling_vitreg.analysis.verdict import QUANTILES, judge, summarise_layer, write_share
+from modeling_vitreg.analysis.verdict import QUANTILES, format_share, judge, summarise_layer
 
 
 def _norms(num_layers=2, num_images=30, num_patches=50, seed=0) -> torch.Tensor:
@@ -162,4 +162,4 @@ def test_norms_that_cannot_be_counted_are_refused():
 
 @pytest.mark.parametrize("share, words", [(0, "0 %"), (0.00012, "0.012 %"), (0.0237, "2.4 %"), (0.5, "50 %")])
 def test_a_share_is_written_with_two_figures(share, words):
-    assert write_share(share) == words
+    assert format_share(share) == words

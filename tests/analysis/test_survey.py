@@ -17,7 +17,13 @@ from modeling_vitreg.images import open_images
 from modeling_vitreg.reports import ArtifactReport, read_report, write_report
 
 
-QUICK = {"batch_size": 8, "num_attention_images": 8, "num_ablation_images": 4, "has_progress_bar": False}
+QUICK = {
+    "is_strict": True,
+    "batch_size": 8,
+    "num_attention_images": 8,
+    "num_ablation_images": 4,
+    "has_progress_bar": False,
+}
 
 
 def _survey(model, images, **changes) -> ArtifactReport:
@@ -106,11 +112,11 @@ def test_a_planted_channel_is_found():
 def test_numbers_do_not_depend_on_the_batch():
     model, images = planted_model(layer=3, magnitude=40.0), pictures(12)[0]
     one, two = (_survey(model, images, batch_size=size) for size in (5, 12))
-    assert one.verdict == two.verdict and one.places["heat_map"] == two.places["heat_map"]
+    assert one.verdict == two.verdict and one.outlier_positions["heat_map"] == two.outlier_positions["heat_map"]
     for first, second in zip(one.layers, two.layers):
         assert first["histogram"] == second["histogram"]
         assert first["mean"] == pytest.approx(second["mean"])
-    rows = zip(one.sinks["layers"], two.sinks["layers"])
+    rows = zip(one.massive_activations["layers"], two.massive_activations["layers"])
     assert all(first["largest"] == pytest.approx(second["largest"], rel=1e-5) for first, second in rows)
 
 
@@ -265,7 +271,15 @@ def test_a_folder_holds_page_report_and_figures(tmp_path):
     settings = SurveySettings(**QUICK, num_probe_images=10)
     report = analyze(encoder, images, output_folder=tmp_path, settings=settings, command="vitreg analyze <x>")
     names = {path.name for path in tmp_path.iterdir()}
-    pictures_written = {"norms", "shares", "norm_maps", "places", "attention", "heads", "massive_activations"}
+    pictures_written = {
+        "norms",
+        "shares",
+        "norm_maps",
+        "outlier_positions",
+        "attention",
+        "heads",
+        "massive_activations",
+    }
     assert names == {"index.html", "artifacts.json"} | {f"{name}.png" for name in pictures_written}
     page = (tmp_path / "index.html").read_text()
     assert page.count("data:image/png;base64,") == len(pictures_written)
@@ -273,7 +287,7 @@ def test_a_folder_holds_page_report_and_figures(tmp_path):
     assert "http" not in page and page.count("<table>") == page.count("</table>") >= 6
     assert page.index(report.verdict["sentence"]) < page.index("<figure>")
     assert set(report.probes["class"]) == {"class token", "normal patch", "outlier patch", "register"}
-    assert json.loads((tmp_path / "artifacts.json").read_text())["version"] == 1
+    assert json.loads((tmp_path / "artifacts.json").read_text())["version"] == 2
 
 
 def test_models_are_compared_side_by_side(tmp_path):
@@ -295,8 +309,8 @@ def test_a_report_of_another_kind_or_version_is_refused(tmp_path):
     path = write_report(_survey(plain_model(), pictures(2)[0]), tmp_path / "a" / "report.json")
     content = json.loads(path.read_text())
     for change, words in (
-        ({"version": 0}, "version 1, got kind 'artifacts', version 0"),
-        ({"kind": "other"}, "kind 'artifacts', version 1, got kind 'other'"),
+        ({"version": 0}, "version 2 or earlier, got kind 'artifacts', version 0"),
+        ({"kind": "other"}, "kind 'artifacts', version 2 or earlier, got kind 'other'"),
         ({"extra": 1}, r"missing \[\], unknown \['extra'\]"),
     ):
         path.write_text(json.dumps({**content, **change}))

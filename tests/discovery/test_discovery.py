@@ -17,6 +17,7 @@ from modeling_vitreg.discovery import (
     lost,
     read_scenes,
     read_source,
+    write_folder,
 )
 from modeling_vitreg.discovery.boxes import component_boxes, seed_components
 from modeling_vitreg.discovery.figures import draw_discoveries, draw_sweep
@@ -181,7 +182,7 @@ def test_what_cannot_be_read_or_is_not_finite_is_counted_and_left_out(encoder, t
     handle.remove()
     assert [found["name"] for found in report.predictions] == ["good"]
     assert (report.images["num_unreadable"], report.images["num_nonfinite"]) == (1, 1)
-    assert "broken.png" in report.images["unreadable"][0]
+    assert "broken.png" in report.images["unreadable"][0] and report.images["nonfinite"] == ["bad"]
     alone = discover(encoder, [good], settings=DiscoverySettings(**QUIET))
     assert alone.predictions[0]["box"] == report.predictions[0]["box"]
     with pytest.raises(ValueError, match=r"at least one image, got 1 that cannot be read(.|\n)*broken\.png"):
@@ -220,6 +221,14 @@ def test_pictures_show_boxes_and_the_sweep(transparent, tmp_path):
     figure.savefig(tmp_path / "sweep.png")
     with pytest.raises(ValueError, match="none with a name"):
         draw_discoveries([], report)
+
+
+def test_a_folder_holds_report_and_figures_whatever_images_are_called(transparent, tmp_path):
+    images = [painted("$a$ \\frac\n<b>|#", BOXES["a"]), painted("b" * 200, BOXES["b"])]
+    report = discover(transparent, images, settings=DiscoverySettings(**QUIET), sweep=Sweep(biases=(0.0,)))
+    write_folder(report, images, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"discovery.json", "boxes.png", "sweep.png"}
+    assert read_report(tmp_path / "out" / "discovery.json", kind=DiscoveryReport) == report
 
 
 def test_settings_that_contradict_are_refused(encoder):

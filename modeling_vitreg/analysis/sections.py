@@ -1,0 +1,389 @@
+"""Sections of an artifact report. Each one is updated batch by batch, in constant memory, and computed at the end.
+
+Letters for shapes: L layers, B images, N tokens, P patches, Q prefix tokens, R registers, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modeling_vitreg.features import Encoder, TokenFeatures, extract_many
+from modeling_vitreg.omissions import Failures
+
+from .ablation import ablate_registers
+from .activations import MassiveActivations
+from .attention import AttentionMeans, find_duplicates, register_similarity
+from .histograms import NormHistograms, bin_numbers
+from .positions import PositionCounts, neighbour_similarity
+from .reservoir import TokenReservoir, draw_tokens, make_sample
+from .verdict import judge, summarise_layer
+
+
+_KINDS = ("cls", "distillation", "registers", "patches")
+
+
+@dataclass(frozen=True)
+class SurveySettings:
+    """How much is measured.
+
+    Args:
+        num_images: maximum number of images to read; None for all.
+        batch_size: images per forward pass.
+        image_size: side of the square crop in pixels; None for that of the encoder.
+        num_attention_images: number of first images whose attention is measured, 0 to skip.
+        num_ablation_images: number of first images on which registers are ablated, 0 to skip.
+        num_probe_images: number of first images whose tokens are probed, 0 to skip; probes take minutes.
+        num_shown: number of first images to draw, at most one batch.
+        seed: random seed.
+        has_progress_bar: show a progress bar.
+        is_strict: raise the error of a section that fails instead of leaving the section out.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    num_images: int | None = 1000
+    batch_size: int = 32
+    image_size: int | None = None
+    num_attention_images: int = 32
+    num_ablation_images: int = 8
+    num_probe_images: int = 0
+    num_shown: int = 4
+    seed: int = 0
+    has_progress_bar: bool = True
+    is_strict: bool = False
+
+    def __post_init__(self):
+        least = {"num_images": 1, "batch_size": 1, "image_size": 1, "num_attention_images": 0}
+        least |= {"num_ablation_images": 0, "num_probe_images": 0, "num_shown": 0}
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if value is not None and value < smallest:
+                raise ValueError(f"expected {name} of {smallest} or more, got {value}")
+
+
+@dataclass
+class Batch:
+    """Finite images of a batch, and what the model makes of them.
+
+    Args:
+        encoder: the model.
+        pixels: (B, C, height, width).
+        labels: B class numbers or None.
+        layers: tokens of layers 1 ... L.
+        norms: (L, B, P) of the patches of these layers.
+        input_norms: (1, B, P) of the patches of layer 0.
+        bins: (L, B, P) of `norms`.
+        similarity: (B, P) of patches to their neighbours.
+    """
+
+    encoder: Encoder
+    pixels: Tensor
+    labels: list
+    layers: list[TokenFeatures]
+    norms: Tensor
+    input_norms: Tensor
+    bins: Tensor
+    similarity: Tensor
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """Number of tokens of each kind, in their order."""
+        return {name: part.shape[1] for name, part in zip(_KINDS, _parts(self.layers[0]))}
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return tuple(self.layers[0].grid)
+
+
+def encode_batch(encoder: Encoder, pixels: Tensor, labels: list) -> tuple[Batch | None, Tensor]:
+    """Run the model; returns the finite images, None if there are none, and which images (B,) they are.
+
+    Raises:
+        ValueError: the images do not fit the model.
+    """
+    embedded, *layers = extract_many(encoder, pixels, wanted=[(n, "token") for n in range(encoder.num_layers + 1)])
+    norms = torch.stack([layer.patch_tokens.float().norm(dim=-1) for layer in layers])  # [L, B, P]
+    input_norms = embedded.patch_tokens.float().norm(dim=-1)[None]  # [1, B, P]
+    is_finite = torch.stack([_is_finite(layer) for layer in layers]).all(dim=0) & norms.isfinite().all(2).all(0)
+    is_finite &= input_norms[0].isfinite().all(1)
+    if not is_finite.any():
+        return None, is_finite
+    if not is_finite.all():
+        labels = [label for label, kept in zip(labels, is_finite.tolist()) if kept]
+        layers = [_select(layer, is_finite) for layer in layers]
+        norms, input_norms, pixels = norms[:, is_finite], input_norms[:, is_finite], pixels[is_finite]
+    similarity = neighbour_similarity(encoder.embed_patches(pixels), grid=tuple(layers[0].grid))
+    return Batch(encoder, pixels, labels, layers, norms, input_norms, bin_numbers(norms), similarity), is_finite
+
+
+class NormSection:
+    """Norms of patches, class token and registers of every layer, and the verdict."""
+
+    def __init__(self, first: Batch):
+        depth, self.num_images = len(first.layers), 0
+        self._has_cls, num_registers = first.kinds["cls"] > 0, first.kinds["registers"]
+        self._inputs, self._patches, self._registers = NormHistograms(1), NormHistograms(depth), NormHistograms(depth)
+        self._cls_sums, self._register_sums = np.zeros(depth), np.zeros((depth, num_registers))
+
+    def update(self, batch: Batch) -> None:
+        """Add a batch."""
+        self._patches.add(batch.norms, bins=batch.bins)
+        if self._has_cls:
+            self._cls_sums += [layer.cls_token.float().norm(dim=-1).sum().item() for layer in batch.layers]
+        if self._register_sums.shape[1]:
+            norms = torch.stack([layer.register_tokens.float().norm(dim=-1) for layer in batch.layers])  # [L, B, R]
+            self._registers.add(norms)
+            self._register_sums += norms.sum(dim=1).cpu().numpy()
+        self._inputs.add(batch.input_norms)
+        self.num_images += len(batch.pixels)
+
+    def compute(self) -> dict:
+        """`verdict` and `layers` of the report."""
+        layers = [self._summarise(number) for number in range(len(self._cls_sums))]
+        inputs = summarise_layer(self._inputs, 0)["rules"]["automatic"]
+        return {"verdict": judge(layers, input_share=inputs["share"]), "layers": layers}
+
+    def _summarise(self, number: int) -> dict:
+        registers = self._register_sums[number] / self.num_images
+        return {
+            **summarise_layer(self._patches, number),
+            "num_images": self.num_images,
+            "num_patches": self._patches.num_tokens,
+            "cls": float(self._cls_sums[number] / self.num_images) if self._has_cls else None,
+            "registers": registers.tolist(),
+            "register_histogram": self._registers.counts[number].tolist() if len(registers) else None,
+        }
+
+
+class AttentionSection:
+    """Attention of the prefix tokens on the first images, and similarity of the registers on all images."""
+
+    def __init__(self, first: Batch, *, num_images: int, failures: Failures):
+        self.means = AttentionMeans(len(first.layers), kinds=first.kinds)
+        self._wanted, self._failures, self._problem = num_images, failures, None
+        self._similarity, self._num_images = torch.zeros(first.kinds["registers"], first.kinds["registers"]), 0
+        self.grid, self.last_maps = first.grid, None  # (B, H, Q, P) of the first batch
+
+    def update(self, batch: Batch) -> None:
+        """Add a batch."""
+        if len(self._similarity):
+            self._similarity += register_similarity(batch.layers[-1].register_tokens).cpu() * len(batch.pixels)
+        self._num_images += len(batch.pixels)
+        missing = self._wanted - self.means.num_images
+        if missing <= 0 or not self.means.queries or self._problem:
+            return
+        try:
+            layers = list(range(1, batch.encoder.num_layers + 1))
+            probabilities = batch.encoder.prefix_attention(batch.pixels[:missing], layers=layers)
+        except Exception as error:  # a layer whose attention cannot be read; the other sections can be measured
+            reason = self._failures.note("attention", error)
+            self._problem = f"the attention of this model cannot be read, so there are no attention maps: {reason}"
+            return
+        if self.last_maps is None:
+            self.last_maps = probabilities[-1][..., len(self.means.queries) :].float()
+        self.means.add(probabilities, batch.norms[-1].argmax(dim=1)[:missing])
+
+    def compute(self) -> dict:
+        """`attention` of the report."""
+        mean = self._similarity / self._num_images
+        registers = {"num_images": self._num_images, "similarity": mean.tolist(), "duplicates": find_duplicates(mean)}
+        return {**self._failures.attempt("attention", self._summarise), "registers": registers}
+
+    def mean_maps(self) -> dict[str, np.ndarray]:
+        """Map (rows, columns) of each query in the last layer, mean over images and heads."""
+        if not self.means.num_images:
+            return {}
+        maps = self.means.mean_maps(-1)
+        return {name: maps[query].reshape(self.grid) for query, name in enumerate(self.means.queries)}
+
+    def _summarise(self) -> dict:
+        if not self.means.queries:
+            raise ValueError("the model has no class token and no registers")
+        if not self.means.num_images:
+            raise ValueError(self._problem or "not requested")
+        return self.means.summarise(list(range(1, len(self.means) + 1)))
+
+
+class AblationSection:
+    """The first images, on which registers are ablated at the end."""
+
+    def __init__(self, first: Batch, *, num_images: int, seed: int):
+        self._encoder, self._wanted, self._seed = first.encoder, num_images, seed
+        self._has_registers, self._pixels = first.kinds["registers"] > 0, []
+
+    def update(self, batch: Batch) -> None:
+        """Add a batch."""
+        missing = self._wanted - sum(map(len, self._pixels))
+        if missing > 0 and self._has_registers:
+            self._pixels.append(batch.pixels[:missing])
+
+    def compute(self) -> dict:
+        """`ablation` of the report.
+
+        Raises:
+            ValueError: not requested, or the model has no registers.
+        """
+        if not self._wanted:
+            raise ValueError("not requested")
+        if not self._has_registers:
+            raise ValueError("the model has no registers")
+        return ablate_registers(self._encoder.model, torch.cat(self._pixels), seed=self._seed)
+
+
+class ProbeSection:
+    """Tokens of the first images, which are probed at the end."""
+
+    def __init__(self, first: Batch, *, num_images: int, seed: int, failures: Failures):
+        self._reservoir = TokenReservoir(num_images, patch_shape=first.encoder.patch_shape, seed=seed)
+        self._seed, self._failures, self._grid, self._layer = seed, failures, first.grid, len(first.layers)
+
+    def update(self, batch: Batch) -> None:
+        """Add a batch."""
+        self._reservoir.add(batch.layers[-1], batch.norms[-1], pixel_values=batch.pixels, labels=batch.labels)
+
+    def compute(self, threshold: float) -> dict:
+        """`probes` of the report; patches of the last layer above `threshold` are outliers.
+
+        Raises:
+            ValueError: not requested.
+        """
+        if not len(self._reservoir):
+            raise ValueError("not requested")
+        # Imported here: scikit-learn is slow to load and not needed elsewhere.
+        from .probes import NUM_DRAWS, TokenSample, probe_class, probe_pixels, probe_position
+
+        kept, seed, attempt = self._reservoir.collect(), self._seed, self._failures.attempt
+        sample = TokenSample(**make_sample(kept, threshold=threshold))
+        report = {
+            "num_images": len(self._reservoir),
+            "layer": self._layer,
+            "threshold": threshold,
+            "position": attempt("position probe", lambda: probe_position(sample, grid=self._grid, seed=seed)),
+            "pixels": attempt("pixel probe", lambda: probe_pixels(sample, seed=seed)),
+        }
+        if (kept["labels"] < 0).any():
+            return {**report, "class": {"skipped": "the images have no labels"}}
+        draws = draw_tokens(kept, threshold=threshold, num_draws=NUM_DRAWS, seed=seed)
+        return {**report, "class": attempt("class probe", lambda: probe_class(draws, kept["labels"], seed=seed))}
+
+
+@dataclass
+class Examples:
+    """The first images, as arrays to draw.
+
+    Args:
+        images: (images, height, width, 3), from 0 to 1.
+        norms: (layers, images, rows, columns) of patches before the final norm.
+        attention: name of a query to maps (images, heads, rows, columns) of the last layer.
+        mean_maps: name of a query to its map (rows, columns) of the last layer, mean over images and heads.
+        failures: tracebacks of the sections that failed.
+    """
+
+    images: np.ndarray | None = None
+    norms: np.ndarray | None = None
+    attention: dict = field(default_factory=dict)
+    mean_maps: dict = field(default_factory=dict)
+    failures: Failures = field(default_factory=Failures)
+
+
+class Sections:
+    """All sections of a report, and the examples.
+
+    Args:
+        settings: how much is measured.
+    """
+
+    PARTS: ClassVar = ("outlier_positions", "massive_activations", "attention", "ablation", "probes")
+
+    def __init__(self, settings: SurveySettings):
+        self.settings, self.failures, self.num_images = settings, Failures(is_strict=settings.is_strict), 0
+        self.examples = Examples(failures=self.failures)
+
+    def update(self, batch: Batch) -> None:
+        """Add a batch."""
+        if not self.num_images:
+            self._begin(batch)
+        self._norms.update(batch)
+        self._positions.add(batch.bins, batch.similarity)
+        for number, layer in enumerate(batch.layers):
+            self._activations.add(number, _parts(layer))
+        self._activations.count(len(batch.pixels))
+        self._probes.update(batch)
+        self._ablation.update(batch)
+        self.num_images += len(batch.pixels)
+        self._attention.update(batch)
+        if self.examples.images is None and self.settings.num_shown:
+            self._show(batch)
+
+    def compute(self, num_seen: int) -> dict:
+        """Verdict, layers and sections of the report, after `num_seen` images, finite or not."""
+        if not self.num_images:
+            sentence = f"Unknown: the features of all {num_seen} images contain NaN or infinity."
+            sections = {name: {"skipped": "no image has finite features"} for name in self.PARTS}
+            return {"verdict": {"level": "unknown", "sentence": sentence}, "layers": [], **sections}
+        found, attempt = self._norms.compute(), self.failures.attempt
+        verdict, last = found["verdict"], found["layers"][-1]["rules"]["automatic"]["threshold"]
+        self.examples.mean_maps = self._attention.mean_maps()
+        positions = self._positions.summarise(verdict["layer"] - 1, threshold=verdict["threshold"])
+        return {
+            **found,
+            "outlier_positions": positions,
+            "massive_activations": self._activations.summarise(),
+            "attention": self._attention.compute(),
+            "ablation": attempt("register ablation", self._ablation.compute),
+            "probes": attempt("linear probes", lambda: self._probes.compute(last)),
+        }
+
+    def _begin(self, first: Batch) -> None:
+        settings, depth, width = self.settings, len(first.layers), first.layers[0].patch_tokens.shape[2]
+        self._norms = NormSection(first)
+        self._positions = PositionCounts(depth, grid=first.grid)
+        self._activations = MassiveActivations(depth, width=width, kinds=first.kinds)
+        self._attention = AttentionSection(first, num_images=settings.num_attention_images, failures=self.failures)
+        self._ablation = AblationSection(first, num_images=settings.num_ablation_images, seed=settings.seed)
+        probes = {"num_images": settings.num_probe_images, "seed": settings.seed}
+        self._probes = ProbeSection(first, **probes, failures=self.failures)
+
+    def _show(self, batch: Batch) -> None:
+        shown, maps = slice(0, self.settings.num_shown), self._attention.last_maps
+        self.examples.images = _denormalise(batch.pixels[shown], batch.encoder)
+        self.examples.norms = batch.norms[:, shown].unflatten(-1, batch.grid).cpu().numpy()
+        if maps is not None:
+            maps = maps[shown].unflatten(-1, batch.grid).cpu().numpy()  # [B, H, Q, rows, columns]
+            queries = self._attention.means.queries
+            self.examples.attention = {name: maps[:, :, query] for query, name in enumerate(queries)}
+
+
+def _parts(tokens: TokenFeatures) -> list[Tensor]:
+    """Tokens (B, n, D) of each of `_KINDS`; n is 0 for kinds that the model lacks."""
+    none = tokens.patch_tokens[:, :0]
+    single = [none if token is None else token[:, None] for token in (tokens.cls_token, tokens.distillation_token)]
+    registers = none if tokens.register_tokens is None else tokens.register_tokens
+    return [*single, registers, tokens.patch_tokens]
+
+
+def _is_finite(tokens: TokenFeatures) -> Tensor:
+    """Which images (B,) have finite prefix tokens; patches are checked by their norms."""
+    return torch.cat(_parts(tokens)[:-1], dim=1).isfinite().flatten(1).all(dim=1)
+
+
+def _select(tokens: TokenFeatures, kept: Tensor) -> TokenFeatures:
+    names = ("patch_tokens", "cls_token", "distillation_token", "register_tokens")
+    parts = {name: getattr(tokens, name) for name in names}
+    return replace(tokens, **{name: part if part is None else part[kept] for name, part in parts.items()})
+
+
+def _denormalise(pixels: Tensor, encoder: Encoder) -> np.ndarray:
+    statistics = (encoder.image_mean, encoder.image_std)
+    mean, std = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in statistics)
+    return (pixels.float().cpu() * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+
+
+__all__ = ["Batch", "Examples", "Sections", "SurveySettings", "encode_batch"]

@@ -1,0 +1,84 @@
+"""What a report leaves out, and why: images that were not measured, and parts that failed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pathlib
+import traceback
+from collections.abc import Callable
+
+from modeling_vitreg.files import write_text
+
+
+_logger = logging.getLogger(__name__)
+
+
+def list_left_out(images: dict) -> list[str]:
+    """Sentences about the images that a report leaves out, for pages and terminals; empty if there are none.
+
+    Args:
+        images: counts of a report: `num_unreadable`, `num_nonfinite`, and `unreadable`, `nonfinite` (the first ones).
+    """
+    lines = []
+    for key, words in (("unreadable", "could not be read"), ("nonfinite", "have features that are not finite")):
+        number, named = images.get(f"num_{key}", 0), images.get(key, [])
+        if number:
+            total = sum(images.get(f"num_{name}", 0) for name in ("images", "unreadable", "nonfinite"))
+            rest = f"; and {number - len(named)} more" if named and number > len(named) else ""
+            lines.append(
+                f"{number} of {total} images {words} and are left out: {'; '.join(named) or 'not named'}{rest}"
+            )
+    return lines
+
+
+class Failures:
+    """Tracebacks of the parts of a report that failed, while the others go on.
+
+    A part that raises a ValueError or RuntimeError of this package does not apply, and its message is the reason. Any
+    other error is a defect: the report holds its message, and `write` stores the traceback.
+
+    Args:
+        is_strict: raise defects at once, as tests do.
+    """
+
+    FILE = "errors.log"
+
+    def __init__(self, *, is_strict: bool = False):
+        self.is_strict, self.tracebacks = is_strict, {}
+
+    def attempt(self, name: str, measure: Callable[[], dict]) -> dict:
+        """The result of a part, or {"skipped": reason}."""
+        try:
+            return measure()
+        except KeyboardInterrupt:
+            return {"skipped": "stopped by hand"}
+        except Exception as error:
+            return {"skipped": self.note(name, error)}
+
+    def note(self, name: str, error: Exception) -> str:
+        """Remember the traceback of a defect; returns the reason for the report.
+
+        Raises:
+            Exception: `error` itself, if it is a defect and `is_strict`.
+        """
+        raised_in = pathlib.Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if isinstance(error, (ValueError, RuntimeError)) and raised_in.is_relative_to(pathlib.Path(__file__).parent):
+            return str(error)
+        if self.is_strict:
+            raise error
+        self.tracebacks[name] = "".join(traceback.format_exception(error))
+        _logger.warning("%s failed: %s: %s", name, type(error).__name__, error)
+        return f"{type(error).__name__}: {error} (see {self.FILE})"
+
+    def write(self, folder: str | os.PathLike) -> None:
+        """Write the tracebacks to `errors.log` in a folder, or remove the file of an earlier report."""
+        path = pathlib.Path(folder) / self.FILE
+        if self.tracebacks:
+            parts = [f"{name}\n{text}" for name, text in self.tracebacks.items()]
+            write_text(path, "\n".join(parts))
+        else:
+            path.unlink(missing_ok=True)
+
+
+__all__ = ["Failures", "list_left_out"]
