@@ -80,7 +80,7 @@ def _render(template: str, figures: dict[str, pathlib.Path], **content: object) 
         "wide": _WIDE,
         "warnings": _warnings,
     }
-    return environment.get_template(template).render(**content)
+    return environment.get_template(template).render(**content).rstrip() + "\n"
 
 
 def _warnings(report: ArtifactReport) -> list[str]:

@@ -1,17 +1,17 @@
-"""An encoder and data in, a report of several tasks out; stopped at any time, it goes on where it was.
+"""From an encoder and data to an `EvaluationReport` of several tasks. An evaluation that was stopped can be resumed.
 
-    OUTPUT/evaluation.json   the `EvaluationReport`, written after every task
+    OUTPUT/evaluation.json   the `EvaluationReport`, written after each task
     OUTPUT/features/         see `encoding` and `objects`; it may be deleted, or shared by several models and outputs
+    OUTPUT/errors.log        tracebacks of tasks that failed, if any
 
-A task whose numbers are in the report, for the same model, data, settings and seed, is not measured again. Ctrl-C
-keeps what was measured; images that were encoded are not encoded again either.
+A task whose results are in the report for the same model, data, settings and seed is not measured again. Ctrl-C keeps
+the results, and images that were encoded are not encoded again.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import os
 import pathlib
 import time
@@ -20,6 +20,8 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from modeling_vitreg.features import Encoder
+from modeling_vitreg.files import check_writable
+from modeling_vitreg.omissions import Failures
 from modeling_vitreg.reports import EvaluationReport, read_report, short_hash, write_report
 
 from .data import EvaluationData
@@ -28,11 +30,10 @@ from .model_hash import describe_model, hash_weights
 from .objects import OBJECTS, find_objects
 from .settings import EvaluationSettings
 from .shards import Features
-from .tasks import TASKS, TaskInputs, Text
+from .tasks import TASKS, Prompts, TaskInputs
 
 
 REPORT_NAME = "evaluation.json"
-_logger = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -46,48 +47,52 @@ def evaluate(
     class_embeddings: Tensor | None = None,
     feature_folder: str | os.PathLike | None = None,
     command: str = "",
+    is_strict: bool = False,
 ) -> EvaluationReport:
-    """Measure tasks, and write the report after each.
+    """Measure tasks, and write the report after each of them.
 
-    A task that cannot be measured is skipped with its reason, and the others go on. Results of other data, settings
-    or seeds that the folder holds already are kept.
+    A task that cannot be measured is skipped with its reason, and the others are measured. Results in the folder for
+    other data, settings or seeds are kept.
 
     Args:
         encoder: from `modeling_vitreg.features.load_encoder`; heads are trained on its device.
-        tasks: out of `tasks.TASKS`.
-        data: of `sources.open_data`.
-        output_folder: see above; it is made.
-        settings: of the encoding and of each task.
-        tokenizer: of a dual encoder, for zero-shot classification.
-        class_embeddings: (classes, E), in its place.
-        feature_folder: of encoded images; None: in the output folder.
-        command: that made the report, for the report.
+        tasks: keys of `tasks.TASKS`.
+        data: from `sources.open_data`.
+        output_folder: folder to write, see above; it is created.
+        settings: settings of the encoding and of each task.
+        tokenizer: tokenizer of a dual encoder, for zero-shot classification.
+        class_embeddings: (classes, E), instead of a tokenizer.
+        feature_folder: folder of encoded images; None: in the output folder.
+        command: command that makes the report, for the report.
+        is_strict: raise the unexpected error of a task instead of skipping the task.
 
     Returns:
         The report that was written.
 
     Raises:
-        ValueError: no such task, a folder with the report of another model, or nothing that could be measured.
+        ValueError: an unknown task, a folder with the report of another model, or no task could be measured.
+        OSError: the folder cannot be written, which is checked before images are read.
     """
     if not tasks or not set(tasks) <= set(TASKS):
         raise ValueError(f"expected tasks out of {', '.join(TASKS)}, got {', '.join(tasks) or 'none'}")
-    run = _Run(encoder, data, settings or EvaluationSettings(), pathlib.Path(output_folder), feature_folder, command)
-    text = Text(tokenizer, class_embeddings)
-    waiting = run.choose(dict.fromkeys(tasks), text)
+    folder, prompts = check_writable(output_folder), Prompts(tokenizer, class_embeddings)
+    run = _Run(encoder, data, settings or EvaluationSettings(), folder, feature_folder, command)
+    run.failures.is_strict = is_strict
+    waiting = run.choose(dict.fromkeys(tasks), prompts)
     try:
         features = run.encode(waiting)
         for name in waiting:
-            run.measure(name, features, text)
+            run.measure(name, features, prompts)
     except KeyboardInterrupt:
         return run.write(stopped_by="stopped by hand")
     if not run.results:
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in run.skipped.items())
-        raise ValueError(f"{data.name}: expected something to measure, got nothing:{reasons}")
+        raise ValueError(f"{data.name}: no task could be measured:{reasons}")
     return run.write()
 
 
 class _Run:
-    """An evaluation on its way: what is known, and where it is written."""
+    """State of a running evaluation."""
 
     def __init__(
         self,
@@ -105,22 +110,22 @@ class _Run:
         self.parts = {"train": data.train.fingerprint, "test": data.test.fingerprint}
         self.dataset_hash = short_hash([self.parts, data.mask_names, data.ignore_index, data.max_depth])
         self.results, self.facts = self._read()
-        self.skipped = {}
+        self.skipped, self.failures = {}, Failures()
 
-    def choose(self, names: Sequence[str], text: Text) -> list[str]:
-        """Tasks that are neither done nor impossible."""
+    def choose(self, names: Sequence[str], prompts: Prompts) -> list[str]:
+        """Tasks to measure: those that are not done and apply to the model and the data."""
         waiting = []
         for name in names:
-            if any(self._is_of(result, name, text) for result in self.results):
+            if any(self._is_of(result, name, prompts) for result in self.results):
                 continue
-            if reason := self._obstacle(name, text):
+            if reason := self._unavailable_reason(name, prompts):
                 self.skipped[name] = reason
             else:
                 waiting.append(name)
         return waiting
 
     def encode(self, names: Sequence[str]) -> dict[str, dict[str, Features]]:
-        """Features of both parts for tasks, in one pass over each; objects are found later, by their task."""
+        """Features of both parts for all tasks, in one pass over each; discovery makes its own pass."""
         tasks = [TASKS[name] for name in names if TASKS[name].kind != OBJECTS]
         kinds = {"train": [task.kind for task in tasks if task.reads_train], "test": [task.kind for task in tasks]}
         features = {}
@@ -140,19 +145,18 @@ class _Run:
             self._note(self.dataset_hash, self.parts, features)
         return features
 
-    def measure(self, name: str, features: dict[str, dict[str, Features]], text: Text) -> None:
+    def measure(self, name: str, features: dict[str, dict[str, Features]], prompts: Prompts) -> None:
         """Measure a task and write the report; a task that fails is skipped with its reason."""
         start = time.perf_counter()
         try:
-            measured, facts = TASKS[name].measure(self._prepare(name, features, text))
-        except Exception as error:  # the other tasks are worth more than the traceback
-            is_plain = isinstance(error, (ValueError, RuntimeError))
-            self.skipped[name] = str(error) if is_plain else f"{type(error).__name__}: {error}"
-            _logger.warning("the task %s was skipped: %s", name, error, exc_info=not is_plain)
+            measured, facts = TASKS[name].measure(self._prepare(name, features, prompts))
+        except Exception as error:  # the other tasks can still be measured
+            self.skipped[name] = self.failures.note(name, error)
+            self.failures.write(self.folder)
             return
         seconds = round(time.perf_counter() - start, 2)
         shared = {
-            **self._identify(name, text),
+            **self._identify(name, prompts),
             "dataset": self.data.name,
             "split": "test",
             "revision": self.data.revision,
@@ -166,7 +170,7 @@ class _Run:
         self.write()
 
     def write(self, stopped_by: str | None = None) -> EvaluationReport:
-        """Write what is known."""
+        """Write the report."""
         report = EvaluationReport(
             model=self.encoder.name,
             architecture={**describe_model(self.encoder), "weights_hash": self.weights_hash},
@@ -180,11 +184,11 @@ class _Run:
         write_report(report, self.folder / REPORT_NAME)
         return report
 
-    def _prepare(self, name: str, features: dict[str, dict[str, Features]], text: Text) -> TaskInputs:
-        """What a task looks at.
+    def _prepare(self, name: str, features: dict[str, dict[str, Features]], prompts: Prompts) -> TaskInputs:
+        """Inputs of a task.
 
         Raises:
-            ValueError: of its images none is left.
+            ValueError: no image could be read, or none has finite features.
         """
         kind = TASKS[name].kind
         found = (
@@ -203,7 +207,7 @@ class _Run:
             settings=getattr(self.settings, name),
             seed=self.settings.seed,
             has_progress_bar=self.settings.encoding.has_progress_bar,
-            text=text,
+            prompts=prompts,
         )
 
     def _find_objects(self) -> Features:
@@ -222,16 +226,16 @@ class _Run:
         return found
 
     def _note(self, fingerprint: str, parts: dict[str, str], features: dict[str, dict[str, Features]]) -> None:
-        """Write down which data were read, and how many of the images."""
+        """Record which data were read, and how many images."""
         counts = {part: next(iter(found.values())).counts() for part, found in features.items()}
         facts = {"name": self.data.name, "hashes": parts, "revision": self.data.revision}
         self.facts[fingerprint] = {**self.facts.get(fingerprint, {}), **facts, **counts}
 
-    def _obstacle(self, name: str, text: Text) -> str | None:
-        """Why a task cannot be measured, None if nothing is known against it."""
+    def _unavailable_reason(self, name: str, prompts: Prompts) -> str | None:
+        """Why a task does not apply, None if it does."""
         if TASKS[name].reads_train and not len(self.data.train):
             return "there are no images to train on: a file of boxes (--annotations) is for discovery alone"
-        return TASKS[name].obstacle(self.encoder, self.data, text)
+        return TASKS[name].unavailable_reason(self.encoder, self.data, prompts)
 
     def _read(self) -> tuple[list, dict]:
         path = self.folder / REPORT_NAME
@@ -241,32 +245,32 @@ class _Run:
         if report.architecture["weights_hash"] != self.weights_hash:
             raise ValueError(
                 f"{path}: expected an evaluation of this model, got one of {report.model} or of other weights: choose "
-                "another folder, or move this one away"
+                "another output folder, or remove this one"
             )
         return report.results, report.data
 
-    def _identify(self, name: str, text: Text) -> dict:
-        """What two measurements of a task must share to be one."""
+    def _identify(self, name: str, prompts: Prompts) -> dict:
+        """The facts that identify a result; a task with the same facts is not measured again."""
         encoding, is_discovery = self.settings.encoding, TASKS[name].kind == OBJECTS
         sides = self.encoder.image_size if encoding.image_size is None else (encoding.image_size, encoding.image_size)
         settings = {"image_size": sides, **dataclasses.asdict(getattr(self.settings, name))}
         if is_discovery:
-            settings = self.settings.discovery.asked_for()  # images keep their size
+            settings = self.settings.discovery.asked_for()  # images are read at full resolution
         if TASKS[name].kind.endswith("patches"):
             settings["patch_precision"] = encoding.patch_precision
-        if name == "zero_shot" and text.class_embeddings is not None:
-            settings = {"image_size": sides, "class_embeddings": short_hash(text.class_embeddings.tolist())}
+        if name == "zero_shot" and prompts.class_embeddings is not None:
+            settings = {"image_size": sides, "class_embeddings": short_hash(prompts.class_embeddings.tolist())}
         return {
             "task": name,
-            "settings": json.loads(json.dumps(settings)),  # tuples become lists, as in a report that was read
+            "settings": json.loads(json.dumps(settings)),  # tuples become lists, as in a report read from a file
             "seed": self.settings.seed,
-            # Other numbers do not change with the boxes, nor CorLoc with the images to train on.
+            # Other tasks do not depend on the boxes, and discovery does not depend on the training images.
             "dataset_hash": self.data.test.box_fingerprint if is_discovery else self.dataset_hash,
             "weights_hash": self.weights_hash,
         }
 
-    def _is_of(self, result: dict, name: str, text: Text) -> bool:
-        return all(result[key] == value for key, value in self._identify(name, text).items())
+    def _is_of(self, result: dict, name: str, prompts: Prompts) -> bool:
+        return all(result[key] == value for key, value in self._identify(name, prompts).items())
 
 
 __all__ = ["REPORT_NAME", "evaluate"]

@@ -1,4 +1,4 @@
-"""The tasks by name: which features and truth each needs, and what it measures.
+"""The tasks by name: which features and annotations each one needs, and what it measures.
 
 Letters: I images, D width.
 """
@@ -30,11 +30,11 @@ from .zero_shot import embed_classes, similarities
 
 
 @dataclass(frozen=True)
-class Text:
-    """What zero-shot classification compares images with: one of the two.
+class Prompts:
+    """What zero-shot classification compares images with: prompts, which need a tokenizer, or embeddings.
 
     Args:
-        tokenizer: of the text tower of a dual encoder.
+        tokenizer: tokenizer of the text tower of a dual encoder.
         class_embeddings: (classes, E), in the order of the labels.
     """
 
@@ -44,16 +44,16 @@ class Text:
 
 @dataclass(frozen=True)
 class TaskInputs:
-    """Everything that a task may look at.
+    """Inputs of a task.
 
     Args:
-        encoder: whose features are measured; heads are trained on its device.
-        data: what they are features of.
-        train, test: of the kind that the task needs; the first is None where it reads no training images.
-        settings: of the task.
-        seed: of heads, orders and draws.
-        has_progress_bar: show one.
-        text: for zero-shot classification.
+        encoder: model whose features are measured; heads are trained on its device.
+        data: images of the features.
+        train, test: features of the kind that the task needs; `train` is None if it needs no training images.
+        settings: settings of the task.
+        seed: random seed of heads, order of images and draws.
+        has_progress_bar: show a progress bar.
+        prompts: for zero-shot classification.
     """
 
     encoder: Encoder
@@ -63,7 +63,7 @@ class TaskInputs:
     settings: object
     seed: int
     has_progress_bar: bool
-    text: Text
+    prompts: Prompts
 
 
 @dataclass(frozen=True)
@@ -71,20 +71,21 @@ class Task:
     """A task.
 
     Args:
-        kind: of features; see `encoding` and `objects`.
-        measure: from a inputs to numbers, and to facts about them.
+        kind: kind of features; see `encoding` and `objects`.
+        measure: function of the inputs that returns the numbers, and facts about them.
         reads_train: whether training images are encoded.
-        obstacle: from encoder, data and text to the reason why there is nothing to measure, None if there is.
+        unavailable_reason: function of encoder, data and prompts; returns why the task does not apply, None if it
+        does.
     """
 
     kind: str
     measure: Callable[[TaskInputs], tuple[list[MetricValue], dict]]
     reads_train: bool = True
-    obstacle: Callable[[Encoder, EvaluationData, Text], str | None] = lambda *_: None
+    unavailable_reason: Callable[[Encoder, EvaluationData, Prompts], str | None] = lambda *_: None
 
 
 def measure_knn(inputs: TaskInputs) -> tuple[list[MetricValue], dict]:
-    """Share of test images whose class wins the vote."""
+    """Top-1 accuracy of the nearest training images."""
     (train, labels), (test, truth) = (with_labels(part, one_vector(part)) for part in (inputs.train, inputs.test))
     require_classes(labels)
     settings, device = inputs.settings, inputs.encoder.device
@@ -96,23 +97,23 @@ def measure_knn(inputs: TaskInputs) -> tuple[list[MetricValue], dict]:
 
 
 def measure_linear(inputs: TaskInputs) -> tuple[list[MetricValue], dict]:
-    """Top-1 and top-5 of the head that the sweep chose."""
-    settings, seed = inputs.settings, inputs.seed
+    """Top-1 and top-5 accuracy of the head chosen by the sweep."""
+    settings, has_bar = inputs.settings, inputs.has_progress_bar
     options = {"num_layers": settings.num_layers, "device": inputs.encoder.device}
-    inputs, labels = linear_inputs(inputs.train, **options)
-    head = fit_linear(inputs, labels, settings=settings, seed=seed, has_progress_bar=inputs.has_progress_bar)
-    inputs, truth = linear_inputs(inputs.test, **options)
+    train, labels = linear_inputs(inputs.train, **options)
+    head = fit_linear(train, labels, settings=settings, seed=inputs.seed, has_progress_bar=has_bar)
+    test, truth = linear_inputs(inputs.test, **options)
     facts = {
         "input": head.input,
         "learning_rate": head.learning_rate,
         "validation_accuracy": head.validation_accuracy,
         "num_train": len(labels),
     }
-    return _top(head.scores(inputs), truth, head.classes), facts
+    return _top(head.scores(test), truth, head.classes), facts
 
 
 def measure_logistic(inputs: TaskInputs) -> tuple[list[MetricValue], dict]:
-    """Top-1 and top-5 of the regression with the C that was chosen."""
+    """Top-1 and top-5 accuracy of the regression with the chosen C."""
     (train, labels), (test, truth) = (with_labels(part, one_vector(part)) for part in (inputs.train, inputs.test))
     settings, seed = inputs.settings, inputs.seed
     fit = fit_logistic(train, labels, settings=settings, seed=seed, has_progress_bar=inputs.has_progress_bar)
@@ -128,7 +129,7 @@ def measure_logistic(inputs: TaskInputs) -> tuple[list[MetricValue], dict]:
 
 
 def measure_masks(inputs: TaskInputs) -> tuple[list[MetricValue], dict]:
-    """Intersection over union, and accuracies, of a linear head on normed patches."""
+    """Intersection over union and accuracies of a linear head on normed patches."""
     ignore_index, device = inputs.data.ignore_index, inputs.encoder.device
     num_classes = len(inputs.data.mask_names or ()) or count_mask_classes(
         [inputs.train, inputs.test], ignore_index=ignore_index
@@ -182,24 +183,24 @@ def measure_depths(inputs: TaskInputs) -> tuple[list[MetricValue], dict]:
 
 
 def measure_zero_shot(inputs: TaskInputs) -> tuple[list[MetricValue], dict]:
-    """Top-1 and top-5 of the classes whose prompts are most similar."""
-    names, classes = inputs.data.test.class_names, inputs.text.class_embeddings
+    """Top-1 and top-5 accuracy of the classes whose prompts are most similar."""
+    names, classes = inputs.data.test.class_names, inputs.prompts.class_embeddings
     if classes is None:
         templates = inputs.settings.templates
-        classes = embed_classes(inputs.encoder.model, inputs.text.tokenizer, names, templates=templates)
+        classes = embed_classes(inputs.encoder.model, inputs.prompts.tokenizer, names, templates=templates)
     embeddings, truth = with_labels(inputs.test, inputs.test.load("embeddings"))
     if truth.max() >= len(classes):
         raise ValueError(f"expected an embedding for each class, got {len(classes)} and the label {int(truth.max())}")
     scores = similarities(embeddings, classes.cpu())
-    is_given = inputs.text.class_embeddings is not None
+    is_given = inputs.prompts.class_embeddings is not None
     return _top(scores, truth, torch.arange(len(classes))), {
         "num_classes": len(classes),
-        "classes": "embeddings that were given" if is_given else "prompts of the class names",
+        "classes": "given embeddings" if is_given else "prompts of the class names",
     }
 
 
 def measure_discovery(inputs: TaskInputs) -> tuple[list[MetricValue], dict]:
-    """CorLoc of the object that was found in each image."""
+    """CorLoc of the object found in each image."""
     (layer,) = layer_numbers(inputs.settings.layer, inputs.encoder.num_layers, first=1)
     measured, facts = measure_objects(inputs.test, iou_threshold=inputs.settings.iou_threshold)
     return measured, {"layer": layer, **facts}
@@ -218,41 +219,41 @@ def _top(scores: Tensor, truth: Tensor, classes: Tensor) -> list[MetricValue]:
     return [share_of_counts(name, round(share * num_images), num_images) for name, share in shares.items()]
 
 
-def _no_masks(_: Encoder, data: EvaluationData, __: Text) -> str | None:
+def _no_masks(_: Encoder, data: EvaluationData, __: Prompts) -> str | None:
     is_there = data.train.options.mask_column and data.test.options.mask_column
     return None if is_there else "the images have no masks: name their column by --columns mask=NAME"
 
 
-def _no_depths(_: Encoder, data: EvaluationData, __: Text) -> str | None:
+def _no_depths(_: Encoder, data: EvaluationData, __: Prompts) -> str | None:
     is_there = data.train.options.depth_column and data.test.options.depth_column
     return None if is_there else "the images have no depth: name its column by --columns depth=NAME"
 
 
-def _no_boxes(_: Encoder, data: EvaluationData, __: Text) -> str | None:
+def _no_boxes(_: Encoder, data: EvaluationData, __: Prompts) -> str | None:
     if data.test.box_column:
         return None
     return "the images have no boxes: name their column by --columns box=NAME, or their file by --annotations"
 
 
-def _no_text(encoder: Encoder, data: EvaluationData, text: Text) -> str | None:
-    if text.class_embeddings is not None:
+def _no_text(encoder: Encoder, data: EvaluationData, prompts: Prompts) -> str | None:
+    if prompts.class_embeddings is not None:
         return None
     if not hasattr(encoder.model, "get_text_features"):
-        return "the model has no text tower: give a dual encoder, or embeddings of the classes"
-    if text.tokenizer is None:
-        return "there is no tokenizer for the prompts: give one, or embeddings of the classes"
-    return None if data.test.class_names else "the labels have no names that prompts could be made of"
+        return "the model has no text tower: use a dual encoder, or pass embeddings of the classes"
+    if prompts.tokenizer is None:
+        return "the prompts need a tokenizer: pass one, or embeddings of the classes"
+    return None if data.test.class_names else "the labels have no names, so there are no prompts"
 
 
 TASKS = {
     "knn": Task("pooled", measure_knn),
     "linear": Task("pooled", measure_linear),
     "logistic": Task("pooled", measure_logistic),
-    "segmentation": Task("normed_patches", measure_masks, obstacle=_no_masks),
-    "depth": Task("raw_patches", measure_depths, obstacle=_no_depths),
-    "zero_shot": Task("embeddings", measure_zero_shot, reads_train=False, obstacle=_no_text),
-    "discovery": Task(OBJECTS, measure_discovery, reads_train=False, obstacle=_no_boxes),
+    "segmentation": Task("normed_patches", measure_masks, unavailable_reason=_no_masks),
+    "depth": Task("raw_patches", measure_depths, unavailable_reason=_no_depths),
+    "zero_shot": Task("embeddings", measure_zero_shot, reads_train=False, unavailable_reason=_no_text),
+    "discovery": Task(OBJECTS, measure_discovery, reads_train=False, unavailable_reason=_no_boxes),
 }
 
 
-__all__ = ["TASKS", "Task", "TaskInputs", "Text"]
+__all__ = ["TASKS", "Prompts", "Task", "TaskInputs"]

@@ -123,6 +123,20 @@ def test_numbers_do_not_depend_on_the_batch():
 # Bad input ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["num_images", "batch_size", "image_size", "num_probe_images", "num_shown"])
+def test_settings_out_of_range_are_refused_before_work_starts(name):
+    with pytest.raises(ValueError, match=f"expected {name} of [01] or more, got -1"):
+        SurveySettings(**{name: -1})
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_an_image_is_read(tmp_path):
+    (tmp_path / "file").write_text("")
+    images = iter(pictures(2)[0])
+    with pytest.raises(NotADirectoryError, match="file"):
+        analyze(load_encoder(plain_model()), images, output_folder=tmp_path / "file" / "report")
+    assert len(list(images)) == 2
+
+
 def test_no_image_is_refused_in_words():
     with pytest.raises(ValueError, match="expected at least one image, got 0 that cannot be read and no other"):
         _survey(plain_model(), [])
@@ -139,7 +153,7 @@ def test_one_image_gives_a_report_without_intervals():
     assert "two images or more, got 1" in report.ablation["skipped"]
     assert "two images or more" in report.probes["position"]["skipped"]
     page = render_page(report, {})
-    assert page.count("Not measured: expected ") == 2 and "Not measured: class: the images have no labels" in page
+    assert page.count("two images or more") == 3 and "Not measured: class: the images have no labels" in page
 
 
 def test_images_of_one_pixel_are_measured_and_broken_ones_counted():
@@ -211,10 +225,14 @@ class _Sick(torch.nn.Module):
 def test_features_that_are_not_finite_are_left_out_and_counted():
     model, images = planted_model(layer=2, magnitude=50.0), pictures(8)[0]
     model.layers[2] = _Sick(model.layers[2])
-    report = _survey(model, [*images, Image.new("RGB", (32, 32))])
+    report = _survey(model, [*images, Image.new("RGB", (32, 32))], is_strict=False)
     assert report.images["num_nonfinite"] == 1 and report.images["num_images"] == 8
+    assert report.images["nonfinite"] == ["image 8"]
+    assert "1 of 9 images have features that are not finite and are left out: image 8" in render_page(report, {})
     assert report.verdict["share"] == 2 / 16
-    assert "AttributeError" in report.attention["skipped"]  # of a layer without attention; the rest is there
+    assert "attention of this model cannot be read" in report.attention["skipped"]  # a layer without attention
+    with pytest.raises(AttributeError):
+        _survey(model, images)
     report = _survey(model, [Image.new("RGB", (32, 32))] * 3)
     assert report.verdict["level"] == "unknown" and report.layers == []
     assert "all 3 images hold numbers that are not finite" in report.verdict["sentence"]

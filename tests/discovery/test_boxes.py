@@ -45,7 +45,7 @@ def test_a_seed_outside_its_mask_stands_alone_and_an_empty_mask_has_no_largest_c
     empty = torch.zeros(2, 6, dtype=torch.bool)
     assert [places(part) for part in seed_components(empty, torch.tensor([4, 0]), grid=(2, 3))] == [{(1, 1)}, {(0, 0)}]
     assert not largest_components(empty, grid=(2, 3)).any()
-    with pytest.raises(ValueError, match="patch in every component"):
+    with pytest.raises(ValueError, match="one patch in each component"):
         component_boxes(largest_components(empty, grid=(2, 3)), patch_shape=(8, 8))
 
 

@@ -262,7 +262,7 @@ def test_settings_out_of_range_are_refused(encoder, tmp_path):
     with pytest.raises(ValueError, match="float16 or float32, got 'int8'"):
         EncodingSettings(patch_precision="int8")
     with pytest.raises(ValueError, match="does not fit patches of 8 pixels"):
-        _encode(encoder, _labelled(_dataset(2)), tmp_path, size=30)
+        _encode(encoder, _labelled(_dataset(2)), tmp_path, image_size=30)
     with pytest.raises(ValueError, match="kinds out of pooled"):
         _encode(encoder, _labelled(_dataset(2)), tmp_path, kinds=["all"])
 

@@ -102,7 +102,7 @@ def test_a_trained_segmentation_head_finds_what_patches_hold():
 
 
 def test_masks_with_unknown_classes_and_of_other_sizes_are_refused():
-    with pytest.raises(ValueError, match=r"classes 0 \.\.\. 4 in a mask, or 255 where there is none, got 7"):
+    with pytest.raises(ValueError, match=r"classes 0 \.\.\. 4 in a mask, or 255 for pixels to ignore, got 7"):
         measure_areas(torch.zeros(1, 2, 2), torch.full((1, 2, 2), 7), num_classes=5)
     with pytest.raises(ValueError, match="maps of one shape"):
         measure_areas(torch.zeros(1, 2, 2), torch.zeros(1, 2, 3), num_classes=5)

@@ -54,7 +54,8 @@ def encoder(tiny):
 
 
 def _run(encoder, data, folder, *, tasks=ALL, settings=SETTINGS, **options):
-    return evaluate(encoder, tasks=tasks, data=data, settings=settings, output_folder=folder, **options)
+    strict = {"is_strict": True, **options}
+    return evaluate(encoder, tasks=tasks, data=data, settings=settings, output_folder=folder, **strict)
 
 
 def _without_clocks(report):
@@ -125,9 +126,13 @@ def test_a_task_that_fails_takes_no_other_with_it(encoder, scenes, tmp_path, mon
         raise ZeroDivisionError("oh")
 
     monkeypatch.setattr(tasks_module, "fit_linear", fail)
-    report = _run(encoder, scenes, tmp_path, tasks=["linear", "knn", "zero_shot"])
+    report = _run(encoder, scenes, tmp_path, tasks=["linear", "knn", "zero_shot"], is_strict=False)
     assert [result["task"] for result in report.results] == ["knn"]
-    assert report.skipped["linear"] == "ZeroDivisionError: oh" and "no text tower" in report.skipped["zero_shot"]
+    assert report.skipped["linear"] == "ZeroDivisionError: oh (see errors.log)"
+    assert "no text tower" in report.skipped["zero_shot"]
+    assert "in fail" in (tmp_path / "errors.log").read_text()  # the traceback
+    with pytest.raises(ZeroDivisionError):
+        _run(encoder, scenes, tmp_path, tasks=["linear"])
 
 
 def test_a_done_task_is_not_skipped_when_what_it_needed_is_gone(encoder, scenes, tmp_path):

@@ -55,7 +55,12 @@ def _analyze(folder: pathlib.Path):
     pairs = [(image, number % 3) for number, image in enumerate(images)]
     model = planted_model(layer=3, magnitude=30.0, channel=5)
     settings = SurveySettings(
-        batch_size=8, num_attention_images=8, num_ablation_images=4, num_probe_images=24, has_progress_bar=False
+        batch_size=8,
+        num_attention_images=8,
+        num_ablation_images=4,
+        num_probe_images=24,
+        has_progress_bar=False,
+        is_strict=True,
     )
     return survey(load_encoder(model, name="planted"), pairs, settings=settings)[0]
 
@@ -88,6 +93,7 @@ def _evaluate(folder: pathlib.Path):
         settings=quick,
         class_embeddings=torch.randn(24, 32, generator=generator),
         output_folder=folder,
+        is_strict=True,
     )
 
 
