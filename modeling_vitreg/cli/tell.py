@@ -22,6 +22,8 @@ def tell_unreadable(images: dict, *, part: str = "") -> None:
             typer.echo(f"  {line}", err=True)
     if broken:
         typer.echo(f"{broken} of {total} {name} gave features that are not finite and were left out", err=True)
+        for line in images.get("nonfinite") or ():
+            typer.echo(f"  {line}", err=True)
 
 
 __all__ = ["tell_unreadable"]

@@ -1,14 +1,14 @@
-"""Features of a frozen encoder in, numbers out: how good they are without training the encoder any further.
+"""Evaluation of frozen features on seven tasks.
 
-| task | what is measured | truth |
+| task | what is measured | annotations |
 | --- | --- | --- |
-| knn | vote of the nearest training images | labels |
-| linear | linear probe with DINOv2's sweep | labels |
-| logistic | logistic regression, its regularisation chosen | labels |
-| segmentation | linear head on patches, mean intersection over union | masks |
-| depth | linear head of bins on patches and class token | depth |
-| zero_shot | prompts of a text tower | labels with names |
-| discovery | objects found without labels, CorLoc; see `modeling_vitreg.discovery` | boxes |
+| knn | accuracy of the nearest training images | labels |
+| linear | linear probe with the sweep of DINOv2 | labels |
+| logistic | logistic regression with a sweep over its regularisation | labels |
+| segmentation | mean intersection over union of a linear head on patches | masks |
+| depth | errors of a linear head on patches and class token | depth |
+| zero_shot | accuracy of prompts of a text tower | labels with names |
+| discovery | CorLoc of objects found without labels, see `modeling_vitreg.discovery` | boxes |
 """
 
 from modeling_vitreg.discovery import DiscoverySettings

@@ -96,6 +96,10 @@ class LabelledImages:
         image = decode_image(raw)
         return Example(image, raw["label"], **decode_maps(raw, size=image.size))
 
+    def name_of(self, number: int) -> str:
+        """Path of an image if it has one, else its number."""
+        return self._images.name_of(int(self._indices[number]))
+
     def annotate(self, number: int) -> AnnotatedImage:
         """An image with its boxes, None where nobody has looked; opened later, and alone.
 

@@ -1,6 +1,6 @@
-"""Training of a linear head on patches, image by image drawn by a seed: the loop of segmentation and depth.
+"""Training loop of linear heads on patches, shared by segmentation and depth.
 
-Features are computed once, so there is no augmentation, where DINOv2 crops, flips and distorts.
+Features are computed once, so there is no augmentation; DINOv2 crops, flips and distorts the images.
 
 Letters: B images of a batch, I images.
 """
@@ -18,16 +18,16 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Descent:
-    """AdamW with a warm-up, then a fall to 0 along a line or a cosine.
+    """Settings of AdamW with a warm-up, followed by a linear or cosine decay to 0.
 
     Args:
-        num_steps: in all.
-        batch_size: images a step.
-        learning_rate: at its peak.
-        weight_decay: of AdamW.
-        warmup_share: of the steps, in which the rate rises.
-        is_cosine: a cosine, else a line.
-        clip: largest norm of the gradient; None: any.
+        num_steps: number of all steps.
+        batch_size: images per step.
+        learning_rate: peak learning rate.
+        weight_decay: weight decay of AdamW.
+        warmup_share: share of the steps with a rising learning rate.
+        is_cosine: cosine decay; otherwise linear.
+        clip: maximum norm of the gradient; None for no clipping.
     """
 
     num_steps: int
@@ -41,12 +41,12 @@ class Descent:
     def __post_init__(self):
         if self.num_steps < 1 or self.batch_size < 1 or self.learning_rate <= 0:
             raise ValueError(
-                f"expected one or more steps and images a step, and a rate above 0, got {self.num_steps}, "
+                f"expected one or more steps and images per step, and a learning rate above 0, got {self.num_steps}, "
                 f"{self.batch_size} and {self.learning_rate}"
             )
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step, from 0."""
+        """Learning rate of a step, counted from 0."""
         warmup = int(self.warmup_share * self.num_steps)
         if step < warmup:
             return self.learning_rate * (step + 1) / (warmup + 1)
@@ -63,22 +63,22 @@ def fit_head(
     seed: int = 0,
     title: str | None = None,
 ) -> float:
-    """Train a head in place; it is left in evaluation mode.
+    """Train a head in place, and leave it in evaluation mode.
 
     Args:
-        head: to be trained.
-        loss_of: from numbers of images (B,) to the loss.
-        num_images: I, drawn pass after pass in a new order.
-        descent: steps and rates.
-        seed: of the order.
-        title: of a progress bar; None: none.
+        head: module to train.
+        loss_of: function of image indices (B,) that returns the loss.
+        num_images: I, in a new order in each epoch.
+        descent: settings of the optimiser.
+        seed: random seed of the order.
+        title: title of a progress bar; None for no bar.
 
     Returns:
         The last loss.
 
     Raises:
         ValueError: no image.
-        RuntimeError: a loss that is not finite.
+        RuntimeError: the loss is not finite.
     """
     if num_images < 1:
         raise ValueError("expected at least one image to train on, got none")
@@ -104,7 +104,7 @@ def fit_head(
 
 
 def initialise(layer: nn.Conv2d, *, seed: int) -> None:
-    """Weights normal of standard deviation 0.01, and no bias."""
+    """Normal weights with standard deviation 0.01, and biases of 0."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         layer.weight.copy_(torch.empty_like(layer.weight, device="cpu").normal_(std=0.01, generator=generator))

@@ -1,8 +1,8 @@
-"""Linear depth: DINOv2's head of bins on patches and class token, and the errors of its depth.
+"""Linear depth head of DINOv2 on patches and class token: a classifier of depth bins, and the errors of its depth.
 
-The loss is the scale-invariant one alone: the gradient loss that DINOv2 adds slices the wrong dimensions and is zero
-for the one or two images a device that it was run with. Metrics are those of the toolbox that DINOv2 evaluates with:
-of each image first, over its valid pixels, then their mean over the images.
+The loss is the scale-invariant loss alone: the gradient loss of DINOv2 slices the wrong dimensions, and is zero for
+the one or two images per device of its runs. Metrics are computed per image over its valid pixels, then averaged over
+the images, as in the toolbox that DINOv2 uses.
 
 Letters: B images of a batch, I images, D width, S draws.
 
@@ -31,13 +31,13 @@ _UPSAMPLING = 4
 
 @dataclass(frozen=True)
 class DepthSettings:
-    """How the head is trained. Published heads: 38,400 steps of 16 images.
+    """Training of the head. Published heads use 38,400 steps of 16 images.
 
     Args:
-        num_steps, batch_size, learning_rate: of AdamW with weight decay 0.01; a third of the steps warm up, then the
-            rate falls along a cosine.
-        num_bins: of depth.
-        min_depth: metres of the first bin; smaller depths do not count. The last bin is `EvaluationData.max_depth`.
+        num_steps, batch_size, learning_rate: settings of AdamW with weight decay 0.01; the learning rate rises for a
+            third of the steps, then falls along a cosine.
+        num_bins: number of depth bins.
+        min_depth: depth of the first bin in metres; smaller depths are ignored. The last bin is `data.max_depth`.
     """
 
     num_steps: int = 1000
@@ -48,13 +48,13 @@ class DepthSettings:
 
     @property
     def descent(self) -> Descent:
-        """Steps and rates."""
+        """Settings of the optimiser."""
         rates = {"weight_decay": 0.01, "warmup_share": 1 / 3, "is_cosine": True, "clip": 35.0}
         return Descent(self.num_steps, self.batch_size, self.learning_rate, **rates)
 
 
 class LinearDepthHead(nn.Module):
-    """A 1 x 1 convolution to bins; the depth of a pixel is the expected one."""
+    """A 1 x 1 convolution to depth bins; the depth of a pixel is the expectation over its bins."""
 
     def __init__(self, width: int, *, num_bins: int, min_depth: float, max_depth: float):
         super().__init__()
@@ -63,7 +63,7 @@ class LinearDepthHead(nn.Module):
 
     def forward(self, features: Tensor, size: tuple[int, int]) -> Tensor:
         """Depth (B, height, width) in metres from features (B, rows, columns, D)."""
-        # The features may as well be enlarged before a convolution of 1 x 1, with more channels than bins.
+        # A 1 x 1 convolution and upsampling commute; this order upsamples fewer channels.
         scores = self.classifier(features.permute(0, 3, 1, 2)).float()
         scores = F.interpolate(scores, scale_factor=_UPSAMPLING, mode="bilinear", align_corners=False).relu() + 0.1
         depth = torch.einsum("bkhw,k->bhw", scores / scores.sum(dim=1, keepdim=True), self.bins)
@@ -71,7 +71,7 @@ class LinearDepthHead(nn.Module):
 
 
 def join_class_token(patches: Tensor, class_tokens: Tensor | None) -> Tensor:
-    """Features (B, rows, columns, 2 D): each patch (B, rows, columns, D) beside the class token (B, D), if any."""
+    """Features (B, rows, columns, 2 D): patches (B, rows, columns, D) and class token (B, D), concatenated if any."""
     if class_tokens is None:
         return patches
     return torch.cat([patches, class_tokens[:, None, None].expand_as(patches)], dim=-1)
@@ -87,12 +87,13 @@ def fit_depth(
     device: torch.device | str = "cpu",
     title: str | None = None,
 ) -> LinearDepthHead:
-    """Train a head by the scale-invariant loss over pixels of depth in 0 ... `max_depth`.
+    """Train a head with the scale-invariant loss on pixels with 0 < depth <= `max_depth`.
 
     Args:
-        read: from numbers of images (B,) to features (B, rows, columns, D), not normed, and depths (B, height, width).
+        read: function of image indices (B,) that returns features before the norm (B, rows, columns, D) and depths
+            (B, height, width).
         num_images: I.
-        max_depth: metres.
+        max_depth: maximum depth in metres.
         settings, seed, device, title: as in `segmentation.fit_segmentation`.
 
     Raises:
@@ -113,14 +114,14 @@ def fit_depth(
 
 
 def measure_depth(errors: Tensor, *, seed: int = 0) -> list[MetricValue]:
-    """Means over the images of errors (I, errors); images without a valid pixel do not count.
+    """Means over the images of errors (I, errors); images without a valid pixel are ignored.
 
     Raises:
         ValueError: no image has a valid pixel.
     """
     errors = errors[~errors.isnan().any(dim=1)]
     if not len(errors):
-        raise ValueError("expected depths in the valid range, got none in any image: check the scale and max_depth")
+        raise ValueError("expected depths in the valid range, got none in any image: check depth_scale and max_depth")
 
     def of_column(column: Tensor) -> Callable:
         return lambda weights: weights @ column / weights.sum(dim=1)

@@ -1,19 +1,19 @@
-"""Every image through the encoder once: its features on disk, shard by shard, with what is true of the image.
+"""Encode each image once, and store its features and annotations in shards on disk.
 
-    FOLDER/<fingerprint of model, data and settings>/00003.pooled.safetensors
+    FOLDER/<hash of model, data and settings>/00003.pooled.safetensors
 
-A shard is written beside its final place and renamed, so that a pass that was stopped goes on where it was. What a
-task does not read is not computed: a kind of features has files of its own.
+A shard appears whole or not at all, so a pass that was stopped resumes at the next shard. Only the kinds of features
+that the tasks need are computed; each kind has its own files.
 
-| kind | tensors of a shard, beside `numbers` (I,), the images in it |
+| kind | tensors of a shard, in addition to `numbers` (I,), the indices of its images |
 | --- | --- |
 | pooled | `class_tokens` (I, 4, D), normed, of the last layers in order; `mean_patches` (I, D); `labels` (I,) |
 | normed_patches | `patches` (I, rows, columns, D), normed, of the last layer; `masks` (I, height, width) |
 | raw_patches | `patches`, before the norm; `class_tokens` (I, D), before the norm; `depths` (I, height, width) |
-| embeddings | `embeddings` (I, E), where text can be compared; `labels` (I,) |
+| embeddings | `embeddings` (I, E) in the space of the text tower; `labels` (I,) |
 
-A label that nobody knows is -1. A model without class token has no `class_tokens`. Maps are resized and cut as the
-image is, to the nearest pixel.
+An unknown label is -1. A model without class token has no `class_tokens`. Maps are resized and cropped like the image,
+with the nearest pixel.
 
 Letters: B images of a batch, I images, D width, E width of the embedding.
 """
@@ -43,7 +43,7 @@ from .zero_shot import embed_images
 
 
 KINDS = ("pooled", "normed_patches", "raw_patches", "embeddings")
-NUM_LAYERS = 4  # last layers whose class tokens are kept
+NUM_LAYERS = 4  # last layers whose class tokens are stored
 _TRUTHS = {"pooled": "labels", "normed_patches": "masks", "raw_patches": "depths", "embeddings": "labels"}
 
 
@@ -52,12 +52,12 @@ class EncodingSettings:
     """How images are encoded.
 
     Args:
-        image_size: side of the square that is cut out of each image, in pixels; None: that of the encoder.
-        batch_size: images a step.
-        shard_size: images a file, which is what an interruption can cost.
-        patch_precision: of patches on disk, "float16" or "float32".
-        num_threads: that read images.
-        has_progress_bar: show one.
+        image_size: side of the square crop in pixels; None: that of the encoder.
+        batch_size: images per forward pass.
+        shard_size: images per file, the most that an interruption loses.
+        patch_precision: precision of patches on disk, "float16" or "float32".
+        num_threads: threads that read images.
+        has_progress_bar: show a progress bar.
     """
 
     image_size: int | None = None
@@ -87,23 +87,23 @@ def encode(
     settings: EncodingSettings,
     title: str = "",
 ) -> dict[str, Features]:
-    """Features of all images that can be read and come out finite; what is there already is not computed again.
+    """Features of all images that can be read and have finite features; shards on disk are not computed again.
 
     Args:
         encoder: from `modeling_vitreg.features.load_encoder`.
-        images: to be encoded.
-        kinds: of features, out of `KINDS`.
-        folder: see above; it is made.
-        weights_hash: of `model_hash.hash_weights`.
-        settings: size, batches and shards.
-        title: of the progress bar.
+        images: images to encode.
+        kinds: kinds of features, from `KINDS`.
+        folder: parent folder of the shards; it is created.
+        weights_hash: from `model_hash.hash_weights`.
+        settings: image size, batches and shards.
+        title: title of the progress bar.
 
     Returns:
-        Kind to features.
+        Features by their kind.
 
     Raises:
-        ValueError: no image, no such kind, or a size that does not fit the model.
-        RuntimeError: patches that float16 cannot hold.
+        ValueError: no image, an unknown kind, or an image size that does not fit the model.
+        RuntimeError: a patch has a value that float16 cannot hold.
     """
     if not len(images) or not set(kinds) <= set(KINDS):
         raise ValueError(f"expected images, and kinds out of {', '.join(KINDS)}, got {len(images)} and {list(kinds)}")
@@ -127,7 +127,7 @@ def encode(
 
 @dataclass(frozen=True)
 class _Shard:
-    """What all shards of a pass have in common."""
+    """Inputs of all shards of a pass."""
 
     encoder: Encoder
     images: LabelledImages
@@ -135,7 +135,7 @@ class _Shard:
     settings: EncodingSettings
 
     def read(self, number: int) -> tuple[Tensor, dict] | str:
-        """Pixels (C, rows, columns) and truth of an image, or why it cannot be read."""
+        """Pixels (C, rows, columns) and annotations of an image, or why it cannot be read."""
         try:
             example = self.images.read(number)
         except UnreadableImage as error:
@@ -149,17 +149,17 @@ class _Shard:
 
 
 def _write_shard(shard: _Shard, rows: range, files: dict[str, pathlib.Path]) -> None:
-    parts, unreadable, num_nonfinite = {kind: [] for kind in files}, [], 0
+    parts, unreadable, nonfinite = {kind: [] for kind in files}, [], []
     for numbers, pixels, truths in _read_batches(shard, rows, unreadable):
         found = _encode_batch(shard.encoder, pixels, list(files))
         is_finite = _is_finite(found)
-        num_nonfinite += int((~is_finite).sum())
+        nonfinite += [shard.images.name_of(number) for number in numbers[~is_finite].tolist()]
         for kind, tensors in found.items():
             if _TRUTHS[kind] in truths:
                 tensors[_TRUTHS[kind]] = truths[_TRUTHS[kind]]
             kept = {name: value.cpu()[is_finite] for name, value in {"numbers": numbers, **tensors}.items()}
             parts[kind].append(_pack(kept, kind, shard.settings.patch_precision))
-    facts = {"unreadable": unreadable, "num_nonfinite": num_nonfinite}
+    facts = {"unreadable": unreadable, "num_nonfinite": len(nonfinite), "nonfinite": nonfinite}
     for kind, file in files.items():
         names = parts[kind][0] if parts[kind] else ()
         tensors = {name: torch.cat([part[name] for part in parts[kind]]).contiguous() for name in names}
@@ -241,7 +241,7 @@ def _pack(tensors: dict[str, Tensor], kind: str, precision: str) -> dict[str, Te
 
 
 def fit_map(values: np.ndarray, sides: tuple[int, int]) -> np.ndarray:
-    """A map (height, width) of int32 or float32, resized and cut as `Encoder.prepare` does, to the nearest pixel."""
+    """A map (height, width) of int32 or float32, resized (nearest) and cropped like an image by `Encoder.prepare`."""
     (rows, columns), (height, width) = sides, values.shape
     scale = max(rows / height, columns / width)
     fitted = (max(round(width * scale), columns), max(round(height * scale), rows))

@@ -1,7 +1,7 @@
-"""A number with the interval that says how far other test images could have moved it.
+"""Values of metrics with their 95 % intervals.
 
-An interval is of 95 % and covers the draw of the test images only: neither the training images nor the seed of a
-head. Shares of images have Wilson's interval; whatever is summed up over images otherwise is bootstrapped over them.
+An interval covers the choice of the test images only, not that of the training images or the seed of a head. Shares of
+images have Wilson's interval; all other statistics are bootstrapped over the images.
 
 Letters: I images, S draws.
 
@@ -26,7 +26,7 @@ _Z = 1.959963984540054  # two-sided 95 % of a normal distribution
 
 @dataclass(frozen=True)
 class MetricValue:
-    """A value of a metric on `n` test images, with its interval (low, high)."""
+    """Value of a metric on `n` test images, with its interval (low, high)."""
 
     metric: str
     value: float
@@ -36,7 +36,7 @@ class MetricValue:
 
 
 def share_of_images(metric: str, is_right: Tensor) -> MetricValue:
-    """Share of the images (I,) that are right, with Wilson's interval.
+    """Share of correct images (I,) with Wilson's interval.
 
     Raises:
         ValueError: no image.
@@ -45,20 +45,20 @@ def share_of_images(metric: str, is_right: Tensor) -> MetricValue:
 
 
 def share_of_counts(metric: str, num_right: int, n: int) -> MetricValue:
-    """The same from the number of images that are right, out of `n`."""
+    """Share of correct images, from their number and the number `n` of all images."""
     return MetricValue(metric, num_right / max(n, 1), wilson_interval(num_right, n), WILSON, n)
 
 
 def statistic_of_images(
     metric: str, statistic: Callable[[Tensor], Tensor], *, num_images: int, seed: int = 0
 ) -> MetricValue:
-    """A statistic of weighted images, bootstrapped.
+    """A statistic of weighted images with a bootstrap interval.
 
     Args:
-        metric: its name.
-        statistic: from how often each image counts, (S, I) in float64, to its values (S,).
+        metric: name of the metric.
+        statistic: function of the weights of the images, (S, I) in float64, that returns values (S,).
         num_images: I.
-        seed: of the draws.
+        seed: random seed.
 
     Raises:
         ValueError: no image.
@@ -77,11 +77,13 @@ def wilson_interval(num_right: int, n: int) -> tuple[float, float]:
         ValueError: not 0 <= num_right <= n, or n is 0.
     """
     if not 0 <= num_right <= n or not n:
-        raise ValueError(f"expected 0 ... n right images out of n > 0, got {num_right} of {n}")
+        raise ValueError(f"expected 0 ... n correct images out of n > 0, got {num_right} of {n}")
     share, extra = num_right / n, _Z**2 / n
     middle, half = share + extra / 2, _Z * math.sqrt(share * (1 - share) / n + extra / (4 * n))
     low, high = (middle - half) / (1 + extra), (middle + half) / (1 + extra)
-    return (0.0 if num_right == 0 else low), (1.0 if num_right == n else high)  # exactly, where rounding would miss
+    return (0.0 if num_right == 0 else low), (
+        1.0 if num_right == n else high
+    )  # exact at the ends in spite of rounding
 
 
 def bootstrap_interval(
@@ -89,10 +91,10 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Quantiles 2.5 % and 97.5 % of a statistic over draws of I images out of I, with replacement.
 
-    A draw in which the statistic is not defined (NaN) does not count.
+    Draws in which the statistic is NaN are ignored.
 
     Raises:
-        ValueError: no image, or a statistic that is never defined.
+        ValueError: no image, or the statistic is NaN in all draws.
     """
     if num_images < 1:
         raise ValueError("expected at least one image to draw from, got none")

@@ -1,6 +1,6 @@
-"""Accuracy of a k-nearest-neighbour vote on frozen features, as DINO and DINOv2 report it.
+"""k-nearest-neighbour accuracy on frozen features, as in DINO and DINOv2.
 
-Letters for shapes: B rows that vote, M rows of a chunk that are voted on, k neighbours, C classes, D width.
+Letters for shapes: B training rows, M held-out rows of a chunk, k neighbours, C classes, D width.
 
 Source: Wu et al. 2018, arXiv 1805.01978, section 3.4; Oquab et al. 2023, arXiv 2304.07193 (facebookresearch/dinov2,
 `dinov2/eval/knn.py`).
@@ -23,32 +23,32 @@ def knn_accuracy(
     max_neighbors: int = 200,
     chunk: int = 256,
 ) -> float:
-    """Share of held-out rows whose class wins the vote of the most similar rows.
+    """Share of held-out rows whose class wins the weighted vote of their nearest neighbours.
 
     for each held-out row:
         neighbours = the `max_neighbors` rows of largest cosine, most similar first
         weights = softmax of cosine / `temperature` over all these neighbours
-        add the weights of the first `num_neighbors` to the classes of their rows; the class with the most wins
+        add the weights of the first `num_neighbors` to the classes of their rows; the largest sum wins
 
-    The softmax runs over more neighbours than vote, which scales all votes of a row alike and changes no winner.
-    Among equal votes the smallest label wins. With fewer rows than neighbours all rows are neighbours.
+    The softmax over more neighbours than vote scales all votes of a row alike and does not change the winner. Of equal
+    votes the smallest label wins. If there are fewer rows than neighbours, all rows are neighbours.
 
     Args:
-        features: (B, D), of any scale, for example normed class tokens; the vote is computed on their device.
-        labels: (B,) whole numbers, which need not be consecutive.
+        features: (B, D), of any scale, for example normed class tokens; the accuracy is computed on their device.
+        labels: (B,) integers, which need not be consecutive.
         held_out_features: (rows, D), on any device.
-        held_out_labels: (rows,) whole numbers; a class that no row of `labels` has is never right.
-        num_neighbors: rows that vote.
-        temperature: of the softmax, in units of the cosine.
-        max_neighbors: rows that the softmax runs over.
-        chunk: held-out rows a time; the memory is chunk x B float32 numbers.
+        held_out_labels: (rows,) integers; a class that does not occur in `labels` is never predicted.
+        num_neighbors: number of rows that vote.
+        temperature: temperature of the softmax, in units of the cosine.
+        max_neighbors: number of rows in the softmax.
+        chunk: held-out rows per step; the memory is chunk x B float32 numbers.
 
     Returns:
         Accuracy from 0 to 1.
 
     Raises:
-        ValueError: shapes that do not fit, no rows, labels that are no whole numbers, features that are not finite, or
-            numbers out of range.
+        ValueError: shapes do not match, there are no rows, labels are not integers, features are not finite, or a
+            number is out of range.
     """
     _check_numbers(num_neighbors, temperature, max_neighbors, chunk)
     _check_rows("features", features, labels)
@@ -63,7 +63,7 @@ def knn_accuracy(
     depth = min(max_neighbors, len(features))
     num_right = 0
     for rows, truth in zip(held_out_features.split(chunk), held_out_labels.split(chunk)):
-        # A loop that trains in bfloat16 evaluates under autocast too, where near neighbours would tie.
+        # Under the autocast of a training loop in bfloat16, near neighbours would tie.
         with torch.autocast(features.device.type, enabled=False):
             rows = F.normalize(rows.to(features.device).float(), dim=1)
             similarity, neighbours = (rows @ features.T).topk(depth, dim=1)  # [M, B] -> [M, depth]

@@ -1,7 +1,7 @@
-"""The linear probe of DINOv2: a sweep over learning rates and inputs, all heads trained at once.
+"""Linear probe of DINOv2: a sweep over learning rates and inputs, with all heads trained at once.
 
-Heads are chosen on a part of the training images and measured on the test images; DINOv2 itself chooses on the images
-that it reports. Features are computed once, so there is no augmentation, where DINOv2 draws crops and flips.
+The head is chosen on a part of the training images and measured on the test images; DINOv2 chooses it on the test
+images. Features are computed once, so there is no augmentation; DINOv2 trains on random crops and flips.
 
 Letters: B images of a batch, I images, K heads that share an input, D width of the input, C classes.
 
@@ -23,19 +23,19 @@ from .splits import hold_out, require_classes
 
 LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
 _MOMENTUM = 0.9
-_ROWS_AT_ONCE = 1024  # validation images whose scores of all heads are in memory together
+_ROWS_AT_ONCE = 1024  # validation images per step, for all heads
 
 
 @dataclass(frozen=True)
 class LinearSettings:
-    """How the heads are trained. DINOv2: 12,500 steps of 1024 images.
+    """Training of the heads. DINOv2 uses 12,500 steps of 1024 images.
 
     Args:
-        learning_rates: of the sweep, for 256 images a step; others scale them.
-        num_layers: last layers whose class tokens are joined; each with and without the mean of the patches.
-        num_steps: of gradient descent; the learning rate falls to 0 along a cosine.
-        batch_size: images a step; all of them where there are fewer.
-        validation_share: of the training images, on which a head is chosen.
+        learning_rates: values of the sweep for batches of 256 images; they scale with the batch size.
+        num_layers: numbers of last layers whose class tokens are concatenated, with and without the mean patch.
+        num_steps: steps of gradient descent; the learning rate falls to 0 along a cosine.
+        batch_size: images per step; all images if there are fewer.
+        validation_share: share of the training images on which the head is chosen.
     """
 
     learning_rates: tuple[float, ...] = LEARNING_RATES
@@ -47,20 +47,20 @@ class LinearSettings:
     def __post_init__(self):
         if not self.learning_rates or min(self.learning_rates) <= 0 or self.num_steps < 1 or self.batch_size < 1:
             raise ValueError(
-                f"expected learning rates above 0, and 1 or more steps and images a step, got {self.learning_rates}, "
-                f"{self.num_steps} and {self.batch_size}"
+                "expected learning rates above 0, and 1 or more steps and images per step, got "
+                f"{self.learning_rates}, {self.num_steps} and {self.batch_size}"
             )
 
 
 @dataclass(frozen=True)
 class LinearHead:
-    """The head that won.
+    """The chosen head.
 
     Args:
         input: name of its input.
-        learning_rate: of the sweep, not scaled.
-        validation_accuracy: on the images that it was chosen on.
-        classes: (C,), labels of the rows of `weight`.
+        learning_rate: value of the sweep, not scaled.
+        validation_accuracy: accuracy on the images that it was chosen on.
+        classes: (C,), labels of the columns of `weight`.
         weight: (D, C).
         bias: (C,).
     """
@@ -73,7 +73,7 @@ class LinearHead:
     bias: Tensor
 
     def scores(self, inputs: dict[str, Tensor]) -> Tensor:
-        """(I, C) from the inputs (I, D) by name."""
+        """Scores (I, C) of the inputs (I, D) by name."""
         return inputs[self.input].to(self.weight) @ self.weight + self.bias
 
 
@@ -85,17 +85,17 @@ def fit_linear(
     seed: int = 0,
     has_progress_bar: bool = False,
 ) -> LinearHead:
-    """Train all heads of the sweep and choose the one that is best on the validation part; of equals the first.
+    """Train all heads of the sweep, and choose the best one on the validation images; of equal heads the first.
 
     Args:
-        inputs: name to (I, D), which may be views of one tensor; heads are trained on their device and precision.
-        labels: (I,) whole numbers, which need not be consecutive.
-        settings: of the sweep.
-        seed: of the validation part, the initial heads and the order of the images.
-        has_progress_bar: show one.
+        inputs: name to (I, D), which may be views of one tensor; heads are trained in their precision on their device.
+        labels: (I,) integers, which need not be consecutive.
+        settings: settings of the sweep.
+        seed: random seed of the validation images, the initial heads and the order of the images.
+        has_progress_bar: show a progress bar.
 
     Raises:
-        ValueError: fewer than two classes or images, or heads that all diverged.
+        ValueError: fewer than two classes or images, or all heads diverged.
     """
     classes = require_classes(labels)
     kept, held_out = hold_out(len(labels), share=settings.validation_share, seed=seed)
@@ -113,12 +113,12 @@ def fit_linear(
                 rate = settings.learning_rates[number]
                 best = LinearHead(name, rate, accuracy, classes, weights[number], biases[number])
     if best is None:
-        raise ValueError(f"all heads diverged: give learning rates below {min(settings.learning_rates):g}")
+        raise ValueError(f"all heads diverged: use learning rates below {min(settings.learning_rates):g}")
     return best
 
 
 def _accuracies(inputs: Tensor, targets: Tensor, held_out: Tensor, *, weights: Tensor, biases: Tensor) -> list[float]:
-    """Share of the held-out rows that each of the K heads has right."""
+    """Accuracy of each of the K heads on the held-out rows."""
     num_right = torch.zeros(len(weights))
     for batch in held_out.split(_ROWS_AT_ONCE):
         scores = torch.einsum("bd,kdc->kbc", inputs[batch.to(inputs.device)], weights) + biases[:, None]
@@ -127,7 +127,7 @@ def _accuracies(inputs: Tensor, targets: Tensor, held_out: Tensor, *, weights: T
 
 
 def draw_batches(num_images: int, *, settings: LinearSettings, seed: int) -> list[Tensor]:
-    """Numbers of the images of each step: pass after pass in a new order, without the rest that fills no batch."""
+    """Image indices of each step: a new order in each epoch, without the incomplete last batch."""
     generator, size = torch.Generator().manual_seed(seed), min(settings.batch_size, num_images)
     batches = []
     while len(batches) < settings.num_steps:
@@ -137,7 +137,7 @@ def draw_batches(num_images: int, *, settings: LinearSettings, seed: int) -> lis
 
 
 def initial_heads(widths: dict[str, int], *, num_heads: int, num_classes: int, seed: int) -> dict[str, Tensor]:
-    """Initial weights (K, D, C) of each input: normal of standard deviation 0.01. Biases begin at 0."""
+    """Initial weights (K, D, C) for each input: normal with standard deviation 0.01. Biases start at 0."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: torch.empty(num_heads, width, num_classes).normal_(std=0.01, generator=generator)
@@ -155,7 +155,7 @@ def train_heads(
     num_classes: int,
     seed: int,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Train K heads, one for each learning rate, on each input; they share batches and nothing else.
+    """Train K independent heads, one per learning rate, on each input with the same batches.
 
     for each step: gradient of the mean cross-entropy; velocity = 0.9 velocity + gradient
                    head -= learning rate x batch size / 256 x (1 + cos(pi step / steps)) / 2 x velocity
@@ -163,7 +163,7 @@ def train_heads(
     Args:
         features: name to (I, D).
         targets: (I,), 0 ... C - 1.
-        batches: numbers of the images of each step.
+        batches: image indices of each step.
         settings, num_classes, seed: as in `fit_linear`.
 
     Returns:
@@ -173,7 +173,7 @@ def train_heads(
     initial = initial_heads(sizes, num_heads=len(settings.learning_rates), num_classes=num_classes, seed=seed)
     heads = {}
     for name, weights in initial.items():
-        # The bias is one more row: its input is always 1.
+        # The bias is one more row, whose input is always 1.
         rows = torch.cat([weights, torch.zeros_like(weights[:, :1])], dim=1).to(features[name])
         heads[name] = (rows, torch.zeros_like(rows))
     rates = torch.tensor(settings.learning_rates, dtype=torch.float64).view(-1, 1, 1)

@@ -1,6 +1,6 @@
-"""Logistic regression on frozen features, with a sweep over its regularisation, as DINOv2 reports transfer.
+"""Logistic regression on frozen features with a sweep over its regularisation, as in the transfer tasks of DINOv2.
 
-DINOv2 fits with cuML; here scikit-learn minimises the same objective, in float64.
+DINOv2 uses cuML; scikit-learn minimises the same objective in float64.
 
 Letters: I images, D width.
 
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LogisticSettings:
-    """The sweep; the defaults are DINOv2's.
+    """Settings of the sweep; the defaults are those of DINOv2.
 
     Args:
-        num_strengths: values of C between 10 ** `lowest` and 10 ** `highest`, evenly spread in the exponent.
-        lowest, highest: exponents; C is the inverse of the weight of the penalty.
-        max_steps: of L-BFGS.
-        tolerance: at which it ends; so small that in float64 the steps decide.
-        validation_share: of the training images, on which C is chosen; the final fit has all of them.
+        num_strengths: number of values of C between 10 ** `lowest` and 10 ** `highest`, logarithmically spaced.
+        lowest, highest: exponents; C is the inverse strength of the penalty.
+        max_steps: maximum number of L-BFGS steps.
+        tolerance: stopping tolerance; the default is so small that `max_steps` decides in float64.
+        validation_share: share of the training images on which C is chosen; the final fit uses all of them.
     """
 
     num_strengths: int = 45
@@ -51,13 +51,13 @@ class LogisticSettings:
 
     @property
     def strengths(self) -> np.ndarray:
-        """The values of C."""
+        """Values of C."""
         return 10 ** np.linspace(self.lowest, self.highest, self.num_strengths)
 
 
 @dataclass(frozen=True)
 class LogisticFit:
-    """The final fit, with the C that won, its validation accuracy, and whether L-BFGS converged."""
+    """The final fit, the chosen C, its validation accuracy, and whether L-BFGS converged."""
 
     model: LogisticRegression
     strength: float
@@ -68,17 +68,17 @@ class LogisticFit:
 def fit_logistic(
     features: Tensor, labels: Tensor, *, settings: LogisticSettings, seed: int = 0, has_progress_bar: bool = False
 ) -> LogisticFit:
-    """Choose C on the validation part, of equals the smallest, and fit again on all images.
+    """Choose C on the validation images, the smallest of equal values, and fit again on all images.
 
     Args:
         features: (I, D).
-        labels: (I,) whole numbers.
-        settings: of the sweep.
-        seed: of the validation part.
-        has_progress_bar: show one.
+        labels: (I,) integers.
+        settings: settings of the sweep.
+        seed: random seed of the validation images.
+        has_progress_bar: show a progress bar.
 
     Raises:
-        ValueError: fewer than two classes, among all images or among those that are not held out.
+        ValueError: fewer than two classes in all images or in those that are not held out.
     """
     require_classes(labels)
     kept, held_out = hold_out(len(labels), share=settings.validation_share, seed=seed)
@@ -97,8 +97,8 @@ def fit_logistic(
 def fit_once(
     features: np.ndarray, labels: np.ndarray, *, strength: float, settings: LogisticSettings
 ) -> LogisticRegression:
-    """Multinomial logistic regression with an L2 penalty of weight 1 / (2 C), by L-BFGS; the bias is free."""
-    # Not above: who wants the other tasks, or k-NN while a model trains, need not have scikit-learn.
+    """Multinomial logistic regression by L-BFGS, with an L2 penalty of weight 1 / (2 C) on all but the bias."""
+    # Imported here: the other tasks, and k-NN during training, do not need scikit-learn.
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 

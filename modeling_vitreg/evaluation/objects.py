@@ -84,7 +84,8 @@ def _save(run: Measurement, file: pathlib.Path) -> None:
         "ious": torch.tensor(ious, dtype=torch.float64),
         "is_degenerate": torch.tensor([entry["is_degenerate"] for entry in found], dtype=torch.bool),
     }
-    save_shard(tensors, file, facts={"unreadable": run.unreadable, "num_nonfinite": len(run.nonfinite)})
+    facts = {"unreadable": run.unreadable, "num_nonfinite": len(run.nonfinite), "nonfinite": run.nonfinite}
+    save_shard(tensors, file, facts=facts)
 
 
 def measure_objects(found: Features, *, iou_threshold: float) -> tuple[list[MetricValue], dict]:

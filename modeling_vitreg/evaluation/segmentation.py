@@ -1,8 +1,9 @@
-"""Linear segmentation: which class each pixel has, by a linear head on patches; mean intersection over union.
+"""Linear segmentation: a linear head on patches that predicts the class of each pixel, and mean intersection over
+union.
 
-The metric is that of mmsegmentation, by which DINOv2 reports: areas are summed over all pixels of all images, then
-divided, and a class that neither truth nor prediction shows does not count. Truth is compared at the size of the image
-that the encoder saw, in one piece, where DINOv2 slides a window over an image of 512 pixels.
+The metric is that of mmsegmentation, as in DINOv2: areas are summed over all images before the division, and a class
+that occurs in neither mask nor prediction is ignored. Masks are compared at the image size of the encoder, in one
+piece; DINOv2 slides a window over images of 512 pixels.
 
 Letters: B images of a batch, I images, C classes, D width, S draws.
 
@@ -26,10 +27,10 @@ from .intervals import MetricValue, statistic_of_images
 
 @dataclass(frozen=True)
 class SegmentationSettings:
-    """How the head is trained. DINOv2: 40,000 steps of 16 images.
+    """Training of the head. DINOv2 uses 40,000 steps of 16 images.
 
     Args:
-        num_steps, batch_size, learning_rate: of AdamW with weight decay 1e-4; the rate falls along a line.
+        num_steps, batch_size, learning_rate: settings of AdamW with weight decay 1e-4 and linear decay.
     """
 
     num_steps: int = 1000
@@ -38,12 +39,12 @@ class SegmentationSettings:
 
     @property
     def descent(self) -> Descent:
-        """Steps and rates; the warm-up has the share of the steps that it has in DINOv2."""
+        """Settings of the optimiser, with the warm-up of DINOv2."""
         return Descent(self.num_steps, self.batch_size, self.learning_rate, weight_decay=1e-4, warmup_share=0.0375)
 
 
 class LinearSegmentationHead(nn.Module):
-    """Batch norm and a 1 x 1 convolution."""
+    """Batch norm and a 1 x 1 convolution on patches."""
 
     def __init__(self, width: int, num_classes: int):
         super().__init__()
@@ -67,20 +68,21 @@ def fit_segmentation(
     device: torch.device | str = "cpu",
     title: str | None = None,
 ) -> LinearSegmentationHead:
-    """Train a head by the cross-entropy of the pixels.
+    """Train a head with the cross-entropy of the pixels.
 
     Args:
-        read: from numbers of images (B,) to normed patches (B, rows, columns, D) and masks (B, height, width).
+        read: function of image indices (B,) that returns normed patches (B, rows, columns, D) and masks
+            (B, height, width).
         num_images: I.
         num_classes: C.
-        settings: steps and rates.
-        ignore_index: value of a mask that does not count.
-        seed: of the initial head and the order of the images.
-        device: to train on.
-        title: of a progress bar; None: none.
+        settings: settings of the training.
+        ignore_index: mask value of pixels to ignore.
+        seed: random seed of the initial head and the order of the images.
+        device: device to train on.
+        title: title of a progress bar; None for no bar.
 
     Raises:
-        ValueError: no image, or a mask with a class that does not exist.
+        ValueError: no image, or a class number of a mask is out of range.
     """
     width = read(torch.tensor([0]))[0].shape[-1]
     head = LinearSegmentationHead(width, num_classes)
@@ -92,7 +94,7 @@ def fit_segmentation(
         masks = masks.to(device).long()
         check_masks(masks, num_classes=num_classes, ignore_index=ignore_index)
         scores = head(patches.to(device).float(), tuple(masks.shape[1:]))
-        # A sum, so that a batch in which no pixel counts has loss 0 and not 0 / 0.
+        # A sum, because the mean over a batch without valid pixels would be 0 / 0.
         total = F.cross_entropy(scores, masks, ignore_index=ignore_index, reduction="sum")
         return total / (masks != ignore_index).sum().clamp(min=1)
 
@@ -101,11 +103,11 @@ def fit_segmentation(
 
 
 def measure_segmentation(areas: Tensor, *, seed: int = 0) -> list[MetricValue]:
-    """Numbers from areas (I, 3, C).
+    """Metrics from areas (I, 3, C).
 
-    mean_iou        mean over classes of intersection / (prediction + truth - intersection)
-    mean_accuracy   mean over classes of intersection / truth
-    pixel_accuracy  sum of intersections / sum of truths
+    mean_iou        mean over classes of intersection / (prediction + mask - intersection)
+    mean_accuracy   mean over classes of intersection / mask
+    pixel_accuracy  sum of intersections / sum of masks
     """
     statistics = {
         "mean_iou": lambda total: (total[:, 0] / (total[:, 1] + total[:, 2] - total[:, 0])).nanmean(dim=1),

@@ -1,4 +1,4 @@
-"""Settings of an evaluation: of the encoding, of each task, and the seed."""
+"""Settings of an evaluation: encoding, tasks and seed."""
 
 from __future__ import annotations
 
@@ -16,20 +16,27 @@ from .zero_shot import ZeroShotSettings
 
 @dataclass(frozen=True)
 class KnnSettings:
-    """The vote of `knn.knn_accuracy`.
+    """Settings of `knn.knn_accuracy`.
 
     Args:
-        num_neighbors: training images that vote.
-        temperature: of the softmax over their cosines.
+        num_neighbors: number of training images that vote.
+        temperature: temperature of the softmax over their cosines.
     """
 
     num_neighbors: int = 20
     temperature: float = 0.07
 
+    def __post_init__(self):
+        if self.num_neighbors < 1 or not self.temperature > 0:
+            raise ValueError(
+                f"expected num_neighbors of 1 or more and a temperature above 0, got {self.num_neighbors} and "
+                f"{self.temperature}"
+            )
+
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """Settings of the encoding and of each task, by its name, and the seed of all that is drawn."""
+    """Settings of the encoding and of each task by its name, and the random seed."""
 
     encoding: EncodingSettings = field(default_factory=EncodingSettings)
     knn: KnnSettings = field(default_factory=KnnSettings)

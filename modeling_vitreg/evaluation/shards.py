@@ -1,4 +1,4 @@
-"""Features on disk: files of tensors whose rows are images, of which any can be read alone.
+"""Features on disk: safetensors files with one row per image, from which single rows can be read.
 
 Letters: I images.
 """
@@ -19,16 +19,20 @@ from torch import Tensor
 from modeling_vitreg.files import atomic_write
 
 
+_NUM_NAMED = 20  # images that are left out whose names are kept in a report
+
+
 class Features:
-    """Features of one kind, read from their shards when they are asked for.
+    """Features of one kind, read from their shards on demand.
 
     Args:
         files: the shards, in order.
 
     Attributes:
-        names: of the tensors that every image has.
-        num_nonfinite: images left out because a feature was not finite.
-        unreadable: why an image could not be read, for each that could not.
+        names: names of the tensors.
+        num_nonfinite: number of images that were left out because a feature was not finite.
+        nonfinite: names of these images.
+        unreadable: for each image that could not be read, its name and the reason.
     """
 
     def __init__(self, files: Sequence[pathlib.Path]):
@@ -36,30 +40,32 @@ class Features:
         facts = [json.loads(shard.metadata()["facts"]) for shard in self._shards]
         sizes = [shard.get_slice("numbers").get_shape()[0] for shard in self._shards]
         self._ends = list(itertools.accumulate(sizes))
-        # A shard of which no image could be read has no features.
+        # A shard without a readable image has no features.
         full = [shard for shard, size in zip(self._shards, sizes) if size]
         self.names = frozenset(full[0].keys()) - {"numbers"} if full else frozenset()
         self.num_nonfinite = sum(fact["num_nonfinite"] for fact in facts)
+        self.nonfinite = [line for fact in facts for line in fact.get("nonfinite", ())]  # of earlier versions: none
         self.unreadable = [line for fact in facts for line in fact["unreadable"]]
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     def counts(self) -> dict:
-        """How many images have features, and what became of the others."""
+        """Numbers of images that have features and that were left out, and the reasons."""
         return {
             "num_images": len(self),
             "num_unreadable": len(self.unreadable),
             "num_nonfinite": self.num_nonfinite,
-            "unreadable": self.unreadable[:3],
+            "unreadable": self.unreadable[:_NUM_NAMED],
+            "nonfinite": self.nonfinite[:_NUM_NAMED],
         }
 
     def load(self, name: str) -> Tensor:
-        """One tensor of all images."""
+        """Tensor of all images."""
         return torch.cat([shard.get_tensor(name) for shard in self._shards if name in shard.keys()])  # noqa: SIM118
 
     def take(self, name: str, rows: Tensor) -> Tensor:
-        """One tensor of some images, in the order asked for; nothing else is read."""
+        """Tensor of some images in the given order; other rows are not read."""
         return torch.stack([self._row(name, int(row)) for row in rows])
 
     def _row(self, name: str, row: int) -> Tensor:
@@ -69,7 +75,7 @@ class Features:
 
 
 def save_shard(tensors: dict[str, Tensor], file: pathlib.Path, *, facts: dict) -> None:
-    """Write a shard, beside its final place first, with facts of JSON: `unreadable` and `num_nonfinite`."""
+    """Write a shard with facts in JSON: `unreadable`, `num_nonfinite`, `nonfinite`. It appears whole or not at all."""
     with atomic_write(file) as part:
         save_file(tensors, part, metadata={"facts": json.dumps(facts)})
 

@@ -1,8 +1,8 @@
-"""Several models in one table of markdown: a row for each number, a column for each model.
+"""Results of several models in one Markdown table, with one row per number and one column per model.
 
-A row holds what can be compared: one task, metric, data set (by its fingerprint), settings and seed. The size of the
-images is the model's own affair, and the caption names it where models differ. A value is bold where it is the best
-one, and its interval overlaps with that of no other model.
+A row holds comparable results: one task, metric, dataset (by its hash), settings and seed. The image size may differ
+between models, and the caption then names it. A value is bold if it is the best and its interval overlaps with no
+other. Names from outside are escaped.
 """
 
 from __future__ import annotations
@@ -11,45 +11,45 @@ import json
 from collections.abc import Sequence
 
 from modeling_vitreg.metrics import METRICS
-from modeling_vitreg.reports import EvaluationReport
+from modeling_vitreg.reports import EvaluationReport, escape_markdown
 
 
-_OF_THE_MODEL = frozenset(("image_size", "patch_precision"))  # settings that models of one row need not share
+_MAY_DIFFER = frozenset(("image_size", "patch_precision"))  # between the models of a row
 _IDENTITY = ("task", "metric", "dataset", "dataset_hash", "settings", "seed")
 
 
 def compare(reports: Sequence[EvaluationReport], *, labels: Sequence[str] | None = None) -> str:
-    """A table of markdown, shares in percent.
+    """A Markdown table, with shares in percent.
 
     Args:
         reports: one or more.
-        labels: of the columns; None: the models' names.
+        labels: names of the columns; None: names of the models, numbered if they are equal.
 
     Raises:
-        ValueError: no report, no result, or not one label for each report, all different.
+        ValueError: no report, no result, or the labels are not one per report and all different.
     """
-    labels = [report.model for report in reports] if labels is None else list(labels)
+    labels = _name_models(reports) if labels is None else list(labels)
     if not reports or len(labels) != len(reports) or len(set(labels)) != len(labels):
         raise ValueError(f"expected reports with one label each, all different, got {len(reports)} with {labels}")
     rows = _collect(reports)
     if not rows:
         raise ValueError("expected reports with results, got none")
+    labels = [escape_markdown(label) for label in labels]
     lines = [["task", "metric", "data", *labels], ["---"] * 3 + ["---:"] * len(labels)]
     for key, results in rows.items():
         task, metric = results[min(results)]["task"], results[min(results)]["metric"]
         best = find_best(results)
         cells = [_format(results.get(number), is_best=number == best) for number in range(len(reports))]
-        lines.append([task, _name_metric(metric), _name_data(key, rows), *cells])
-    # A bar in a name would end the cell.
-    table = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+        lines.append([task, _name_metric(metric), escape_markdown(_name_data(key, rows)), *cells])
+    table = ["| " + " | ".join(line) + " |" for line in lines]
     return "\n".join([*table, "", _caption(rows, labels)]) + "\n"
 
 
 def find_best(results: dict[int, dict]) -> int | None:
-    """Number of the model whose interval is better than that of each other; None where there is none to compare.
+    """Index of the model whose interval is better than those of all others; None if there is no such model.
 
     Args:
-        results: number of a model to its result.
+        results: index of a model to its result.
     """
     for number, result in results.items():
         others = [other for other_number, other in results.items() if other_number != number]
@@ -58,12 +58,19 @@ def find_best(results: dict[int, dict]) -> int | None:
     return None
 
 
+def _name_models(reports: Sequence[EvaluationReport]) -> list[str]:
+    names = [report.model for report in reports]
+    if len(set(names)) == len(names):
+        return names
+    return [f"{name} ({number})" for number, name in enumerate(names, start=1)]
+
+
 def _collect(reports: Sequence[EvaluationReport]) -> dict[str, dict[int, dict]]:
     rows = {}
     for number, report in enumerate(reports):
-        keys = [_key(result, ignored=_OF_THE_MODEL) for result in report.results]
+        keys = [_key(result, ignored=_MAY_DIFFER) for result in report.results]
         for result, key in zip(report.results, keys):
-            # A model that was measured at several sizes has a row for each.
+            # A model that was measured at several image sizes has one row per size.
             key = key if keys.count(key) == 1 else _key(result, ignored=frozenset())
             rows.setdefault(key, {})[number] = result
     return rows
@@ -93,7 +100,7 @@ def _name_metric(metric: str) -> str:
 
 
 def _name_data(key: str, rows: dict) -> str:
-    """Name of the data set, with what tells rows of the same name apart."""
+    """Name of the dataset, with the settings in which rows of the same name differ."""
     own = dict(zip(_IDENTITY, json.loads(key)))
     others = [dict(zip(_IDENTITY, json.loads(other))) for other in rows]
     like = [other for other in others if all(other[name] == own[name] for name in ("task", "metric", "dataset"))]
@@ -101,7 +108,7 @@ def _name_data(key: str, rows: dict) -> str:
     words = [f"{name.replace('_', ' ')} {own[name]}" for name in differs]
     settings = [other["settings"] for other in like]
     differs = [name for name in own["settings"] if any(_differ(name, own["settings"], other) for other in settings)]
-    # Methods have settings of their own: where a shared one tells them apart, the others say nothing more.
+    # Methods have different settings; those that only one method has are named if no shared one differs.
     differs = differs or [name for name in own["settings"] if any(name not in other for other in settings)]
     words += [f"{name} {own['settings'][name]}" for name in differs]
     return f"{own['dataset']} ({', '.join(words)})" if words else own["dataset"]
@@ -116,22 +123,21 @@ def _caption(rows: dict, labels: Sequence[str]) -> str:
     methods, counts = sorted({result["interval_method"] for result in results}), [result["n"] for result in results]
     images = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
     return (
-        f"{_name_sizes(rows, labels)}Test images: {images}. In brackets: {'; '.join(methods)}; the interval covers "
-        "the draw of test images, not of training images or seeds. Bold: better than each other model, intervals "
-        "apart."
+        f"{_name_sizes(rows, labels)}Test images: {images}. In brackets: intervals ({'; '.join(methods)}) over test "
+        "images, not over training images or seeds. Bold: better than every other model, without overlap of intervals."
     )
 
 
 def _name_sizes(rows: dict, labels: Sequence[str]) -> str:
-    """Which model saw images of which size, where that differs."""
+    """Image size of each model, if the sizes differ."""
     models = {}
     for number, result in (pair for row in rows.values() for pair in row.items()):
-        if "image_size" not in result["settings"]:  # at full resolution
+        if "image_size" not in result["settings"]:  # discovery reads images at full resolution
             continue
         size = " x ".join(map(str, result["settings"]["image_size"]))
         models.setdefault(size, {})[labels[number]] = None
     sizes = "; ".join(f"{', '.join(names)} at {size}" for size, names in models.items())
-    return f"Images in pixels: {sizes}. " if len(models) > 1 else ""
+    return f"Image sizes in pixels: {sizes}. " if len(models) > 1 else ""
 
 
 __all__ = ["compare", "find_best"]

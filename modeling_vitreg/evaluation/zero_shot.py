@@ -1,4 +1,4 @@
-"""Zero-shot classification: an image belongs to the class whose prompts its embedding is most similar to.
+"""Zero-shot classification: the class whose prompts are most similar to the embedding of the image.
 
 Letters: B images, C classes, T prompts of a class, E width of the embedding.
 
@@ -19,15 +19,15 @@ from modeling_vitreg.features import Encoder, extract_features
 from modeling_vitreg.modes import eval_mode
 
 
-_LONGEST_PROMPT = 512  # tokens; tokenizers that know no limit give an astronomic one
+_LONGEST_PROMPT = 512  # tokens; tokenizers without a limit report a huge number
 
 
 @dataclass(frozen=True)
 class ZeroShotSettings:
-    """How classes become prompts.
+    """Prompts of the classes.
 
     Args:
-        templates: each with one "{}" for the name of the class.
+        templates: texts with one "{}" each for the name of the class.
     """
 
     templates: tuple[str, ...] = ("a photo of a {}.", "a picture of a {}.")
@@ -39,10 +39,10 @@ class ZeroShotSettings:
 
 @torch.no_grad()
 def embed_images(encoder: Encoder, pixel_values: Tensor) -> Tensor:
-    """Embeddings (B, E) of images, in the space of text where the model has one.
+    """Embeddings (B, E) of images, in the space of texts if the model has one.
 
-    That is `get_image_features` of a dual encoder, `image_embeds` of a model with a projection, and otherwise the
-    normed class token, or the mean of the normed patches of a model without.
+    They are `get_image_features` of a dual encoder, `image_embeds` of a model with a projection, and otherwise the
+    normed class token, or the mean of the normed patches if the model has no class token.
     """
     model, pixels = encoder.model, pixel_values.to(encoder.device, encoder.dtype)
     with eval_mode(model):
@@ -58,16 +58,16 @@ def embed_images(encoder: Encoder, pixel_values: Tensor) -> Tensor:
 def embed_classes(
     model: nn.Module, tokenizer: Callable, class_names: Sequence[str], *, templates: Sequence[str]
 ) -> Tensor:
-    """Embeddings of classes: the mean over prompts of text embeddings of norm 1, brought to norm 1 again.
+    """Embeddings of classes: the mean over prompts of text embeddings of norm 1, normalised again.
 
     Args:
-        model: with `get_text_features`, a dual encoder.
-        tokenizer: of transformers.
-        class_names: C.
-        templates: T, each with one "{}".
+        model: dual encoder with `get_text_features`.
+        tokenizer: tokenizer of transformers.
+        class_names: C names.
+        templates: T texts with one "{}" each.
 
     Returns:
-        (C, E), in float32, on the device of the model.
+        (C, E) in float32 on the device of the model.
 
     Raises:
         ValueError: the model has no text tower.
@@ -75,14 +75,14 @@ def embed_classes(
     if not hasattr(model, "get_text_features"):
         raise ValueError(
             f"expected a dual encoder with `get_text_features`, got {type(model).__name__}: zero-shot classification "
-            "needs a text tower, or embeddings of the classes"
+            "needs a text tower or embeddings of the classes"
         )
     is_limited = getattr(tokenizer, "model_max_length", _LONGEST_PROMPT + 1) <= _LONGEST_PROMPT
     device, classes = next(model.parameters()).device, []
     with eval_mode(model):
         for name in class_names:
             prompts = [template.format(name) for template in templates]
-            # Some towers read the token at a fixed place, and were trained on prompts of full length.
+            # Some towers read the token at a fixed position, and were trained on prompts of full length.
             inputs = tokenizer(
                 prompts, padding="max_length" if is_limited else True, truncation=is_limited, return_tensors="pt"
             )
@@ -95,7 +95,7 @@ def similarities(embeddings: Tensor, class_embeddings: Tensor) -> Tensor:
     """Cosines (B, C) of images (B, E) and classes (C, E).
 
     Raises:
-        ValueError: embeddings of different width.
+        ValueError: the embeddings have different widths.
     """
     if embeddings.shape[1] != class_embeddings.shape[1]:
         raise ValueError(
@@ -107,12 +107,12 @@ def similarities(embeddings: Tensor, class_embeddings: Tensor) -> Tensor:
 
 
 def _tensor_of(output: object) -> Tensor:
-    """What the library returned: a tensor, or from version 5 on an output that holds it."""
+    """The tensor of what transformers returns: a tensor, or from version 5 on an output that contains it."""
     return output if isinstance(output, Tensor) else output.pooler_output
 
 
 def load_tokenizer(encoder: Encoder) -> Callable | None:
-    """The tokenizer that lies beside a dual encoder; None for a model without a text tower."""
+    """The tokenizer in the folder of a dual encoder; None for a model without a text tower."""
     if not hasattr(encoder.model, "get_text_features"):
         return None
     return AutoTokenizer.from_pretrained(encoder.name)

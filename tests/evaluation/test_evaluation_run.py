@@ -245,8 +245,16 @@ def test_the_table_marks_the_best_only_where_intervals_are_apart():
     lines = compare([first, second]).splitlines()
     assert lines[0] == "| task | metric | data | a\\|b | c |"
     assert lines[2] == "| knn | top1 ↑, % | birds | **90.0** [85.0, 95.0] | 70.0 [60.0, 80.0] |"
-    assert lines[3] == "| depth | rmse ↓ | birds | 0.500 [0.400, 0.600] | 0.550 [0.500, 0.700] |"
-    assert "Test images: 60. In brackets: Wilson, 95 %" in lines[-1]
+    assert lines[3] == "| depth | rmse ↓, m | birds | 0.500 [0.400, 0.600] | 0.550 [0.500, 0.700] |"
+    assert "Test images: 60. In brackets: intervals (Wilson, 95 %)" in lines[-1]
+
+
+def test_text_from_outside_cannot_break_the_table_and_equal_names_are_numbered():
+    result = ("knn", "top1", 0.9, [0.85, 0.95])
+    first, second = _report("<b>\n# a", result, dataset="x|y\n<i>"), _report("<b>\n# a", result, dataset="x|y\n<i>")
+    lines = compare([first, second]).splitlines()
+    assert lines[0] == r"| task | metric | data | &lt;b&gt; \# a (1) | &lt;b&gt; \# a (2) |"
+    assert lines[2].startswith(r"| knn | top1 ↑, % | x\|y &lt;i&gt; | 90.0") and len(lines) == 5
 
 
 def test_less_is_better_for_errors_and_one_model_is_never_the_best():
@@ -271,7 +279,7 @@ def test_models_share_a_row_at_their_own_sizes_and_one_model_at_two_sizes_has_tw
     )
     lines = compare([small, large]).splitlines()
     assert "| birds | 90.0 [85.0, 95.0] | 90.0 [85.0, 95.0] |" in lines[2] and not lines[3]
-    assert lines[-1].startswith("Images in pixels: a at 32 x 32; b at 64 x 64. ")
+    assert lines[-1].startswith("Image sizes in pixels: a at 32 x 32; b at 64 x 64. ")
     both = dataclasses.replace(small, results=[*small.results, *large.results])
     lines = compare([both]).splitlines()
     assert "birds (image_size [32, 32])" in lines[2] and "birds (image_size [64, 64])" in lines[3]
