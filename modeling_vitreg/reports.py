@@ -288,7 +288,7 @@ def short_hash(values: object, *, sort_keys: bool = True) -> str:
 def escape_markdown(text: str) -> str:
     """A name from outside in one line of Markdown or of a cell in its tables, without any markup."""
     line = " ".join("".join(letter if letter.isprintable() else " " for letter in str(text)).split())
-    escaped = re.sub(r"([\\`*\[\]#|])", r"\\\1", line)
+    escaped = re.sub(r"([\\`*#|]|(?<=\])\()", r"\\\1", line)  # a bracket alone is no link
     return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 

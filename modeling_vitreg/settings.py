@@ -7,6 +7,7 @@ import difflib
 import inspect
 import math
 import pathlib
+import sys
 import typing
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -24,11 +25,18 @@ def make_settings(kind: type, values: dict[str, Any], *, of: str) -> Any:
 
 
 def check_values(kind: type, values: dict[str, Any], *, of: str) -> dict[str, Any]:
-    """Values for some fields of a dataclass, checked and converted as by `make_settings`, which raises the same."""
+    """Values for some fields of a dataclass, checked and converted as by `make_settings`, which raises the same.
+
+    Old names of fields, in `RENAMED` of the dataclass, are accepted with one line on stderr.
+    """
     fields = {field.name: field for field in dataclasses.fields(kind)}
     hints = typing.get_type_hints(kind)
+    renamed = {name: new for name, new in getattr(kind, "RENAMED", {}).items() if name in values}
+    if renamed:
+        print(f"renamed: {', '.join(f'{of}.{old} -> {of}.{new}' for old, new in renamed.items())}", file=sys.stderr)
     checked = {}
     for name, value in values.items():
+        name = renamed.get(name, name)
         if name not in fields:
             raise ValueError(f"{of}: no value is called {name!r}; {suggest_name(name, fields)}")
         field = fields[name]

@@ -104,7 +104,7 @@ class _Pass:
         except KeyboardInterrupt:
             return f"stopped by hand after {self.num_seen} images"
         except Exception as error:  # what was measured until then is kept
-            if not self.num_seen:
+            if not self.num_seen or self.settings.is_strict:
                 raise
             return f"{type(error).__name__} after {self.num_seen} images: {error}"
         return None

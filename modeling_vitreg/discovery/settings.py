@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from modeling_vitreg.features import FEATURES
 from modeling_vitreg.metrics import IOU_THRESHOLD
@@ -36,6 +37,13 @@ class DiscoverySettings:
     Raises:
         ValueError: a value out of its range.
     """
+
+    RENAMED: ClassVar = {  # accepted for one release
+        "hit": "iou_threshold",
+        "mass": "attention_share",
+        "is_centred": "is_centered",
+        "is_normalised": "is_normalized",
+    }
 
     method: str = "lost"
     feature: str = "key"

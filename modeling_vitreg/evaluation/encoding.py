@@ -68,6 +68,8 @@ class EncodingSettings:
     has_progress_bar: bool = True
 
     def __post_init__(self):
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"expected image_size of 1 or more, got {self.image_size}")
         if min(self.batch_size, self.shard_size, self.num_threads) < 1:
             raise ValueError(
                 f"expected 1 or more for batch_size, shard_size and num_threads, got {self.batch_size}, "

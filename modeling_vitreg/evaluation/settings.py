@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from modeling_vitreg.discovery import DiscoverySettings
 
@@ -22,6 +23,8 @@ class KnnSettings:
         num_neighbors: number of training images that vote.
         temperature: temperature of the softmax over their cosines.
     """
+
+    RENAMED: ClassVar = {"num_neighbours": "num_neighbors"}  # accepted for one release
 
     num_neighbors: int = 20
     temperature: float = 0.07

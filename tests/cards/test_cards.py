@@ -217,14 +217,14 @@ def test_artifacts_are_told_with_their_figure(folder, tmp_path):
 
 
 def test_artifacts_of_another_model_are_refused(folder):
-    artifact_report(folder, num_registers=0)
-    with pytest.raises(CardError, match=r"its num_registers is 0, that of .* is 4"):
+    artifact_report(folder, num_register_tokens=0)
+    with pytest.raises(CardError, match=r"its num_register_tokens is 0, that of .* is 4"):
         make_plan(folder, "user/name")
 
 
 def test_results_of_another_model_are_refused(folder):
-    evaluation_report(folder, num_registers=0)
-    with pytest.raises(CardError, match=r"was measured on another model, model: its num_registers is 0"):
+    evaluation_report(folder, num_register_tokens=0)
+    with pytest.raises(CardError, match=r"was measured on another model, model: its num_register_tokens is 0"):
         make_plan(folder, "user/name")
     evaluation_report(folder)
     evaluation_report(folder, name="evaluation-later.json", task="linear", weights_hash="beef")

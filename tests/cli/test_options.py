@@ -168,7 +168,7 @@ def test_bad_values_are_answered_before_the_model_is_loaded(tmp_path, arguments,
     assert "Traceback" not in done.output
 
 
-def test_settings_of_a_file_and_of_the_command_are_merged(tmp_path):
+def test_settings_of_a_file_and_of_the_command_are_merged(tmp_path, capsys):
     from modeling_vitreg.evaluation import KnnSettings
     from modeling_vitreg.images import DataOptions
 
@@ -177,8 +177,9 @@ def test_settings_of_a_file_and_of_the_command_are_merged(tmp_path):
     found = options.read_settings(texts, {"data": DataOptions, "knn": KnnSettings})
     assert found == {
         "data": {"depth_scale": 0.5, "mask_column": "truth"},
-        "knn": {"num_neighbours": 5, "temperature": 0.1},
+        "knn": {"num_neighbors": 5, "temperature": 0.1},
     }
+    assert "knn.num_neighbours -> --set knn.num_neighbors" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch):

@@ -124,7 +124,7 @@ def test_a_head_that_diverged_is_neither_chosen_nor_measured():
     features, labels = _blobs(60)
     settings = LinearSettings(learning_rates=(1e30, 0.1), num_steps=20)
     assert fit_linear({"x": 1e12 * features, "y": features}, labels, settings=settings).learning_rate == 0.1
-    with pytest.raises(ValueError, match="all heads diverged: give learning rates below"):
+    with pytest.raises(ValueError, match="all heads diverged: use learning rates below"):
         fit_linear({"x": 1e12 * features}, labels, settings=LinearSettings(learning_rates=(1e30,), num_steps=20))
     with pytest.raises(ValueError, match="expected finite scores"):
         rank_classes(torch.full((2, 3), torch.nan), classes=torch.arange(3), num_best=1)

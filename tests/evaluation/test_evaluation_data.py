@@ -209,7 +209,8 @@ def test_unreadable_images_and_maps_are_counted_and_left_out(encoder, tmp_path, 
         "num_images": 3,
         "num_unreadable": 4,
         "num_nonfinite": 0,
-        "unreadable": ["image 1: truncated", "image 4: truncated", "image 5: truncated"],
+        "unreadable": [f"image {number}: truncated" for number in (1, 4, 5, 6)],
+        "nonfinite": [],
     }
     assert found.load("labels").tolist() == [0, 0, 1] and found.load("numbers").tolist() == [0, 2, 3]
 

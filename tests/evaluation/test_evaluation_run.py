@@ -269,7 +269,7 @@ def test_numbers_of_other_data_or_settings_stand_in_other_rows():
     lines = compare([first, second]).splitlines()
     assert "| birds (num_steps 5) | 90.0 [85.0, 95.0] | - |" in lines[2] and "(num_steps 9) | - |" in lines[3]
     third = _report("b", result, dataset_hash="g")
-    assert "birds (data fingerprint g)" in compare([first, third])
+    assert "birds (dataset hash g)" in compare([first, third])
 
 
 def test_models_share_a_row_at_their_own_sizes_and_one_model_at_two_sizes_has_two():
@@ -288,7 +288,7 @@ def test_models_share_a_row_at_their_own_sizes_and_one_model_at_two_sizes_has_tw
 def test_tables_of_nothing_and_labels_that_repeat_are_refused(tmp_path):
     report = _report("a", ("knn", "top1", 0.9, [0.85, 0.95]))
     with pytest.raises(ValueError, match="one label each, all different"):
-        compare([report, report])
+        compare([report, report], labels=["a", "a"])
     assert "| first | second |" in compare([report, report], labels=["first", "second"])
     with pytest.raises(ValueError, match="with results, got none"):
         compare([_report("a")])

@@ -89,5 +89,5 @@ def test_prompts_of_the_class_names_are_compared_with_every_test_image(clip, tmp
     assert top1["value"] == sum(rank == 0 for rank in ranks) / 12
     assert top5["value"] == sum(rank < 5 for rank in ranks) / 12
     assert top1["settings"]["templates"] == list(settings.zero_shot.templates) and top1["n"] == 12
-    with pytest.raises(ValueError, match="zero_shot: there is no tokenizer for the prompts"):
+    with pytest.raises(ValueError, match="zero_shot: the prompts need a tokenizer"):
         evaluate(encoder, **options | {"output_folder": tmp_path / "other"})

@@ -25,7 +25,8 @@ from modeling_vitreg.scenes import SceneSettings
 FOLDER = pathlib.Path(__file__).parent
 NOT_COMPARED = {
     "architecture", "bins", "box_format", "box_layout", "command", "commit", "criteria", "data", "dataset_hash",
-    "dataset", "interval_method", "made_with", "meaning", "measured", "model", "weights_hash", "note", "rule",
+    "classes", "dataset",
+    "interval_method", "made_with", "meaning", "measured", "model", "weights_hash", "note", "rule",
     "automatic_rule", "seconds", "sentence", "settings", "skipped", "source", "stopped_by", "unreadable",
 }  # fmt: skip
 TOLERANCE = 1e-5

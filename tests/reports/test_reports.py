@@ -121,7 +121,7 @@ def test_a_part_that_does_not_apply_has_a_reason_and_a_defect_its_traceback(tmp_
         ("a|b", r"a\|b"),
         ("<b>&", "&lt;b&gt;&amp;"),
         ("x\n\n# y", r"x \# y"),
-        ("[a](b)*c*`d`\\", r"\[a\](b)\*c\*\`d\`\\"),
+        ("[a](b)*c*`d`\\", r"[a]\(b)\*c\*\`d\`\\"),
         ("plain name_1", "plain name_1"),
     ],
 )
