@@ -16,17 +16,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from modeling_vitreg.metrics import DEPTH_ERRORS
-from modeling_vitreg.modeling_vitreg import scale_invariant_loss
+from modeling_vitreg.modeling_vitreg import LinearDepthHead, scale_invariant_loss
 
 from .dense import Descent, fit_head, initialise
 from .intervals import MetricValue, statistic_of_images
-
-
-_UPSAMPLING = 4
 
 
 @dataclass(frozen=True)
@@ -51,23 +47,6 @@ class DepthSettings:
         """Settings of the optimiser."""
         rates = {"weight_decay": 0.01, "warmup_share": 1 / 3, "is_cosine": True, "clip": 35.0}
         return Descent(self.num_steps, self.batch_size, self.learning_rate, **rates)
-
-
-class LinearDepthHead(nn.Module):
-    """A 1 x 1 convolution to depth bins; the depth of a pixel is the expectation over its bins."""
-
-    def __init__(self, width: int, *, num_bins: int, min_depth: float, max_depth: float):
-        super().__init__()
-        self.classifier = nn.Conv2d(width, num_bins, kernel_size=1)
-        self.register_buffer("bins", torch.linspace(min_depth, max_depth, num_bins))
-
-    def forward(self, features: Tensor, size: tuple[int, int]) -> Tensor:
-        """Depth (B, height, width) in metres from features (B, rows, columns, D)."""
-        # A 1 x 1 convolution and upsampling commute; this order upsamples fewer channels.
-        scores = self.classifier(features.permute(0, 3, 1, 2)).float()
-        scores = F.interpolate(scores, scale_factor=_UPSAMPLING, mode="bilinear", align_corners=False).relu() + 0.1
-        depth = torch.einsum("bkhw,k->bhw", scores / scores.sum(dim=1, keepdim=True), self.bins)
-        return F.interpolate(depth[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
 
 
 def join_class_token(patches: Tensor, class_tokens: Tensor | None) -> Tensor:
@@ -134,7 +113,6 @@ def measure_depth(errors: Tensor, *, seed: int = 0) -> list[MetricValue]:
 
 __all__ = [
     "DepthSettings",
-    "LinearDepthHead",
     "fit_depth",
     "join_class_token",
     "measure_depth",

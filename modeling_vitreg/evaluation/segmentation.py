@@ -17,9 +17,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from modeling_vitreg.metrics import check_masks
+from modeling_vitreg.modeling_vitreg import LinearSegmentationHead
 
 from .dense import Descent, fit_head, initialise
 from .intervals import MetricValue, statistic_of_images
@@ -41,20 +42,6 @@ class SegmentationSettings:
     def descent(self) -> Descent:
         """Settings of the optimiser, with the warm-up of DINOv2."""
         return Descent(self.num_steps, self.batch_size, self.learning_rate, weight_decay=1e-4, warmup_share=0.0375)
-
-
-class LinearSegmentationHead(nn.Module):
-    """Batch norm and a 1 x 1 convolution on patches."""
-
-    def __init__(self, width: int, num_classes: int):
-        super().__init__()
-        self.norm = nn.BatchNorm2d(width)
-        self.classifier = nn.Conv2d(width, num_classes, kernel_size=1)
-
-    def forward(self, patches: Tensor, size: tuple[int, int]) -> Tensor:
-        """Scores (B, C, height, width) of pixels from normed patches (B, rows, columns, D)."""
-        scores = self.classifier(self.norm(patches.permute(0, 3, 1, 2)))  # [B, rows, columns, D] -> [B, C, ...]
-        return F.interpolate(scores.float(), size=size, mode="bilinear", align_corners=False)
 
 
 def fit_segmentation(
@@ -125,7 +112,6 @@ def measure_segmentation(areas: Tensor, *, seed: int = 0) -> list[MetricValue]:
 
 
 __all__ = [
-    "LinearSegmentationHead",
     "SegmentationSettings",
     "fit_segmentation",
     "measure_segmentation",

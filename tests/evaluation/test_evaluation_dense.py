@@ -13,19 +13,18 @@ from modeling_vitreg import ViTWithRegistersForDepthEstimation, ViTWithRegisters
 from modeling_vitreg.evaluation.dense import Descent, fit_head
 from modeling_vitreg.evaluation.depth import (
     DepthSettings,
-    LinearDepthHead,
     fit_depth,
     join_class_token,
     measure_depth,
 )
 from modeling_vitreg.evaluation.segmentation import (
-    LinearSegmentationHead,
     SegmentationSettings,
     fit_segmentation,
     measure_segmentation,
 )
 from modeling_vitreg.features import extract_features, load_encoder
 from modeling_vitreg.metrics import DEPTH_ERRORS, depth_errors, measure_areas
+from modeling_vitreg.modeling_vitreg import LinearDepthHead, LinearSegmentationHead
 
 
 def _maps(*, num_images=6, num_classes=5):
