@@ -4,9 +4,13 @@ import argparse
 import dataclasses
 import os
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
+import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from modeling_vitreg import reports
@@ -57,6 +61,15 @@ class Run:
 
     def is_time(self, interval: int, step: int) -> bool:
         return (step + 1) % interval == 0 or step + 1 == self.recipe.num_steps
+
+    def is_true_anywhere(self, flag: bool) -> bool:
+        """Whether a flag is set in any process; all processes ask together."""
+        return bool(self.processes.all_reduce_max(torch.tensor(float(flag), device=self.accelerator.device)))
+
+    def from_main(self, make: Callable[[], Any]) -> Any:
+        """What the main process makes, in every process; all processes ask together."""
+        made = [make() if self.is_main else None]
+        return broadcast_object_list(made)[0] if self.processes.size > 1 else made[0]
 
     def say(self, text: str) -> None:
         if self.is_main:

@@ -1,5 +1,6 @@
 """How the processes of a training program start, and how they end when one of them is lost."""
 
+import errno
 import functools
 import os
 import sys
@@ -14,6 +15,8 @@ from accelerate.utils import DistributedDataParallelKwargs
 
 # What torch says, by back end and version, when another process is gone.
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 
 
 def make_accelerator(**settings) -> Accelerator:
@@ -53,12 +56,19 @@ def _start_the_others() -> None:
 
 
 def ends_in_words(main: Callable) -> Callable:
-    """A program whose lost processes and full memories end in a sentence, with what to do."""
+    """A program in which a full disk, a full memory and a lost process end in a sentence that says what to do."""
 
     @functools.wraps(main)
     def run(**options) -> None:
         try:
             main(**options)
+        except OSError as error:
+            if error.errno not in _DISK and (error.errno is None or error.filename is None):
+                raise
+            raise SystemExit(
+                f"{error}: free some space, or check the path and its permissions, and run the same command again: it "
+                "continues from the last state"
+            ) from None
         except (RuntimeError, MemoryError) as error:
             text, rank = str(error), os.environ.get("RANK", "0")
             if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
@@ -69,8 +79,9 @@ def ends_in_words(main: Callable) -> Callable:
                 ) from None
             if isinstance(error, torch.distributed.DistError) or any(word in text for word in _LOST):
                 raise SystemExit(
-                    f"process {rank}: another process of this run ended, so this one ends too; see the message of the "
-                    "other process. The same command continues from the last state"
+                    f"process {rank}: another process of this run ended, so this one ends too. The message of that "
+                    "process, or its exit code (-9: killed, often for lack of memory), says why. The same command "
+                    "continues from the last state"
                 ) from None
             raise
 

@@ -10,7 +10,7 @@ import time
 
 import psutil
 import torch
-from arguments import MAPS, Run, annotation_of, name_init, open_source, versions
+from arguments import MAPS, Run, annotation_of, open_source, versions
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
@@ -27,7 +27,7 @@ from modeling_vitreg.modes import eval_mode
 from modeling_vitreg.pretraining.monitoring.curves import draw_attention, draw_curves, draw_maps, draw_norms
 from modeling_vitreg.pretraining.monitoring.diagnosis import diagnose
 from modeling_vitreg.pretraining.monitoring.instruments import collapse_line, effective_rank, register_similarity
-from modeling_vitreg.pretraining.monitoring.jsonl import JsonlLogger
+from modeling_vitreg.pretraining.monitoring.jsonl import JsonlLogger, read_jsonl
 from modeling_vitreg.pretraining.monitoring.non_finite import NonFiniteDetector
 from modeling_vitreg.pretraining.objectives.objective import TARGETS, Objective
 from modeling_vitreg.pretraining.run.sharding import gather_model
@@ -48,19 +48,41 @@ MEASURES = {
 class Monitor:
     """Writes down every number, draws the pictures, and says in words what goes wrong."""
 
-    def __init__(self, run: Run, objective: Objective, source, facts: dict):
+    def __init__(self, run: Run, objective: Objective, source, metadata: dict):
         self.run, self.objective = run, objective
-        last_step = facts["step"]
-        self.journal = JsonlLogger(run.folder / "log.jsonl", last_step=last_step, is_writer=run.is_main)
-        self.norms = JsonlLogger(run.folder / "norms.jsonl", last_step=last_step, is_writer=run.is_main)
+        last_step = metadata["step"]
+        self.lacks_evaluation = self._lacks_evaluation(last_step)
+
+        def keeps(record: dict) -> bool:
+            is_evaluation = "total" not in record
+            return last_step >= 0 and record["step"] <= last_step - (is_evaluation and self.lacks_evaluation)
+
+        self.journal = JsonlLogger(run.folder / "log.jsonl", keeps=keeps, is_writer=run.is_main)
+        self.norms = JsonlLogger(run.folder / "norms.jsonl", keeps=keeps, is_writer=run.is_main)
         self.sample = Sample(run, source) if run.is_main else None
         self._first_step, self._non_finite, self._named = last_step + 1, NonFiniteDetector(), set()
-        self._unreadable, self._headline, self._value = 0, None, None
+        self._headline, self._value, self._init = None, None, metadata["init"]
+        self._unreadable = next((r["unreadable"] for r in reversed(self.journal.records) if "unreadable" in r), 0)
         self._data = {"name": run.options.data, "revision": source.revision}
-        self._begin = time.monotonic() - facts["seconds"]
+        self._begin = time.monotonic() - metadata["seconds"]
         self._last_time, self._last_step = time.monotonic(), last_step
         if run.options.tracker:
             run.accelerator.init_trackers("vitreg-pretraining", config={"recipe": json.dumps(run.recipe.as_dict())})
+
+    def _lacks_evaluation(self, last_step: int) -> bool:
+        """Whether the run that continues after a step was killed before the evaluation that follows it."""
+        records = read_jsonl(self.run.folder / "log.jsonl")
+        is_evaluated = any("rank" in record and record["step"] == last_step for record in records)
+        is_last = last_step + 1 == self.run.recipe.num_steps
+        is_done = is_evaluated and (self._is_finished() or not is_last)
+        return last_step < 0 or (self.run.is_time(self.run.options.look_every, last_step) and not is_done)
+
+    def _is_finished(self) -> bool:
+        """Whether training.json of the whole run has been written."""
+        try:
+            return json.loads((self.run.folder / "training.json").read_text())["steps"] == self.run.recipe.num_steps
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
 
     @property
     def seconds(self) -> float:
@@ -145,12 +167,12 @@ class Monitor:
             return
         folder = self.run.folder
         if is_stopped:
-            print(f"stopped after step {step + 1} of {self.run.recipe.num_steps}; the same command goes on")
+            print(f"stopped after step {step + 1} of {self.run.recipe.num_steps}; the same command continues")
             return
-        facts = {
+        summary = {
             "recipe": self.run.recipe.as_dict(),
             "data": {**self._data, "split": self.run.options.split},
-            "init": name_init(self.run.options.init),
+            "init": self._init,
             "steps": step + 1,
             "seconds": round(self.seconds, 1),
             "processes": self.run.processes.size,
@@ -160,14 +182,18 @@ class Monitor:
             **{f"untrained_{name}": value for name, value in self._measured(first=True).items()},
             **self._measured(first=False),
         }
-        write_text(folder / "training.json", json.dumps(facts, indent=2) + "\n")
+        is_complete = self._first_step > step and not self.lacks_evaluation and self._is_finished()
+        if is_complete:
+            print(f"all {step + 1} steps were done before")
+        else:
+            write_text(folder / "training.json", json.dumps(summary, indent=2) + "\n")
         if self.run.options.push_to_hub:
             self._publish(folder, self.run.options.push_to_hub)
         shown = f"{self.sample.num_held_out} {self.sample.held_out_name}"
-        for name in [name for name in MEASURES if name in facts]:
-            before = f"{say(name, facts[f'untrained_{name}'])} untrained, " if f"untrained_{name}" in facts else ""
-            chance = f" (chance {facts['chance']:.1%})" if name == "knn" else ""
-            print(f"{MEASURES[name]} on {shown}: {before}{say(name, facts[name])} trained{chance}")
+        for name in [name for name in MEASURES if name in summary]:
+            before = f"{say(name, summary[f'untrained_{name}'])} untrained, " if f"untrained_{name}" in summary else ""
+            chance = f" (chance {summary['chance']:.1%})" if name == "knn" else ""
+            print(f"{MEASURES[name]} on {shown}: {before}{say(name, summary[name])} trained{chance}")
         kind = getattr(self.objective.saved, "_auto_class", None) or type(self.objective.saved).__name__
         print(f"{step + 1} steps in {self.seconds:.0f} seconds")
         print(f"pictures: {', '.join(str(path) for path in sorted(folder.glob('*.png')))}")

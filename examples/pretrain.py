@@ -18,6 +18,7 @@ import math
 import os
 import pathlib
 import signal
+import tempfile
 
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait for work leave the cores to the data workers
@@ -25,14 +26,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait for wor
 import torch
 import transformers
 import yaml
-from arguments import Run, choose_recipe, name_classes, open_source, parse_options, versions
+from arguments import Run, choose_recipe, name_classes, name_init, open_source, parse_options, versions
 from launching import ends_in_words, make_accelerator
 from monitor import Monitor
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from modeling_vitreg.distributed import distributed_context
-from modeling_vitreg.files import atomic_folder, write_text
+from modeling_vitreg.files import atomic_folder, make_folder, write_text
 from modeling_vitreg.images import ImageSource, derive_seed
 from modeling_vitreg.pretraining.build import make_objective
 from modeling_vitreg.pretraining.objectives.objective import Objective
@@ -40,7 +40,14 @@ from modeling_vitreg.pretraining.run.lamb import Lamb
 from modeling_vitreg.pretraining.run.parameters import parameter_groups, set_rates
 from modeling_vitreg.pretraining.run.recipe import Recipe, make_recipe
 from modeling_vitreg.pretraining.run.sharding import gather_model, shard
-from modeling_vitreg.pretraining.state import last_state, load_state, read_metadata, save_state
+from modeling_vitreg.pretraining.state import (
+    is_model_of,
+    last_state,
+    load_state,
+    read_metadata,
+    record_model,
+    save_state,
+)
 from modeling_vitreg.pretraining.views.loader import ViewLoader
 from modeling_vitreg.pretraining.views.masking import MaskMaker
 
@@ -49,6 +56,7 @@ from modeling_vitreg.pretraining.views.masking import MaskMaker
 def main(*, description: str = __doc__, default_recipe: str = "demo-cpu") -> None:
     options = parse_options(description, default_recipe)
     recipe = choose_recipe(options)
+    check_output(options.output)
     source = open_source(options, recipe)
     recipe = name_classes(recipe, source, data=options.data)
     transformers.utils.logging.disable_progress_bar()  # of saving, which takes less time than drawing it
@@ -76,22 +84,21 @@ def main(*, description: str = __doc__, default_recipe: str = "demo-cpu") -> Non
     optimizer = make_optimizer(objective, recipe)
     model = objective if options.shard else accelerator.prepare_model(objective)
 
-    facts = {"step": -1, "seconds": 0.0, "loaders": None}
+    metadata = {"step": -1, "seconds": 0.0, "loaders": None, "init": name_init(options.init)}
     if last:
-        facts = load_state(last, objective=objective, optimizer=optimizer)
-        if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(facts["scaler"])
-        run.say(f"going on after step {facts['step'] + 1} of {recipe.num_steps}, from {last}")
-    first_step = facts["step"] + 1
-    loader = make_loader(run, source, objective, facts)
-    monitor = Monitor(run, objective, source, facts)
+        metadata |= read_state(run, last, objective, optimizer)
+    step, first_step = metadata["step"], metadata["step"] + 1
+    loader = make_loader(run, source, objective, metadata)
+    monitor = Monitor(run, objective, source, metadata)
     stop = StopRequest(run)
     objective.train()
-    if first_step == 0:
-        monitor.look(step=-1)
+    # A kill may have come between the state that the run continues from and its model or its evaluation.
+    if last and run.is_true_anywhere(run.is_main and not is_model_of(run.folder, step)):
+        save_model(run, objective, step=step)
+    if run.is_true_anywhere(run.is_main and monitor.lacks_evaluation):
+        monitor.look(step=step)
 
     batches = iter(loader) if first_step < recipe.num_steps else None
-    step = facts["step"]
     for step in monitor.count_steps(first_step):
         set_rates(optimizer, **recipe.rates(step))
         losses = {}
@@ -117,7 +124,7 @@ def main(*, description: str = __doc__, default_recipe: str = "demo-cpu") -> Non
         monitor.see(step, losses, norms, optimizer)
         if stop.is_due(step) or run.is_time(options.save_every, step):
             monitor.check_finite()
-            save(run, objective, optimizer, loader, source, step=step, seconds=monitor.seconds)
+            save(run, objective, optimizer, loader, metadata | {"step": step, "seconds": monitor.seconds})
         if stop.is_requested:
             break
         if run.is_time(options.look_every, step):
@@ -129,15 +136,20 @@ def main(*, description: str = __doc__, default_recipe: str = "demo-cpu") -> Non
 # Setting up --------------------------------------------------------------------------------------------------------
 
 
-def open_output(run: Run) -> pathlib.Path | None:
-    """Make the folder, or find the state in it to go on from; refuse a folder of another run."""
+def check_output(folder: pathlib.Path) -> None:
+    """Make the folder and write something into it, before any work that could be lost."""
     try:
-        if run.is_main:
-            run.folder.mkdir(parents=True, exist_ok=True)
-            write_text(run.folder / ".writable", "")
-            (run.folder / ".writable").unlink()
-        last = last_state(run.folder / "state")
-    except (OSError, RuntimeError) as error:
+        with tempfile.TemporaryFile(dir=make_folder(folder)) as file:
+            file.write(b"writable")
+    except OSError as error:
+        raise SystemExit(f"the output folder {folder} cannot be used: {error}") from None
+
+
+def open_output(run: Run) -> pathlib.Path | None:
+    """Find the state in the output folder to continue from; refuse a folder of another run."""
+    try:
+        last = run.from_main(lambda: last_state(run.folder / "state", warn=run.say))
+    except RuntimeError as error:
         raise SystemExit(f"the output folder {run.folder} cannot be used: {error}") from None
     if last is not None:
         # Values that a recipe did not have yet are those that it has by default.
@@ -147,11 +159,23 @@ def open_output(run: Run) -> pathlib.Path | None:
             changes = "; ".join(f"{name}: {before.get(name)} there, {now[name]} now" for name in differing)
             raise SystemExit(
                 f"{run.folder} holds a run of another recipe ({changes}). Give the values of that run to go on with "
-                f"it, another --output to begin anew, or --init {run.folder} with another --output to start from it"
+                f"it, another --output to start again, or --init {run.folder} with another --output to start from it"
             )
     elif run.is_main:
         write_text(run.folder / "recipe.yaml", yaml.safe_dump(run.recipe.as_dict(), sort_keys=False))
     return last
+
+
+def read_state(run: Run, state: pathlib.Path, objective: Objective, optimizer: torch.optim.Optimizer) -> dict:
+    """Put a state into everything that learns; returns its metadata."""
+    try:
+        metadata = load_state(state, objective=objective, optimizer=optimizer)
+    except RuntimeError as error:
+        raise SystemExit(str(error)) from None
+    if run.accelerator.scaler is not None:
+        run.accelerator.scaler.load_state_dict(metadata["scaler"])
+    run.say(f"continuing after step {metadata['step'] + 1} of {run.recipe.num_steps}, from {state}")
+    return metadata
 
 
 def make_optimizer(objective: Objective, recipe: Recipe) -> torch.optim.Optimizer:
@@ -168,16 +192,16 @@ def make_optimizer(objective: Objective, recipe: Recipe) -> torch.optim.Optimize
     return torch.optim.AdamW(groups, betas=recipe.betas, fused=True)
 
 
-def make_loader(run: Run, source, objective: Objective, facts: dict) -> ViewLoader:
+def make_loader(run: Run, source, objective: Objective, metadata: dict) -> ViewLoader:
     state = None
-    if facts["loaders"]:
-        state = facts["loaders"][run.processes.rank if len(facts["loaders"]) == run.processes.size else 0]
-        if len(facts["loaders"]) != run.processes.size:
-            run.say(f"the run had {len(facts['loaders'])} processes and now has {run.processes.size}")
+    if metadata["loaders"]:
+        state = metadata["loaders"][run.processes.rank if len(metadata["loaders"]) == run.processes.size else 0]
+        if len(metadata["loaders"]) != run.processes.size:
+            run.say(f"the run had {len(metadata['loaders'])} processes and now has {run.processes.size}")
             if not isinstance(source, ImageSource):
                 raise SystemExit(
-                    f"a stream is divided among the processes: go on with {len(facts['loaders'])} of them, or start "
-                    f"with --init {run.folder} and another --output"
+                    f"a stream is divided among the processes: continue with {len(metadata['loaders'])} of them, or "
+                    f"start with --init {run.folder} and another --output"
                 )
     grid = tuple(run.recipe.crops.global_size // side for side in objective.encoder.config.patch_shape)
     make_masks = None
@@ -196,7 +220,7 @@ def make_loader(run: Run, source, objective: Objective, facts: dict) -> ViewLoad
             num_processes=run.processes.size,
             seed=run.recipe.seed,
             num_workers=run.options.workers,
-            first_step=facts["step"] + 1,
+            first_step=metadata["step"] + 1,
             state=state,
             max_unreadable_share=run.options.max_unreadable,
             pin_memory=run.accelerator.device.type == "cuda",
@@ -244,48 +268,50 @@ class StopRequest:
 
     def is_due(self, step: int) -> bool:
         """Whether any process was asked; several processes agree on it whenever they log."""
-        if self._run.processes.size == 1:
-            self.is_requested = self._is_asked
-        elif self._run.is_time(self._run.options.log_every, step):
-            asked = torch.tensor(float(self._is_asked), device=self._run.accelerator.device)
-            self.is_requested = bool(self._run.processes.all_reduce_max(asked))
+        if self._run.processes.size == 1 or self._run.is_time(self._run.options.log_every, step):
+            self.is_requested = self._run.is_true_anywhere(self._is_asked)
         return self.is_requested
 
 
-def save(run: Run, objective, optimizer, loader: ViewLoader, source, *, step: int, seconds: float) -> None:
-    """The state to go on from, and the model to use."""
+def save(run: Run, objective: Objective, optimizer, loader: ViewLoader, metadata: dict) -> None:
+    """The state to continue from, and the model to use."""
+    step, scaler = metadata["step"], run.accelerator.scaler
     states = [None] * run.processes.size
     states[run.processes.rank] = loader.state_after(step)
     if run.processes.size > 1:
         torch.distributed.all_gather_object(states, states[run.processes.rank])
-    scaler = run.accelerator.scaler
-    facts = {
-        "step": step,
-        "seconds": seconds,
+    metadata = metadata | {
         "recipe": run.recipe.as_dict(),
         "loaders": states,
         "scaler": None if scaler is None else scaler.state_dict(),
         "versions": versions(),
     }
-    model = gather_model(objective)
+    folder = run.folder / "state"
     try:
-        save_state(run.folder / "state", objective=objective, optimizer=optimizer, facts=facts, is_writer=run.is_main)
-        if run.is_main:
-            save_model(objective, model, run.folder / "model", mean=run.recipe.mean, std=run.recipe.std)
-    except (RuntimeError, OSError) as error:
+        save_state(folder, objective=objective, optimizer=optimizer, metadata=metadata, is_writer=run.is_main)
+    except RuntimeError as error:
         raise SystemExit(str(error)) from None
+    save_model(run, objective, step=step)
+
+
+def save_model(run: Run, objective: Objective, *, step: int) -> None:
+    """Write a folder for `from_pretrained`, with the statistics of the recipe's images."""
+    model = gather_model(objective)
+    folder = run.folder / "model"
+    if run.is_main:
+        try:
+            with atomic_folder(folder) as part:
+                objective.write(model, part)
+                processor = part / "preprocessor_config.json"
+                statistics = {"image_mean": list(run.recipe.mean), "image_std": list(run.recipe.std)}
+                processor.write_text(json.dumps(json.loads(processor.read_text()) | statistics, indent=2) + "\n")
+            record_model(run.folder, step)
+        except OSError as error:
+            raise SystemExit(
+                f"the model of step {step + 1} could not be written to {folder}: {error}. The state of this step is "
+                "saved: free some space, or check the permissions of the folder, and run the same command again"
+            ) from None
     run.accelerator.wait_for_everyone()
-
-
-def save_model(objective: Objective, model: PreTrainedModel, folder: pathlib.Path, *, mean, std) -> None:
-    """Write a folder for `from_pretrained` beside the old one, and put it in its place."""
-    with atomic_folder(folder) as part:
-        objective.write(model, part)
-        processor = part / "preprocessor_config.json"
-        settings = json.loads(processor.read_text())
-        processor.write_text(
-            json.dumps(settings | {"image_mean": list(mean), "image_std": list(std)}, indent=2) + "\n"
-        )
 
 
 if __name__ == "__main__":

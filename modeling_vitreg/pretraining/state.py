@@ -8,6 +8,9 @@
         state.json             step, recipe, data, processes, positions of streams, scale of gradients
         checksums.json         CRC-32 of the three files; states of older versions have none
 
+Beside `state/` and `model/`, `model.json` says which step the model is from: a run that was killed between writing its
+state and its model writes the model when it continues.
+
 A folder is written under another name, flushed to the disk and renamed; LAST changes after that, and old folders are
 removed last. Random numbers need no state: every draw of a step is seeded by the step.
 """
@@ -39,7 +42,7 @@ from modeling_vitreg.files import atomic_folder, checksum, write_text
 
 POINTER = "LAST"
 OBJECTIVE, OPTIMIZER, METADATA = "objective.safetensors", "optimizer.safetensors", "state.json"
-CHECKSUMS = "checksums.json"
+CHECKSUMS, MODEL_RECORD = "checksums.json", "model.json"
 _NAME = re.compile(r"step-\d{8,}")
 _RENAMED = {"average.": "ema_model.", "_centre.centre": "_center.center"}  # parts of names in older states
 FORMAT = 1  # raised when an older version of this module could not read what this one writes
@@ -213,6 +216,25 @@ def load_objective(state: pathlib.Path) -> dict[str, torch.Tensor]:
     }
 
 
+def record_model(folder: pathlib.Path, step: int) -> None:
+    """Write down beside `model/` which step it is from, with the checksums of its weights."""
+    record = {"step": step, "checksums": _checksums_of_weights(folder)}
+    write_text(folder / MODEL_RECORD, json.dumps(record, indent=1) + "\n")
+
+
+def is_model_of(folder: pathlib.Path, step: int) -> bool:
+    """Whether `model/` in the output folder of a run is whole and from this step."""
+    try:
+        record = _read_json(folder / MODEL_RECORD)
+        return record == {"step": step, "checksums": _checksums_of_weights(folder)}
+    except (DamagedState, OSError):
+        return False
+
+
+def _checksums_of_weights(folder: pathlib.Path) -> dict[str, str]:
+    return {path.name: checksum(path) for path in sorted((folder / "model").glob("*.safetensors"))}
+
+
 def _load(path: pathlib.Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
@@ -249,9 +271,11 @@ def _named(folder: pathlib.Path) -> tuple[pathlib.Path | None, list[str]]:
 __all__ = [
     "DamagedState",
     "check_state",
+    "is_model_of",
     "last_state",
     "load_objective",
     "load_state",
     "read_metadata",
+    "record_model",
     "save_state",
 ]

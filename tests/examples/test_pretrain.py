@@ -1,9 +1,8 @@
 """The training program as its users run it: real processes, killed for real."""
 
+import functools
 import json
-import os
 import pathlib
-import resource
 import shutil
 import signal
 import subprocess
@@ -12,16 +11,17 @@ import time
 
 import pytest
 import torch
+import training_program
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from training_program import Program
 
 from modeling_vitreg import ViTWithRegistersModel
 from modeling_vitreg.scenes import SceneSettings, render_scene
 
 
 ROOT = pathlib.Path(__file__).parents[2]
-PROGRAM = ROOT / "examples" / "pretrain.py"
 RECIPE = {
     "objective": "dinov2",
     "model": {
@@ -53,37 +53,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-def _start(folder, *options, output, processes=1, launcher=(), recipe="tiny.yaml", **popen):
-    """Start the program on the photographs; options come last and win."""
-    launcher = list(launcher)
-    if processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    usual = ["--data", "photos", "--log-every", "1", "--save-every", "3", "--look-every", "5", "--workers", "0"]
-    command = [sys.executable, *launcher, str(PROGRAM), "--recipe", recipe, "--output", output, *usual, *options]
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "HF_HOME": str(folder / "hf"),
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-    }
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen
-    )
-
-
-def _run(folder, *options, **settings) -> str:
-    process = _start(folder, *options, **settings)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err[-3000:]
-    return out + err
-
-
-def _refuse(folder, *options, **settings) -> str:
-    process = _start(folder, *options, **settings)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode != 0, out
-    assert "Traceback" not in err, err
-    return err
+USUAL = ("--data", "photos", "--look-every", "5")
+_start = functools.partial(training_program.start, "pretrain.py")
+_run = functools.partial(training_program.run, "pretrain.py")
+_refuse = functools.partial(training_program.refuse, "pretrain.py")
 
 
 def _records(output: pathlib.Path) -> list:
@@ -95,17 +68,14 @@ def _losses(output: pathlib.Path) -> list:
     return [[record["step"], *(record[name] for name in LOSSES)] for record in _records(output)]
 
 
-def _kill_after(process: subprocess.Popen, output: pathlib.Path, *, step: int, number: int = signal.SIGKILL) -> None:
+def _kill_after(process: Program, output: pathlib.Path, *, step: int, number: int = signal.SIGKILL) -> None:
     """Send a signal to the program, and a kill to its workers, as soon as a step is in the log."""
     while process.poll() is None:
         if (output / "log.jsonl").exists() and (output / "log.jsonl").read_text().count('"total"') > step:
             break
-        time.sleep(0.01)
-    assert process.poll() is None, process.stderr.read()
-    if number == signal.SIGTERM:
-        process.send_signal(number)
-    else:
-        os.killpg(process.pid, number)  # a terminal interrupts all processes
+        time.sleep(0.002)
+    assert process.poll() is None, process.screen()
+    process.send_signal(number)
     process.wait(timeout=60)
 
 
@@ -116,7 +86,7 @@ def _weights(output: pathlib.Path) -> dict:
 @pytest.fixture(scope="module")
 def whole(folder):
     """A run that nothing disturbed."""
-    out = _run(folder, output="whole")
+    out = _run(folder, *USUAL, output="whole", draws=True)
     return folder / "whole", out
 
 
@@ -157,14 +127,14 @@ print(tuple(model(torch.rand(1, 3, 32, 32)).register_tokens.shape), processor.si
 def test_killed_twice_and_resumed_a_run_has_the_same_bits(folder, whole):
     options = ("--workers", "2")  # the undisturbed run had none
     for step in (4, 7):
-        process = _start(folder, *options, output="killed", start_new_session=True)
+        process = _start(folder, *USUAL, *options, output="killed")
         _kill_after(process, folder / "killed", step=step)
     # A kill in the middle of writing leaves a partial folder and half a line behind.
     (folder / "killed" / "state" / "step-00000009.partial").mkdir()
     with open(folder / "killed" / "log.jsonl", "a") as file:
         file.write('{"step": 8, "tot')
-    out = _run(folder, *options, output="killed")
-    assert "going on after step" in out
+    out = _run(folder, *USUAL, *options, output="killed")
+    assert "continuing after step" in out
     assert _losses(folder / "killed") == _losses(whole[0])
     before, after = _weights(whole[0]), _weights(folder / "killed")
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -172,30 +142,30 @@ def test_killed_twice_and_resumed_a_run_has_the_same_bits(folder, whole):
 
 def test_a_stream_under_accumulation_is_resumed_with_the_same_bits(folder):
     options = ("--streaming", "--workers", "1", "--micro-batch", "4", "--set", "num_steps=8")
-    _run(folder, *options, output="stream")
+    _run(folder, *USUAL, *options, output="stream")
     for step in (3, 5):
-        process = _start(folder, *options, output="stream-killed", start_new_session=True)
+        process = _start(folder, *USUAL, *options, output="stream-killed")
         _kill_after(process, folder / "stream-killed", step=step)
-    _run(folder, *options, output="stream-killed")
+    _run(folder, *USUAL, *options, output="stream-killed")
     assert _losses(folder / "stream-killed") == _losses(folder / "stream")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_same_command_goes_on(folder, whole, number):
     options, output = ("--save-every", "100", "--workers", "2"), f"stopped-{number.name}"
-    process = _start(folder, *options, output=output, start_new_session=True)
+    process = _start(folder, *USUAL, *options, output=output)
     _kill_after(process, folder / output, step=3, number=number)
     out, err = process.communicate()
     assert process.returncode == 0, err
-    assert "the same command goes on" in out
-    _run(folder, *options, output=output)
+    assert "the same command continues" in out
+    _run(folder, *USUAL, *options, output=output)
     assert _losses(folder / output) == _losses(whole[0])
 
 
 @pytest.fixture(scope="module")
 def without_depth(folder):
     """One process, without stochastic depth, which each process draws on its own."""
-    _run(folder, "--set", "model.drop_path_rate=0", output="one")
+    _run(folder, *USUAL, "--set", "model.drop_path_rate=0", output="one")
     return folder / "one"
 
 
@@ -205,7 +175,7 @@ PACKED = ("--set", "settings.is_packed=true")  # as on a GPU
 @pytest.mark.parametrize("options", [(), ("--shard",), ("--shard", *PACKED)], ids=["ddp", "fsdp2", "fsdp2 packed"])
 def test_two_processes_with_half_the_batch_equal_one(folder, without_depth, options):
     name = "-".join(["two", *options])
-    _run(folder, "--set", "model.drop_path_rate=0", *options, output=name, processes=2)
+    _run(folder, *USUAL, "--set", "model.drop_path_rate=0", *options, output=name, processes=2)
     ours, expected = torch.tensor(_losses(folder / name)), torch.tensor(_losses(without_depth))
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
     before, after = _weights(without_depth), _weights(folder / name)
@@ -215,16 +185,16 @@ def test_two_processes_with_half_the_batch_equal_one(folder, without_depth, opti
 
 def test_a_sharded_run_goes_on_in_one_process(folder, without_depth):
     options = ("--set", "model.drop_path_rate=0")
-    process = _start(folder, *options, "--shard", output="shrunk", processes=2, start_new_session=True)
+    process = _start(folder, *USUAL, *options, "--shard", output="shrunk", processes=2)
     _kill_after(process, folder / "shrunk", step=5)
-    out = _run(folder, *options, output="shrunk")
+    out = _run(folder, *USUAL, *options, output="shrunk")
     assert "the run had 2 processes and now has 1" in out
     ours, expected = torch.tensor(_losses(folder / "shrunk")), torch.tensor(_losses(without_depth))
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_another_recipe_is_refused_with_what_differs(folder, whole):
-    message = _refuse(folder, "--set", "batch_size=4", output="whole")
+    message = _refuse(folder, *USUAL, "--set", "batch_size=4", output="whole")
     assert "batch_size: 8 there, 4 now" in message
     assert "--init whole" in message
 
@@ -232,33 +202,30 @@ def test_another_recipe_is_refused_with_what_differs(folder, whole):
 def test_other_data_is_refused(folder, whole):
     shutil.copytree(folder / "photos", folder / "more", dirs_exist_ok=True)
     Image.new("RGB", (40, 40)).save(folder / "more" / "train" / "round" / "new.png")
-    assert "the same data" in _refuse(folder, "--data", "more", output="whole")
+    assert "the same data" in _refuse(folder, *USUAL, "--data", "more", output="whole")
 
 
 def test_a_full_disk_keeps_the_last_good_state(folder):
-    _run(folder, "--set", "num_steps=4", output="full")
+    _run(folder, *USUAL, "--set", "num_steps=4", output="full")
     state = folder / "full" / "state"
     kept = {path: path.read_bytes() for path in state.rglob("*") if path.is_file()}
     (state / "LAST").write_text("step-00000002")  # as if it had been stopped there
-    limit = 20_000  # bytes a file: the weights do not fit
-
-    def fill() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    message = _refuse(folder, "--set", "num_steps=4", output="full", preexec_fn=fill)
+    message = _refuse(
+        folder, *USUAL, "--set", "num_steps=4", output="full", max_file_size=20_000
+    )  # bytes: the weights do not fit
     assert "The last good state is full/state/step-00000002" in message
-    assert "give the same command again" in message
+    assert "run the same command again" in message
     assert all(path.read_bytes() == kept[path] for path in kept if "step-00000002" in str(path))
     assert not list(state.glob("*.partial"))
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_lost(folder):
     (folder / "file").write_text("")
-    assert "file cannot be used" in _refuse(folder, output="file")
+    assert "file cannot be used" in _refuse(folder, *USUAL, output="file")
 
 
 def test_numbers_that_break_are_named_and_the_last_good_state_is_kept(folder):
-    message = _refuse(folder, "--set", "learning_rate=1e30", "--set", "warmup_ratio=0.5", output="broken")
+    message = _refuse(folder, *USUAL, "--set", "learning_rate=1e30", "--set", "warmup_ratio=0.5", output="broken")
     assert "is not finite" in message
     assert "step 1" in message or "step 2" in message
     assert "lower learning_rate" in message
@@ -268,14 +235,14 @@ def test_unreadable_images_are_replaced_and_named(folder):
     shutil.copytree(folder / "photos", folder / "torn", dirs_exist_ok=True)
     torn = sorted((folder / "torn" / "train" / "round").glob("*.png"))[0]
     torn.write_bytes(torn.read_bytes()[:200])
-    out = _run(folder, "--data", "torn", "--set", "num_steps=6", output="torn-run")
+    out = _run(folder, *USUAL, "--data", "torn", "--set", "num_steps=6", output="torn-run")
     assert torn.name in (folder / "torn-run" / "unreadable.txt").read_text()
     assert "replaced" in out
 
 
 def test_a_last_phase_starts_from_a_run_with_larger_views_and_other_registers(folder, whole):
     larger = ("--init", "whole", "--set", "crops.global_size=48", "--registers", "2", "--set", "num_steps=2")
-    _run(folder, *larger, output="larger")
+    _run(folder, *USUAL, *larger, output="larger")
     model = ViTWithRegistersModel.from_pretrained(folder / "larger" / "model")
     assert model.config.image_size == 48
     assert model.config.num_register_tokens == 2
@@ -286,5 +253,5 @@ def test_a_last_phase_starts_from_a_run_with_larger_views_and_other_registers(fo
 
 
 def test_a_wrong_name_in_a_recipe_is_answered_with_the_right_one(folder):
-    assert "did you mean 'batch_size'?" in _refuse(folder, "--set", "batchsize=4", output="never")
+    assert "did you mean 'batch_size'?" in _refuse(folder, *USUAL, "--set", "batchsize=4", output="never")
     assert not (folder / "never").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 from modeling_vitreg.files import write_text
@@ -15,13 +16,14 @@ class JsonlLogger:
 
     Args:
         path: of the file.
-        last_step: of the state that the run goes on from: what a killed run wrote after it is dropped. -1 for none.
+        keeps: which records of an existing file stay, such as those up to the state that a run continues from;
+            None keeps none.
         is_writer: whether this process writes; the others read.
     """
 
-    def __init__(self, path: pathlib.Path, *, last_step: int = -1, is_writer: bool = True):
+    def __init__(self, path: pathlib.Path, *, keeps: Callable[[dict], bool] | None = None, is_writer: bool = True):
         self.path, self.is_writer = path, is_writer
-        self.records = [record for record in read_jsonl(path) if record.get("step", -1) <= last_step]
+        self.records = [record for record in read_jsonl(path) if keeps(record)] if keeps else []
         if is_writer:
             write_text(path, "".join(_line(record) for record in self.records))
 
@@ -29,8 +31,15 @@ class JsonlLogger:
         """Add one record; values that JSON lacks (nan, inf) become text."""
         self.records.append(record)
         if self.is_writer:
-            with open(self.path, "a") as file:
-                file.write(_line(record))
+            line = _line(record).encode()
+            with open(self.path, "ab", buffering=0) as file:
+                end = file.tell()
+                try:
+                    while line:
+                        line = line[file.write(line) :]
+                except OSError as error:  # a full disk takes half a line
+                    file.truncate(end)
+                    raise OSError(error.errno, error.strerror, str(self.path)) from error
 
 
 def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
