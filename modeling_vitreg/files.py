@@ -160,7 +160,8 @@ def _errors_about(path: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        is_about = error.filename is None or f".{path.name}." in str(error.filename)
+        # A copy names its source first.
+        is_about = error.filename is None or f".{path.name}." in f"{error.filename} {error.filename2}"
         if error.errno is None or not is_about:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error

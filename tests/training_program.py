@@ -4,6 +4,7 @@ Programs are forked from a server that has imported what they import. `launch` s
 launcher, for the tests of the commands that pages name.
 """
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -100,7 +101,8 @@ def start(
         max_file_size: bytes after which its disk is full.
         before: called in the process before the program, to make something fail; a function of a module.
     """
-    usual = ["--recipe", "tiny.yaml", "--log-every", "1", "--save-every", "3", "--workers", "0", "--output", output]
+    usual = ["--recipe", "tiny.yaml", "--log-every", "1", "--look-every", "1000", "--save-every", "3"]
+    usual += ["--workers", "0", "--output", output]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_IMPORTED)
     with mock.patch.dict(os.environ, _ENVIRONMENT):
@@ -144,6 +146,37 @@ def _be(arguments, folder, screens, environment, draws, max_file_size, before) -
         before()
     sys.argv = arguments
     runpy.run_path(arguments[0], run_name="__main__")
+
+
+def fail_at_rename(number: int, error: int | None, log: str) -> None:
+    """For `before`: fail in place of a rename of a file or folder. All targets are written to a log first.
+
+    Args:
+        number: of the rename, from 0.
+        error: number of the error; None kills the process.
+        log: file for the targets.
+    """
+    rename, count = os.replace, itertools.count()
+
+    def fail(source, target) -> None:
+        with open(log, "a") as file:
+            file.write(f"{os.path.relpath(target)}\n")
+        if next(count) != number:
+            return rename(source, target)
+        if error is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise OSError(error, os.strerror(error), str(source), None, str(target))
+
+    os.replace = fail
+
+
+def fill_the_memory() -> None:
+    """For `before`: no step of the optimiser finds room."""
+
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    torch.optim.AdamW.step = fail
 
 
 def run(program: str, folder: pathlib.Path, *options: str, **settings) -> str:

@@ -1,7 +1,9 @@
 """The training program as its users run it: real processes, killed for real."""
 
+import errno
 import functools
 import json
+import os
 import pathlib
 import shutil
 import signal
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 import training_program
@@ -210,18 +213,174 @@ def test_a_full_disk_keeps_the_last_good_state(folder):
     state = folder / "full" / "state"
     kept = {path: path.read_bytes() for path in state.rglob("*") if path.is_file()}
     (state / "LAST").write_text("step-00000002")  # as if it had been stopped there
-    message = _refuse(
-        folder, *USUAL, "--set", "num_steps=4", output="full", max_file_size=20_000
-    )  # bytes: the weights do not fit
+    # The moments of the optimiser do not fit, the weights of the model do.
+    message = _refuse(folder, *USUAL, "--set", "num_steps=4", output="full", max_file_size=150_000)
     assert "The last good state is full/state/step-00000002" in message
     assert "run the same command again" in message
     assert all(path.read_bytes() == kept[path] for path in kept if "step-00000002" in str(path))
-    assert not list(state.glob("*.partial"))
+    assert not _left_over(folder / "full")
 
 
-def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_lost(folder):
+def _left_over(output: pathlib.Path) -> list[pathlib.Path]:
+    return [path for path in output.rglob(".*") if path.suffix in (".part", ".old")]
+
+
+SHORT = (*USUAL, "--set", "num_steps=2", "--save-every", "1")
+
+
+@pytest.fixture(scope="module")
+def short(folder):
+    """A run of two steps that nothing disturbed, and the renames that it makes."""
+    log = folder / "renames.txt"
+    _run(folder, *SHORT, output="short", before=functools.partial(training_program.fail_at_rename, -1, None, str(log)))
+    return folder / "short", log.read_text().splitlines()
+
+
+def _content(output: pathlib.Path) -> dict:
+    """What a run leaves behind, without what depends on the clock."""
+    timed = ("images_per_second", "memory_gib", "seconds")
+    records = [json.loads(line) for name in ("log", "norms") for line in (output / f"{name}.jsonl").open()]
+    training = json.loads((output / "training.json").read_text())
+    for record in (*records, training):
+        for name in timed:
+            record.pop(name, None)
+    files = ("model/model.safetensors", "model/config.json", "model.json", "recipe.yaml", "state/LAST")
+    return {"log": records, "training": training} | {name: (output / name).read_bytes() for name in files}
+
+
+def test_killed_at_any_rename_a_run_ends_with_the_same_files(folder, short):
+    whole, renames = short
+    first = renames.index("short/state/step-00000000")  # before it there is nothing to continue from
+    assert renames[first:].count("short/model") == 2 and renames[-1] == "short/training.json"
+    for number in range(first, len(renames)):
+        output = f"killed-at-{number}"
+        kill = functools.partial(training_program.fail_at_rename, number, None, str(folder / "killed.txt"))
+        process = _start(folder, *SHORT, output=output, before=kill)
+        assert process.wait() == -signal.SIGKILL
+        out = _run(folder, *SHORT, output=output)
+        assert f"model:    {output}/model" in out
+        assert _content(folder / output) == _content(whole), f"killed before {renames[number]} was written"
+        assert not _left_over(folder / output)
+
+
+def test_a_finished_run_is_left_as_it_is(folder, short):
+    files = {path: path.stat().st_mtime_ns for path in short[0].rglob("*.*") if path.suffix != ".jsonl"}
+    assert "all 2 steps were done before" in _run(folder, *SHORT, output="short")
+    assert {path: path.stat().st_mtime_ns for path in short[0].rglob("*.*") if path.suffix != ".jsonl"} == files
+
+
+def test_a_finished_run_whose_model_was_lost_or_damaged_writes_it_again(folder, short):
+    shutil.copytree(short[0], folder / "lost")
+    for damage in (shutil.rmtree, lambda model: (model / "model.safetensors").write_bytes(b"")):
+        damage(folder / "lost" / "model")
+        _run(folder, *SHORT, output="lost")
+        assert _content(folder / "lost") == _content(short[0])
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("state/step-00000001", "The last good state is full-at/state/step-00000000"),
+        ("model", "The state of this step is saved"),
+        ("training.json", "it continues from the last state"),
+    ],
+)
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS], ids=errno.errorcode.get)
+def test_a_disk_that_fails_midway_is_named_and_the_run_can_be_continued(folder, short, target, words, error):
+    whole, renames = short
+    last = len(renames) - 1 - renames[::-1].index(f"short/{target}")
+    fail = functools.partial(training_program.fail_at_rename, last, error, str(folder / "failed.txt"))
+    shutil.rmtree(folder / "full-at", ignore_errors=True)
+    message = _refuse(folder, *SHORT, output="full-at", before=fail)
+    assert words in message and os.strerror(error) in message and target.split("/")[-1] in message
+    assert not _left_over(folder / "full-at")
+    _run(folder, *SHORT, output="full-at")
+    assert _content(folder / "full-at") == _content(whole)
+
+
+def test_a_damaged_state_is_named_and_the_run_continues_from_the_one_before(folder, whole):
+    shutil.copytree(whole[0], folder / "damaged")
+    state = folder / "damaged" / "state" / "step-00000009" / "optimizer.safetensors"
+    content = bytearray(state.read_bytes())
+    content[-1] ^= 1
+    state.write_bytes(content)
+    out = _run(folder, *USUAL, output="damaged")
+    assert "step-00000009/optimizer.safetensors is damaged" in out
+    assert "continuing after step 9 of 10" in out
+    assert _losses(folder / "damaged") == _losses(whole[0])
+    assert all(torch.equal(_weights(whole[0])[name], value) for name, value in _weights(folder / "damaged").items())
+
+
+@pytest.mark.parametrize("output", ["file", "file/below"])
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(folder, output):
     (folder / "file").write_text("")
-    assert "file cannot be used" in _refuse(folder, *USUAL, output="file")
+    message = _refuse(folder, "--data", "no/such/data", output=output)
+    assert f"the output folder {output} cannot be used" in message
+    assert "a file where a folder is needed: 'file'" in message
+
+
+# The commands of the pages, without any variable of the environment.
+PAGE = (ROOT / "examples" / "README.md").read_text()
+ON_CPUS = {
+    "torch": "python -m torch.distributed.run --standalone --nproc_per_node 2 examples/pretrain.py",
+    "accelerate": "accelerate launch --cpu --num_processes 2 examples/pretrain.py",
+}
+
+
+def _launch(folder, command: str, *options: str, output: str):
+    program, *words = command.replace("examples/", f"{ROOT}/examples/").split()
+    usual = ["--recipe", "tiny.yaml", "--log-every", "1", "--workers", "0", "--output", output, *USUAL]
+    return training_program.launch(
+        folder, str(pathlib.Path(sys.executable).with_name(program)), *words, *usual, *options
+    )
+
+
+@pytest.mark.parametrize("command", ON_CPUS.values(), ids=ON_CPUS)
+def test_the_commands_for_two_processes_on_cpus_are_those_of_the_page(folder, without_depth, command):
+    assert command in PAGE
+    output = command.split()[0] + "-two"
+    process = _launch(folder, command, "--set", "model.drop_path_rate=0", output=output)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-3000:]
+    assert json.loads((folder / output / "training.json").read_text())["processes"] == 2
+    ours, expected = torch.tensor(_losses(folder / output)), torch.tensor(_losses(without_depth))
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+ENDLESS = ("--set", "num_steps=100000", "--look-every", "100000", "--save-every", "100000")
+LOST = "process {}: another process of this run ended, so this one ends too"
+
+
+def _wait_for_a_step(process, output: pathlib.Path) -> None:
+    while process.poll() is None and not ((output / "log.jsonl").exists() and _records(output)):
+        time.sleep(0.05)
+
+
+def test_when_one_process_is_killed_the_launcher_and_the_other_end_within_seconds_and_in_words(folder):
+    process = _launch(folder, ON_CPUS["torch"], *ENDLESS, output="lost")
+    _wait_for_a_step(process, folder / "lost")
+    (main,) = [child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == "0"]
+    main.kill()
+    begin = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - begin < 30
+    assert process.returncode != 0
+    assert LOST.format(1) in err and "The same command continues from the last state" in err
+
+
+def test_without_a_launcher_too_a_process_ends_in_words_when_another_is_killed(folder):
+    process = _start(folder, *USUAL, *ENDLESS, output="lost-too", processes=2)
+    _wait_for_a_step(process, folder / "lost-too")
+    os.kill(process.processes[1].pid, signal.SIGKILL)
+    _, err = process.communicate(timeout=30)
+    assert process.processes[0].exitcode == 1
+    assert LOST.format(0) in err and "Traceback" not in err
+
+
+def test_a_full_memory_is_told_with_what_helps(folder):
+    message = _refuse(folder, *USUAL, output="memory", before=training_program.fill_the_memory)
+    assert "process 0: out of memory: CUDA out of memory" in message
+    assert "--micro-batch" in message and "--shard" in message
 
 
 def test_numbers_that_break_are_named_and_the_last_good_state_is_kept(folder):
