@@ -3,7 +3,6 @@
 import collections
 import json
 import pathlib
-import subprocess
 
 import numpy as np
 import pytest
@@ -323,7 +322,7 @@ def run(folder, *options, **settings) -> str:
     return training_program.run("finetune.py", folder, *USUAL, *options, **settings)
 
 
-def start(folder, *options, **settings) -> subprocess.Popen:
+def start(folder, *options, **settings) -> training_program.Program:
     return training_program.start("finetune.py", folder, *USUAL, *options, **settings)
 
 

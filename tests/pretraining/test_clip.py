@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import subprocess
 
 import pytest
 import torch
@@ -239,7 +238,7 @@ def run(folder, *options, **settings) -> str:
     return training_program.run("pretrain_clip.py", folder, *USUAL, *options, **settings)
 
 
-def start(folder, *options, **settings) -> subprocess.Popen:
+def start(folder, *options, **settings) -> training_program.Program:
     return training_program.start("pretrain_clip.py", folder, *USUAL, *options, **settings)
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
 
 import numpy as np
 import pytest
@@ -254,13 +253,13 @@ def run(folder, *options, **settings) -> str:
     return training_program.run("finetune.py", folder, *USUAL, *options, **settings)
 
 
-def start(folder, *options, **settings) -> subprocess.Popen:
+def start(folder, *options, **settings) -> training_program.Program:
     return training_program.start("finetune.py", folder, *USUAL, *options, **settings)
 
 
 @pytest.fixture(scope="module")
 def whole(folder) -> str:
-    return run(folder, output="whole")
+    return run(folder, output="whole", draws=True)
 
 
 def test_a_run_ends_with_its_metric_a_picture_and_a_model_that_loads_without_the_package(folder, whole):
