@@ -235,7 +235,7 @@ def test_features_that_are_not_finite_are_left_out_and_counted():
         _survey(model, images)
     report = _survey(model, [Image.new("RGB", (32, 32))] * 3)
     assert report.verdict["level"] == "unknown" and report.layers == []
-    assert "all 3 images hold numbers that are not finite" in report.verdict["sentence"]
+    assert "all 3 images contain NaN or infinity" in report.verdict["sentence"]
     assert report.outlier_positions == {"skipped": "no image has finite features"}
 
 

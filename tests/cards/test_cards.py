@@ -87,7 +87,7 @@ def evaluation_report(folder, *, name="evaluation.json", revision="d" * 40, num_
 
 
 def artifact_report(folder, **architecture):
-    sizes = {"num_layers": 3, "num_heads": 2, "hidden_size": 32, "num_registers": 4}
+    sizes = {"num_hidden_layers": 3, "num_attention_heads": 2, "hidden_size": 32, "num_register_tokens": 4}
     empty = {entry.name: {} for entry in dataclasses.fields(ArtifactReport)}
     facts = {
         "model": "model",
@@ -223,7 +223,7 @@ def test_artifacts_of_another_model_are_refused(folder):
 
 
 def test_results_of_another_model_are_refused(folder):
-    evaluation_report(folder, num_register_tokens=0)
+    evaluation_report(folder, num_registers=0)
     with pytest.raises(CardError, match=r"was measured on another model, model: its num_register_tokens is 0"):
         make_plan(folder, "user/name")
     evaluation_report(folder)
