@@ -19,6 +19,7 @@ from collections.abc import Iterator
 import tqdm
 
 from modeling_vitreg.features import Encoder
+from modeling_vitreg.images import check_channels
 from modeling_vitreg.reports import ArtifactReport
 
 from .histograms import EDGES
@@ -49,7 +50,8 @@ def survey(
         ValueError: no image can be read, or the images do not fit the model.
     """
     settings = settings or SurveySettings()
-    reader = SampleReader(images, limit=settings.num_images)
+    check_channels(encoder.num_channels, reader=encoder.name)
+    reader = SampleReader(images, limit=settings.num_images, num_channels=encoder.num_channels)
     run = _Pass(encoder, settings)
     stopped_by = run.read(reader)
     if not run.num_seen:

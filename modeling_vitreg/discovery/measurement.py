@@ -226,7 +226,7 @@ class Measurement:
 
 
 def _to_pixels(picture: Image.Image, encoder: Encoder) -> Tensor:
-    values = np.asarray(picture.convert("L" if len(encoder.image_mean) == 1 else "RGB"), dtype=np.float32) / 255
+    values = np.asarray(picture.convert(encoder.image_mode), dtype=np.float32) / 255
     values = values.reshape(picture.height, picture.width, -1)
     values = (values - np.float32(encoder.image_mean)) / np.float32(encoder.image_std)
     return pad_to_patches(torch.from_numpy(values).permute(2, 0, 1), patch_shape=encoder.patch_shape)

@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from modeling_vitreg.image_processing_vitreg import MODES
+from modeling_vitreg.images import check_channels
 from modeling_vitreg.modes import eval_mode
 from modeling_vitreg.reports import made_with
 
@@ -61,7 +63,7 @@ class Encoder:
         self.hidden_size = self._convolution.out_channels
         self.patch_shape = tuple(self._convolution.kernel_size)
         self.image_size = find_image_size(self.tower, self.patch_shape)
-        self.image_mean, self.image_std = map(tuple, statistics)
+        self.image_mean, self.image_std = (_for_channels(values, self.num_channels) for values in statistics)
 
     @property
     def has_cls_token(self) -> bool:
@@ -113,6 +115,21 @@ class Encoder:
         """Precision of the weights."""
         return self._convolution.weight.dtype
 
+    @property
+    def num_channels(self) -> int:
+        """C, the channels of an image."""
+        return self._convolution.in_channels
+
+    @property
+    def image_mode(self) -> str:
+        """Mode of Pillow for images of this model.
+
+        Raises:
+            ValueError: image files do not have as many channels.
+        """
+        check_channels(self.num_channels, reader=self.name)
+        return MODES[self.num_channels]
+
     def prepare(self, images: Sequence[Image.Image], *, size: int | None = None) -> Tensor:
         """Images to pixels: resized (bicubic) until the short side fits, cut in the centre, normalised.
 
@@ -130,7 +147,7 @@ class Encoder:
             raise ValueError("expected one image or more, got none")
         sides = self.image_size if size is None else (size, size)
         check_sides(sides, self.patch_shape)
-        mode = "L" if self._convolution.in_channels == 1 else "RGB"
+        mode = self.image_mode
         pixels = np.stack([_fit(image.convert(mode), sides) for image in images])  # [B, rows, columns(, C)]
         pixels = pixels.reshape(*pixels.shape[:3], -1).astype(np.float32) / 255
         pixels = (pixels - np.float32(self.image_mean)) / np.float32(self.image_std)
@@ -254,6 +271,12 @@ def layer_numbers(layers: int | Sequence[int], num_layers: int, *, first: int) -
             f"expected layers from {first} to {num_layers}, or from {lowest} to -1 counted from the end, got {layers}"
         )
     return [layer % (num_layers + 1) for layer in layers]
+
+
+def _for_channels(values: Sequence[float], num_channels: int) -> tuple[float, ...]:
+    """Mean or standard deviation for so many channels; those of colours are averaged for other numbers of channels."""
+    values = tuple(values)
+    return values if len(values) == num_channels else (sum(values) / len(values),) * num_channels
 
 
 class _Enough(Exception):

@@ -347,3 +347,18 @@ def test_a_number_that_json_lacks_is_refused_and_nothing_is_left(tmp_path):
     with pytest.raises(ValueError, match="report of finite numbers"):
         write_report(report, tmp_path / "report.json")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("num_channels", [1, 4])
+def test_models_of_other_channels_are_measured_and_drawn(tmp_path, num_channels):
+    model = plain_model(num_channels=num_channels, num_hidden_layers=1)
+    images = [image.convert("RGBA") for image in pictures(3)[0]]
+    report = analyze(load_encoder(model), images, output_folder=tmp_path, settings=SurveySettings(**QUICK))
+    assert report.images["num_images"] == 3 and (tmp_path / "norm_maps.png").exists()
+
+
+def test_a_model_of_two_channels_is_refused_before_an_image_is_read():
+    images = iter(pictures(2)[0])
+    with pytest.raises(ValueError, match="expects images of 2 channels, but image files have 1"):
+        _survey(plain_model(num_channels=2), images)
+    assert len(list(images)) == 2
