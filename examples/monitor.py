@@ -24,11 +24,12 @@ from modeling_vitreg.evaluation import knn_accuracy
 from modeling_vitreg.files import write_text
 from modeling_vitreg.images import ImageSource, UnreadableImage, decode_image, decode_maps
 from modeling_vitreg.modes import eval_mode
-from modeling_vitreg.pretraining.monitoring.curves import draw_attention, draw_curves, draw_maps, draw_norms
+from modeling_vitreg.pretraining.monitoring.curves import draw_curves, draw_norms
 from modeling_vitreg.pretraining.monitoring.diagnosis import diagnose
 from modeling_vitreg.pretraining.monitoring.instruments import collapse_line, effective_rank, register_similarity
 from modeling_vitreg.pretraining.monitoring.jsonl import JsonlLogger, read_jsonl
 from modeling_vitreg.pretraining.monitoring.non_finite import NonFiniteDetector
+from modeling_vitreg.pretraining.monitoring.pictures import draw_attention, draw_maps
 from modeling_vitreg.pretraining.objectives.objective import TARGETS, Objective
 from modeling_vitreg.pretraining.run.sharding import gather_model
 
@@ -244,7 +245,12 @@ class Monitor:
                 self._named.add(kind)
                 tqdm.write(f"warning: {alarm}")
         if step >= 0:
-            draw_curves(self.journal.records, folder / "curves.png", num_prototypes=self.objective.num_prototypes)
+            draw_curves(
+                self.journal.records,
+                folder / "curves.png",
+                panels=self.objective.panels,
+                num_prototypes=self.objective.num_prototypes,
+            )
             draw_norms(self.norms.records, folder / "norms.png")
             shown = sample.shown[:6].to(device)
             pixels = {"mean": run.recipe.mean, "std": run.recipe.std}

@@ -9,7 +9,7 @@ import pathlib
 
 import yaml
 
-from modeling_vitreg.pretraining.estimate import PRECISIONS, plan
+from modeling_vitreg.pretraining.estimate import PRECISIONS, estimate
 from modeling_vitreg.pretraining.run.recipe import read_recipe
 
 
@@ -23,7 +23,7 @@ def main() -> None:
     try:
         changes = {name: yaml.safe_load(value) for name, _, value in (text.partition("=") for text in options.set)}
         recipe = read_recipe(path).with_changes(changes)
-        made = plan(
+        made = estimate(
             recipe,
             num_processes=options.processes,
             micro_batch=options.micro_batch or max(recipe.batch_size // options.processes, 1),

@@ -42,13 +42,17 @@ def citations_of(*families: str | None) -> list[str]:
     """BibTeX entries: the paper of registers first.
 
     Args:
-        families: layout and source of the conversion, objective of the recipe; of each the longest known name in it.
+        families: layout and source of the conversion, citation of the objective: BibTeX as it is, of any other text
+            the longest known name in it.
     """
-    papers = [_REGISTERS]
+    papers: list = [_REGISTERS]
     for family in families:
+        if (family or "").startswith("@"):
+            papers.append(family)
+            continue
         known = [name for name in FAMILIES if name in (family or "").lower()]
         papers += FAMILIES[max(known, key=len)] if known else ()
-    return [_write(*paper) for paper in dict.fromkeys(papers)]
+    return [paper if isinstance(paper, str) else _write(*paper) for paper in dict.fromkeys(papers)]
 
 
 def _write(key: str, title: str, authors: str, year: str, number: str) -> str:

@@ -13,6 +13,8 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.utils import yaml_dump
 
+from modeling_vitreg.pretraining.objectives.registry import citation_of
+
 from .citations import FAMILIES, citations_of
 from .errors import CardError
 from .facts import Facts
@@ -185,7 +187,7 @@ def _hub_datasets(facts: Facts) -> list[str]:
 
 def _families(facts: Facts) -> list[str | None]:
     source = facts.conversion.source if facts.conversion else {}
-    return [source.get("layout"), str(source.get("path", "")), _objective(facts)]
+    return [source.get("layout"), str(source.get("path", "")), citation_of(_objective(facts))]
 
 
 def _objective(facts: Facts) -> str | None:

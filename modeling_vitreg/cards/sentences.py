@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pathlib
 
+from modeling_vitreg.pretraining.objectives.registry import describe_objective
+
 from .facts import Facts
 from .snippets import pipeline_tag
 
@@ -78,7 +80,7 @@ def training_rows(training: dict | None) -> list[tuple[str, object]]:
     recipe, data = training.get("recipe") or {}, training.get("data")
     rows: list[tuple[str, object]] = []
     if isinstance(recipe, dict) and "objective" in recipe:
-        rows.append(("objective", recipe["objective"]))
+        rows.append(("objective", describe_objective(recipe["objective"])))
     if isinstance(data, dict) and "name" in data:
         rows.append(("images", _name_data(data)))
     if training.get("init"):

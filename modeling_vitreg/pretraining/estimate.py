@@ -42,7 +42,7 @@ UTILISATION = 0.4  # an assumption: well-tuned runs of large ViTs reach 0.3 to 0
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Estimate:
     """Cost of a run. Bytes are those of one process, work and traffic those of one step of the optimiser.
 
     Args:
@@ -153,7 +153,7 @@ class Plan:
         return f"{self.flops[name] / self.flops_per_step:.0%}"
 
 
-def plan(
+def estimate(
     recipe: Recipe,
     *,
     num_processes: int,
@@ -161,7 +161,7 @@ def plan(
     precision: str = "bf16",
     is_sharded: bool = False,
     checkpoints_activations: bool = False,
-) -> Plan:
+) -> Estimate:
     """Count what a run of a recipe needs; takes seconds and hardly any memory, also for a giant.
 
     The way of a GPU is followed, where views of different sizes share the products of a layer; a flash kernel of
@@ -179,12 +179,12 @@ def plan(
         ValueError: a number below one, an unknown precision, or a batch that cannot be divided so.
     """
     if num_processes < 1 or micro_batch < 1:
-        raise ValueError(f"plan: expected one or more processes and images, got {num_processes} and {micro_batch}")
+        raise ValueError(f"estimate: expected one or more processes and images, got {num_processes} and {micro_batch}")
     if precision not in PRECISIONS:
-        raise ValueError(f"plan: precision is one of {', '.join(PRECISIONS)}, got {precision!r}")
+        raise ValueError(f"estimate: precision is one of {', '.join(PRECISIONS)}, got {precision!r}")
     if recipe.batch_size % (num_processes * micro_batch):
         raise ValueError(
-            f"plan: batch_size {recipe.batch_size} is not a multiple of {num_processes} processes x {micro_batch} "
+            f"estimate: batch_size {recipe.batch_size} is not a multiple of {num_processes} processes x {micro_batch} "
             f"images: change one of them"
         )
     num_accumulations = recipe.batch_size // (num_processes * micro_batch)
@@ -207,7 +207,7 @@ def plan(
     if is_sharded:
         # Of each micro-batch: the student's weights twice and the teacher's once, and a float32 sum of the gradients.
         reduced = num_accumulations * ((learned_bytes + weight_bytes) * half // 4 + learned_bytes)
-    return Plan(
+    return Estimate(
         objective=recipe.objective,
         num_processes=num_processes,
         micro_batch=micro_batch,
@@ -278,17 +278,17 @@ def _trace(
         _fill(objective, kind)
         batch = _make_batch(recipe, objective, micro_batch, num_masked)
         known = [*objective.parameters(), *objective.buffers(), *batch.values()]
-        ledger = _Ledger(products, known=known, num_prototypes=num_prototypes)
+        tracker = MemoryTracker(products, known=known, num_prototypes=num_prototypes)
         heads = [part for name, part in objective.trained.items() if name != "backbone"]
-        with ledger, _count_in(heads, products) as of_heads:
+        with tracker, _count_in(heads, products) as of_heads:
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision != "no"):
                 losses = objective(batch, step=0)
-            kept = ledger.kept()
-            ledger.is_backward = True
+            kept = tracker.kept()
+            tracker.is_backward = True
             losses["total"].backward()
     images = _bytes([batch[name] for name in ("global_views", "local_views") if name in batch])
-    flops = ledger.flops | {"heads": sum(of_heads)}
-    return _Trace(kept=kept, peak=ledger.peak, images=images, outside=ledger.outside, flops=flops)
+    flops = tracker.flops | {"heads": sum(of_heads)}
+    return _Trace(kept=kept, peak=tracker.peak, images=images, outside=tracker.outside, flops=flops)
 
 
 def _fill(objective: Objective, kind: torch.dtype) -> None:
@@ -356,7 +356,7 @@ def _tokens_per_image(recipe: Recipe, objective: Objective) -> int:
     return sum(number * (num_prefix + _num_patches(objective, side)) for number, side in views if number)
 
 
-class _Ledger(TorchDispatchMode):
+class MemoryTracker(TorchDispatchMode):
     """Bytes that are alive, the most that ever were, and products by phase, operation by operation.
 
     Args:
@@ -461,4 +461,4 @@ def _million(count: int) -> str:
     return f"{count / 1e6:,.2f} M"
 
 
-__all__ = ["DEVICES", "PRECISIONS", "UTILISATION", "Plan", "plan"]
+__all__ = ["DEVICES", "PRECISIONS", "UTILISATION", "Estimate", "estimate"]

@@ -80,6 +80,7 @@ ALLOWED_IN_FILE = {
     "pretraining/objectives/clip.py": {"tokenizers"},
     "pretraining/views/crops.py": {"torchvision"},
     "pretraining/monitoring/curves.py": {"matplotlib"},
+    "pretraining/monitoring/pictures.py": {"matplotlib"},
     "pretraining/run/recipe.py": {"yaml"},
     "pretraining/objectives/adaptation.py": {"peft"},
     "settings.py": {"yaml"},

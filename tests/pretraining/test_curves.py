@@ -11,13 +11,20 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from modeling_vitreg import ViTWithRegistersForImageClassification, ViTWithRegistersModel
+from modeling_vitreg import ViTWithRegistersForImageClassification, ViTWithRegistersModel, style
 from modeling_vitreg.analysis import summarise_norms, token_norms
-from modeling_vitreg.pretraining.monitoring import curves as figures
-from modeling_vitreg.pretraining.monitoring.curves import draw_attention, draw_curves, draw_norms
+from modeling_vitreg.pretraining.monitoring import curves, pictures
+from modeling_vitreg.pretraining.monitoring.curves import draw_norms
+from modeling_vitreg.pretraining.monitoring.pictures import draw_attention
+from modeling_vitreg.pretraining.objectives.registry import OBJECTIVES, objective_class
 
 
+PANELS = {name: objective_class(name).panels for name in OBJECTIVES}
 STATISTICS = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]}
+
+
+def draw_curves(records, path, *, objective="dinov2", **options):
+    return curves.draw_curves(records, path, panels=PANELS[objective], **options)
 
 
 def _log(num_records=30) -> list:
@@ -83,12 +90,11 @@ def test_a_failure_while_writing_leaves_the_old_figure_and_nothing_beside(tmp_pa
 
 
 def test_figures_are_drawn_without_pyplot_and_no_setting_is_touched(drawn, tmp_path):
-    tree = ast.parse(pathlib.Path(figures.__file__).read_text())
-    names = [
-        alias.name for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names
-    ]
-    modules = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    assert "matplotlib" in names and not any("pyplot" in str(name) for name in names + modules)
+    for module in (curves, pictures, style):
+        nodes = list(ast.walk(ast.parse(pathlib.Path(module.__file__).read_text())))
+        names = [alias.name for node in nodes if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names]
+        modules = [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+        assert not any("pyplot" in str(name) for name in names + modules)
     before = _settings()
     draw_curves(_log(), tmp_path / "curves.png")
     draw_norms(_norm_records(), tmp_path / "norms.png")
@@ -98,27 +104,28 @@ def test_figures_are_drawn_without_pyplot_and_no_setting_is_touched(drawn, tmp_p
 # Curves ------------------------------------------------------------------------------------------------------------
 
 
-def test_what_a_head_reaches_has_a_panel(drawn, tmp_path):
-    numbers = {"accuracy": 0.9, "mean_iou": 0.4, "pixel_accuracy": 0.8, "rmse": 0.6}
-    draw_curves([{"step": step, "total": 1.0, **numbers} for step in range(3)], tmp_path / "heads.png")
-    titles = [ax.get_title(loc="left") for ax in drawn[0].axes]
-    assert titles == ["Loss", *(title for title in figures.PANELS if "held-out" in title)]
-    assert {line.get_label() for line in drawn[0].axes[2].lines} == {"mean IoU", "accuracy of pixels"}
+@pytest.mark.parametrize("objective", ["classify", "clip", "segment", "depth"])
+def test_what_a_head_reaches_has_a_panel(drawn, tmp_path, objective):
+    _, panel = PANELS[objective]
+    records = [{"step": step, "total": 1.0, **dict.fromkeys(panel.curves, 0.5)} for step in range(3)]
+    draw_curves(records, tmp_path / "heads.png", objective=objective)
+    assert [ax.get_title(loc="left") for ax in drawn[0].axes] == ["Loss", panel.title]
+    assert {line.get_label() for line in drawn[0].axes[1].lines} == set(panel.curves.values())
 
 
 def test_panels_show_what_the_log_has(drawn, tmp_path):
     draw_curves(_log(), tmp_path / "all.png", num_prototypes=1024)
     axes = drawn[0].axes
     titles = [ax.get_title(loc="left") for ax in axes]
-    assert titles == [title for title in figures.PANELS if "held-out" not in title]  # which heads alone have
+    assert titles == [panel.title for panel in (*PANELS["dinov2"], *curves.COMMON_PANELS)]
     lines = {line.get_label(): line for line in axes[0].lines}
     assert lines["total"].get_ydata()[-1] == pytest.approx(12 - 29 / 50)
     assert lines["class token (DINO)"].get_xdata()[-1] == 29
     assert "spread (KoLeo)" in lines
-    for ax in (axes[0], axes[2]):
+    for ax in axes[:2]:
         assert _texts(ax) == ["ln K = 6.93"]
         assert any(set(line.get_ydata()) == {math.log(1024)} for line in ax.lines)
-    assert _texts(axes[1]) == ["chance 10.0%"]
+    assert _texts(axes[2]) == ["chance 10.0%"]
     assert len({ax.get_xlim() for ax in axes}) == 1  # evaluations and losses stand over the same steps
 
     draw_curves([{"step": 0, "dino": 1.0}, {"step": 9, "knn": 0.5, "dino": math.nan}], tmp_path / "few.png")

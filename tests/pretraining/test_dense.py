@@ -22,7 +22,7 @@ from modeling_vitreg import (
 )
 from modeling_vitreg.cards import make_plan
 from modeling_vitreg.pretraining.build import make_objective
-from modeling_vitreg.pretraining.monitoring.curves import draw_maps
+from modeling_vitreg.pretraining.monitoring.pictures import draw_maps
 from modeling_vitreg.pretraining.objectives.dense import (
     DepthEstimation,
     DepthSettings,

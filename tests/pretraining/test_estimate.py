@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_vitreg import ViTWithRegistersModel
 from modeling_vitreg.pretraining.build import make_config, make_objective
-from modeling_vitreg.pretraining.estimate import plan
+from modeling_vitreg.pretraining.estimate import estimate
 from modeling_vitreg.pretraining.objectives.heads import PrototypeHead
 from modeling_vitreg.pretraining.objectives.objective import TARGETS
 from modeling_vitreg.pretraining.run.recipe import Recipe, make_recipe
@@ -80,7 +80,7 @@ def _batch(recipe: Recipe, objective: torch.nn.Module, num_images: int) -> dict:
 
 
 def test_parameters_and_their_bytes_are_those_of_the_real_objective(recipe):
-    made, objective = plan(recipe, num_processes=1, micro_batch=8), make_objective(recipe)
+    made, objective = estimate(recipe, num_processes=1, micro_batch=8), make_objective(recipe)
     for name, part in objective.trained.items():
         assert made.parameters[name] == sum(parameter.numel() for parameter in part.parameters()), name
     learned = [parameter for parameter in objective.parameters() if parameter.requires_grad]
@@ -102,7 +102,7 @@ def test_operations_are_those_of_a_real_step(recipe, is_checkpointed):
         objective.trained["backbone"].gradient_checkpointing_enable()
     with FlopCounterMode(display=False) as counter:
         objective(_batch(recipe, objective, 4), step=0)["total"].backward()
-    made = plan(recipe, num_processes=1, micro_batch=4, precision="no", checkpoints_activations=is_checkpointed)
+    made = estimate(recipe, num_processes=1, micro_batch=4, precision="no", checkpoints_activations=is_checkpointed)
     assert made.num_accumulations == 2
     assert made.flops_per_step == 2 * counter.get_total_flops()
 
@@ -125,7 +125,7 @@ def test_what_is_kept_for_the_backward_pass_is_what_autograd_saves_in_a_real_ste
     for other in [*objective.parameters(), *objective.buffers(), *batch.values()]:
         saved.pop(other.untyped_storage().data_ptr(), None)
     assert losses["total"].requires_grad
-    memory = plan(recipe, num_processes=1, micro_batch=8, precision=precision).memory
+    memory = estimate(recipe, num_processes=1, micro_batch=8, precision=precision).memory
     kept = memory["copies"] + memory["logits"] + memory["activations"]
     # Scalars and what Python still holds are alive too, but are not saved.
     assert sum(saved.values()) <= kept <= 1.05 * sum(saved.values())
@@ -133,16 +133,16 @@ def test_what_is_kept_for_the_backward_pass_is_what_autograd_saves_in_a_real_ste
 
 def test_checkpoints_keep_less_and_compute_more():
     recipe = make_recipe(DINOV2 | {"model": MODEL | {"num_hidden_layers": 8}})
-    plain = plan(recipe, num_processes=1, micro_batch=8)
-    checkpointed = plan(recipe, num_processes=1, micro_batch=8, checkpoints_activations=True)
+    plain = estimate(recipe, num_processes=1, micro_batch=8)
+    checkpointed = estimate(recipe, num_processes=1, micro_batch=8, checkpoints_activations=True)
     assert checkpointed.memory["activations"] < plain.memory["activations"] / 3
     assert plain.flops_per_step < checkpointed.flops_per_step < 4 / 3 * plain.flops_per_step
 
 
 def test_sharding_divides_what_every_process_would_hold():
     recipe = make_recipe(DINOV2)
-    whole = plan(recipe, num_processes=4, micro_batch=2)
-    parts = plan(recipe, num_processes=4, micro_batch=2, is_sharded=True)
+    whole = estimate(recipe, num_processes=4, micro_batch=2)
+    parts = estimate(recipe, num_processes=4, micro_batch=2, is_sharded=True)
     for name in ("weights", "gradients", "moments", "teacher"):
         assert parts.memory[name] == -(-whole.memory[name] // 4), name
     assert whole.memory["gathered"] == 0 < parts.memory["gathered"]
@@ -150,11 +150,11 @@ def test_sharding_divides_what_every_process_would_hold():
     assert parts.state_bytes == whole.state_bytes
     # A ring sends every byte of the gradients twice, but for the share that is at home; alone nothing is sent.
     assert whole.reduced_bytes == 2 * whole.memory["gradients"] * 3 // 4
-    assert plan(recipe, num_processes=1, micro_batch=8).reduced_bytes == 0
+    assert estimate(recipe, num_processes=1, micro_batch=8).reduced_bytes == 0
 
 
 def test_a_state_on_disk_has_the_planned_size(recipe, tmp_path):
-    made, objective = plan(recipe, num_processes=1, micro_batch=8), make_objective(recipe)
+    made, objective = estimate(recipe, num_processes=1, micro_batch=8), make_objective(recipe)
     optimizer = torch.optim.AdamW([parameter for parameter in objective.parameters() if parameter.requires_grad])
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -190,7 +190,7 @@ def test_the_giant_has_the_size_of_the_published_one():
 
 
 def test_a_plan_is_json_and_a_table():
-    made = plan(make_recipe(DINOV2), num_processes=2, micro_batch=4)
+    made = estimate(make_recipe(DINOV2), num_processes=2, micro_batch=4)
     assert json.loads(json.dumps(made.as_dict())) == made.as_dict()
     text = str(made)
     for word in ("class_head", "activations", "total", "operations", "on disk", "an assumption"):
@@ -212,4 +212,4 @@ def test_a_plan_is_json_and_a_table():
 )
 def test_what_cannot_be_planned_is_refused_with_a_remedy(asked, message):
     with pytest.raises(ValueError, match=message):
-        plan(make_recipe(DINOV2), **asked)
+        estimate(make_recipe(DINOV2), **asked)

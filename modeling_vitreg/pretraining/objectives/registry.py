@@ -36,4 +36,18 @@ def objective_class(name: str) -> type[Objective]:
     return getattr(importlib.import_module(module), attribute)
 
 
-__all__ = ["OBJECTIVES", "objective_class"]
+def describe_objective(name: object) -> str:
+    """What a model with this objective has learned, in words; an unknown name as it is."""
+    return objective_class(name).description if _is_known(name) else str(name)
+
+
+def citation_of(name: object) -> str | None:
+    """Family in `cards.citations` or BibTeX entry; None if the objective is unknown or has none."""
+    return objective_class(name).citation if _is_known(name) else None
+
+
+def _is_known(name: object) -> bool:
+    return isinstance(name, str) and name in OBJECTIVES
+
+
+__all__ = ["OBJECTIVES", "citation_of", "describe_objective", "objective_class"]
