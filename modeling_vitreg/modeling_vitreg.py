@@ -621,9 +621,10 @@ class ViTWithRegistersRegisterNeuronMLP(ViTWithRegistersMLP):
         activations = hidden_states[..., self.units]  # [B, N, E] -> [B, N, U]
         largest = activations.gather(1, activations.abs().argmax(dim=1, keepdim=True))  # [B, N, U] -> [B, 1, U]
         start, stop = self.registers
-        moved = torch.zeros_like(activations)
-        moved = torch.cat([moved[:, :start], largest.expand(-1, stop - start, -1), moved[:, stop:]], dim=1)
-        return hidden_states.index_copy(-1, self.units, moved)
+        # In place: a copy of all hidden units would cost more than the move, and no gradient reads them.
+        hidden_states.index_fill_(-1, self.units, 0)
+        hidden_states[:, start:stop, self.units] = largest.expand(-1, stop - start, -1)
+        return hidden_states
 
 
 class ViTWithRegistersLayerScale(nn.Module):

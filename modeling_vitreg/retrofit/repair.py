@@ -231,7 +231,7 @@ def _prepare(
     encoder: Encoder, reader: SampleReader, settings: RetrofitSettings
 ) -> tuple[list[Tensor], list[Tensor], int]:
     """Batches to search on and batches that are held out, and the number of images of the first."""
-    pixels = [encoder.prepare([image], size=settings.image_size) for image, _ in reader]
+    pixels = [encoder.prepare([image], size=settings.image_size) for image, *_ in reader]
     if len(pixels) < LEAST_IMAGES:
         raise RetrofitError(
             f"expected {LEAST_IMAGES} images or more, got {len(pixels)} ({reader.num_unreadable} cannot be read)"

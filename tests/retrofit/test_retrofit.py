@@ -45,7 +45,7 @@ def _batches(model, size=8, **options):
 
 
 def _word(model):
-    return survey(load_encoder(model), IMAGES, settings=SurveySettings(has_progress_bar=False))[0].verdict["word"]
+    return survey(load_encoder(model), IMAGES, settings=SurveySettings(has_progress_bar=False))[0].verdict["level"]
 
 
 def test_the_planted_unit_is_found_and_moved(planted, tmp_path):
@@ -187,6 +187,6 @@ def test_the_verb_repairs_and_compares(tmp_path, monkeypatch):
     assert done.exit_code == 0, done.output
     assert "Repaired: with 1 unit moved, outliers fall from 12 % to 0 % of the patches of layer 4" in done.output
     assert "layer 2: units 0" in done.output and (tmp_path / "repaired" / FINGERPRINT_FILE).exists()
-    words = [read_report(tmp_path / "page" / number / "artifacts.json").verdict["word"] for number in ("1", "2")]
+    words = [read_report(tmp_path / "page" / number / "artifacts.json").verdict["level"] for number in ("1", "2")]
     assert words == ["many", "none"] and (tmp_path / "page" / "index.html").exists()
     assert again.exit_code == 1 and "repaired exists and is not empty" in again.output
