@@ -16,6 +16,7 @@ from tqdm import tqdm
 from modeling_vitreg import reports
 from modeling_vitreg.distributed import DistributedContext
 from modeling_vitreg.images import DataOptions, ImageSource, open_images
+from modeling_vitreg.pretraining.build import make_config
 from modeling_vitreg.pretraining.objectives.objective import DataSummary
 from modeling_vitreg.pretraining.objectives.registry import objective_class
 from modeling_vitreg.pretraining.run.recipe import Recipe, read_recipe
@@ -143,11 +144,15 @@ def choose_recipe(options: argparse.Namespace) -> Recipe:
         name, separator, value = change.partition("=")
         if not separator:
             raise SystemExit(f"--set expects NAME=VALUE, got {change!r}")
-        changes[name] = yaml.safe_load(value)
+        try:
+            changes[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise SystemExit(f"--set {change}: the value is not YAML: {error}") from None
     if options.registers is not None:
         changes["num_register_tokens"] = options.registers
     try:
         recipe = read_recipe(path).with_changes(changes)
+        make_config(recipe)  # what the model does not allow is refused before any data is read
     except (ValueError, TypeError) as error:
         raise SystemExit(str(error)) from None
     options.output = options.output or pathlib.Path("outputs") / path.stem

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pathlib
 
 import torch
+from safetensors import SafetensorError
 from transformers import PretrainedConfig
 
 from modeling_vitreg.configuration_vitreg import ViTWithRegistersConfig
 from modeling_vitreg.distributed import SINGLE_PROCESS, DistributedContext
 from modeling_vitreg.dual_encoder_vitreg import ViTWithRegistersDualEncoderConfig, ViTWithRegistersDualEncoderModel
+from modeling_vitreg.features.folders import conversion_command, is_hub_name
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersModel
 from modeling_vitreg.settings import make_keywords
 
@@ -30,8 +32,11 @@ def make_config(recipe: Recipe) -> ViTWithRegistersConfig:
     keywords = {"has_mask_token": has_mask_token, "image_size": recipe.crops.global_size} | _model_keywords(recipe)
     keywords["num_register_tokens"] = recipe.num_register_tokens
     if "preset" in recipe.model:
-        return ViTWithRegistersConfig.from_preset(recipe.model["preset"], **keywords)
-    return ViTWithRegistersConfig(**keywords)
+        config = ViTWithRegistersConfig.from_preset(recipe.model["preset"], **keywords)
+    else:
+        config = ViTWithRegistersConfig(**keywords)
+    _check_channels(config, of="model.num_channels")
+    return config
 
 
 def make_objective(
@@ -56,6 +61,7 @@ def make_objective(
     kept = {name: value for name, value in _model_keywords(recipe).items() if name.startswith("drop_path")}
     kept["has_mask_token"] = objective_class(recipe.objective).needs_mask_token
     backbone = _load_backbone(model_of_run(init), kept)
+    _check_channels(backbone.config, of=f"init: {init}")
     objective = _wrap(backbone, recipe, processes)
     state = last_state(folder / "state") if folder.is_dir() else None
     # These start from any model; the heads of what made it are of no use to them.
@@ -76,14 +82,55 @@ def make_objective(
 
 def _load_backbone(source: str | pathlib.Path, changes: dict) -> ViTWithRegistersModel:
     """The image tower of a folder or a name, whatever head or text tower it is saved with, with other settings."""
-    kind = PretrainedConfig.get_config_dict(source)[0].get("model_type")
-    if kind != ViTWithRegistersDualEncoderConfig.model_type:
-        return ViTWithRegistersModel.from_pretrained(source, dtype=torch.float32, **changes)
-    tower = ViTWithRegistersDualEncoderModel.from_pretrained(source, dtype=torch.float32).vision_model
+    _check_family(source)
+    own, dual = ViTWithRegistersModel, ViTWithRegistersDualEncoderModel
+    try:
+        kind = PretrainedConfig.get_config_dict(source)[0].get("model_type")
+        is_dual = kind == ViTWithRegistersDualEncoderConfig.model_type
+        options = {} if is_dual else changes
+        model, report = (dual if is_dual else own).from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True, **options
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"init: {source} cannot be loaded: {error}") from error
+    # A mask token is new where the model was trained without one.
+    missing = sorted(name for name in report["missing_keys"] if not name.endswith("embeddings.mask_token"))
+    if missing:
+        raise ValueError(
+            f"init: {source} lacks {len(missing)} tensors, which would be random: {', '.join(missing[:20])}"
+            f"{' ...' if len(missing) > 20 else ''}. Download or save the model again"
+        )
+    if not is_dual:
+        return model
+    tower = model.vision_model
     config = ViTWithRegistersConfig.from_dict({**tower.config.to_dict(), **changes})
-    backbone = ViTWithRegistersModel.from_pretrained(None, config=config, state_dict=tower.state_dict())
+    backbone = own.from_pretrained(None, config=config, state_dict=tower.state_dict())
     backbone.config._name_or_path = str(source)  # where the image processor lies
     return backbone
+
+
+def _check_family(source: str | pathlib.Path) -> None:
+    """Refuse another library's model, with the command that converts it."""
+    kinds = (ViTWithRegistersConfig.model_type, ViTWithRegistersDualEncoderConfig.model_type)
+    is_folder = pathlib.Path(source).is_dir()
+    if is_folder or is_hub_name(str(source)):
+        try:
+            kind = PretrainedConfig.get_config_dict(source)[0].get("model_type")
+        except (OSError, ValueError) as error:
+            if not is_folder:
+                raise ValueError(f"init: {source} cannot be loaded: {error}") from error
+            kind = None
+        if kind in kinds:
+            return
+    raise ValueError(f"init: {conversion_command(source)}")
+
+
+def _check_channels(config: ViTWithRegistersConfig, *, of: str) -> None:
+    if config.num_channels != 3:
+        raise ValueError(
+            f"{of}: the model has {config.num_channels} channels, and training reads images with 3 (RGB): "
+            "give it a model with num_channels 3"
+        )
 
 
 def _model_keywords(recipe: Recipe) -> dict:

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForImageClassification, PretrainedConfig
 
 from modeling_vitreg.configuration_vitreg import ViTWithRegistersConfig
+from modeling_vitreg.features.folders import conversion_command
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersModel
 
 from ..run.recipe import Recipe
@@ -34,8 +35,8 @@ def load_teacher(name: str, recipe: Recipe) -> ViTWithRegistersModel:
         raise ValueError(f"settings: teacher {name} is neither a folder of a model nor on the Hub: {error}") from None
     if kind != ViTWithRegistersConfig.model_type:
         raise ValueError(
-            f"settings: expected a teacher of model_type {ViTWithRegistersConfig.model_type!r}, got {kind!r} in "
-            f"{name}: convert it first"
+            f"settings: expected a teacher of model_type {ViTWithRegistersConfig.model_type!r}, got {kind!r}; "
+            f"{conversion_command(source)}"
         )
     teacher, report = ViTWithRegistersModel.from_pretrained(
         source, dtype=torch.float32, has_mask_token=False, output_loading_info=True
