@@ -1,7 +1,8 @@
-"""Official checkpoints in, official layouts out, each with a ledger of its tensors and a proof in numbers."""
+"""Checkpoints of other projects to models of this family and back, with a ledger of tensors and a verification."""
 
-from .export import TARGETS, export
-from .pipeline import REPORT_FILE, ConversionSettings, convert
+from .outgoing import TARGETS
+from .pipeline import REPORT_FILE, convert, export
+from .plan import ConversionSettings
 from .rules import ConversionError
 
 

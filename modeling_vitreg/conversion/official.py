@@ -8,7 +8,8 @@ from urllib.parse import urlsplit
 
 import torch
 
-from .pipeline import ConversionSettings, convert
+from .pipeline import convert
+from .plan import ConversionSettings
 from .rules import ConversionError
 
 

@@ -1,16 +1,21 @@
-"""Originals to compare with, built by the libraries that are installed: transformers, timm and open_clip.
+"""Originals to compare with: transformers, timm and open_clip if they are installed, or a clone of a repository.
 
-Each takes the tensors of the source through code of its own, so that no table of ours has a part in it.
+Each loads the tensors of the source by its own code, so that no table of this package takes part. A clone is code, and
+it runs: only one that the caller names is used.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
-import importlib.metadata
 import importlib.util
 import inspect
+import os
+import pathlib
+import sys
 import types
+from collections.abc import Callable, Iterator
 
 import torch
 import transformers
@@ -18,26 +23,30 @@ from torch import Tensor, nn
 
 from modeling_vitreg import ViTWithRegistersConfig
 
+from .layouts.transformers import transformers_class
+from .rules import ConversionError
 from .sources import Source
-from .verify import Reference
+from .timm_models import run_timm, sizes_of, timm_reference
+from .verify import Reference, title_of
 
 
-_NOT_IN_TIMM = ("dino_head.", "ibot_head.", "head.mlp", "head.last_layer", "decoder_", "local_cls_norm")
+# Settings that would load other files, run code, or change the precision.
+_NOT_OF_ARCHITECTURE = ("architectures", "auto_map", "quantization_config", "_name_or_path", "dtype", "torch_dtype")
 
 
 def find_reference(layout: str, source: Source, config: ViTWithRegistersConfig, module=None) -> Reference | str:
-    """The reference for a source, or in words why there is none.
+    """The original for a source, or in words why there is none.
 
     Args:
-        layout: its name.
-        source: its tensors, under the names of the layout.
-        config: of ours.
-        module: the model itself, where the source was given as one.
+        layout: name of the layout.
+        source: the tensors, under the names of the layout; for transformers under those of the file.
+        config: configuration of the model of this family.
+        module: the model itself, if the source was given as one.
     """
     if layout.startswith("transformers"):
         return transformers_reference(source, config)
     if layout == "timm" and module is not None:
-        return Reference(title_of("timm"), functools.partial(run_timm, module), module, sizes=_sizes_of(module))
+        return Reference(title_of("timm"), functools.partial(run_timm, module), module, sizes=sizes_of(module))
     wanted = {"clip": "open_clip"}.get(layout, "timm")
     if layout == "capi":
         return "no library has this family: give its repository with --code CLONE"
@@ -47,127 +56,27 @@ def find_reference(layout: str, source: Source, config: ViTWithRegistersConfig, 
     return open_clip_reference(source, config) if layout == "clip" else timm_reference(layout, source, config)
 
 
-# timm -------------------------------------------------------------------------------------------------------------
-
-
-def timm_reference(layout: str, source: Source, config: ViTWithRegistersConfig) -> Reference:
-    """timm's model of these sizes, its weights through timm's own filter of checkpoints."""
-    # timm adds the slot of the class token to the token where there are registers.
-    is_folded = layout == "dinov2" and config.num_register_tokens > 0
-    has_slots = config.has_prefix_positions or config.position_embedding_type == "sincos"
-    num_classes = source.shapes["head.weight"][0] if "head.weight" in source.shapes else 0
-    module = make_timm(config, num_classes=num_classes, has_prefix_positions=has_slots and not is_folded)
-    state = {name: source.read(name) for name in source.shapes if not name.startswith(_NOT_IN_TIMM)}
-    if layout == "mae":
-        state.pop("mask_token", None)
-    filters = importlib.import_module(type(module).__module__)
-    is_third = layout == "deit" and config.layer_scale_init_value is not None
-    state = filters.checkpoint_filter_fn(state, module, **({"adapt_layer_scale": True} if is_third else {}))
-    module.load_state_dict(state, strict=True)
-    return Reference(title_of("timm"), functools.partial(run_timm, module), module, timm_positions(config))
-
-
-def timm_positions(config: ViTWithRegistersConfig) -> dict:
-    """Fields under which positions are resized as timm does it, where that is not what the configuration says."""
-    if config.position_embedding_type not in ("learned", "sincos"):
-        return {}
-    rule = {"interpolate_antialias": True, "interpolate_offset": 0.0}
-    return {name: value for name, value in rule.items() if getattr(config, name) != value}
-
-
-def make_timm(config: ViTWithRegistersConfig, *, num_classes: int, has_prefix_positions: bool) -> nn.Module:
-    """A model of timm of the same architecture, with random weights; see `timm_arguments`."""
-    name, arguments = timm_arguments(config, has_prefix_positions=has_prefix_positions)
-    return importlib.import_module("timm").create_model(name, num_classes=num_classes, **arguments)
-
-
-def timm_arguments(config: ViTWithRegistersConfig, *, has_prefix_positions: bool) -> tuple[str, dict]:
-    """The name of a model of timm, and the arguments that make it of our architecture.
-
-    Args:
-        config: of ours.
-        has_prefix_positions: whether its table has slots for class and distillation token.
-    """
-    is_gated, is_eva = config.hidden_act == "swiglu", config.position_embedding_type == "rope"
-    hidden = config.intermediate_size * (2 if is_gated and not is_eva else 1)
-    arguments = {
-        "img_size": config.image_size,
-        "patch_size": config.patch_size,
-        "in_chans": config.num_channels,
-        "embed_dim": config.hidden_size,
-        "depth": config.num_hidden_layers,
-        "num_heads": config.num_attention_heads,
-        "mlp_ratio": (hidden + 0.5) / config.hidden_size,  # timm takes the whole part of the product
-        "qkv_bias": config.has_query_bias,
-        "init_values": config.layer_scale_init_value,
-        "class_token": config.has_cls_token,
-        "global_pool": "avg" if config.pooling in ("mean", "cls_mean") else "token",
-        "dynamic_img_size": True,
-    }
-    if is_eva:
-        # Not aligned: the hidden width is what it is.
-        gate = {"swiglu_mlp": True, "swiglu_align_to": 1} if is_gated else {}
-        arguments |= {"num_reg_tokens": config.num_register_tokens, "use_fc_norm": config.has_pooled_norm, **gate}
-        return "vit_small_patch16_dinov3", arguments | {"rope_temperature": config.rope_theta}
-    acts = {"quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "swiglu": "silu"}
-    arguments |= {
-        "no_embed_class": not has_prefix_positions,
-        "reg_tokens": config.num_register_tokens,
-        "fc_norm": config.has_pooled_norm,
-        "act_layer": acts[config.hidden_act],
-    }
-    if config.has_distillation_token:
-        del arguments["class_token"], arguments["no_embed_class"], arguments["reg_tokens"]
-        return "deit_tiny_distilled_patch16_224", arguments
-    if config.has_pre_norm:
-        return "vit_base_patch16_clip_224", arguments
-    return ("vit_giant_patch14_reg4_dinov2" if is_gated else "vit_base_patch16_224"), arguments
-
-
-def run_timm(module: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """Tokens and logits of a model of timm."""
-    tokens = module.forward_features(images)
-    counts = {
-        "cls_token": int(getattr(module, "cls_token", None) is not None),
-        "distillation_token": int(getattr(module, "dist_token", None) is not None),
-        "register_tokens": _num_rows(getattr(module, "reg_token", None)),
-    }
-    named, start = {}, 0
-    for kind, count in counts.items():
-        if count:
-            part = tokens[:, start : start + count]
-            named[kind] = part if kind == "register_tokens" else part[:, 0]
-        start += count
-    named["patch_tokens"] = tokens[:, start:]
-    if getattr(module, "num_classes", 0):
-        named["logits"] = module(images)
-    return named
-
-
-def _num_rows(tokens: Tensor | None) -> int:
-    return 0 if tokens is None else tokens.shape[1]
-
-
-def _sizes_of(module: nn.Module) -> list[tuple[int, int]] | None:
-    """A model of timm takes other sizes if it was told so before."""
-    if getattr(module, "dynamic_img_size", False) or module.patch_embed.img_size is None:
-        return None
-    module.dynamic_img_size = module.patch_embed.strict_img_size = False
-    return [tuple(module.patch_embed.img_size)]
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 # transformers -----------------------------------------------------------------------------------------------------
 
 
 def transformers_reference(source: Source, config: ViTWithRegistersConfig) -> Reference:
-    """The class of transformers that wrote the folder."""
-    kind = getattr(transformers, source.settings["architectures"][0])
-    options = {"mask_ratio": 0.0} if source.settings["model_type"] == "vit_mae" else {}
-    module = kind.from_pretrained(source.path, **options)
-    rule = {
-        "interpolate_antialias": source.settings["model_type"] == "dinov2_with_registers",
-        "interpolate_offset": 0.0,
-    }
+    """The class of transformers that the folder names, with the tensors of the source and no other file."""
+    settings = {name: value for name, value in source.settings.items() if name not in _NOT_OF_ARCHITECTURE}
+    kind = getattr(transformers, transformers_class(source.settings, source.shapes))
+    theirs = kind.config_class.from_dict(settings)
+    if settings["model_type"] == "vit_mae":
+        theirs.mask_ratio = 0.0
+    state = {name: source.read(name) for name in source.shapes}
+    module, report = kind.from_pretrained(
+        None, config=theirs, state_dict=state, dtype=torch.float32, output_loading_info=True
+    )
+    if missing := [name for name in report["missing_keys"] if "mask_token" not in name and "pooler" not in name]:
+        raise ConversionError(f"{source.path}: {len(missing)} tensors are missing: {', '.join(sorted(missing)[:5])}")
+    rule = {"interpolate_antialias": settings["model_type"] == "dinov2_with_registers", "interpolate_offset": 0.0}
     is_table = config.position_embedding_type in ("learned", "sincos")
     positions = {name: value for name, value in rule.items() if is_table and getattr(config, name) != value}
     run = functools.partial(run_transformers, module, config)
@@ -268,22 +177,169 @@ def _run_open_clip(make, images: Tensor) -> dict[str, Tensor]:
     return named | ({"image_embeds": pooled} if tower.proj is not None else {})
 
 
-def _is_installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+# Clones of repositories -------------------------------------------------------------------------------------------
 
 
-def title_of(package: str, distribution: str | None = None) -> str:
-    """A library and its version."""
-    return f"{package} {importlib.metadata.version(distribution or package)}"
+def repository_reference(
+    layout: str, code: str | os.PathLike, source: Source, config: ViTWithRegistersConfig
+) -> Reference:
+    """The class of a facebookresearch repository with the weights of the source.
+
+    Args:
+        layout: its name.
+        code: a clone of the repository.
+        source: the tensors, under the names of the layout.
+        config: configuration of ours, for the sizes.
+
+    Raises:
+        ConversionError: the family has no such repository, or the clone lacks a file or a package.
+    """
+    makers = {"dinov2": _dinov2, "dino": _dino, "dinov3": _dinov3, "deit": _deit, "capi": _capi}
+    if layout not in makers:
+        raise ConversionError(f"--code runs {', '.join(makers)}; {layout} is compared with an installed library")
+    try:
+        with _on_path(pathlib.Path(code)):
+            module, run, ignored, sizes = makers[layout](config)
+    except (ImportError, AttributeError) as error:
+        raise ConversionError(
+            f"{code}: expected a clone of the repository of {layout} with its requirements installed, got {error}"
+        ) from error
+    state = {name: source.read(name) for name in source.shapes if not name.startswith(ignored)}
+    module.load_state_dict(state, strict=True)
+    return Reference(f"{pathlib.Path(code).resolve().name} (its repository)", run, module, sizes=sizes)
 
 
-__all__ = [
-    "find_reference",
-    "make_timm",
-    "run_timm",
-    "run_transformers",
-    "timm_arguments",
-    "timm_positions",
-    "timm_reference",
-    "title_of",
-]
+Made = tuple[nn.Module, Callable[[Tensor], dict[str, Tensor]], tuple[str, ...], list | None]
+
+
+def _dinov2(config: ViTWithRegistersConfig) -> Made:
+    os.environ["XFORMERS_DISABLED"] = "1"  # its attention runs on a GPU only
+    vits = importlib.import_module("dinov2.models.vision_transformer")
+    is_gated = config.hidden_act == "swiglu"
+    module = vits.DinoVisionTransformer(
+        **_sizes(config),
+        init_values=1.0,
+        ffn_layer="swiglufused" if is_gated else "mlp",
+        mlp_ratio=4 if is_gated else config.intermediate_size / config.hidden_size,
+        block_chunks=0,
+        num_register_tokens=config.num_register_tokens,
+        interpolate_antialias=config.interpolate_antialias,
+        interpolate_offset=config.interpolate_offset,
+    )
+
+    def run(images: Tensor) -> dict[str, Tensor]:
+        tokens = module.forward_features(images)
+        names = {"cls_token": "clstoken", "register_tokens": "regtokens", "patch_tokens": "patchtokens"}
+        return {kind: tokens[f"x_norm_{name}"] for kind, name in names.items()}
+
+    return module, run, ("dino_head.", "ibot_head."), None
+
+
+def _dino(config: ViTWithRegistersConfig) -> Made:
+    vits = importlib.import_module("vision_transformer")
+    sizes = _sizes(config)
+    module = vits.VisionTransformer(
+        **{**sizes, "img_size": [sizes["img_size"]]},
+        mlp_ratio=config.intermediate_size / config.hidden_size,
+        qkv_bias=True,
+        norm_layer=functools.partial(nn.LayerNorm, eps=1e-6),
+    )
+    return module, _of_all_tokens(lambda images: module.get_intermediate_layers(images, 1)[0]), ("head.",), None
+
+
+def _dinov3(config: ViTWithRegistersConfig) -> Made:
+    vits = importlib.import_module("dinov3.models.vision_transformer")
+    is_gated, ratio = config.hidden_act == "swiglu", config.intermediate_size / config.hidden_size
+    module = vits.DinoVisionTransformer(
+        **_sizes(config),
+        ffn_ratio=ratio * 1.5 if is_gated else ratio,
+        ffn_layer="swiglu" if is_gated else "mlp",
+        qkv_bias=config.has_query_bias,
+        mask_k_bias=config.has_query_bias and not config.has_key_bias,
+        layerscale_init=1.0,
+        norm_layer="layernormbf16",
+        n_storage_tokens=config.num_register_tokens,
+        pos_embed_rope_base=config.rope_theta,
+        pos_embed_rope_dtype="fp32",
+    )
+
+    def run(images: Tensor) -> dict[str, Tensor]:
+        tokens = module.forward_features(images)
+        names = {"cls_token": "x_norm_clstoken", "register_tokens": "x_storage_tokens"}
+        return {kind: tokens[name] for kind, name in {**names, "patch_tokens": "x_norm_patchtokens"}.items()}
+
+    return module, run, ("local_cls_norm.",), None
+
+
+def _deit(config: ViTWithRegistersConfig) -> Made:
+    sizes = {**_sizes(config), "num_classes": config.num_labels}
+    options = {"qkv_bias": True, "norm_layer": functools.partial(nn.LayerNorm, eps=1e-6)}
+    options["mlp_ratio"] = config.intermediate_size / config.hidden_size
+    if config.layer_scale_init_value is not None:
+        vits = importlib.import_module("models_v2")
+        module = vits.vit_models(**sizes, **options, init_scale=1e-4, block_layers=vits.Layer_scale_init_Block)
+    elif config.has_distillation_token:
+        module = importlib.import_module("models").DistilledVisionTransformer(**sizes, **options)
+    else:
+        module = importlib.import_module("timm.models.vision_transformer").VisionTransformer(**sizes, **options)
+    native = [(config.image_size, config.image_size)]
+    return module, lambda images: {"logits": module(images)}, (), native
+
+
+def _capi(config: ViTWithRegistersConfig) -> Made:
+    model = importlib.import_module("model")
+    attention = {"block_kwargs": {"attn_kwargs": {"num_heads": config.num_attention_heads}}}
+    module = model.EncoderDecoder(
+        patch_size=config.patch_size,
+        n_registers=config.num_register_tokens,
+        transformers_kwargs={"embed_dim": config.hidden_size, "drop_path_rate": 0.0, **attention},
+        encoder_kwargs={"depth": config.num_hidden_layers},
+        decoder_kwargs={"depth": 1},
+    )
+    module.decoder = nn.Identity()
+    del module.mask_token
+
+    def run(images: Tensor) -> dict[str, Tensor]:
+        last = len(module.encoder.blocks)
+        tokens, _ = module.forward_features(images, None, None, enc_layer=last, dec_layer=None)
+        num_registers = config.num_register_tokens
+        return {"register_tokens": tokens[:, :num_registers], "patch_tokens": tokens[:, num_registers:]}
+
+    return module, run, ("decoder.", "outside.", "mask_token"), None
+
+
+def _sizes(config: ViTWithRegistersConfig) -> dict:
+    return {
+        "img_size": config.image_size,
+        "patch_size": config.patch_size,
+        "in_chans": config.num_channels,
+        "embed_dim": config.hidden_size,
+        "depth": config.num_hidden_layers,
+        "num_heads": config.num_attention_heads,
+    }
+
+
+def _of_all_tokens(encode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], dict[str, Tensor]]:
+    def run(images: Tensor) -> dict[str, Tensor]:
+        tokens = encode(images)
+        return {"cls_token": tokens[:, 0], "patch_tokens": tokens[:, 1:]}
+
+    return run
+
+
+@contextlib.contextmanager
+def _on_path(folder: pathlib.Path) -> Iterator[None]:
+    """Import from a clone, and forget its modules afterwards: their names are those of many."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(folder.resolve()))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder.resolve()))
+        for name in set(sys.modules) - before:
+            file = getattr(sys.modules[name], "__file__", None)
+            if file and pathlib.Path(file).is_relative_to(folder.resolve()):
+                del sys.modules[name]
+
+
+__all__ = ["find_reference", "repository_reference", "run_transformers"]

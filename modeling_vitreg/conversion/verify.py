@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.metadata
 import math
 import pathlib
 from collections.abc import Callable
@@ -124,6 +125,11 @@ def check_errors(proof: dict, *, tolerance: float, title: str) -> None:
         )
 
 
+def title_of(package: str, distribution: str | None = None) -> str:
+    """A library and its version."""
+    return f"{package} {importlib.metadata.version(distribution or package)}"
+
+
 def _outputs(model: ViTWithRegistersPreTrainedModel, images: Tensor) -> dict[str, Tensor]:
     output = model(images)
     tokens = output if "patch_tokens" in output else model.base_model(images)
@@ -140,7 +146,10 @@ def _compare(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, di
                     "architecture was not read rightly; state it with --set FIELD=VALUE"
                 )
             difference = (ours[kind].float() - expected.float()).abs().max().item()
-            errors[kind] = {"absolute": difference, "relative": difference / expected.abs().max().item()}
+            largest = expected.abs().max().item()
+            if not largest and kind == "patch_tokens":
+                raise ConversionError("all patch tokens of the original are zero: its weights are zero, not trained")
+            errors[kind] = {"absolute": difference, "relative": difference / largest if largest else difference}
     return errors
 
 
@@ -156,4 +165,4 @@ def _fit(image: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.nn.functional.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0]
 
 
-__all__ = ["TOLERANCE", "Reference", "check_errors", "probe_images", "probe_sizes", "verify"]
+__all__ = ["TOLERANCE", "Reference", "check_errors", "probe_images", "probe_sizes", "title_of", "verify"]

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .rules import ConversionError, Entry
+from .ledger import Entry
+from .rules import ConversionError
 
 
 # Names of types in the format. Source: the specification of safetensors.

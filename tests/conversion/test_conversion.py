@@ -19,8 +19,8 @@ from test_remote_code import run_without_the_package
 from modeling_vitreg import ViTWithRegistersConfig, ViTWithRegistersModel
 from modeling_vitreg.conversion import ConversionError, ConversionSettings, convert, export
 from modeling_vitreg.conversion.layouts import describe_checkpoint, recognise
-from modeling_vitreg.conversion.pipeline import make_empty, short
-from modeling_vitreg.conversion.rules import balance_to_target
+from modeling_vitreg.conversion.ledger import balance_to_target
+from modeling_vitreg.conversion.plan import make_empty, short
 from modeling_vitreg.conversion.sources import Source, open_source
 from modeling_vitreg.conversion.verify import probe_images, probe_sizes
 from modeling_vitreg.reports import ConversionReport, read_report

@@ -70,7 +70,7 @@ ALLOWED_IN_FILE = {
     "analysis/html.py": {"jinja2"},
     "style.py": {"matplotlib"},
     "analysis/probes.py": {"sklearn"},
-    "conversion/pipeline.py": {"timm"},
+    "conversion/timm_models.py": {"timm"},
     "discovery/boxes.py": {"scipy"},
     "discovery/figures.py": {"matplotlib"},
     "evaluation/logistic.py": {"sklearn"},

@@ -387,6 +387,16 @@ LAYOUTS = {
     ),
 }
 LAYOUTS["clip"] = LAYOUTS["clip_vision_model"]
+_CLASSES = {
+    "vit": "ViT",
+    "deit": "DeiT",
+    "ijepa": "IJepa",
+    "vit_mae": "ViTMAE",
+    "dinov2": "Dinov2",
+    "dinov2_with_registers": "Dinov2WithRegisters",
+    "dinov3_vit": "DINOv3ViT",
+    "clip_vision_model": "CLIPVision",
+}
 
 
 def transformers_settings(layout: Layout, config: ViTWithRegistersConfig, *, is_classifier: bool) -> dict:
@@ -444,20 +454,36 @@ def transformers_settings(layout: Layout, config: ViTWithRegistersConfig, *, is_
 
 
 def _class_name(model_type: str, config: ViTWithRegistersConfig, is_classifier: bool) -> str:
-    base = {
-        "vit": "ViT",
-        "deit": "DeiT",
-        "ijepa": "IJepa",
-        "dinov2": "Dinov2",
-        "dinov2_with_registers": "Dinov2WithRegisters",
-        "dinov3_vit": "DINOv3ViT",
-        "clip_vision_model": "CLIPVision",
-    }[model_type]
+    base = _CLASSES[model_type]
     if model_type == "clip_vision_model" and config.projection_size is not None:
         return "CLIPVisionModelWithProjection"
     if not is_classifier:
         return f"{base}Model"
     return f"{base}ForImageClassification" + ("WithTeacher" if config.pooling == "cls_distillation" else "")
+
+
+def transformers_class(settings: dict, names: Iterable[str]) -> str:
+    """The class of transformers that a folder is of: the one that it names, else one that has its tensors.
+
+    Args:
+        settings: of `config.json`, with a `model_type` of `LAYOUTS`.
+        names: of the tensors.
+    """
+    names, base = list(names), _CLASSES.get(settings["model_type"], "CLIP")
+    has = {part: any(part in name for name in names) for part in ("text_model.", "visual_projection", "decoder")}
+    heads = {
+        "ForImageClassificationWithTeacher": any(name.startswith("cls_classifier.") for name in names),
+        "ForImageClassification": any(name.startswith("classifier.") for name in names),
+        "ForPreTraining": base == "ViTMAE" and has["decoder"],
+        "ModelWithProjection": base.startswith("CLIP") and has["visual_projection"],
+    }
+    if settings["model_type"] == "clip":
+        base = "CLIP" if has["text_model."] else "CLIPVision"
+        heads["ModelWithProjection"] &= not has["text_model."]
+    named = (settings.get("architectures") or [None])[0]
+    if named in {base + ending for ending in (*heads, "Model")}:
+        return named
+    return base + next((ending for ending, is_there in heads.items() if is_there), "Model")
 
 
 def name_in_file(layout: Layout, settings: dict, name: str) -> str:
@@ -468,4 +494,4 @@ def name_in_file(layout: Layout, settings: dict, name: str) -> str:
     return f"{'vision_model' if model_type == 'clip_vision_model' else model_type}.{name}"
 
 
-__all__ = ["LAYOUTS", "name_in_file", "transformers_settings"]
+__all__ = ["LAYOUTS", "name_in_file", "transformers_class", "transformers_settings"]

@@ -1,14 +1,13 @@
-"""Our folders to the layouts of others: facebookresearch/dinov2's file, a folder of timm's, a folder of transformers'.
+"""The way out: from a folder of this family to a file of facebookresearch/dinov2, or a folder of timm or transformers.
 
-The tables of the way in are read backwards. What a layout cannot say about an architecture is found by reading back
-what was written, and comparing it field by field.
+The tables of the way in are read backwards. What a layout cannot express is found by reading back what would be
+written, and comparing the architecture field by field.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import json
 import pathlib
 
@@ -17,27 +16,18 @@ from torch import Tensor, nn
 
 from modeling_vitreg import ViTWithRegistersConfig
 from modeling_vitreg import modeling_vitreg as models
-from modeling_vitreg.files import atomic_folder
-from modeling_vitreg.reports import ConversionReport, command_line, made_with, write_report
 
 from .layouts import dinov2, timm
 from .layouts.layout import CheckpointInfo, Layout
 from .layouts.transformers import LAYOUTS as TRANSFORMERS
 from .layouts.transformers import name_in_file, transformers_settings
-from .pipeline import (
-    REPORT_FILE,
-    ConversionSettings,
-    check_output,
-    describe_ledger,
-    prove,
-    quietly,
-    short,
-)
-from .references import find_reference, run_timm, timm_arguments, timm_positions, title_of
-from .repositories import repository_reference
-from .rules import ConversionError, Entry, balance_to_source
-from .sources import Source, hash_files, open_source
-from .verify import Reference
+from .ledger import Entry, balance_to_source
+from .plan import ConversionPlan, ConversionSettings, quietly, short
+from .references import find_reference, repository_reference
+from .rules import ConversionError, stage
+from .sources import Source, open_source
+from .timm_models import build, run_timm, timm_arguments, timm_positions
+from .verify import Reference, title_of
 from .writer import make, write_safetensors
 
 
@@ -74,81 +64,56 @@ _IN_CLASSIFIERS = ("pooling", "num_classifier_layers", "num_labels")
 _TABLE = "embeddings.position_embeddings.weight"
 
 
-def export(
-    source: str | pathlib.Path,
-    output: str | pathlib.Path,
-    *,
-    to: str,
-    settings: ConversionSettings | None = None,
-    command: str | None = None,
-) -> ConversionReport:
-    """Write a model of ours in another layout, and prove it.
+def plan_export(source: str | pathlib.Path, to: str, file_name: str, settings: ConversionSettings) -> ConversionPlan:
+    """Read a model of this family, choose the layout and balance its ledger.
 
     Args:
-        source: folder of ours.
-        output: a file ending in `.pth` for "dinov2", else a folder to make.
-        to: "dinov2", "timm" or "transformers".
-        settings: `code`, `tolerance` and `is_quiet` count.
-        command: for the record; default that of the process.
-
-    Returns:
-        What lies in `conversion.json`; beside a file, its name stands in front.
+        source: folder of the model.
+        to: one of `TARGETS`.
+        file_name: name of the file to write, for "dinov2".
+        settings: choices of the caller.
 
     Raises:
-        ConversionError: the layout cannot represent the architecture, and the message names the field; or the proof
-            failed, and then nothing was saved.
+        ConversionError: see `pipeline.export`.
     """
-    settings = settings or ConversionSettings()
-    output = pathlib.Path(output)
-    check_output(output)
-    if to not in TARGETS:
-        raise ConversionError(f"expected a layout out of {', '.join(TARGETS)}, got {to!r}")
-    if to == "dinov2" and output.suffix != ".pth":
-        raise ConversionError(f"{output}: the layout of dinov2 is a file: let its name end in .pth")
     opened = open_source(source)
     if (opened.settings or {}).get("model_type") != "vitreg":
         raise ConversionError(f"{source}: expected a folder of a model of this family, with its config.json")
-    config = ViTWithRegistersConfig.from_pretrained(source)
-    kind = getattr(models, (config.architectures or ["ViTWithRegistersModel"])[0])
+    with stage(f"{source}: is no valid model of this family", remedy="vitreg doctor FOLDER says what is wrong"):
+        config = ViTWithRegistersConfig.from_pretrained(source)
+        kind = getattr(models, (config.architectures or ["ViTWithRegistersModel"])[0])
     tensors = opened.renamed({name: short(name) for name in opened.shapes})
     title = f"vitreg to {to}"
     layout, tensors, config = _choose(to, tensors, config, title)
     tensors, dropped = _without_mask(layout, tensors, config)
     ledger, check = balance_to_source(layout.rules(config), tensors.shapes, title=title)
     check(tensors.read)
+    ledger = dataclasses.replace(ledger, dropped=ledger.dropped | dropped)
     entries = [*ledger.entries, *_extra(to, tensors, config)]
-    with quietly():
-        ours = kind.from_pretrained(source)
     written = _settings(to, layout, config, kind)
-    module = _make_module(written) if to == "timm" else None
+    module = None
+    if to == "timm":
+        module = build(written["architecture"], num_classes=written["num_classes"], **written["model_args"])
     _compare(config, layout, entries, tensors, settings=written, module=module, title=title)
-
-    report_name = f"{output.stem}.{REPORT_FILE}" if to == "dinov2" else REPORT_FILE
     if to == "transformers":
         entries = [dataclasses.replace(entry, name=name_in_file(layout, written, entry.name)) for entry in entries]
-    with atomic_folder(output, files=[output.name, report_name] if to == "dinov2" else None) as folder:
-        place = folder / output.name if to == "dinov2" else folder
-        target = _write(to, place, entries, tensors, written, module)
-        reference = _reference(to, target, config, module, settings.code)
-        proof = prove(ours, reference, tolerance=settings.tolerance, title=title, is_quiet=settings.is_quiet)
-        report = ConversionReport(
-            source={
-                "path": str(source),
-                "layout": "vitreg",
-                "checkpoint_key": None,
-                "sha256": hash_files(opened.files),
-                "num_bytes": opened.num_bytes,
-                "licence": None,
-                "assumed": {},
-            },
-            target={"layout": layout.name, "settings": written},
-            ledger=describe_ledger(dataclasses.replace(ledger, dropped=ledger.dropped | dropped), title),
-            proof=proof,
-            command=command or command_line(),
-            made_with=made_with(),
-        )
-        write_report(report, folder / report_name)
-    return report
+
+    def compare(target: Source) -> tuple:
+        with quietly():
+            return kind.from_pretrained(source), _reference(to, target, config, module, settings.code)
+
+    return ConversionPlan(
+        title=title,
+        source={"path": str(source), "layout": "vitreg", "checkpoint_key": None, "licence": None, "assumed": {}},
+        target={"layout": layout.name, "settings": written},
+        ledger=ledger,
+        tensors=tensors,
+        files=opened.files,
+        hashes={},
+        left={},
+        write=lambda folder: _write(folder / file_name if to == "dinov2" else folder, entries, tensors, written),
+        compare=compare,
+    )
 
 
 def _choose(
@@ -234,16 +199,6 @@ def _extra(to: str, tensors: Source, config: ViTWithRegistersConfig) -> list[Ent
     return [Entry("mask_token", (), functools.partial(torch.zeros, 1, config.hidden_size))]
 
 
-def _make_module(settings: dict) -> nn.Module:
-    try:
-        timm = importlib.import_module("timm")
-    except ImportError as error:
-        raise ConversionError(
-            "a folder of timm is proved by timm, which is not installed: pip install timm"
-        ) from error
-    return timm.create_model(settings["architecture"], num_classes=settings["num_classes"], **settings["model_args"])
-
-
 def _compare(config, layout: Layout, entries: list[Entry], tensors: Source, *, settings, module, title: str) -> None:
     """Read back what is written, and name the first field that would be another."""
     by_name = {entry.name: entry for entry in entries}
@@ -296,10 +251,9 @@ def _settings(to: str, layout: Layout, config: ViTWithRegistersConfig, kind: typ
     return {"arguments": {name: getattr(config, name) for name in names}}
 
 
-def _write(to: str, place: pathlib.Path, entries: list[Entry], tensors: Source, settings: dict, module) -> Source:
-    """Write the tensors, with the settings beside them where the layout has a place for them."""
-    if to == "dinov2":
-        # torch.save wants all tensors at once.
+def _write(place: pathlib.Path, entries: list[Entry], tensors: Source, settings: dict) -> Source:
+    """Write the tensors, and beside them the settings where the layout has a place for them."""
+    if not place.is_dir():  # torch.save needs all tensors at once
         torch.save({entry.name: make(entry, tensors.read).clone() for entry in entries}, place)
         return open_source(place)
     write_safetensors(place / "model.safetensors", entries, read=tensors.read)
@@ -310,14 +264,13 @@ def _write(to: str, place: pathlib.Path, entries: list[Entry], tensors: Source, 
 def _reference(
     to: str, target: Source, config: ViTWithRegistersConfig, module: nn.Module | None, code: pathlib.Path | None
 ) -> Reference | str:
-    """What the others' code makes of what was written."""
+    """The original code with the weights that were written."""
     if to == "timm":
         module.load_state_dict({name: target.read(name) for name in target.shapes}, strict=True)
         return Reference(title_of("timm"), functools.partial(run_timm, module), module, timm_positions(config))
     if to == "dinov2" and code is not None:
         return repository_reference("dinov2", code, target, config)
-    with quietly():
-        return find_reference("dinov2" if to == "dinov2" else "transformers", target, config)
+    return find_reference("dinov2" if to == "dinov2" else "transformers", target, config)
 
 
-__all__ = ["TARGETS", "export"]
+__all__ = ["TARGETS", "plan_export"]
