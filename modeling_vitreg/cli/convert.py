@@ -65,6 +65,8 @@ def convert(
         else:
             report = run_export(source, output, to=to, settings=known)
     dropped = list(report.ledger["dropped"].values())
+    for note in report.source.get("notes") or ():
+        typer.echo(f"note: {note}")
     typer.echo(report.ledger["coverage"])
     for reason in sorted(set(dropped)):
         typer.echo(f"  dropped {dropped.count(reason)}: {reason}")

@@ -20,7 +20,7 @@ from modeling_vitreg import modeling_vitreg as models
 from .layouts import dinov2, timm
 from .layouts.layout import CheckpointInfo, Layout
 from .layouts.transformers import LAYOUTS as TRANSFORMERS
-from .layouts.transformers import name_in_file, transformers_settings
+from .layouts.transformers_files import name_in_file, transformers_settings
 from .ledger import Entry, balance_to_source
 from .plan import ConversionPlan, ConversionSettings, quietly, short
 from .references import find_reference, repository_reference

@@ -56,10 +56,10 @@ def read_pickle(file: pathlib.Path) -> dict:
                     f"{file}: refused, because reading it would run code ({name}): ask its author for a file of "
                     "tensors, or, if you trust it, load it yourself and torch.save its state_dict()"
                 ) from error
-            raise
+            raise ConversionError(f"{file}: {size}, damaged or no checkpoint of PyTorch: download it again") from error
     if not isinstance(state, dict):
         raise ConversionError(
-            f"{file}: expected a dictionary of tensors, got a {type(state).__name__}: torch.save the state_dict()"
+            f"{file}: expected a dictionary of tensors, got {type(state).__name__}: torch.save the state_dict()"
         )
     return state
 

@@ -47,7 +47,12 @@ def convert(
             differ; then nothing is saved.
     """
     settings, output = settings or ConversionSettings(), _check_output(output)
-    return run(plan_import(source, settings), output, settings=settings, command=command)
+    try:
+        return run(plan_import(source, settings), output, settings=settings, command=command)
+    except ConversionError as error:
+        if isinstance(source, nn.Module) or str(source) in str(error):
+            raise
+        raise ConversionError(f"{source}: {error}") from error
 
 
 def export(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from modeling_vitreg import ViTWithRegistersConfig
 
-from .layouts.transformers import transformers_class
+from .layouts.transformers_files import transformers_class
 from .rules import ConversionError
 from .sources import Source
 from .timm_models import run_timm, sizes_of, timm_reference

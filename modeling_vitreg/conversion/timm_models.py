@@ -50,10 +50,12 @@ def build_folder(source: Source) -> nn.Module:
     """
     timm, settings, file = _import_timm(), source.settings, source.path / "config.json"
     name, arguments = settings["architecture"], settings.get("model_args") or {}
-    if not timm.is_model(name) or not isinstance(arguments, dict):
+    if not isinstance(arguments, dict):
+        raise ConversionError(f"{file}: expected model_args to be an object, got {arguments!r:.60}: mend the file")
+    if not timm.is_model(name):
         near = ", ".join(timm.list_models(f"{name[:12]}*")[:3]) if name.isidentifier() else ""
         raise ConversionError(
-            f"{file}: expected the name of a model that timm lists and its arguments, got {name!r:.80}"
+            f"{file}: expected the name of a model that timm lists, got {name!r:.80}"
             + (f"; did you mean {near}?" if near else ": write its name there, or convert the file of the weights")
         )
     if "num_classes" in settings:

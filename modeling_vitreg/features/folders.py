@@ -41,7 +41,7 @@ def read_json(path: str | os.PathLike) -> dict | None:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: is not valid JSON ({error}): download the file again") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got a {type(content).__name__}: download the file again")
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}: download the file again")
     return content
 
 

@@ -1,9 +1,12 @@
-"""From a folder, a name or a module to an `Encoder`, with the statistics that its images are normalised by."""
+"""Load a folder, a name or a module as an `Encoder`, with the mean and standard deviation of its images."""
 
 from __future__ import annotations
 
 import json
 import os
+import pathlib
+import re
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -12,9 +15,13 @@ from transformers.utils import cached_file
 
 from .encoder import Encoder
 from .families import find_tower, follow
+from .folders import check_settings, conversion_command, is_hub_name, list_shards, read_json, read_statistics
 
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_FLOATS, _INTEGERS = ("F64", "F32", "F16", "BF16"), ("position_ids", "num_batches_tracked", "position_index")
+# Parts of a tower that no feature depends on.
+_UNUSED = re.compile(r"pooler|mask_token|decoder|classifier|(^|\.)head\.|projection")
 
 
 def load_encoder(
@@ -25,18 +32,19 @@ def load_encoder(
     trust_remote_code: bool = False,
     name: str | None = None,
 ) -> Encoder:
-    """Open a model for looking at it.
+    """Open a model to extract its features.
 
     Args:
         source: a module of a supported family; a folder or a name on the Hub that `AutoModel` opens; or "timm/NAME" or
-            "timm:NAME", which timm creates with its pretrained weights. A folder that exists goes first.
-        device: where to put it; None: where it is, or the CPU. A module that was given is itself moved.
-        dtype: of its weights; None: as they are, or as they were saved.
+            "timm:NAME", which timm creates with its pretrained weights. An existing folder takes precedence.
+        device: device of the weights; None leaves a module where it is, and loads onto the CPU.
+        dtype: type of the weights; None keeps it.
         trust_remote_code: run code that lies beside the weights. Folders of this package do not need it.
-        name: for reports; None: the source, or the class of a module.
+        name: name in reports; None takes the source, or the class of a module.
 
     Raises:
-        ValueError: a model that is not supported; the message lists those that are.
+        ValueError: the model is not supported, its files lack tensors or hold integers, or the settings beside it are
+            wrong.
         RuntimeError: the source could not be opened.
     """
     statistics = None
@@ -55,12 +63,73 @@ def load_encoder(
 
 
 def _open(source: str, trust_remote_code: bool) -> nn.Module:
+    if os.path.isfile(source):
+        raise RuntimeError(f"could not open {source!r} as a model: {conversion_command(source)}")
+    if not os.path.isdir(source) and not is_hub_name(source):
+        raise RuntimeError(f"could not open {source!r}: no such folder, and not OWNER/NAME on the Hub or timm/NAME")
+    if os.path.isdir(source):
+        _check_folder(pathlib.Path(source))
     try:
-        return AutoModel.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:  # a path that is no folder is an impossible name to some versions
+        model, report = AutoModel.from_pretrained(
+            source, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+    except Exception as error:  # on files of others, transformers raises errors of a dozen classes
+        text = " ".join(str(error).split())[:600]
         raise RuntimeError(
-            f"expected a folder of a model, a name on the Hub or timm/NAME, and could not open {source!r}: {error}"
+            f"expected a folder of a model, a name on the Hub or timm/NAME, and could not open {source!r}: "
+            f"{type(error).__name__}: {text}"
         ) from error
+    _check_missing(model, report["missing_keys"], source)
+    return model
+
+
+def _check_folder(folder: pathlib.Path) -> None:
+    """Refuse what transformers would follow out of the folder, build for hours, or cast in silence.
+
+    Raises:
+        ValueError: the message names the file.
+    """
+    settings = read_json(folder / "config.json")
+    files = sorted(folder.glob("*.safetensors"))
+    for index in folder.glob("*.index.json"):
+        files += [file for file in list_shards(index) if file.suffix == ".safetensors"]
+    types = {name: kind for file in files for name, kind in _types_in(file).items()}
+    if settings is not None:
+        check_settings(settings, folder / "config.json", num_layers=len(types) or None)
+    odd = [name for name, kind in types.items() if kind not in _FLOATS and not name.endswith(_INTEGERS)]
+    if odd and "quantization_config" not in (settings or {}):
+        raise ValueError(
+            f"{folder}: {len(odd)} weights are not floating-point numbers ({odd[0]}: {types[odd[0]]}): the files are "
+            "damaged, or quantised without saying so"
+        )
+
+
+def _types_in(file: pathlib.Path) -> dict[str, str]:
+    """Type of each tensor of a file of safetensors, from its header."""
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        try:
+            header = json.loads(stream.read(length) if length <= 10**8 else b"")
+            return {name: entry["dtype"] for name, entry in header.items() if name != "__metadata__"}
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{file}: is truncated or not safetensors: download it again") from error
+
+
+def _check_missing(model: nn.Module, missing: Iterable[str], source: str) -> None:
+    """Refuse a model whose weights were partly filled at random.
+
+    Raises:
+        ValueError: the message lists the tensors that the files lack.
+    """
+    _, tower = find_tower(model)
+    prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is tower)
+    lacking = sorted(name for name in missing if name.startswith(prefix) and not _UNUSED.search(name))
+    if lacking:
+        raise ValueError(
+            f"{source}: {len(lacking)} tensors are missing and would be random: {', '.join(lacking[:8])}"
+            + (f" and {len(lacking) - 8} more" if len(lacking) > 8 else "")
+            + ": download the model again, or convert its checkpoint with vitreg convert"
+        )
 
 
 def _open_timm(name: str) -> nn.Module:
@@ -75,13 +144,16 @@ def _open_timm(name: str) -> nn.Module:
 
 
 def _saved_statistics(source: str, **options: object) -> tuple | None:
-    """Mean and standard deviation that were saved beside a model, None where they were not."""
+    """Mean and standard deviation that were saved beside a model; None if they were not.
+
+    Raises:
+        ValueError: they are not numbers.
+    """
     try:
-        with open(cached_file(source, "preprocessor_config.json", **options)) as file:
-            settings = json.load(file)
-        return settings["image_mean"], settings["image_std"]
-    except (OSError, KeyError, TypeError, ValueError):
+        path = cached_file(source, "preprocessor_config.json", **options)
+    except (OSError, ValueError):
         return None
+    return read_statistics(read_json(path) or {}, path)
 
 
 def _own_statistics(model: nn.Module) -> tuple:

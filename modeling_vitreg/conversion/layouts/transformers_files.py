@@ -1,0 +1,121 @@
+"""What stands in the files of transformers: `config.json`, the class of a folder, and the names of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from modeling_vitreg import ViTWithRegistersConfig
+
+from .layout import Layout
+from .transformers import LAYOUTS
+
+
+# Beginning of the names of classes, by model type.
+_CLASSES = {
+    "vit": "ViT",
+    "deit": "DeiT",
+    "ijepa": "IJepa",
+    "vit_mae": "ViTMAE",
+    "dinov2": "Dinov2",
+    "dinov2_with_registers": "Dinov2WithRegisters",
+    "dinov3_vit": "DINOv3ViT",
+    "clip_vision_model": "CLIPVision",
+}
+
+
+def transformers_settings(layout: Layout, config: ViTWithRegistersConfig, *, is_classifier: bool) -> dict:
+    """The `config.json` of the class of transformers that the layout is of.
+
+    Args:
+        layout: one of `LAYOUTS`.
+        config: of ours.
+        is_classifier: whether there is a classifier.
+    """
+    model_type = next(name for name, known in LAYOUTS.items() if known is layout)
+    settings = {
+        "architectures": [_class_name(model_type, config, is_classifier)],
+        "model_type": model_type,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "intermediate_size": config.intermediate_size,
+        "hidden_act": config.hidden_act,
+        "layer_norm_eps": config.layer_norm_eps,
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "num_channels": config.num_channels,
+        "qkv_bias": config.has_query_bias,
+        "initializer_range": config.initializer_range,
+    }
+    is_gated = config.hidden_act == "swiglu"
+    if model_type.startswith("dinov2"):
+        ratio = config.intermediate_size / config.hidden_size
+        settings |= {
+            # SwiGLU takes two thirds of the ratio, and whole numbers stay whole, for types are checked.
+            "mlp_ratio": 4 if is_gated else int(ratio) if ratio == int(ratio) else ratio,
+            "use_swiglu_ffn": is_gated,
+            "layerscale_value": config.layer_scale_init_value,
+            "hidden_act": "gelu" if is_gated else config.hidden_act,
+        }
+        if model_type == "dinov2_with_registers":
+            settings["num_register_tokens"] = config.num_register_tokens
+    if model_type == "dinov3_vit":
+        settings |= {
+            "num_register_tokens": config.num_register_tokens,
+            "rope_theta": config.rope_theta,
+            "layerscale_value": config.layer_scale_init_value,
+            "use_gated_mlp": is_gated,
+            "hidden_act": "silu" if is_gated else config.hidden_act,
+            "query_bias": config.has_query_bias,
+            "key_bias": config.has_key_bias,
+            "value_bias": config.has_value_bias,
+        }
+    if model_type == "clip_vision_model" and config.projection_size is not None:
+        settings["projection_dim"] = config.projection_size
+    if is_classifier:
+        settings |= {"id2label": config.id2label, "label2id": config.label2id}
+    return settings
+
+
+def _class_name(model_type: str, config: ViTWithRegistersConfig, is_classifier: bool) -> str:
+    base = _CLASSES[model_type]
+    if model_type == "clip_vision_model" and config.projection_size is not None:
+        return "CLIPVisionModelWithProjection"
+    if not is_classifier:
+        return f"{base}Model"
+    return f"{base}ForImageClassification" + ("WithTeacher" if config.pooling == "cls_distillation" else "")
+
+
+def transformers_class(settings: dict, names: Iterable[str]) -> str:
+    """The class of transformers that a folder is of: the one that it names, else one that has its tensors.
+
+    Args:
+        settings: of `config.json`, with a `model_type` of `LAYOUTS`.
+        names: of the tensors.
+    """
+    names, base = list(names), _CLASSES.get(settings["model_type"], "CLIP")
+    has = {part: any(part in name for name in names) for part in ("text_model.", "visual_projection", "decoder")}
+    heads = {
+        "ForImageClassificationWithTeacher": any(name.startswith("cls_classifier.") for name in names),
+        "ForImageClassification": any(name.startswith("classifier.") for name in names),
+        "ForPreTraining": base == "ViTMAE" and has["decoder"],
+        "ModelWithProjection": base.startswith("CLIP") and has["visual_projection"],
+    }
+    if settings["model_type"] == "clip":
+        base = "CLIP" if has["text_model."] else "CLIPVision"
+        heads["ModelWithProjection"] &= not has["text_model."]
+    named = (settings.get("architectures") or [None])[0]
+    if named in {base + ending for ending in (*heads, "Model")}:
+        return named
+    return base + next((ending for ending, is_there in heads.items() if is_there), "Model")
+
+
+def name_in_file(layout: Layout, settings: dict, name: str) -> str:
+    """A tensor's name in the file of the class that the settings name: classes with a head put a word in front."""
+    model_type, kind = settings["model_type"], settings["architectures"][0]
+    if kind.endswith("Model") or "classifier" in name or name == "visual_projection.weight":
+        return name
+    return f"{'vision_model' if model_type == 'clip_vision_model' else model_type}.{name}"
+
+
+__all__ = ["name_in_file", "transformers_class", "transformers_settings"]
