@@ -65,7 +65,7 @@ def inner_model(source: Source, *, family: str | None = None) -> Source:
         if len(names) >= 8
     }
     found: list[str] = []
-    for prefix in sorted(shares, key=shares.get, reverse=True):
+    for prefix in sorted(shares, key=lambda prefix: (shares[prefix], len(prefix)), reverse=True):
         if shares[prefix] >= _ENOUGH and not any(prefix.startswith(one) or one.startswith(prefix) for one in found):
             found.append(prefix)
     if len(found) > 1:
