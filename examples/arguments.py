@@ -1,9 +1,10 @@
-"""What a training program is told: its options, the recipe that they name, the images that it learns from."""
+"""Options of the training programs, the recipe that they name, and the data that they open."""
 
 import argparse
 import dataclasses
 import os
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -21,16 +22,24 @@ from modeling_vitreg.pretraining.objectives.objective import DataSummary
 from modeling_vitreg.pretraining.objectives.registry import objective_class
 from modeling_vitreg.pretraining.run.recipe import Recipe, read_recipe
 from modeling_vitreg.scenes import SEMANTIC_NAMES, SceneSettings
+from modeling_vitreg.settings import suggest_name
 
 
 RECIPES = pathlib.Path(__file__).parent / "recipes"
 MAPS = ("mask", "depth")  # annotations of each pixel
-HELD_OUT_SCENES = 2**30  # first index; training scenes are counted from 0
+EVAL_SCENES, FIRST_EVAL_SCENE = "evaluation scenes", 2**30  # training scenes are numbered from 0
+RENAMED = {  # options of older versions
+    "--look-every": "--eval-every",
+    "--num-looked-at": "--num-eval-images",
+    "--held-out": "--eval-split",
+    "--licence": "--license",
+    "--push_to_hub": "--push-to-hub",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What every part of the program needs to know."""
+    """Options, recipe and processes of a run."""
 
     options: argparse.Namespace
     recipe: Recipe
@@ -80,56 +89,83 @@ class Run:
 def parse_options(description: str, default_recipe: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
-    what = parser.add_argument_group("what is trained")
-    shown = f"a YAML file, or one of: {names} (default: {default_recipe})"
-    what.add_argument("--recipe", default=default_recipe, help=shown)
-    what.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a value of the recipe")
-    what.add_argument("--registers", type=int, help="number of registers, in place of the recipe's; 0 for none")
-    what.add_argument("--init", help="start from a model (folder or Hub name) or from the output of another run")
-    data = parser.add_argument_group("on which images")
+    model = parser.add_argument_group("Model")
+    model.add_argument(
+        "--recipe",
+        default=default_recipe,
+        help=f"recipe: a YAML file or one of {names} (default: {default_recipe})",
+    )
+    model.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a value of the recipe")
+    model.add_argument("--registers", type=int, help="number of registers (default: that of the recipe)")
+    model.add_argument("--init", help="model (folder or Hub name) or output folder of another run to start from")
+    data = parser.add_argument_group("Data")
     data.add_argument(
         "--data",
         default="scenes",
-        help='"scenes" (built in, default), a folder of images, WebDataset shards such as "shards/{000..099}.tar", a '
-        "folder or Hub name of a dataset",
+        help='folder of images, WebDataset shards such as "shards/{000..099}.tar", dataset (folder or Hub name), or '
+        "scenes, the built-in data (default)",
     )
-    data.add_argument("--split", default="train", help="of the data (default: train)")
-    data.add_argument("--held-out", help="split whose labels k-NN accuracy is measured on (default: found)")
-    data.add_argument("--streaming", action="store_true", help="read the data while training instead of preparing it")
-    data.add_argument("--image-column", help="default: found by its type")
+    data.add_argument("--split", default="train", help="training split (default: train)")
+    data.add_argument("--eval-split", help="evaluation split (default: validation or test, if there is one)")
+    data.add_argument("--streaming", action="store_true", help="stream the data instead of preparing it first")
+    data.add_argument("--image-column", help="column of images (default: found by its type)")
     data.add_argument(
         "--label-column",
-        help="default: found by its type; only k-NN accuracy reads labels. Of scenes: colours (of the main object, "
-        "default) or label (its shape and texture, which takes far longer to learn)",
+        help="column of labels (default: found by its type). Scenes have colours (of the main object, default) and "
+        "label (its shape and texture, which is much harder)",
     )
-    data.add_argument("--text-column", help="of captions, for CLIP (default: caption)")
-    data.add_argument("--mask-column", help="of masks, for segmentation: 255 is no class (default: mask)")
-    data.add_argument("--reduce-labels", action="store_true", help="0 is no class, others count from 1, as in ADE20k")
-    data.add_argument("--depth-column", help="of depth maps, for depth (default: depth)")
-    data.add_argument("--depth-scale", type=float, default=1.0, help="metres of a unit, 0.001 for millimetres")
-    data.add_argument("--num-scenes", type=int, default=4096, help="of the built-in data (default: 4096)")
-    data.add_argument("--max-unreadable", type=float, default=0.05, help="share at which to stop (default: 0.05)")
-    how = parser.add_argument_group("how (changes no number, but for rounding)")
-    how.add_argument("--output", type=pathlib.Path, help="folder (default: outputs/RECIPE)")
-    how.add_argument("--micro-batch", type=int, help="images at once in a process (default: all, no accumulation)")
-    how.add_argument("--workers", type=int, help="processes that cut views (default: one a core, at most 8)")
-    how.add_argument("--precision", choices=("no", "bf16", "fp16"), help="default: that of `accelerate config`")
-    how.add_argument("--compile", action="store_true", help="compile the layers")
-    how.add_argument("--checkpoint-activations", action="store_true", help="a third slower, far less memory")
-    how.add_argument("--shard", action="store_true", help="spread the parameters over the processes (FSDP2)")
-    look = parser.add_argument_group("looking and saving")
-    look.add_argument("--tracker", help="tensorboard, trackio, wandb ... beside log.jsonl")
-    look.add_argument(
-        "--push-to-hub", "--push_to_hub", metavar="USER/NAME", help="publish the run when it ends, privately"
+    data.add_argument("--text-column", help="column of captions (default: caption)")
+    data.add_argument("--mask-column", help="column of masks, in which 255 is ignored (default: mask)")
+    data.add_argument("--reduce-labels", action="store_true", help="masks: ignore 0 and count classes from 1 (ADE20k)")
+    data.add_argument("--depth-column", help="column of depth maps (default: depth)")
+    data.add_argument("--depth-scale", type=float, default=1.0, help="metres per unit of depth; 0.001 for millimetres")
+    data.add_argument("--num-scenes", type=int, default=4096, help="number of scenes (default: 4096)")
+    data.add_argument(
+        "--max-unreadable",
+        type=float,
+        default=0.05,
+        help="share of unreadable images that stops the run (default: 0.05)",
     )
-    look.add_argument("--licence", help="of the published weights, where they inherit none, such as apache-2.0")
-    look.add_argument("--log-every", type=int, default=10, help="steps (default: 10)")
-    look.add_argument("--look-every", type=int, help="steps between k-NN, norms and pictures (default: a tenth)")
-    look.add_argument("--save-every", type=int, help="steps between states (default: a tenth, at most 1000)")
-    look.add_argument("--num-looked-at", type=int, default=2000, help="images that are looked at (default: 2000)")
-    options = parser.parse_args()
+    compute = parser.add_argument_group("Compute", "These options change results by rounding at most.")
+    compute.add_argument(
+        "--micro-batch", type=int, help="images per forward pass and process (default: no accumulation)"
+    )
+    compute.add_argument("--workers", type=int, help="data workers per process (default: one per core, at most 8)")
+    compute.add_argument("--precision", choices=("no", "bf16", "fp16"), help="default: that of `accelerate config`")
+    compute.add_argument("--compile", action="store_true", help="compile the layers")
+    compute.add_argument("--checkpoint-activations", action="store_true", help="save memory, a third slower")
+    compute.add_argument("--shard", action="store_true", help="shard the parameters over the processes (FSDP2)")
+    output = parser.add_argument_group("Output")
+    output.add_argument("--output", type=pathlib.Path, help="output folder (default: outputs/RECIPE)")
+    output.add_argument("--log-every", type=int, default=10, help="steps between records of the log (default: 10)")
+    output.add_argument("--eval-every", type=int, help="steps between evaluations (default: a tenth of all)")
+    output.add_argument("--save-every", type=int, help="steps between states (default: a tenth of all, at most 1000)")
+    output.add_argument("--num-eval-images", type=int, default=2000, help="images for k-NN and norms (default: 2000)")
+    output.add_argument("--tracker", help="tensorboard, trackio, wandb ... beside log.jsonl")
+    output.add_argument("--push-to-hub", metavar="USER/NAME", help="publish the finished run as a private repository")
+    output.add_argument("--license", help="license of published weights that inherit none, such as apache-2.0")
+    options = parse_known(parser, sys.argv[1:])
+    for name in ("log_every", "eval_every", "save_every", "num_eval_images", "micro_batch", "num_scenes"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} is 1 or more, got {getattr(options, name)}")
     if options.workers is None:
         options.workers = min(os.cpu_count() or 1, 8)
+    return options
+
+
+def parse_known(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+    """Parse a command; older names are accepted, and unknown ones are answered with the nearest known name."""
+    current = []
+    for argument in arguments:
+        name, separator, value = argument.partition("=")
+        if name in RENAMED:
+            print(f"{name} was renamed to {RENAMED[name]}", file=sys.stderr)
+        current.append(f"{RENAMED.get(name, name)}{separator}{value}")
+    options, unknown = parser.parse_known_args(current)
+    if unknown:
+        name = unknown[0].partition("=")[0]
+        known = [option for action in parser._actions for option in action.option_strings]
+        parser.error(f"unknown argument {name}; {suggest_name(name, known)}")
     return options
 
 
@@ -137,8 +173,8 @@ def choose_recipe(options: argparse.Namespace) -> Recipe:
     path = pathlib.Path(options.recipe)
     path = path if path.suffix == ".yaml" else RECIPES / f"{options.recipe}.yaml"
     if not path.exists():
-        known = ", ".join(sorted(known.stem for known in RECIPES.glob("*.yaml")))
-        raise SystemExit(f"there is no recipe {path}: give a YAML file, or one of {known}")
+        known = suggest_name(path.stem, (known.stem for known in RECIPES.glob("*.yaml")))
+        raise SystemExit(f"there is no recipe {options.recipe}: expected a YAML file or a name; {known}")
     changes = {}
     for change in options.set:
         name, separator, value = change.partition("=")
@@ -156,19 +192,19 @@ def choose_recipe(options: argparse.Namespace) -> Recipe:
     except (ValueError, TypeError) as error:
         raise SystemExit(str(error)) from None
     options.output = options.output or pathlib.Path("outputs") / path.stem
-    options.look_every = options.look_every or max(recipe.num_steps // 10, 1)
+    options.eval_every = options.eval_every or max(recipe.num_steps // 10, 1)
     options.save_every = options.save_every or min(max(recipe.num_steps // 10, 1), 1000)
     return recipe
 
 
 def open_source(options: argparse.Namespace, recipe: Recipe, *, split: str | None = None):
-    """The images to learn from, or those of another split."""
+    """The training images, or those of another split."""
     scenes = range(options.num_scenes)
     # Larger than a view; where the image has one label, filled by one object, as photographs of objects are.
     objects = {} if annotation_of(recipe) in MAPS else {"max_objects": 1, "zoom": 1.6}
     looks = SceneSettings(image_size=recipe.crops.global_size * 4 // 3, **objects)
-    if split == "held-out scenes":
-        scenes, split = range(HELD_OUT_SCENES, HELD_OUT_SCENES + options.num_looked_at // 4), "train"
+    if split == EVAL_SCENES:
+        scenes, split = range(FIRST_EVAL_SCENE, FIRST_EVAL_SCENE + options.num_eval_images // 4), "train"
     try:
         return open_images(
             options.data,
@@ -183,7 +219,7 @@ def open_source(options: argparse.Namespace, recipe: Recipe, *, split: str | Non
 
 
 def make_data_options(options: argparse.Namespace, recipe: Recipe) -> DataOptions:
-    """The columns that the objective learns from, and the meaning of their values."""
+    """Columns that the objective needs, and the meaning of their values."""
     of_scenes = {"mask": "semantic_mask", "label": "colours"} if options.data == "scenes" else {}
     columns = {"image_column": options.image_column, "label_column": options.label_column or of_scenes.get("label")}
     kind = annotation_of(recipe)
@@ -198,12 +234,12 @@ def make_data_options(options: argparse.Namespace, recipe: Recipe) -> DataOption
 
 
 def annotation_of(recipe: Recipe) -> str | None:
-    """What the objective of a recipe learns from beside images."""
+    """Kind of annotation that the objective of a recipe needs."""
     return objective_class(recipe.objective).annotation
 
 
 def name_classes(recipe: Recipe, source, *, data: str) -> Recipe:
-    """The recipe with values that it leaves to the data, such as names of classes."""
+    """The recipe completed by values from the data, such as names of classes."""
     summary = DataSummary(
         class_names=tuple(source.class_names or ()),
         mask_names=SEMANTIC_NAMES if data == "scenes" else (),
@@ -217,7 +253,7 @@ def name_classes(recipe: Recipe, source, *, data: str) -> Recipe:
 
 
 def name_init(init: str | None) -> str | None:
-    """What a run started from: the licence of its weights is inherited from there."""
+    """Model that the run started from, whose licence its weights inherit."""
     return os.path.abspath(init) if init and os.path.exists(init) else init
 
 

@@ -1,16 +1,15 @@
-"""What one sees of a training run: its log, its pictures, its numbers on held-out images, and words of warning."""
+"""The log of a training run, its evaluation on images that are not trained on, its pictures and its warnings."""
 
 import collections
 import contextlib
 import itertools
 import json
-import pathlib
 import platform
 import time
 
 import psutil
 import torch
-from arguments import MAPS, Run, annotation_of, open_source, versions
+from arguments import EVAL_SCENES, MAPS, Run, annotation_of, open_source, versions
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
@@ -19,10 +18,10 @@ from transformers import PreTrainedModel
 
 from modeling_vitreg import ViTWithRegistersModel
 from modeling_vitreg.analysis import summarise_norms, token_norms
-from modeling_vitreg.cards import CardError, PublishError, publish
 from modeling_vitreg.evaluation import knn_accuracy
 from modeling_vitreg.files import write_text
 from modeling_vitreg.images import ImageSource, UnreadableImage, decode_image, decode_maps
+from modeling_vitreg.metrics import METRICS, MetricDescription
 from modeling_vitreg.modes import eval_mode
 from modeling_vitreg.pretraining.monitoring.curves import draw_curves, draw_norms
 from modeling_vitreg.pretraining.monitoring.diagnosis import diagnose
@@ -34,20 +33,8 @@ from modeling_vitreg.pretraining.objectives.objective import TARGETS, Objective
 from modeling_vitreg.pretraining.run.sharding import gather_model
 
 
-# What is measured on held-out images, the most telling last.
-MEASURES = {
-    "knn": "k-NN accuracy",
-    "zero_shot": "zero-shot accuracy",
-    "accuracy": "accuracy",
-    "pixel_accuracy": "accuracy of pixels",
-    "mean_iou": "mean IoU",
-    "d1": "depths within 25 %",
-    "rmse": "error of depth (RMSE)",
-}
-
-
 class Monitor:
-    """Writes down every number, draws the pictures, and says in words what goes wrong."""
+    """Writes the log, evaluates the model, draws pictures and warns of problems."""
 
     def __init__(self, run: Run, objective: Objective, source, metadata: dict):
         self.run, self.objective = run, objective
@@ -58,12 +45,13 @@ class Monitor:
             is_evaluation = "total" not in record
             return last_step >= 0 and record["step"] <= last_step - (is_evaluation and self.lacks_evaluation)
 
-        self.journal = JsonlLogger(run.folder / "log.jsonl", keeps=keeps, is_writer=run.is_main)
+        self.logger = JsonlLogger(run.folder / "log.jsonl", keeps=keeps, is_writer=run.is_main)
         self.norms = JsonlLogger(run.folder / "norms.jsonl", keeps=keeps, is_writer=run.is_main)
-        self.sample = Sample(run, source) if run.is_main else None
+        self.eval_images = EvalImages(run, source) if run.is_main else None
+        self._metrics = ("knn", *objective.metrics)
         self._first_step, self._non_finite, self._named = last_step + 1, NonFiniteDetector(), set()
         self._headline, self._value, self._init = None, None, metadata["init"]
-        self._unreadable = next((r["unreadable"] for r in reversed(self.journal.records) if "unreadable" in r), 0)
+        self._unreadable = next((r["unreadable"] for r in reversed(self.logger.records) if "unreadable" in r), 0)
         self._data = {"name": run.options.data, "revision": source.revision}
         self._begin = time.monotonic() - metadata["seconds"]
         self._last_time, self._last_step = time.monotonic(), last_step
@@ -76,7 +64,7 @@ class Monitor:
         is_evaluated = any("rank" in record and record["step"] == last_step for record in records)
         is_last = last_step + 1 == self.run.recipe.num_steps
         is_done = is_evaluated and (self._is_finished() or not is_last)
-        return last_step < 0 or (self.run.is_time(self.run.options.look_every, last_step) and not is_done)
+        return last_step < 0 or (self.run.is_time(self.run.options.eval_every, last_step) and not is_done)
 
     def _is_finished(self) -> bool:
         """Whether training.json of the whole run has been written."""
@@ -112,8 +100,8 @@ class Monitor:
             if self._unreadable <= 3:
                 tqdm.write(f"unreadable image {name} ({reason}): replaced, listed in {file.name}")
 
-    def see(self, step: int, losses: dict, gradients: dict, optimizer: torch.optim.Optimizer) -> None:
-        """Take the numbers of a step; write them down when it is time."""
+    def log_step(self, step: int, losses: dict, gradients: dict, optimizer: torch.optim.Optimizer) -> None:
+        """Take the values of a step; write them to the log when it is time."""
         self._non_finite.update(losses | gradients if self.run.accelerator.scaler is None else losses, step=step)
         if not self.run.is_time(self.run.options.log_every, step):
             return
@@ -137,12 +125,12 @@ class Monitor:
         else:
             record["memory_gib"] = psutil.Process().memory_info().rss / 2**30  # without the workers
         self._last_time, self._last_step = time.monotonic(), step
-        self.journal.write(record)
+        self.logger.write(record)
         self._track(record)
         line = f"loss {record['total']:.3f}"
         if self.objective.num_prototypes and "dino" in record:
             line += f" (class {record['dino']:.3f}, ln K {collapse_line(self.objective.num_prototypes):.3f})"
-        line += f", {MEASURES[self._headline]} {say(self._headline, self._value)}" if self._headline else ""
+        line += f", {describe(self._headline).label} {write(self._headline, self._value)}" if self._headline else ""
         self.bar.set_postfix_str(f"{line}, {record['images_per_second']:.0f} images/s", refresh=False)
 
     def check_finite(self) -> None:
@@ -152,17 +140,17 @@ class Monitor:
         except RuntimeError as error:
             raise SystemExit(str(error)) from None
 
-    def look(self, *, step: int) -> None:
-        """Measure features and norms, draw, and name what is wrong."""
+    def evaluate(self, *, step: int) -> None:
+        """Measure features and norms, draw pictures and warn of problems."""
         model = gather_model(self.objective)
         if self.run.is_main:
             with eval_mode(model):
-                self._measure(model, step)
+                self._evaluate(model, step)
         self.run.accelerator.wait_for_everyone()
         self._last_time = time.monotonic()
 
     def finish(self, *, step: int, is_stopped: bool) -> None:
-        """The facts of the run, and what to type next."""
+        """Write the summary of the run, and print it with the next command."""
         self.bar.close()
         if not self.run.is_main:
             return
@@ -188,13 +176,13 @@ class Monitor:
             print(f"all {step + 1} steps were done before")
         else:
             write_text(folder / "training.json", json.dumps(summary, indent=2) + "\n")
-        if self.run.options.push_to_hub:
-            self._publish(folder, self.run.options.push_to_hub)
-        shown = f"{self.sample.num_held_out} {self.sample.held_out_name}"
-        for name in [name for name in MEASURES if name in summary]:
-            before = f"{say(name, summary[f'untrained_{name}'])} untrained, " if f"untrained_{name}" in summary else ""
+        shown = f"{len(self.eval_images.shown)} {self.eval_images.origin}"
+        for name in [name for name in self._metrics if name in summary]:
+            before = (
+                f"{write(name, summary[f'untrained_{name}'])} untrained, " if f"untrained_{name}" in summary else ""
+            )
             chance = f" (chance {summary['chance']:.1%})" if name == "knn" else ""
-            print(f"{MEASURES[name]} on {shown}: {before}{say(name, summary[name])} trained{chance}")
+            print(f"{describe(name).label} on {shown}: {before}{write(name, summary[name])} trained{chance}")
         kind = getattr(self.objective.saved, "_auto_class", None) or type(self.objective.saved).__name__
         print(f"{step + 1} steps in {self.seconds:.0f} seconds")
         print(f"pictures: {', '.join(str(path) for path in sorted(folder.glob('*.png')))}")
@@ -204,62 +192,55 @@ class Monitor:
             f"print({kind}.from_pretrained('{folder / 'model'}', trust_remote_code=True))\""
         )
 
-    def _publish(self, folder: pathlib.Path, name: str) -> None:
-        try:
-            publish(folder, name, licence=self.run.options.licence)
-        except (CardError, PublishError) as error:  # the run is done and stays, whatever the Hub says
-            print(f"not published: {error}\n  the run is whole; try again with: vitreg publish {folder} {name}")
-
     def _measured(self, *, first: bool) -> dict:
-        """What held-out images showed at the first or at the last look."""
-        looks = [record for record in self.journal.records if "rank" in record]
-        chosen = looks[0 if first else -1] if looks else {}
-        return {name: chosen[name] for name in (*MEASURES, "chance") if name in chosen}
+        """Metrics of the first or the last evaluation."""
+        evaluations = [record for record in self.logger.records if "rank" in record]
+        chosen = evaluations[0 if first else -1] if evaluations else {}
+        return {name: chosen[name] for name in (*self._metrics, "chance") if name in chosen}
 
-    def _measure(self, model: PreTrainedModel, step: int) -> None:
+    def _evaluate(self, model: PreTrainedModel, step: int) -> None:
         encoder = self.objective.encoder_of(model)
-        run, folder, sample = self.run, self.run.folder, self.sample
-        features = encode(encoder, sample.images)
+        run, folder, data = self.run, self.run.folder, self.eval_images
+        features = encode(encoder, data.train_images)
         record = {"step": step, "rank": effective_rank(features)}
         similarity = register_similarity(encoder)
         if similarity is not None:
             record["register_similarity"] = similarity
-        if sample.num_classes > 1:
-            held_out = encode(encoder, sample.held_out)
-            accuracy = knn_accuracy(features, sample.labels, held_out, sample.truth["labels"])
-            record |= {"knn": accuracy, "chance": 1 / sample.num_classes}
-        if sample.held_out is not None:
+        if data.num_classes > 1:
+            accuracy = knn_accuracy(features, data.train_labels, encode(encoder, data.images), data.targets["labels"])
+            record |= {"knn": accuracy, "chance": 1 / data.num_classes}
+        if data.images is not None:
             try:
-                record |= self.objective.evaluate(model, sample.held_out, sample.truth)
-            except ValueError as error:  # the data are not what the recipe says
+                record |= self.objective.evaluate(model, data.images, data.targets)
+            except ValueError as error:  # the annotations are not what the recipe says
                 raise SystemExit(str(error)) from None
-        self._headline = next((name for name in reversed(MEASURES) if name in record), None)
+        self._headline = next((name for name in reversed(self._metrics) if name in record), None)
         self._value = record.get(self._headline)
-        self.journal.write(record)
+        self.logger.write(record)
         self._track(record)
         device = run.accelerator.device
-        self.norms.write({"step": step} | summarise_norms(token_norms(encoder, sample.images[:64].to(device))))
-        for alarm in diagnose(self.journal.records, num_prototypes=self.objective.num_prototypes):
+        self.norms.write({"step": step} | summarise_norms(token_norms(encoder, data.train_images[:64].to(device))))
+        for alarm in diagnose(self.logger.records, num_prototypes=self.objective.num_prototypes):
             kind = " ".join(alarm.split()[:5])
             if kind not in self._named:
                 self._named.add(kind)
                 tqdm.write(f"warning: {alarm}")
         if step >= 0:
             draw_curves(
-                self.journal.records,
+                self.logger.records,
                 folder / "curves.png",
                 panels=self.objective.panels,
                 num_prototypes=self.objective.num_prototypes,
             )
             draw_norms(self.norms.records, folder / "norms.png")
-            shown = sample.shown[:6].to(device)
+            shown = data.shown[:6].to(device)
             pixels = {"mean": run.recipe.mean, "std": run.recipe.std}
             draw_attention(encoder, shown, folder / "attention.png", **pixels)
             if self.objective.annotation in MAPS:
-                truth = sample.truth[TARGETS[self.objective.annotation]][:6]
+                targets = data.targets[TARGETS[self.objective.annotation]][:6]
                 num_classes = encoder.config.num_labels if self.objective.annotation == "mask" else None
                 found = self.objective.predict(model, shown)
-                draw_maps(shown.cpu(), truth, found, folder / "maps.png", **pixels, num_classes=num_classes)
+                draw_maps(shown.cpu(), targets, found, folder / "maps.png", **pixels, num_classes=num_classes)
 
     def _track(self, record: dict) -> None:
         if self.run.options.tracker:
@@ -267,22 +248,23 @@ class Monitor:
             self.run.accelerator.log(values, step=record["step"] + 1)
 
 
-class Sample:
-    """Images that are looked at during a run, and, where something is known of them, others to measure on.
+class EvalImages:
+    """Images for the evaluation of a run.
 
-    Neighbours come from the training data; what is measured comes from another split, or else from other images of the
-    training data, of whose labels and maps nothing has seen either.
+    The neighbours of k-NN are training images. Metrics are measured on another split or, if there is none, on other
+    images of the training data; no label or map of them is used for training.
 
     Attributes:
-        images, labels: of the training data; normalised (N, 3, h, w), and (N,).
-        num_classes: of the labels; fewer than two where there is nothing to tell apart.
-        held_out: others, normalised; None where nothing is known of them.
-        truth: what is known; see `Objective.evaluate`.
-        shown: that pictures are made of.
+        train_images, train_labels: training images, normalised (N, 3, h, w), and their labels (N,).
+        num_classes: number of labels; below 2 there is no k-NN accuracy.
+        images: evaluation images, normalised; None without annotations.
+        targets: their annotations; see `Objective.evaluate`.
+        origin: where they come from, in words.
+        shown: images for pictures.
     """
 
     def __init__(self, run: Run, source):
-        recipe, number = run.recipe, run.options.num_looked_at
+        recipe, number = run.recipe, run.options.num_eval_images
         sides = recipe.crops.global_size
         resize = v2.Resize(sides, interpolation=InterpolationMode.BICUBIC)
         self._cut = v2.Compose([resize, v2.CenterCrop(sides)])
@@ -293,31 +275,28 @@ class Sample:
                 v2.Normalize(list(recipe.mean), list(recipe.std)),
             ]
         )
-        images, truth = self._read(source, number + number // 4)
-        other, self.held_out_name = self._find_held_out(run, source)
-        labels = truth["labels"]
+        images, targets = self._read(source, number + number // 4)
+        other, self.origin = self._find_split(run, source)
+        labels = targets["labels"]
         is_labelled = labels.min() >= 0 and annotation_of(recipe) not in MAPS
         self.num_classes = len(labels.unique()) if is_labelled else 0
-        self.held_out, self.truth = None, {}
-        if self.num_classes > 1 or len(truth) > 1:
+        self.images, self.targets = None, {}
+        if self.num_classes > 1 or len(targets) > 1:
             if other is None:
                 number = len(images) * 4 // 5
-                self.held_out, self.truth = images[number:], {name: values[number:] for name, values in truth.items()}
+                self.images = images[number:]
+                self.targets = {name: values[number:] for name, values in targets.items()}
             else:
-                self.held_out, self.truth = self._read(other, number // 4)
-        self.images, self.labels = images[:number], labels[:number]
-        self.shown = self.images if self.held_out is None else self.held_out
+                self.images, self.targets = self._read(other, number // 4)
+        self.train_images, self.train_labels = images[:number], labels[:number]
+        self.shown = self.train_images if self.images is None else self.images
 
-    @property
-    def num_held_out(self) -> int:
-        return len(self.shown)
-
-    def _find_held_out(self, run: Run, source):
+    def _find_split(self, run: Run, source):
         if run.options.data == "scenes":
-            return open_source(run.options, run.recipe, split="held-out scenes"), "held-out scenes"
-        if run.options.held_out:
-            other = open_source(run.options, run.recipe, split=run.options.held_out)
-            return other, f"images of the split {run.options.held_out}"
+            return open_source(run.options, run.recipe, split=EVAL_SCENES), EVAL_SCENES
+        if run.options.eval_split:
+            other = open_source(run.options, run.recipe, split=run.options.eval_split)
+            return other, f"images of the split {run.options.eval_split}"
         if isinstance(source, ImageSource):
             for split in ("validation", "test"):
                 with contextlib.suppress(SystemExit):
@@ -330,22 +309,28 @@ class Sample:
             raws = map(source.raw, order)
         else:
             raws = (raw for raw, _ in itertools.islice(source.examples(rank=0, num_processes=1, seed=0), number))
-        images, truth = [], collections.defaultdict(list)
-        for raw in tqdm(raws, total=number, desc="images to look at", leave=False, delay=2):
+        images, targets = [], collections.defaultdict(list)
+        for raw in tqdm(raws, total=number, desc="evaluation images", leave=False, delay=2):
             with contextlib.suppress(UnreadableImage):
                 image = decode_image(raw)
                 maps = {name: torch.from_numpy(values) for name, values in decode_maps(raw, size=image.size).items()}
                 image, *maps_cut = self._cut([image, *map(tv_tensors.Mask, maps.values())])
                 images.append(self._normalise(image))
-                truth["labels"].append(torch.tensor(-1 if raw["label"] is None else raw["label"]))
+                targets["labels"].append(torch.tensor(-1 if raw["label"] is None else raw["label"]))
                 for name, values in zip(maps, maps_cut):
-                    truth[TARGETS[name]].append(values.as_subclass(Tensor))
-        return torch.stack(images), {name: torch.stack(values) for name, values in truth.items()}
+                    targets[TARGETS[name]].append(values.as_subclass(Tensor))
+        return torch.stack(images), {name: torch.stack(values) for name, values in targets.items()}
 
 
-def say(name: str, value: float) -> str:
-    """A measured number in words."""
-    return f"{value:.3f} m" if name == "rmse" else f"{value:.1%}"
+def describe(name: str) -> MetricDescription:
+    """Label and unit of a metric; an unknown one is a plain number."""
+    return METRICS.get(name, MetricDescription(name.replace("_", " "), unit=""))
+
+
+def write(name: str, value: float) -> str:
+    """A value of a metric with its unit."""
+    unit = describe(name).unit
+    return f"{value:.1%}" if unit == "%" else f"{value:.3f} {unit}".rstrip()
 
 
 @torch.no_grad()

@@ -4,12 +4,12 @@
     accelerate launch examples/pretrain.py --recipe small-data --data my_photos  # a folder, one GPU
     accelerate launch examples/pretrain.py --registers 0 --output outputs/without
 
-The same command goes on where it stopped, after Ctrl-C, a kill or a crash, with the same numbers. Whatever decides the
-numbers stands in a recipe (examples/recipes/*.yaml); `--set name=value` changes one value of it, also an inner one
-(`--set crops.num_local=2 --set settings.koleo_weight=0`).
+After Ctrl-C, a kill or a crash the same command continues the run, with the same numbers. A recipe
+(examples/recipes/*.yaml) holds all settings that change the numbers; `--set name=value` changes one of them, also an
+inner one (`--set crops.num_local=2 --set settings.koleo_weight=0`).
 
-The output folder holds model/ (for AutoModel.from_pretrained), state/ (to go on), log.jsonl and norms.jsonl (every
-number), curves.png, norms.png, attention.png, training.json (the facts) and recipe.yaml.
+The output folder holds model/ (for AutoModel.from_pretrained), state/ (to continue), log.jsonl and norms.jsonl (the
+log), curves.png, norms.png, attention.png, training.json (the summary) and recipe.yaml.
 """
 
 import contextlib
@@ -31,6 +31,7 @@ from launching import ends_in_words, make_accelerator
 from monitor import Monitor
 from torch import Tensor
 
+from modeling_vitreg.cards import CardError, PublishError, publish
 from modeling_vitreg.distributed import distributed_context
 from modeling_vitreg.files import atomic_folder, make_folder, write_text
 from modeling_vitreg.images import ImageSource, derive_seed
@@ -96,7 +97,7 @@ def main(*, description: str = __doc__, default_recipe: str = "demo-cpu") -> Non
     if last and run.is_true_anywhere(run.is_main and not is_model_of(run.folder, step)):
         save_model(run, objective, step=step)
     if run.is_true_anywhere(run.is_main and monitor.lacks_evaluation):
-        monitor.look(step=step)
+        monitor.evaluate(step=step)
 
     batches = iter(loader) if first_step < recipe.num_steps else None
     for step in monitor.count_steps(first_step):
@@ -121,15 +122,17 @@ def main(*, description: str = __doc__, default_recipe: str = "demo-cpu") -> Non
         norms = update(objective, optimizer, accelerator.scaler, max_grad_norm=recipe.max_grad_norm)
         objective.after_step(step=step)
 
-        monitor.see(step, losses, norms, optimizer)
+        monitor.log_step(step, losses, norms, optimizer)
         if stop.is_due(step) or run.is_time(options.save_every, step):
             monitor.check_finite()
             save(run, objective, optimizer, loader, metadata | {"step": step, "seconds": monitor.seconds})
         if stop.is_requested:
             break
-        if run.is_time(options.look_every, step):
-            monitor.look(step=step)
+        if run.is_time(options.eval_every, step):
+            monitor.evaluate(step=step)
     monitor.finish(step=step, is_stopped=stop.is_requested)
+    if options.push_to_hub and run.is_main and not stop.is_requested:
+        publish_run(run)
     accelerator.end_training()
 
 
@@ -249,6 +252,15 @@ def update(
         optimizer.step()
     optimizer.zero_grad()
     return norms
+
+
+def publish_run(run: Run) -> None:
+    """Publish the finished run; a failure is reported and changes nothing on the disk."""
+    name = run.options.push_to_hub
+    try:
+        publish(run.folder, name, licence=run.options.license)
+    except (CardError, PublishError) as error:
+        print(f"not published: {error}\n  the run is complete; try again with: vitreg publish {run.folder} {name}")
 
 
 class StopRequest:

@@ -101,7 +101,7 @@ def start(
         max_file_size: bytes after which its disk is full.
         before: called in the process before the program, to make something fail; a function of a module.
     """
-    usual = ["--recipe", "tiny.yaml", "--log-every", "1", "--look-every", "1000", "--save-every", "3"]
+    usual = ["--recipe", "tiny.yaml", "--log-every", "1", "--eval-every", "1000", "--save-every", "3"]
     usual += ["--workers", "0", "--output", output]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_IMPORTED)

@@ -56,7 +56,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-USUAL = ("--data", "photos", "--look-every", "5")
+USUAL = ("--data", "photos", "--eval-every", "5")
 _start = functools.partial(training_program.start, "pretrain.py")
 _run = functools.partial(training_program.run, "pretrain.py")
 _refuse = functools.partial(training_program.refuse, "pretrain.py")
@@ -347,7 +347,7 @@ def test_the_commands_for_two_processes_on_cpus_are_those_of_the_page(folder, wi
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
-ENDLESS = ("--set", "num_steps=100000", "--look-every", "100000", "--save-every", "100000")
+ENDLESS = ("--set", "num_steps=100000", "--eval-every", "100000", "--save-every", "100000")
 LOST = "process {}: another process of this run ended, so this one ends too"
 
 

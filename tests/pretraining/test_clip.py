@@ -231,7 +231,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-USUAL = ("--num-scenes", "48", "--num-looked-at", "40")
+USUAL = ("--num-scenes", "48", "--num-eval-images", "40")
 
 
 def run(folder, *options, **settings) -> str:

@@ -235,7 +235,7 @@ RECIPE = {
     "batch_size": 8,
 }
 AUTO = {"segment": "AutoModelForSemanticSegmentation", "depth": "AutoModelForDepthEstimation"}
-USUAL = ("--num-scenes", "48", "--num-looked-at", "40")
+USUAL = ("--num-scenes", "48", "--num-eval-images", "40")
 # The machinery is the same for both.
 KINDS = ["segment", pytest.param("depth", marks=pytest.mark.slow)]
 SLOW_FOR_DEPTH = pytest.mark.parametrize("folder", KINDS, indirect=True)

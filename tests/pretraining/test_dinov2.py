@@ -580,6 +580,30 @@ def test_a_change_that_does_not_fit_is_refused_with_what_would(recipe, changes, 
         recipe.with_changes(changes)
 
 
+def test_older_names_in_a_recipe_are_read_and_told(tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "clip: 2.0\nwarmup: 0.25\nweight_decay: [0.1, 0.3]\ncrops: {colours: none}\nsettings: {centring: sinkhorn}\n"
+    )
+    recipe = read_recipe(path).with_changes({"num_repeats": 3})
+    assert (recipe.max_grad_norm, recipe.warmup_ratio, recipe.repeated_augmentation) == (2.0, 0.25, 3)
+    assert (recipe.weight_decay, recipe.weight_decay_end) == (0.1, 0.3)
+    assert (recipe.crops.color_augmentation, recipe.settings) == ("none", {"centering": "sinkhorn"})
+    assert "recipe: clip was renamed to max_grad_norm" in capsys.readouterr().err
+    make_recipe({"clip": 1.0})  # of a state: nothing to tell
+    assert not capsys.readouterr().err
+    with pytest.raises(ValueError, match="clip is the older name of max_grad_norm"):
+        make_recipe({"clip": 1.0, "max_grad_norm": 2.0})
+
+
+def test_a_weight_decay_without_an_end_is_constant():
+    recipe = make_recipe({"weight_decay": 0.1})
+    assert recipe.rates(0)["weight_decay"] == recipe.rates(1000)["weight_decay"] == 0.1
+    changed = recipe.with_changes({"weight_decay": 0.2})
+    assert (changed.weight_decay, changed.weight_decay_end) == (0.2, 0.2)
+    assert make_recipe({}).rates(0)["weight_decay"] == pytest.approx(0.04)
+
+
 def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(
