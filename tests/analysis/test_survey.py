@@ -1,5 +1,6 @@
 """The survey: it finds what was planted, nothing in a clean model, and loses nothing on the way."""
 
+import errno
 import json
 import threading
 
@@ -362,3 +363,17 @@ def test_a_model_of_two_channels_is_refused_before_an_image_is_read():
     with pytest.raises(ValueError, match="expects images of 2 channels, but image files have 1"):
         _survey(plain_model(num_channels=2), images)
     assert len(list(images)) == 2
+
+
+def test_a_disk_that_fills_at_the_report_leaves_the_report_before(tmp_path, monkeypatch):
+    encoder, settings = load_encoder(plain_model(num_hidden_layers=1)), SurveySettings(**QUICK, num_shown=0)
+    analyze(encoder, pictures(2)[0], output_folder=tmp_path, settings=settings)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fill(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("modeling_vitreg.files.os.replace", fill)
+    with pytest.raises(OSError, match="No space left on device"):
+        analyze(encoder, pictures(3)[0], output_folder=tmp_path, settings=settings)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -264,7 +264,7 @@ def whole(folder) -> str:
 
 def test_a_run_ends_with_its_metric_a_picture_and_a_model_that_loads_without_the_package(folder, whole):
     kind = yaml.safe_load((folder / "tiny.yaml").read_text())["objective"]
-    assert {"segment": "mean IoU on", "depth": "error of depth (RMSE) on"}[kind] in whole and "k-NN" not in whole
+    assert {"segment": "mean IoU on", "depth": "RMSE of depth on"}[kind] in whole and "k-NN" not in whole
     assert (folder / "whole" / "maps.png").stat().st_size > 5000
     done = run_without_the_package(
         f"""
