@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+from modeling_vitreg.metrics import box_iou
 from modeling_vitreg.omissions import Failures, list_left_out
 from modeling_vitreg.reports import (
     ArtifactReport,
@@ -113,6 +114,8 @@ def test_a_part_that_does_not_apply_has_a_reason_and_a_defect_its_traceback(tmp_
     assert "in contradict" in (tmp_path / "errors.log").read_text()
     with pytest.raises(ValueError, match="broadcast"):
         Failures(is_strict=True).attempt("shapes", contradict)
+    boxes = [np.zeros((1, 3)), np.zeros((1, 4))]  # NumPy's own error in a line of this package
+    assert "(see errors.log)" in failures.attempt("boxes", lambda: box_iou(*boxes))["skipped"]
 
 
 @pytest.mark.parametrize(
