@@ -80,7 +80,8 @@ def _render(template: str, figures: dict[str, pathlib.Path], **content: object) 
         "wide": _WIDE,
         "warnings": _warnings,
     }
-    return environment.get_template(template).render(**content).rstrip() + "\n"
+    page = environment.get_template(template).render(**content).rstrip() + "\n"
+    return page.encode("utf-8", "backslashreplace").decode("utf-8")  # file names may hold bytes that are no text
 
 
 def _warnings(report: ArtifactReport) -> list[str]:

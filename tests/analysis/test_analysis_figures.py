@@ -147,6 +147,16 @@ def test_warnings_stand_behind_the_verdict(planted):
     assert "These registers are equal and act as one: 1, 3; 2, 4." in page
 
 
+def test_names_from_outside_are_text_on_the_page_whatever_they_hold(planted):
+    report, _ = planted
+    name = "a</title><script>alert(1)</script>\n|#{{ 7 * 7 }}\udcff"
+    images = {**report.images, "source": name, "num_unreadable": 1, "unreadable": [name]}
+    hostile = dataclasses.replace(report, model=name, images=images, command=name)
+    for page in (render_page(hostile, {}), render_comparison([hostile] * 2, {}, command=name)):
+        assert "<script" not in page and "{{ 7 * 7 }}" in page and "&lt;script&gt;" in page
+        page.encode("utf-8")
+
+
 def test_a_comparison_needs_two_and_bears_a_model_that_was_not_measured(planted, drawn, tmp_path):
     report, _ = planted
     with pytest.raises(ValueError, match="two reports or more, got 1"):
