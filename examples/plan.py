@@ -1,4 +1,4 @@
-"""Say what a run will cost, before there is a machine to run it; takes seconds and no GPU.
+"""Estimate memory, operations and time of a training run; takes seconds and no GPU.
 
 python examples/plan.py --recipe dinov2-vitg14 --processes 64 --micro-batch 12 --shard
 """

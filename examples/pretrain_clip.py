@@ -4,8 +4,7 @@
     accelerate launch examples/pretrain_clip.py --data owner/dataset --text-column text
     accelerate launch examples/pretrain_clip.py --recipe clip-vitb16 --data "shards/{000..099}.tar" --text-column txt
 
-The loop, its robustness, its data and its instruments are those of pretrain.py; what differs is the recipe. The output
-folder holds model/, a ViTWithRegistersDualEncoderModel with code, tokenizer and image processor, for zero-shot
+The loop is that of pretrain.py, with another recipe. The output folder holds model/, a ViTWithRegistersDualEncoderModel with code, tokenizer and image processor, for zero-shot
 classification anywhere:
 
     from transformers import pipeline
