@@ -2,7 +2,8 @@
 
     accelerate launch examples/finetune.py --init outputs/demo-cpu                      # classes of built-in scenes
     accelerate launch examples/finetune.py --init outputs/demo-cpu --data my_photos     # a folder for each class
-    accelerate launch examples/finetune.py --init outputs/demo-cpu --set settings.freeze_backbone=true --output outputs/probe
+    accelerate launch examples/finetune.py --init outputs/demo-cpu --output outputs/probe \\
+        --set settings.freeze_backbone=true                                             # linear probe
     accelerate launch examples/finetune.py --init outputs/demo-cpu --set settings.lora_rank=4 --output outputs/lora
     accelerate launch examples/finetune.py --output outputs/scratch                     # from scratch
     accelerate launch examples/finetune.py --recipe deit3-vitb16 --data owner/dataset   # DeiT-III, many GPUs
@@ -17,7 +18,8 @@ Segmentation and depth need another recipe; images and maps are cropped together
 Masks hold class numbers; 255 is ignored (--reduce-labels: 0 is ignored, classes count from 1). Depth is in metres, or
 in units of --depth-scale metres. Folders of images name their masks in metadata.jsonl; see docs/data/annotations.md.
 
-The loop is that of pretrain.py, with another recipe. The output folder holds model/ for AutoModelForImageClassification, -SemanticSegmentation or -DepthEstimation.
+The loop is that of pretrain.py, with another recipe. The output folder holds model/, which loads by
+AutoModelForImageClassification, -SemanticSegmentation or -DepthEstimation.
 """
 
 from pretrain import main

@@ -5,11 +5,12 @@ python examples/plan.py --recipe dinov2-vitg14 --processes 64 --micro-batch 12 -
 
 import argparse
 import json
+import math
 import pathlib
 
 import yaml
 
-from modeling_vitreg.pretraining.estimate import PRECISIONS, estimate
+from modeling_vitreg.pretraining.estimate import DEVICES, PRECISIONS, UTILISATION, Estimate, estimate
 from modeling_vitreg.pretraining.run.recipe import read_recipe
 
 
@@ -33,7 +34,7 @@ def main() -> None:
         )
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None
-    print(json.dumps(made.as_dict(), indent=2) if options.json else made)
+    print(json.dumps(made.as_dict(), indent=2) if options.json else write_table(made))
 
 
 def parse_options() -> argparse.Namespace:
@@ -50,6 +51,58 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--checkpoint-activations", action="store_true", help="a third slower, far less memory")
     parser.add_argument("--json", action="store_true", help="every number, for a program")
     return parser.parse_args()
+
+
+def write_table(made: Estimate) -> str:
+    """The estimate as a table."""
+
+    def share(name: str) -> str:
+        return f"{made.flops[name] / made.flops_per_step:.0%}"
+
+    how = ["sharded" if made.is_sharded else "not sharded"]
+    how += ["activations checkpointed"] if made.checkpoints_activations else []
+    accumulated = f" x {made.num_accumulations} accumulations" if made.num_accumulations > 1 else ""
+    rows = [
+        f"{made.objective} on {made.num_processes} processes x {made.micro_batch} images{accumulated}, "
+        f"{made.precision}, {', '.join(how)}",
+        "",
+        "parameters",
+        *(f"  {name:<14}{_million(count):>12}" for name, count in made.parameters.items()),
+        "memory of a process",
+        *(f"  {name:<14}{_size(size):>12}" for name, size in made.memory.items() if size),
+        f"  {'total':<14}{_size(made.total_memory):>12}  and 1 to 2 GiB for the device's own libraries",
+        "step",
+        f"  {'images':<14}{made.images_per_step:>12,}",
+        f"  {'tokens':<14}{made.tokens_per_step:>12,}",
+        f"  {'operations':<14}{_scaled(made.flops_per_step):>12}  teacher {share('teacher')}, student "
+        f"{share('student')} (its heads {share('heads')}), backward {share('backward')}",
+        f"  {'sent':<14}{_size(made.reduced_bytes):>12}  by each process",
+        "state",
+        f"  {'on disk':<14}{_size(made.state_bytes):>12}",
+        f"  {'host memory':<14}{_size(made.host_bytes):>12}  of the process that writes it",
+        "run",
+        f"  {'steps':<14}{made.num_steps:>12,}",
+        f"  {'operations':<14}{made.total_flops:>12.3g}",
+        *(
+            f"  {'hours':<14}{made.hours(flops_per_second=rate):>12,.1f}  if {made.num_processes} {name} reach "
+            f"{UTILISATION:.0%} of {rate / 1e12:.0f} T/s, an assumption"
+            for name, rate in DEVICES.items()
+        ),
+    ]
+    return "\n".join(rows)
+
+
+def _size(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB" if size < 2**30 else f"{size / 2**30:,.2f} GiB"
+
+
+def _scaled(number: float) -> str:
+    power = max(0, min(int(math.log10(max(number, 1))) // 3, 4))
+    return f"{number / 1000**power:,.1f} {' KMGT'[power]}"
+
+
+def _million(count: int) -> str:
+    return f"{count / 1e6:,.2f} M"
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     accelerate launch examples/pretrain_clip.py --data owner/dataset --text-column text
     accelerate launch examples/pretrain_clip.py --recipe clip-vitb16 --data "shards/{000..099}.tar" --text-column txt
 
-The loop is that of pretrain.py, with another recipe. The output folder holds model/, a ViTWithRegistersDualEncoderModel with code, tokenizer and image processor, for zero-shot
-classification anywhere:
+The loop is that of pretrain.py, with another recipe. The output folder holds model/: a dual encoder with code,
+tokenizer and image processor, for zero-shot classification:
 
     from transformers import pipeline
     classify = pipeline("zero-shot-image-classification", "outputs/clip-cpu/model", trust_remote_code=True)

@@ -1,12 +1,11 @@
-"""What a run will cost, before there is a machine to run it: memory, work, traffic, and the size of its states.
+"""Estimate of the memory, operations and traffic of a training run, and of the size of its states.
 
-No formula is written down here for the layers. One micro-batch of the objective goes forward and backward on tensors
-that have shapes and no contents; what stays alive and what is multiplied on the way is counted. What cannot be counted
-so is an assumption: the rate of the device, what torch holds of a sharded layer, and that checkpoints make one layer
-at a time anew.
+One micro-batch of the objective runs forward and backward on fake tensors, which have shapes and no contents; memory
+and products are counted on the way. Assumed are the rate of the device, what torch holds of a sharded layer, and that
+checkpoints recompute one layer at a time.
 
-Not counted: the context of the device and of the communication library (1 to 2 GiB), fragmentation, and what
-`--compile` saves.
+Not counted: the context of the device and of the communication library (1 to 2 GiB), fragmentation, and the savings
+of `--compile`.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ UTILISATION = 0.4  # an assumption: well-tuned runs of large ViTs reach 0.3 to 0
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Cost of a run. Bytes are those of one process, work and traffic those of one step of the optimiser.
+    """Cost of a run. Bytes are per process, operations and traffic per step of the optimiser.
 
     Args:
         objective: its name.
@@ -52,18 +51,18 @@ class Estimate:
         num_steps: of the run.
         images_per_step: over all processes.
         tokens_per_step: of all views that the student sees, over all processes, before any are left out.
-        parameters: of each part that learns, and of `teacher`, all that follows.
+        parameters: of each trained part, and of `teacher`, everything that is not trained.
         memory: bytes of
-            weights - what learns, float32; sharded: the share of this process
-            gradients - of it
+            weights - trained parameters, float32; sharded: the share of this process
+            gradients - of them
             moments - two of AdamW
-            teacher - what does not learn: the moving average and its heads, and buffers
+            teacher - everything that is not trained: the moving average and its heads, and buffers
             gathered - sharded only: see `_gathered_bytes`
             images - views of a micro-batch, float32
             copies - weights in half precision that autocast keeps for the backward pass
-            logits - of the heads, with their targets: what is kept whose last axis is the number of prototypes
-            activations - everything else that is kept for the backward pass
-            working - what the step needs for a moment beyond that, at its highest
+            logits - of the heads, and their targets: tensors whose last axis is the number of prototypes
+            activations - all other tensors that are kept for the backward pass
+            working - the peak of a step beyond that
         flops: of a step over all processes: `teacher`, `student` (forward; `heads` is the part of its heads) and
             `backward`, which includes what is computed again with checkpoints.
         reduced_bytes: what one process sends in a step, in rings; sums of a few vectors are not counted.
@@ -116,42 +115,6 @@ class Estimate:
         """All fields, for JSON."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
-    def __str__(self) -> str:
-        how = ["sharded" if self.is_sharded else "not sharded"]
-        how += ["activations checkpointed"] if self.checkpoints_activations else []
-        accumulated = f" x {self.num_accumulations} accumulations" if self.num_accumulations > 1 else ""
-        rows = [
-            f"{self.objective} on {self.num_processes} processes x {self.micro_batch} images{accumulated}, "
-            f"{self.precision}, {', '.join(how)}",
-            "",
-            "parameters",
-            *(f"  {name:<14}{_million(count):>12}" for name, count in self.parameters.items()),
-            "memory of a process",
-            *(f"  {name:<14}{_size(size):>12}" for name, size in self.memory.items() if size),
-            f"  {'total':<14}{_size(self.total_memory):>12}  and 1 to 2 GiB for the device's own libraries",
-            "step",
-            f"  {'images':<14}{self.images_per_step:>12,}",
-            f"  {'tokens':<14}{self.tokens_per_step:>12,}",
-            f"  {'operations':<14}{_scaled(self.flops_per_step):>12}  teacher {self._share('teacher')}, student "
-            f"{self._share('student')} (its heads {self._share('heads')}), backward {self._share('backward')}",
-            f"  {'sent':<14}{_size(self.reduced_bytes):>12}  by each process",
-            "state",
-            f"  {'on disk':<14}{_size(self.state_bytes):>12}",
-            f"  {'host memory':<14}{_size(self.host_bytes):>12}  of the process that writes it",
-            "run",
-            f"  {'steps':<14}{self.num_steps:>12,}",
-            f"  {'operations':<14}{self.total_flops:>12.3g}",
-            *(
-                f"  {'hours':<14}{self.hours(flops_per_second=rate):>12,.1f}  if {self.num_processes} {name} reach "
-                f"{UTILISATION:.0%} of {rate / 1e12:.0f} T/s, an assumption"
-                for name, rate in DEVICES.items()
-            ),
-        ]
-        return "\n".join(rows)
-
-    def _share(self, name: str) -> str:
-        return f"{self.flops[name] / self.flops_per_step:.0%}"
-
 
 def estimate(
     recipe: Recipe,
@@ -162,10 +125,9 @@ def estimate(
     is_sharded: bool = False,
     checkpoints_activations: bool = False,
 ) -> Estimate:
-    """Count what a run of a recipe needs; takes seconds and hardly any memory, also for a giant.
+    """Estimate the cost of a run; takes seconds and hardly any memory, also for ViT-g.
 
-    The way of a GPU is followed, where views of different sizes share the products of a layer; a flash kernel of
-    attention is taken for granted, which keeps nothing of size N x N.
+    As on a GPU, views of different sizes are packed, and a flash kernel of attention keeps nothing of size N x N.
 
     Args:
         recipe: of the run.
@@ -178,28 +140,20 @@ def estimate(
     Raises:
         ValueError: a number below one, an unknown precision, or a batch that cannot be divided so.
     """
-    if num_processes < 1 or micro_batch < 1:
-        raise ValueError(f"estimate: expected one or more processes and images, got {num_processes} and {micro_batch}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"estimate: precision is one of {', '.join(PRECISIONS)}, got {precision!r}")
-    if recipe.batch_size % (num_processes * micro_batch):
-        raise ValueError(
-            f"estimate: batch_size {recipe.batch_size} is not a multiple of {num_processes} processes x {micro_batch} "
-            f"images: change one of them"
-        )
+    _check(recipe, num_processes, micro_batch, precision)
     num_accumulations = recipe.batch_size // (num_processes * micro_batch)
     settings = objective_class(recipe.objective).settings_for_estimate(recipe.settings)
     recipe = dataclasses.replace(recipe, settings=settings)
     objective = _make_shapes(recipe)
     learned = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     learned_bytes, weight_bytes = _bytes(learned), _bytes(objective.parameters())
+    half = 4 if precision == "no" else 2
     trace = _trace(recipe, micro_batch, precision, is_sharded, checkpoints_activations)
-    kept, half = trace.kept, 4 if precision == "no" else 2
-    working = trace.peak - sum(kept.values())
+    working = trace.peak - sum(trace.kept.values())
     if checkpoints_activations:
-        # What Python holds of a recomputed layer lives longer in this count than on a device: take a layer's share.
+        # Python keeps a recomputed layer longer in this count than a device does: take the share of one layer.
         plain = _trace(recipe, micro_batch, precision, is_sharded, False)
-        of_layers = sum(plain.kept.values()) - sum(kept.values())
+        of_layers = sum(plain.kept.values()) - sum(trace.kept.values())
         working = plain.peak - sum(plain.kept.values()) + of_layers // len(objective.trained["backbone"].layers)
     share = num_processes if is_sharded else 1
     saved_bytes = _bytes(objective.state_dict().values())
@@ -228,9 +182,7 @@ def estimate(
             "teacher": math.ceil((weight_bytes - learned_bytes) / share) + trace.outside + _bytes(objective.buffers()),
             "gathered": _gathered_bytes(objective, half) if is_sharded else 0,
             "images": trace.images,
-            "copies": kept["copies"],
-            "logits": kept["logits"],
-            "activations": kept["activations"],
+            **trace.kept,
             "working": working,
         },
         flops={name: count * num_accumulations * num_processes for name, count in trace.flops.items()},
@@ -239,6 +191,18 @@ def estimate(
         # Weights and moments as gathered.
         host_bytes=saved_bytes + 2 * learned_bytes,
     )
+
+
+def _check(recipe: Recipe, num_processes: int, micro_batch: int, precision: str) -> None:
+    if num_processes < 1 or micro_batch < 1:
+        raise ValueError(f"estimate: expected one or more processes and images, got {num_processes} and {micro_batch}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"estimate: precision is one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if recipe.batch_size % (num_processes * micro_batch):
+        raise ValueError(
+            f"estimate: batch_size {recipe.batch_size} is not a multiple of {num_processes} processes x {micro_batch} "
+            f"images: change one of them"
+        )
 
 
 # Counting ----------------------------------------------------------------------------------------------------------
@@ -446,19 +410,6 @@ def _bytes(tensors) -> int:
 
 def _count(parameters) -> int:
     return sum(parameter.numel() for parameter in parameters)
-
-
-def _size(size: int) -> str:
-    return f"{size / 2**20:,.1f} MiB" if size < 2**30 else f"{size / 2**30:,.2f} GiB"
-
-
-def _scaled(number: float) -> str:
-    power = max(0, min(int(math.log10(max(number, 1))) // 3, 4))
-    return f"{number / 1000**power:,.1f} {' KMGT'[power]}"
-
-
-def _million(count: int) -> str:
-    return f"{count / 1e6:,.2f} M"
 
 
 __all__ = ["DEVICES", "PRECISIONS", "UTILISATION", "Estimate", "estimate"]
