@@ -22,7 +22,7 @@ from modeling_vitreg.pretraining.objectives.objective import DataSummary
 from modeling_vitreg.pretraining.objectives.registry import objective_class
 from modeling_vitreg.pretraining.run.recipe import Recipe, read_recipe
 from modeling_vitreg.scenes import SEMANTIC_NAMES, SceneSettings
-from modeling_vitreg.settings import suggest_name
+from modeling_vitreg.settings import make_settings, suggest_name
 
 
 RECIPES = pathlib.Path(__file__).parent / "recipes"
@@ -175,13 +175,14 @@ def choose_recipe(options: argparse.Namespace) -> Recipe:
     if not path.exists():
         known = suggest_name(path.stem, (known.stem for known in RECIPES.glob("*.yaml")))
         raise SystemExit(f"there is no recipe {options.recipe}: expected a YAML file or a name; {known}")
-    changes = {}
+    changes, options.data_settings = {}, {}
     for change in options.set:
         name, separator, value = change.partition("=")
         if not separator:
             raise SystemExit(f"--set expects NAME=VALUE, got {change!r}")
+        is_data = name.startswith("data.")
         try:
-            changes[name] = yaml.safe_load(value)
+            (options.data_settings if is_data else changes)[name.removeprefix("data.")] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise SystemExit(f"--set {change}: the value is not YAML: {error}") from None
     if options.registers is not None:
@@ -197,25 +198,35 @@ def choose_recipe(options: argparse.Namespace) -> Recipe:
     return recipe
 
 
-def open_source(options: argparse.Namespace, recipe: Recipe, *, split: str | None = None):
-    """The training images, or those of another split."""
+def open_source(options: argparse.Namespace, recipe: Recipe):
+    """The training images."""
+    try:
+        return open_split(options, recipe, options.split, make_data_options(options, recipe))
+    except (ValueError, RuntimeError) as error:
+        raise SystemExit(str(error)) from None
+
+
+def open_split(options: argparse.Namespace, recipe: Recipe, split: str, data_options: DataOptions):
+    """Images of a split, or `EVAL_SCENES`.
+
+    Raises:
+        MissingSplit: there is no such split.
+        ValueError, RuntimeError: see `open_images`.
+    """
     scenes = range(options.num_scenes)
     # Larger than a view; where the image has one label, filled by one object, as photographs of objects are.
     objects = {} if annotation_of(recipe) in MAPS else {"max_objects": 1, "zoom": 1.6}
     looks = SceneSettings(image_size=recipe.crops.global_size * 4 // 3, **objects)
     if split == EVAL_SCENES:
         scenes, split = range(FIRST_EVAL_SCENE, FIRST_EVAL_SCENE + options.num_eval_images // 4), "train"
-    try:
-        return open_images(
-            options.data,
-            split=split or options.split,
-            is_streaming=options.streaming,
-            options=make_data_options(options, recipe),
-            scenes=scenes,
-            scene_settings=looks,
-        )
-    except (ValueError, RuntimeError) as error:
-        raise SystemExit(str(error)) from None
+    return open_images(
+        options.data,
+        split=split,
+        is_streaming=options.streaming,
+        options=data_options,
+        scenes=scenes,
+        scene_settings=looks,
+    )
 
 
 def make_data_options(options: argparse.Namespace, recipe: Recipe) -> DataOptions:
@@ -227,10 +238,13 @@ def make_data_options(options: argparse.Namespace, recipe: Recipe) -> DataOption
         columns["text_column"] = options.text_column or "caption"
     if kind in MAPS:
         columns[f"{kind}_column"] = getattr(options, f"{kind}_column") or of_scenes.get(kind, kind)
-    max_depth = recipe.settings.get("max_depth", DataOptions.max_depth)
-    return DataOptions(
-        **columns, depth_scale=options.depth_scale, reduce_labels=options.reduce_labels, max_depth=max_depth
-    )
+    settings = {"depth_scale": options.depth_scale, "reduce_labels": options.reduce_labels}
+    if recipe.objective == "depth":
+        settings["max_depth"] = recipe.settings.get("max_depth", DataOptions.max_depth)
+    if recipe.objective == "segment":
+        named = recipe.settings.get("class_names") or (SEMANTIC_NAMES if options.data == "scenes" else ())
+        settings["num_classes"] = recipe.settings.get("num_classes") or len(named)
+    return make_settings(DataOptions, {**columns, **settings, **options.data_settings}, of="data")
 
 
 def annotation_of(recipe: Recipe) -> str | None:

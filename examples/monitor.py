@@ -9,7 +9,7 @@ import time
 
 import psutil
 import torch
-from arguments import EVAL_SCENES, MAPS, Run, annotation_of, open_source, versions
+from arguments import EVAL_SCENES, MAPS, Run, annotation_of, open_split, versions
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
@@ -20,7 +20,8 @@ from modeling_vitreg import ViTWithRegistersModel
 from modeling_vitreg.analysis import summarise_norms, token_norms
 from modeling_vitreg.evaluation import knn_accuracy
 from modeling_vitreg.files import write_text
-from modeling_vitreg.images import ImageSource, UnreadableImage, decode_image, decode_maps
+from modeling_vitreg.images import ImageSource, MissingSplit, UnreadableImage, read_annotated
+from modeling_vitreg.images.annotations import NoteCounter
 from modeling_vitreg.metrics import METRICS, MetricDescription
 from modeling_vitreg.modes import eval_mode
 from modeling_vitreg.pretraining.monitoring.curves import draw_curves, draw_norms
@@ -52,7 +53,8 @@ class Monitor:
         self._first_step, self._non_finite, self._named = last_step + 1, NonFiniteDetector(), set()
         self._headline, self._value, self._init = None, None, metadata["init"]
         self._unreadable = next((r["unreadable"] for r in reversed(self.logger.records) if "unreadable" in r), 0)
-        self._data = {"name": run.options.data, "revision": source.revision}
+        self._notes, self._num_read = NoteCounter(), 0
+        self._data, self._source_notes = {"name": run.options.data, "revision": source.revision}, source.notes
         self._begin = time.monotonic() - metadata["seconds"]
         self._last_time, self._last_step = time.monotonic(), last_step
         if run.options.tracker:
@@ -99,6 +101,11 @@ class Monitor:
                 file.write(f"{name}\t{reason}\n")
             if self._unreadable <= 3:
                 tqdm.write(f"unreadable image {name} ({reason}): replaced, listed in {file.name}")
+        for name, note in batch["notes"]:
+            if note not in self._notes.counts:
+                tqdm.write(f"data: {name}: {note}")
+            self._notes.add(name, [note])
+        self._num_read += len(batch["numbers"])
 
     def log_step(self, step: int, losses: dict, gradients: dict, optimizer: torch.optim.Optimizer) -> None:
         """Take the values of a step; write them to the log when it is time."""
@@ -160,7 +167,11 @@ class Monitor:
             return
         summary = {
             "recipe": self.run.recipe.as_dict(),
-            "data": {**self._data, "split": self.run.options.split},
+            "data": {
+                **self._data,
+                "split": self.run.options.split,
+                "notes": [*self._source_notes, *self._notes.lines(self._num_read)],
+            },
             "init": self._init,
             "steps": step + 1,
             "seconds": round(self.seconds, 1),
@@ -293,14 +304,17 @@ class EvalImages:
 
     def _find_split(self, run: Run, source):
         if run.options.data == "scenes":
-            return open_source(run.options, run.recipe, split=EVAL_SCENES), EVAL_SCENES
-        if run.options.eval_split:
-            other = open_source(run.options, run.recipe, split=run.options.eval_split)
-            return other, f"images of the split {run.options.eval_split}"
-        if isinstance(source, ImageSource):
-            for split in ("validation", "test"):
-                with contextlib.suppress(SystemExit):
-                    return open_source(run.options, run.recipe, split=split), f"images of the split {split}"
+            return open_split(run.options, run.recipe, EVAL_SCENES, source.options), EVAL_SCENES
+        is_found = isinstance(source, ImageSource) and not run.options.eval_split
+        for split in ("validation", "test") if is_found else filter(None, [run.options.eval_split]):
+            try:
+                other = open_split(run.options, run.recipe, split, source.options)
+                return other, f"images of the split {split}"
+            except MissingSplit as error:
+                if not is_found:
+                    raise SystemExit(str(error)) from None
+            except (ValueError, RuntimeError) as error:
+                raise SystemExit(f"the split {split!r}: {error}") from None
         return None, "other images of the training data"
 
     def _read(self, source, number: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -312,9 +326,9 @@ class EvalImages:
         images, targets = [], collections.defaultdict(list)
         for raw in tqdm(raws, total=number, desc="evaluation images", leave=False, delay=2):
             with contextlib.suppress(UnreadableImage):
-                image = decode_image(raw)
-                maps = {name: torch.from_numpy(values) for name, values in decode_maps(raw, size=image.size).items()}
-                image, *maps_cut = self._cut([image, *map(tv_tensors.Mask, maps.values())])
+                found = read_annotated(raw)
+                maps = {name: torch.from_numpy(values) for name, values in found.maps.items()}
+                image, *maps_cut = self._cut([found.image, *map(tv_tensors.Mask, maps.values())])
                 images.append(self._normalise(image))
                 targets["labels"].append(torch.tensor(-1 if raw["label"] is None else raw["label"]))
                 for name, values in zip(maps, maps_cut):

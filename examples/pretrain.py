@@ -65,6 +65,8 @@ def main(*, description: str = __doc__, default_recipe: str = "demo-cpu") -> Non
         mixed_precision=options.precision, log_with=options.tracker, project_dir=options.output
     )
     run = Run(options, recipe, accelerator, distributed_context())
+    for note in source.notes:
+        run.say(f"data: {note}")
     last = open_output(run)
 
     # Everything that learns is one module: student, teacher and heads are wrapped, sharded and saved together.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from typing import Annotated
 
@@ -62,24 +63,30 @@ def discover(
         written.append(_save(figures.draw_discoveries(annotated, report), output / "boxes.png"))
         if report.best_of_sweep:
             written.append(_save(figures.draw_sweep(report), output / "sweep.png"))
+    for note in report.images["notes"]:
+        typer.echo(note, err=True)
     tell_unreadable(report.images)
     typer.echo(_describe(report))
     typer.echo(f"wrote {', '.join(map(str, written))}")
 
 
-def _open(images, annotations, split, num_images, encoder, data) -> list:
+def _open(images, annotations, split, num_images, encoder, data):
     """Images, with boxes where they are known."""
-    from modeling_vitreg.discovery import annotations as boxes
     from modeling_vitreg.images import ImageSource, open_images
 
     if images == "scenes":
-        return boxes.read_scenes(range(num_images), settings=options.scene_settings(max(encoder.image_size)))
-    if annotations is not None:
-        return boxes.read_annotations(annotations, images)[:num_images]
-    source = open_images(images, split=split)
+        data = dataclasses.replace(data, box_column="boxes")
+    source = open_images(
+        images,
+        split=split,
+        options=data,
+        annotations=annotations,
+        scenes=range(num_images),
+        scene_settings=options.scene_settings(max(encoder.image_size)),
+    )
     if not isinstance(source, ImageSource):
         raise ValueError(f"{images}: expected images that can be indexed, got a stream: save it as a dataset first")
-    return boxes.read_source(source)[:num_images]
+    return source.select(range(min(num_images, len(source))))
 
 
 def _save(figure, path: pathlib.Path) -> pathlib.Path:

@@ -80,6 +80,8 @@ def evaluate(
         folders = [output / str(number) for number in range(1, len(names) + 1)] if len(names) > 1 else [output]
         found = [_measure(encoder, wanted, opened, folder, chosen) for encoder, folder in zip(encoders, folders)]
         measured = [report for report in found if report.results]
+        for note in dict.fromkeys(note for report in found for note in evaluation.notes_of(report)):
+            typer.echo(note, err=True)
         table = evaluation.compare(measured) if measured else "stopped before anything was measured"
         write_text(output / "table.md", table)
     for part in ("train", "test"):

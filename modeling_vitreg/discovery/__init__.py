@@ -3,7 +3,6 @@
 from modeling_vitreg.metrics import box_iou
 from modeling_vitreg.reports import DiscoveryReport
 
-from .annotations import AnnotatedImage, read_annotations, read_cell, read_coco, read_scenes, read_source, read_voc
 from .dino_seg import dino_seg
 from .lost import LostResult, lost, lost_with_biases
 from .run import discover, write_folder
@@ -12,7 +11,6 @@ from .tokencut import TokenCutResult, tokencut
 
 
 __all__ = [
-    "AnnotatedImage",
     "DiscoveryReport",
     "DiscoverySettings",
     "LostResult",
@@ -23,12 +21,6 @@ __all__ = [
     "discover",
     "lost",
     "lost_with_biases",
-    "read_annotations",
-    "read_cell",
-    "read_coco",
-    "read_scenes",
-    "read_source",
-    "read_voc",
     "tokencut",
     "write_folder",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 
@@ -10,10 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from modeling_vitreg.images import AnnotatedImage, UnreadableImage
 from modeling_vitreg.reports import DiscoveryReport
 from modeling_vitreg.style import BLUE, GREEN, ORANGE, make_cells, plain_text
-
-from .annotations import AnnotatedImage
 
 
 FOUND, MISSED, TRUE = GREEN, ORANGE, BLUE
@@ -34,15 +34,18 @@ def draw_discoveries(
     Raises:
         ValueError: no image of the report is among them.
     """
-    by_name = {image.name: image for image in images}
-    shown = [found for found in report.predictions if found["name"] in by_name][:num_images]
+    by_name, shown = {found["name"]: found for found in report.predictions}, []
+    for number in range(len(images)):
+        with contextlib.suppress(UnreadableImage):  # the report has counted it
+            if len(shown) < num_images and (image := images[number]).name in by_name:
+                shown.append((image, by_name[image.name]))
     if not shown:
         raise ValueError("expected the images that the report was made of, got none with a name that is in it")
     num_columns = min(num_columns, len(shown))
     num_rows = math.ceil(len(shown) / num_columns)
     figure, axes = make_cells(num_rows, num_columns, side=2.8, top=0.1 * num_rows + 0.6)
-    for axis, found in zip(axes.flat, shown):
-        axis.imshow(np.asarray(by_name[found["name"]].open()))
+    for axis, (image, found) in zip(axes.flat, shown):
+        axis.imshow(np.asarray(image.image))
         _draw_prediction(axis, found, iou_threshold=report.as_published["settings"]["iou_threshold"])
     figure.suptitle(_title(report), fontsize=10)
     figure.legend(handles=_legend(report), loc="outside lower center", ncols=3, fontsize=8, frameon=False)

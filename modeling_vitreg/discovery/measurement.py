@@ -6,7 +6,7 @@ Letters for shapes: B images, H heads, Q prefix tokens, N tokens, P patches.
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,10 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from modeling_vitreg.features import Encoder, extract_many, layer_numbers
-from modeling_vitreg.images import UnreadableImage
+from modeling_vitreg.images import AnnotatedImage, UnreadableImage
+from modeling_vitreg.images.annotations import NoteCounter
 from modeling_vitreg.metrics import best_iou
 
-from .annotations import AnnotatedImage
 from .boxes import component_boxes, largest_components, pad_to_patches, seed_components
 from .dino_seg import dino_seg
 from .lost import LostResult, lost, lost_with_biases
@@ -50,9 +50,9 @@ class Score:
         self.iou_threshold, self.ious, self.num_degenerate = iou_threshold, [], 0
 
     def add(self, box: np.ndarray, truth: np.ndarray | None, is_degenerate: bool) -> float | None:
-        """Add a box (4,); returns its IoU with the best true box, None if the image is not annotated."""
+        """Add a box (4,); returns its IoU with the best true box, None if the image has no true box."""
         self.num_degenerate += int(is_degenerate)
-        if truth is None:
+        if truth is None or not len(truth):
             return None
         self.ious.append(best_iou(box, truth))
         return self.ious[-1]
@@ -91,17 +91,21 @@ class Measurement:
         self.published = Score(settings.iou_threshold)
         self.scores = {(*pair, bias): Score(settings.iou_threshold) for pair in self.pairs for bias in sweep.biases}
         self.predictions, self.unreadable, self.nonfinite = {}, [], []
+        self.notes = NoteCounter()
 
-    def pass_over(self, images: Iterable[tuple[int, AnnotatedImage]], *, tell: Callable[[int], object]) -> None:
+    def pass_over(
+        self, images: Sequence[AnnotatedImage], numbers: Iterable[int], *, tell: Callable[[int], object]
+    ) -> None:
         """Read and measure numbered images; those of equal padded size form a batch.
 
         Args:
-            images: in any order.
+            images: `images[number]` decodes one, or raises `UnreadableImage`.
+            numbers: numbers of the images to measure, in any order.
             tell: called with the number of images that are finished.
         """
         waiting = collections.defaultdict(list)  # padded size -> images of it
-        for number, image in images:
-            if (read := self.read(number, image)) is None:
+        for number in numbers:
+            if (read := self.read(images, number)) is None:
                 tell(1)
                 continue
             group = waiting[tuple(read[1].shape)]
@@ -117,14 +121,15 @@ class Measurement:
         tell(len(group))
         group.clear()
 
-    def read(self, number: int, image: AnnotatedImage) -> tuple[Entry, Tensor] | None:
+    def read(self, images: Sequence[AnnotatedImage], number: int) -> tuple[Entry, Tensor] | None:
         """An image and its padded pixels (C, rows, columns); None if it cannot be read."""
         try:
-            picture = image.open()
+            image = images[number]
         except UnreadableImage as error:
             self.unreadable.append(str(error))
             return None
-        original = picture.size
+        self.notes.add(image.name, image.notes)
+        picture, original = image.image, image.image.size
         longest = self.settings.longest_side
         if longest is not None and max(original) > longest:
             sides = [max(round(side * longest / max(original)), 1) for side in original]
@@ -161,10 +166,12 @@ class Measurement:
         return {
             "num_images": len(self.predictions),
             "num_annotated": len(self.published.ious),
+            "num_without_boxes": sum(found["boxes"] == [] for found in self.predictions.values()),
             "num_unreadable": len(self.unreadable),
             "num_nonfinite": len(self.nonfinite),
             "unreadable": self.unreadable[:_NUM_NAMED],
             "nonfinite": self.nonfinite[:_NUM_NAMED],
+            "notes": self.notes.lines(len(self.predictions) + len(self.unreadable) + len(self.nonfinite)),
         }
 
     def sweep_entries(self) -> list[dict]:

@@ -15,14 +15,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import tqdm
 
 from modeling_vitreg.features import Encoder
+from modeling_vitreg.images import AnnotatedImage
 from modeling_vitreg.reports import DiscoveryReport, write_report
 
-from .annotations import AnnotatedImage
 from .measurement import Measurement
 from .settings import DiscoverySettings, Sweep
 
@@ -32,7 +32,7 @@ OPTIMISTIC = "chosen on the images that it was measured on: use it to compare se
 
 def discover(
     encoder: Encoder,
-    images: Iterable[AnnotatedImage],
+    images: Sequence[AnnotatedImage],
     *,
     settings: DiscoverySettings | None = None,
     sweep: Sweep | None = None,
@@ -46,7 +46,7 @@ def discover(
 
     Args:
         encoder: from `modeling_vitreg.features.load_encoder`.
-        images: images with or without boxes.
+        images: images with or without boxes: a list, or a source of `modeling_vitreg.images.open_images`.
         settings: the published settings.
         sweep: further settings of LOST; None for no sweep.
         source: name of the images, for the report.
@@ -71,7 +71,12 @@ def discover(
     return DiscoveryReport(
         model=encoder.name,
         architecture=encoder.describe(),
-        images={"source": source, **run.counts(), "is_complete": stopped_by is None, "stopped_by": stopped_by},
+        images={
+            "source": source,
+            **_with_notes(images, run),
+            "is_complete": stopped_by is None,
+            "stopped_by": stopped_by,
+        },
         as_published={"settings": settings, **run.published.summarise()},
         sweep={"settings": dataclasses.asdict(sweep), "entries": entries} if sweep else {},
         best_of_sweep={**best, "note": OPTIMISTIC} if best and best["corloc"] is not None else {},
@@ -101,13 +106,17 @@ def write_folder(report: DiscoveryReport, images: Sequence[AnnotatedImage], fold
     return files
 
 
-def _pass_over(images: Iterable[AnnotatedImage], run: Measurement) -> str | None:
+def _with_notes(images: Sequence[AnnotatedImage], run: Measurement) -> dict:
+    counts = run.counts()
+    return {**counts, "notes": [*getattr(images, "notes", ()), *counts["notes"]]}
+
+
+def _pass_over(images: Sequence[AnnotatedImage], run: Measurement) -> str | None:
     """Measure all images; returns why the pass stopped early, None if it did not."""
-    total = len(images) if hasattr(images, "__len__") else None
-    bar = tqdm.tqdm(total=total, unit="image", desc=run.encoder.name, disable=not run.settings.has_progress_bar)
+    bar = tqdm.tqdm(total=len(images), unit="image", desc=run.encoder.name, disable=not run.settings.has_progress_bar)
     try:
         with bar:
-            run.pass_over(enumerate(images), tell=bar.update)
+            run.pass_over(images, range(len(images)), tell=bar.update)
     except KeyboardInterrupt:
         return f"stopped by hand after {len(run.predictions)} images"
     except Exception as error:  # what was measured until then is kept

@@ -12,18 +12,17 @@
 """
 
 from modeling_vitreg.discovery import DiscoverySettings
+from modeling_vitreg.images import LabelledData, open_data
 from modeling_vitreg.reports import EvaluationReport
 
-from .data import EvaluationData, LabelledImages
 from .depth import DepthSettings
 from .encoding import EncodingSettings
 from .knn import knn_accuracy
 from .linear import LinearSettings
 from .logistic import LogisticSettings
-from .run import evaluate
+from .run import evaluate, notes_of
 from .segmentation import SegmentationSettings
 from .settings import EvaluationSettings, KnnSettings
-from .sources import open_data
 from .table import compare
 from .tasks import TASKS
 from .zero_shot import ZeroShotSettings, load_tokenizer
@@ -34,11 +33,11 @@ __all__ = [
     "DepthSettings",
     "DiscoverySettings",
     "EncodingSettings",
-    "EvaluationData",
     "EvaluationReport",
     "EvaluationSettings",
+    "ImageSource",
     "KnnSettings",
-    "LabelledImages",
+    "LabelledData",
     "LinearSettings",
     "LogisticSettings",
     "SegmentationSettings",
@@ -47,5 +46,6 @@ __all__ = [
     "evaluate",
     "knn_accuracy",
     "load_tokenizer",
+    "notes_of",
     "open_data",
 ]

@@ -34,17 +34,17 @@ from PIL import Image
 from torch import Tensor
 
 from modeling_vitreg.features import Encoder, check_sides, extract_features
-from modeling_vitreg.images import UnreadableImage
+from modeling_vitreg.images import ImageSource, UnreadableImage
+from modeling_vitreg.images.annotations import NoteCounter
 from modeling_vitreg.reports import short_hash
 
-from .data import LabelledImages
 from .shards import Features, save_shard
 from .zero_shot import embed_images
 
 
 KINDS = ("pooled", "normed_patches", "raw_patches", "embeddings")
 NUM_LAYERS = 4  # last layers whose class tokens are stored
-_TRUTHS = {"pooled": "labels", "normed_patches": "masks", "raw_patches": "depths", "embeddings": "labels"}
+_TARGETS = {"pooled": "labels", "normed_patches": "masks", "raw_patches": "depths", "embeddings": "labels"}
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class EncodingSettings:
 
 def encode(
     encoder: Encoder,
-    images: LabelledImages,
+    images: ImageSource,
     *,
     kinds: Sequence[str],
     folder: str | os.PathLike,
@@ -122,7 +122,7 @@ def encode(
             rows = range(start, min(start + settings.shard_size, len(images)))
             missing = {kind: files[kind][number] for kind in kinds if not files[kind][number].exists()}
             if missing:
-                _write_shard(_Shard(encoder, images, sides, settings), rows, missing)
+                _write_shard(_Shard(encoder, images.only("mask", "depth"), sides, settings), rows, missing)
             bar.update(len(rows))
     return {kind: Features(files[kind]) for kind in kinds}
 
@@ -132,45 +132,49 @@ class _Shard:
     """Inputs of all shards of a pass."""
 
     encoder: Encoder
-    images: LabelledImages
+    images: ImageSource
     sides: tuple[int, int]
     settings: EncodingSettings
 
-    def read(self, number: int) -> tuple[Tensor, dict] | str:
+    def read(self, number: int, notes: NoteCounter) -> tuple[Tensor, dict] | str:
         """Pixels (C, rows, columns) and annotations of an image, or why it cannot be read."""
         try:
-            example = self.images.read(number)
+            example = self.images[number]
         except UnreadableImage as error:
             return str(error)
-        truth = {"labels": torch.tensor(-1 if example.label is None else example.label)}
+        notes.add(example.name, example.notes)
+        targets = {"labels": torch.tensor(-1 if example.label is None else example.label)}
         if example.mask is not None:
-            truth["masks"] = torch.from_numpy(fit_map(example.mask.astype(np.int32), self.sides)).to(torch.int16)
+            targets["masks"] = torch.from_numpy(fit_map(example.mask, self.sides)).to(torch.int16)
         if example.depth is not None:
-            truth["depths"] = torch.from_numpy(fit_map(example.depth, self.sides))
-        return self.encoder.prepare([example.image], size=self.settings.image_size)[0], truth
+            targets["depths"] = torch.from_numpy(fit_map(example.depth, self.sides))
+        return self.encoder.prepare([example.image], size=self.settings.image_size)[0], targets
 
 
 def _write_shard(shard: _Shard, rows: range, files: dict[str, pathlib.Path]) -> None:
-    parts, unreadable, nonfinite = {kind: [] for kind in files}, [], []
-    for numbers, pixels, truths in _read_batches(shard, rows, unreadable):
+    parts, unreadable, nonfinite, notes = {kind: [] for kind in files}, [], [], NoteCounter()
+    for numbers, pixels, targets in _read_batches(shard, rows, unreadable, notes):
         found = _encode_batch(shard.encoder, pixels, list(files))
         is_finite = _is_finite(found)
         nonfinite += [shard.images.name_of(number) for number in numbers[~is_finite].tolist()]
         for kind, tensors in found.items():
-            if _TRUTHS[kind] in truths:
-                tensors[_TRUTHS[kind]] = truths[_TRUTHS[kind]]
+            if _TARGETS[kind] in targets:
+                tensors[_TARGETS[kind]] = targets[_TARGETS[kind]]
             kept = {name: value.cpu()[is_finite] for name, value in {"numbers": numbers, **tensors}.items()}
             parts[kind].append(_pack(kept, kind, shard.settings.patch_precision))
     facts = {"unreadable": unreadable, "num_nonfinite": len(nonfinite), "nonfinite": nonfinite}
+    facts["notes"] = notes.counts
     for kind, file in files.items():
         names = parts[kind][0] if parts[kind] else ()
         tensors = {name: torch.cat([part[name] for part in parts[kind]]).contiguous() for name in names}
         save_shard(tensors if names else {"numbers": torch.empty(0, dtype=torch.int64)}, file, facts=facts)
 
 
-def _read_batches(shard: _Shard, rows: range, unreadable: list[str]) -> Iterator[tuple[Tensor, Tensor, dict]]:
+def _read_batches(
+    shard: _Shard, rows: range, unreadable: list[str], notes: NoteCounter
+) -> Iterator[tuple[Tensor, Tensor, dict]]:
     good = []
-    for number, result in _read_ahead(shard, rows):
+    for number, result in _read_ahead(shard, rows, notes):
         if isinstance(result, str):
             unreadable.append(result)
             continue
@@ -182,12 +186,12 @@ def _read_batches(shard: _Shard, rows: range, unreadable: list[str]) -> Iterator
         yield _stack(good)
 
 
-def _read_ahead(shard: _Shard, rows: range) -> Iterator[tuple[int, tuple[Tensor, dict] | str]]:
+def _read_ahead(shard: _Shard, rows: range, notes: NoteCounter) -> Iterator[tuple[int, tuple[Tensor, dict] | str]]:
     """Images in order, read by threads while the model runs, and no more than two batches ahead."""
     waiting = collections.deque()
     with ThreadPoolExecutor(shard.settings.num_threads) as pool:
         for number in rows:
-            waiting.append((number, pool.submit(shard.read, number)))
+            waiting.append((number, pool.submit(shard.read, number, notes)))
             if len(waiting) == 2 * shard.settings.batch_size:
                 number, result = waiting.popleft()
                 yield number, result.result()
@@ -196,9 +200,9 @@ def _read_ahead(shard: _Shard, rows: range) -> Iterator[tuple[int, tuple[Tensor,
 
 
 def _stack(good: list[tuple]) -> tuple[Tensor, Tensor, dict]:
-    numbers, pixels, truths = zip(*good)
-    truths = {name: torch.stack([truth[name] for truth in truths]) for name in truths[0]}
-    return torch.tensor(numbers), torch.stack(pixels), truths
+    numbers, pixels, targets = zip(*good)
+    targets = {name: torch.stack([target[name] for target in targets]) for name in targets[0]}
+    return torch.tensor(numbers), torch.stack(pixels), targets
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ import torch
 import tqdm
 from torch import Tensor
 
-from .splits import hold_out, require_classes
+from modeling_vitreg.images.splits import hold_out, require_classes
 
 
 LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)

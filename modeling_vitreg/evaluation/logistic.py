@@ -17,7 +17,7 @@ import numpy as np
 import tqdm
 from torch import Tensor
 
-from .splits import hold_out, require_classes
+from modeling_vitreg.images.splits import hold_out, require_classes
 
 
 if TYPE_CHECKING:

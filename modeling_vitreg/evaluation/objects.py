@@ -6,7 +6,7 @@ Images are read at full resolution, as `discover` does, and not cut as for the o
 goes on with the shard it was in.
 
 A shard has `numbers` (I,), the images in it; `boxes` (I, 4), what was found; `ious` (I,) with the best true box,
-NaN where nobody has looked; `is_degenerate` (I,), true where the method had nothing to go by.
+NaN where the image has none; `is_degenerate` (I,), true where the method had nothing to go by.
 
 Letters: I images.
 """
@@ -22,9 +22,9 @@ import tqdm
 from modeling_vitreg.discovery import DiscoverySettings
 from modeling_vitreg.discovery.measurement import Measurement
 from modeling_vitreg.features import Encoder
+from modeling_vitreg.images import ImageSource
 from modeling_vitreg.reports import short_hash
 
-from .data import LabelledImages
 from .intervals import MetricValue, share_of_images
 from .shards import Features, save_shard
 
@@ -34,7 +34,7 @@ OBJECTS = "objects"  # a kind of features
 
 def find_objects(
     encoder: Encoder,
-    images: LabelledImages,
+    images: ImageSource,
     *,
     folder: str | os.PathLike,
     weights_hash: str,
@@ -60,7 +60,7 @@ def find_objects(
     facts = [weights_hash, images.box_fingerprint, settings.asked_for(), shard_size]
     folder = pathlib.Path(folder) / short_hash(facts)
     folder.mkdir(parents=True, exist_ok=True)
-    files = []
+    files, annotated = [], images.only("box")
     with tqdm.tqdm(total=len(images), unit="image", desc="objects", disable=not has_progress_bar) as bar:
         for start in range(0, len(images), shard_size):
             rows = range(start, min(start + shard_size, len(images)))
@@ -69,7 +69,7 @@ def find_objects(
                 bar.update(len(rows))
                 continue
             run = Measurement(encoder, settings, None)
-            run.pass_over(((number, images.annotate(number)) for number in rows), tell=bar.update)
+            run.pass_over(annotated, rows, tell=bar.update)
             _save(run, files[-1])
     return Features(files)
 
@@ -85,6 +85,7 @@ def _save(run: Measurement, file: pathlib.Path) -> None:
         "is_degenerate": torch.tensor([entry["is_degenerate"] for entry in found], dtype=torch.bool),
     }
     facts = {"unreadable": run.unreadable, "num_nonfinite": len(run.nonfinite), "nonfinite": run.nonfinite}
+    facts["notes"] = run.notes.counts
     save_shard(tensors, file, facts=facts)
 
 
@@ -92,7 +93,7 @@ def measure_objects(found: Features, *, iou_threshold: float) -> tuple[list[Metr
     """CorLoc, the share of annotated images whose object has an IoU of `iou_threshold` or more with a true box.
 
     Raises:
-        ValueError: nobody has looked at any image.
+        ValueError: no image has boxes.
     """
     ious = found.load("ious")
     ious = ious[~ious.isnan()]

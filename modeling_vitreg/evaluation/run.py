@@ -21,10 +21,10 @@ from torch import Tensor
 
 from modeling_vitreg.features import Encoder
 from modeling_vitreg.files import check_writable
+from modeling_vitreg.images import LabelledData
 from modeling_vitreg.omissions import Failures
 from modeling_vitreg.reports import EvaluationReport, read_report, short_hash, write_report
 
-from .data import EvaluationData
 from .encoding import encode
 from .model_hash import describe_model, hash_weights
 from .objects import OBJECTS, find_objects
@@ -40,7 +40,7 @@ def evaluate(
     encoder: Encoder,
     *,
     tasks: Sequence[str],
-    data: EvaluationData,
+    data: LabelledData,
     output_folder: str | os.PathLike,
     settings: EvaluationSettings | None = None,
     tokenizer: Callable | None = None,
@@ -91,13 +91,19 @@ def evaluate(
     return run.write()
 
 
+def notes_of(report: EvaluationReport) -> list[str]:
+    """Sentences about the annotations that were read, in the order of the report."""
+    parts = [part for data in report.data.values() for part in (data, data.get("train", {}), data.get("test", {}))]
+    return list(dict.fromkeys(note for part in parts for note in part.get("notes", [])))
+
+
 class _Run:
     """State of a running evaluation."""
 
     def __init__(
         self,
         encoder: Encoder,
-        data: EvaluationData,
+        data: LabelledData,
         settings: EvaluationSettings,
         folder: pathlib.Path,
         feature_folder: str | os.PathLike | None,
@@ -229,6 +235,7 @@ class _Run:
         """Record which data were read, and how many images."""
         counts = {part: next(iter(found.values())).counts() for part, found in features.items()}
         facts = {"name": self.data.name, "hashes": parts, "revision": self.data.revision}
+        facts["notes"] = list(self.data.notes)
         self.facts[fingerprint] = {**self.facts.get(fingerprint, {}), **facts, **counts}
 
     def _unavailable_reason(self, name: str, prompts: Prompts) -> str | None:
@@ -273,4 +280,4 @@ class _Run:
         return all(result[key] == value for key, value in self._identify(name, prompts).items())
 
 
-__all__ = ["REPORT_NAME", "evaluate"]
+__all__ = ["REPORT_NAME", "evaluate", "notes_of"]

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from modeling_vitreg.files import atomic_write
+from modeling_vitreg.images.annotations import NoteCounter
 
 
 _NUM_NAMED = 20  # images that are left out whose names are kept in a report
@@ -32,6 +33,7 @@ class Features:
         names: names of the tensors.
         num_nonfinite: number of images that were left out because a feature was not finite.
         nonfinite: names of these images.
+        notes: counts of what was done to bring images and annotations together.
         unreadable: for each image that could not be read, its name and the reason.
     """
 
@@ -46,6 +48,9 @@ class Features:
         self.num_nonfinite = sum(fact["num_nonfinite"] for fact in facts)
         self.nonfinite = [line for fact in facts for line in fact.get("nonfinite", ())]  # of earlier versions: none
         self.unreadable = [line for fact in facts for line in fact["unreadable"]]
+        self.notes = NoteCounter()
+        for fact in facts:
+            self.notes.merge(fact.get("notes", {}))
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -58,6 +63,7 @@ class Features:
             "num_nonfinite": self.num_nonfinite,
             "unreadable": self.unreadable[:_NUM_NAMED],
             "nonfinite": self.nonfinite[:_NUM_NAMED],
+            "notes": self.notes.lines(len(self) + len(self.unreadable) + self.num_nonfinite),
         }
 
     def load(self, name: str) -> Tensor:

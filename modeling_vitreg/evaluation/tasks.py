@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from modeling_vitreg.features import Encoder, layer_numbers
+from modeling_vitreg.images import LabelledData
+from modeling_vitreg.images.splits import require_classes
 from modeling_vitreg.metrics import depth_errors, measure_areas
 
-from .data import EvaluationData
 from .depth import fit_depth, join_class_token, measure_depth
 from .inputs import ROWS_AT_ONCE, count_mask_classes, linear_inputs, name_of_vector, one_vector, with_labels
 from .intervals import MetricValue, share_of_counts
@@ -24,7 +25,6 @@ from .logistic import fit_logistic
 from .objects import OBJECTS, measure_objects
 from .segmentation import fit_segmentation, measure_segmentation
 from .shards import Features
-from .splits import require_classes
 from .top_k import best_counts, rank_classes
 from .zero_shot import embed_classes, similarities
 
@@ -57,7 +57,7 @@ class TaskInputs:
     """
 
     encoder: Encoder
-    data: EvaluationData
+    data: LabelledData
     train: Features | None
     test: Features
     settings: object
@@ -81,7 +81,7 @@ class Task:
     kind: str
     measure: Callable[[TaskInputs], tuple[list[MetricValue], dict]]
     reads_train: bool = True
-    unavailable_reason: Callable[[Encoder, EvaluationData, Prompts], str | None] = lambda *_: None
+    unavailable_reason: Callable[[Encoder, LabelledData, Prompts], str | None] = lambda *_: None
 
 
 def measure_knn(inputs: TaskInputs) -> tuple[list[MetricValue], dict]:
@@ -131,9 +131,8 @@ def measure_logistic(inputs: TaskInputs) -> tuple[list[MetricValue], dict]:
 def measure_masks(inputs: TaskInputs) -> tuple[list[MetricValue], dict]:
     """Intersection over union and accuracies of a linear head on normed patches."""
     ignore_index, device = inputs.data.ignore_index, inputs.encoder.device
-    num_classes = len(inputs.data.mask_names or ()) or count_mask_classes(
-        [inputs.train, inputs.test], ignore_index=ignore_index
-    )
+    num_classes = len(inputs.data.mask_names or ()) or inputs.data.test.options.num_classes
+    num_classes = num_classes or count_mask_classes([inputs.train, inputs.test], ignore_index=ignore_index)
     head = fit_segmentation(
         lambda rows: (inputs.train.take("patches", rows), inputs.train.take("masks", rows)),
         num_images=len(inputs.train),
@@ -219,23 +218,23 @@ def _top(scores: Tensor, truth: Tensor, classes: Tensor) -> list[MetricValue]:
     return [share_of_counts(name, round(share * num_images), num_images) for name, share in shares.items()]
 
 
-def _no_masks(_: Encoder, data: EvaluationData, __: Prompts) -> str | None:
+def _no_masks(_: Encoder, data: LabelledData, __: Prompts) -> str | None:
     is_there = data.train.options.mask_column and data.test.options.mask_column
     return None if is_there else "the images have no masks: name their column by --columns mask=NAME"
 
 
-def _no_depths(_: Encoder, data: EvaluationData, __: Prompts) -> str | None:
+def _no_depths(_: Encoder, data: LabelledData, __: Prompts) -> str | None:
     is_there = data.train.options.depth_column and data.test.options.depth_column
     return None if is_there else "the images have no depth: name its column by --columns depth=NAME"
 
 
-def _no_boxes(_: Encoder, data: EvaluationData, __: Prompts) -> str | None:
-    if data.test.box_column:
+def _no_boxes(_: Encoder, data: LabelledData, __: Prompts) -> str | None:
+    if data.test.options.box_column:
         return None
     return "the images have no boxes: name their column by --columns box=NAME, or their file by --annotations"
 
 
-def _no_text(encoder: Encoder, data: EvaluationData, prompts: Prompts) -> str | None:
+def _no_text(encoder: Encoder, data: LabelledData, prompts: Prompts) -> str | None:
     if prompts.class_embeddings is not None:
         return None
     if not hasattr(encoder.model, "get_text_features"):

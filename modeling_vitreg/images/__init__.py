@@ -3,38 +3,45 @@
 What is opened holds images as they were stored; `decode_image` turns one into pixels, late, where a broken file can be
 reported and replaced. `ImageSource` can be indexed; `ImageStream` is read in order and remembers where it was.
 
-A raw image is a dictionary: `bytes` (or None), `path` (or None), `label` (int or None) and `name` for messages; `text`
-and `maps`, where a source was opened with them. Maps say something of each pixel: its class, or its depth.
+A raw image is a dictionary: `bytes` (or None), `path` (or None), `label` (int or None) and `name` for messages; also
+`text`, `maps` and `boxes`, where a source was opened with their columns. `read_annotated` decodes it with its
+annotations, each compared with the image.
 """
 
+from .annotations import AnnotatedImage, read_annotated
 from .decoding import (
     RawImage,
     UnreadableImage,
     check_channels,
     decode_image,
-    decode_maps,
     describe_unreadable,
 )
 from .hub import split_hub_name
+from .labelled import LabelledData, open_data
+from .messages import MissingSplit
 from .open import OpenedDataset, open_dataset, open_images
 from .options import DataOptions, parse_columns
 from .sources import ImageSource, ImageStream, derive_seed
 
 
 __all__ = [
+    "AnnotatedImage",
     "DataOptions",
     "ImageSource",
     "ImageStream",
+    "LabelledData",
+    "MissingSplit",
     "OpenedDataset",
     "RawImage",
     "UnreadableImage",
     "check_channels",
     "decode_image",
-    "decode_maps",
     "derive_seed",
     "describe_unreadable",
+    "open_data",
     "open_dataset",
     "open_images",
     "parse_columns",
+    "read_annotated",
     "split_hub_name",
 ]

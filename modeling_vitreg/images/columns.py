@@ -31,13 +31,15 @@ class Columns:
     text: str | None
     class_names: tuple[str, ...] | None
     options: DataOptions
+    sides: tuple[str, ...] = ()  # columns of the width and height that annotations are of
 
     def select(self, dataset: datasets.Dataset | datasets.IterableDataset):
         """Keep these columns, with images as they were stored."""
         from datasets import Image as ImageFeature
 
         maps = tuple(self.options.maps.values())
-        kept = dataset.select_columns([name for name in (self.image, self.label, self.text, *maps) if name])
+        others = (self.label, self.text, self.options.box_column, *self.sides)
+        kept = dataset.select_columns(list(dict.fromkeys(name for name in (self.image, *others, *maps) if name)))
         for name in (self.image, *maps):
             if name == self.image or isinstance(kept.features[name], ImageFeature):
                 kept = kept.cast_column(name, ImageFeature(decode=False))
@@ -52,8 +54,11 @@ class Columns:
         text = {"text": join_texts(row[self.text])} if self.text else {}
         raw = {**image, "label": label, "name": image["path"] or fallback, **text}
         if self.options.maps:
-            raw["maps"] = {kind: row[column] for kind, column in self.options.maps.items()}
-            raw |= {"depth_scale": self.options.depth_scale, "reduce_labels": self.options.reduce_labels}
+            raw |= {"maps": {kind: row[column] for kind, column in self.options.maps.items()}, "options": self.options}
+        if self.options.box_column:
+            size = tuple(row[side] for side in self.sides)
+            raw |= {"boxes": row[self.options.box_column], "options": self.options}
+            raw["annotated_size"] = size if size and all(size) else None
         return raw
 
     def sum_up_maps(self, raws: list[dict]) -> list:
@@ -62,6 +67,7 @@ class Columns:
             return []
         names = ("mask_column", "depth_column", "depth_scale", "reduce_labels")
         how = [getattr(self.options, name) for name in names]
+        how += [self.options.mask_format] * (self.options.mask_format in ("binary", "voc"))
         return [how, [list(map(sum_up_map, raw["maps"].values())) for raw in raws]]
 
 
@@ -98,7 +104,9 @@ def find_columns(features: datasets.Features, options: DataOptions) -> Columns:
     image = image or _choose(images, usual=_IMAGE_NAMES, kind="image")
     labels = [name for name in features if name in classes or (name in integers and name in _LABEL_NAMES)]
     label = label or (_choose(labels, usual=_LABEL_NAMES, kind="label") if labels else None)
-    return Columns(image, label, text, tuple(features[label].names) if label in classes else None, options)
+    names = tuple(features[label].names) if label in classes else None
+    sides = ("width", "height") if options.box_column and integers >= {"width", "height"} else ()
+    return Columns(image, label, text, names, options, sides)
 
 
 def _choose(names: list[str], *, usual: tuple[str, ...], kind: str) -> str:

@@ -1,4 +1,4 @@
-"""Images and maps as they were stored become pixels, late, where a broken file can be reported and replaced."""
+"""Images as they were stored become pixels, late, where a broken file can be reported and replaced."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ import io
 from collections.abc import Sequence
 from typing import TypedDict
 
-import numpy as np
 from PIL import Image
 
 from modeling_vitreg.image_processing_vitreg import MODES, UnsupportedPixels, to_picture
 
 from .messages import show_name
-
-
-_HIDDEN_LABEL = 255  # of a mask: nobody knows the class
+from .options import DataOptions
 
 
 class RawImage(TypedDict, total=False):
@@ -26,6 +23,8 @@ class RawImage(TypedDict, total=False):
     name: str
     text: str  # of a source that was opened with a column of captions
     maps: dict  # masks and depths, of a source that was opened with their columns
+    boxes: dict | list  # of objects, likewise
+    options: DataOptions  # how annotations are read, likewise
 
 
 class UnreadableImage(Exception):
@@ -61,7 +60,7 @@ def decode_image(raw: RawImage, *, num_channels: int = 3) -> Image.Image:
     check_channels(num_channels, reader="the caller of decode_image")
     name = raw["name"]
     try:
-        with Image.open(_open_file(raw)) as image:
+        with Image.open(open_file(raw)) as image:
             return to_picture(image, num_channels=num_channels)
     except UnreadableImage:
         raise
@@ -109,39 +108,7 @@ def describe_unreadable(problems: Sequence[UnreadableImage | str], num_images: i
     return "\n".join([*lines, f"  and {more} more"] if more > 0 else lines)
 
 
-def decode_maps(raw: dict, *, size: tuple[int, int]) -> dict[str, np.ndarray]:
-    """Decode the maps of a raw image.
-
-    Args:
-        raw: of a source that was opened with maps; without them there is nothing.
-        size: width and height of the decoded image.
-
-    Returns:
-        `mask`, int32 class numbers, (height, width); `depth`, float32 in metres, (height, width).
-
-    Raises:
-        UnreadableImage: a map is missing, broken, or of another size.
-    """
-    maps = {}
-    for kind, value in raw.get("maps", {}).items():
-        try:
-            maps[kind] = _decode_map(value)
-        except Exception as error:  # see `decode_image`
-            raise UnreadableImage(raw["name"], f"{kind}: {type(error).__name__}: {error}") from error
-        if maps[kind].shape != size[::-1]:
-            problem = f"{kind} of shape {maps[kind].shape} for an image of {size[::-1]} pixels"
-            raise UnreadableImage(raw["name"], problem)
-    if "mask" in maps:
-        maps["mask"] = maps["mask"].astype(np.int32)
-        if raw["reduce_labels"]:
-            is_hidden = (maps["mask"] == 0) | (maps["mask"] == _HIDDEN_LABEL)
-            maps["mask"] = np.where(is_hidden, np.int32(_HIDDEN_LABEL), maps["mask"] - 1)
-    if "depth" in maps:
-        maps["depth"] = maps["depth"].astype(np.float32) * np.float32(raw["depth_scale"])
-    return maps
-
-
-def _open_file(raw: dict):
+def open_file(raw: dict):
     """A file object or a path that Pillow opens."""
     if raw["bytes"] is not None:
         if not raw["bytes"]:
@@ -157,11 +124,4 @@ def _open_file(raw: dict):
         return io.BytesIO(file.read())
 
 
-def _decode_map(value: dict | list | np.ndarray) -> np.ndarray:
-    if not isinstance(value, dict):
-        return np.asarray(value)
-    with Image.open(_open_file({**value, "name": "the map"})) as image:
-        return np.asarray(image)
-
-
-__all__ = ["RawImage", "UnreadableImage", "check_channels", "decode_image", "decode_maps", "describe_unreadable"]
+__all__ = ["RawImage", "UnreadableImage", "check_channels", "decode_image", "describe_unreadable", "open_file"]

@@ -14,14 +14,18 @@ EXPECTED = (
 )
 
 
+class MissingSplit(ValueError):
+    """A source has no split of this name."""
+
+
 def choose_split(splits: dict, split: str, *, source: str):
     """One of the splits.
 
     Raises:
-        ValueError: there is no such split.
+        MissingSplit: there is no such split.
     """
     if split not in splits:
-        raise ValueError(f"open_images: {source!r} has no split {split!r}; it has {list_names(splits)}.")
+        raise MissingSplit(f"open_images: {source!r} has no split {split!r}; it has {list_names(splits)}.")
     return splits[split]
 
 
@@ -48,4 +52,4 @@ def list_names(names, *, num_shown: int = 8) -> str:
     return ", ".join(map(repr, names[:num_shown])) + more
 
 
-__all__ = ["EXPECTED", "choose_split", "list_names", "show_name", "suggest"]
+__all__ = ["EXPECTED", "MissingSplit", "choose_split", "list_names", "show_name", "suggest"]

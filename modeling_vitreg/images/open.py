@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from modeling_vitreg.scenes import SceneSettings, make_scenes_dataset
 
+from .annotation_files import open_annotation_files
+from .conventions import check_annotations
 from .folders import open_folder
 from .hub import open_hub
 from .messages import EXPECTED
-from .options import DataOptions
+from .options import COLUMNS, DataOptions
 from .shards import expand, names_shards, open_shards
 from .sources import ImageSource, ImageStream
 
@@ -28,6 +31,7 @@ def open_images(
     is_streaming: bool = False,
     block_size: int = 1000,
     options: DataOptions | None = None,
+    annotations: str | os.PathLike | None = None,
     scenes: range = range(10_000),
     scene_settings: SceneSettings | None = None,
 ) -> ImageSource | ImageStream:
@@ -53,13 +57,40 @@ def open_images(
         options: columns and the meaning of their values; None: image and label are found, nothing else is read. Scenes
             have `semantic_mask`, `depth` and `boxes`; in a folder of images, what its metadata.jsonl calls
             `mask_file_name`, for example, is the column `mask`.
+        annotations: boxes of the images in the folder `source`: a COCO file (.json), or a folder of VOC files (.xml).
         scenes: indices of the scenes; other ranges are other splits. Consecutive.
         scene_settings: None: 64 pixels a side.
 
     Raises:
-        ValueError: there is no such source, split or column, or the choice is not clear.
+        ValueError: there is no such source, split or column, the choice is not clear, or annotations contradict the
+            options.
         RuntimeError: the Hub could not be reached.
     """
+    if annotations is not None:
+        opened = _open_annotated(source, annotations, options or DataOptions())
+    else:
+        words = {"split": split, "is_streaming": is_streaming, "block_size": block_size, "options": options}
+        opened = _open(source, **words, scenes=scenes, scene_settings=scene_settings)
+    return check_annotations([opened])[0]
+
+
+def _open_annotated(folder: str, annotations: str | os.PathLike, options: DataOptions) -> ImageSource:
+    if folder == "scenes" or any(getattr(options, name) for name in COLUMNS.values()):
+        raise ValueError("a file of annotations is for the images of a folder, and names them: leave out columns")
+    dataset, notes = open_annotation_files(annotations, folder, keep_difficult=options.keep_difficult)
+    return ImageSource(dataset, options=dataclasses.replace(options, box_column="boxes"), notes=notes)
+
+
+def _open(
+    source: str,
+    *,
+    split: str,
+    is_streaming: bool,
+    block_size: int,
+    options: DataOptions | None,
+    scenes: range,
+    scene_settings: SceneSettings | None,
+) -> ImageSource | ImageStream:
     if source == "scenes":
         if split != "train" or is_streaming or scenes.step != 1:
             raise ValueError(
@@ -67,7 +98,8 @@ def open_images(
                 f"split={split!r}, is_streaming={is_streaming}, scenes={scenes}. For other images give another range."
             )
         settings = scene_settings or SceneSettings(image_size=64)
-        return ImageSource(make_scenes_dataset(len(scenes), settings=settings, start=scenes.start), options=options)
+        dataset = make_scenes_dataset(len(scenes), settings=settings, start=scenes.start)
+        return ImageSource(dataset, options=options, kind="scene")
     opened = open_dataset(source, split=split, is_streaming=is_streaming)
     if opened.is_stream:
         words = {"block_size": block_size, "files": opened.files, "revision": opened.revision}

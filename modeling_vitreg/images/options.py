@@ -8,6 +8,12 @@ from collections.abc import Iterable
 
 
 BOX_FORMATS = ("auto", "xyxy", "xywh", "cxcywh")  # as in torchvision.ops.box_convert
+_CHOICES = {
+    "mask_format": ("auto", "classes", "binary", "voc"),
+    "box_format": BOX_FORMATS,
+    "box_units": ("auto", "pixels", "relative"),
+    "annotation_frame": ("auto", "upright", "stored"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,10 +27,17 @@ class DataOptions:
         mask_column: class number of each pixel, an image or an array, 255 where the class is unknown; None: not read.
         depth_column: depth of each pixel, an image or an array; None: not read.
         box_column: boxes of objects, see `modeling_vitreg.images.annotations`; None: not read.
+        num_classes: classes of masks; a larger class number contradicts; 0: as many as the masks show.
+        mask_format: "classes", numbers; "binary", 0 and 255 are two classes; "voc", the colours of Pascal VOC; "auto":
+            found from the data.
         reduce_labels: masks hold 0 where the class is unknown, and classes count from 1, as in ADE20k.
         depth_scale: metres per stored unit of depth, 0.001 for millimetres.
         max_depth: metres; larger depths are ignored.
         box_format: format of a box, one of `BOX_FORMATS`; "auto": found from the data.
+        box_units: "pixels" or "relative", shares of the sides of the image; "auto": found from the data.
+        keep_difficult: keep objects that a Pascal VOC file marks as difficult or truncated.
+        annotation_frame: "upright" or "stored", whether annotations were made after or before the EXIF turn of an
+            image; "auto": found from sizes.
 
     Raises:
         ValueError: a value outside its range.
@@ -36,17 +49,23 @@ class DataOptions:
     mask_column: str | None = None
     depth_column: str | None = None
     box_column: str | None = None
+    num_classes: int = 0
+    mask_format: str = "auto"
     reduce_labels: bool = False
     depth_scale: float = 1.0
     max_depth: float = 10.0
     box_format: str = "auto"
+    box_units: str = "auto"
+    keep_difficult: bool = True
+    annotation_frame: str = "auto"
 
     def __post_init__(self):
         for name in ("depth_scale", "max_depth"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"data: expected {name} above 0, got {getattr(self, name)!r}")
-        if self.box_format not in BOX_FORMATS:
-            raise ValueError(f"data: expected box_format {', '.join(BOX_FORMATS)}, got {self.box_format!r}")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"data: expected {name} {', '.join(known)}, got {getattr(self, name)!r}")
 
     @property
     def maps(self) -> dict[str, str]:

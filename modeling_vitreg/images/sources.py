@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 import itertools
 import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from PIL import Image
 
 from modeling_vitreg.reports import short_hash
 
-from .columns import find_columns, join_texts, sum_up_content
+from .annotations import AnnotatedImage, read_annotated
+from .columns import Columns, find_columns, join_texts, sum_up_content
 from .decoding import decode_image
 from .options import DataOptions
 
@@ -25,28 +28,11 @@ if TYPE_CHECKING:
 _NUM_SAMPLES = 256  # images whose size or bytes enter a fingerprint
 
 
-class ImageSource:
-    """Images that can be indexed: `len(source)`, `source.read(index)`.
+class _Images:
+    """What images of both kinds share: their columns, and sentences about their annotations."""
 
-    Args:
-        dataset: of the library `datasets`.
-        options: columns and the meaning of their values; None: image and label are found, nothing else is read.
-        revision: commit of a dataset of the Hub, for reports.
-
-    Raises:
-        ValueError: a column does not exist, or the choice is not clear.
-    """
-
-    def __init__(
-        self,
-        dataset: datasets.Dataset,
-        *,
-        options: DataOptions | None = None,
-        revision: str | None = None,
-    ):
-        self.revision = revision
-        self._columns = find_columns(dataset.features, options or DataOptions())
-        self._dataset = self._columns.select(dataset)
+    _columns: Columns
+    notes: tuple[str, ...] = ()
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -58,8 +44,77 @@ class ImageSource:
         """Columns and the meaning of their values."""
         return self._columns.options
 
+    def with_options(self, options: DataOptions, notes: Sequence[str] = ()) -> Self:
+        """The same images, with annotations read by other options of the same columns; with more notes."""
+        changed = self._copy()
+        changed._columns = dataclasses.replace(self._columns, options=options)
+        changed.notes = (*self.notes, *notes)
+        return changed
+
+    def _copy(self) -> Self:
+        copied = copy.copy(self)
+        for name in ("fingerprint", "box_fingerprint"):
+            copied.__dict__.pop(name, None)
+        return copied
+
+
+class ImageSource(_Images):
+    """Images that can be indexed: `len(source)`, `source[index]` with all annotations, `source.read(index)` without.
+
+    Args:
+        dataset: of the library `datasets`.
+        options: columns and the meaning of their values; None: image and label are found, nothing else is read.
+        kind: what an image without a path is called, with its index.
+        notes: sentences about the annotations, for people and reports.
+        revision: commit of a dataset of the Hub, for reports.
+
+    Raises:
+        ValueError: a column does not exist, or the choice is not clear.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        *,
+        options: DataOptions | None = None,
+        kind: str = "image",
+        revision: str | None = None,
+        notes: Sequence[str] = (),
+    ):
+        self.revision, self.notes, self._kind = revision, tuple(notes), kind
+        self._columns = find_columns(dataset.features, options or DataOptions())
+        self._dataset = self._columns.select(dataset)
+        self._indices, self._whole = None, None
+
     def __len__(self) -> int:
-        return len(self._dataset)
+        return len(self._dataset) if self._indices is None else len(self._indices)
+
+    def __getitem__(self, index: int) -> AnnotatedImage:
+        """Decode an image and its annotations.
+
+        Raises:
+            UnreadableImage: see `read_annotated`.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return read_annotated(self.raw(index))
+
+    def select(self, indices: np.ndarray) -> ImageSource:
+        """Some of these images, in this order."""
+        selected = self._copy()
+        selected._indices = np.asarray(indices) if self._indices is None else self._indices[indices]
+        selected._whole = self if self._whole is None else self._whole
+        return selected
+
+    def only(self, *kinds: str) -> ImageSource:
+        """The same images with some of their annotations, out of `mask`, `depth` and `box`; labels stay."""
+        others = {f"{kind}_column": None for kind in ("mask", "depth", "box") if kind not in kinds}
+        return self.with_options(dataclasses.replace(self.options, **others))
+
+    def spread(self, number: int) -> list[dict]:
+        """At most so many raw images, spread over all of them."""
+        indices = sorted({len(self) * step // number for step in range(number)}) if len(self) else []
+        return [self.raw(index) for index in indices]
 
     def read(self, index: int) -> tuple[Image.Image, int | None]:
         """Decode an image as RGB; with its label, None where it has none.
@@ -72,7 +127,8 @@ class ImageSource:
 
     def raw(self, index: int) -> dict:
         """An image as it was stored."""
-        return self._columns.to_raw(self._dataset[index], fallback=f"image {index}")
+        index = index if self._indices is None else int(self._indices[index])
+        return self._columns.to_raw(self._dataset[index], fallback=f"{self._kind} {index}")
 
     def texts(self) -> Iterator[str]:
         """All captions in order, several of an image joined, without an image being read.
@@ -95,6 +151,8 @@ class ImageSource:
         They sum up the number of images, the class names, all labels, all paths below their common folder, and of at
         most 256 images spread over the whole the bytes (of a file: its size), with those of their maps.
         """
+        if self._whole is not None:
+            return short_hash([self._whole.fingerprint, self._indices.tolist()])
         labels = self._dataset[self._columns.label][:] if self._columns.label else None
         tables = self._dataset.select_columns(self._columns.image).with_format("arrow").iter(10_000)
         chunks = itertools.chain.from_iterable(table[self._columns.image].chunks for table in tables)
@@ -108,8 +166,21 @@ class ImageSource:
         facts = [self.class_names, labels, paths, contents]
         return short_hash([*facts, *self._columns.sum_up_maps(raws)])
 
+    @functools.cached_property
+    def box_fingerprint(self) -> str | None:
+        """Sixteen letters that change with images, their order and any box; None without boxes."""
+        options = self.options
+        if not options.box_column:
+            return None
+        whole = self if self._whole is None else self._whole
+        numbers = range(len(self)) if self._indices is None else self._indices.tolist()
+        cells = self._dataset[options.box_column][:]
+        how = {"auto": None, "xyxy": "corners"}.get(options.box_format, options.box_format)  # as older versions wrote
+        others = [value for value in (options.box_units, options.annotation_frame) if value != "auto"]
+        return short_hash([whole.fingerprint, list(numbers), how, [repr(cells[index]) for index in numbers], *others])
 
-class ImageStream:
+
+class ImageStream(_Images):
     """Images that are read in order, without end, each pass in another one: `stream.examples(seed=0)`.
 
     Args:
@@ -142,11 +213,6 @@ class ImageStream:
         self.revision = revision
         self._files = tuple(files)
 
-    @property
-    def class_names(self) -> tuple[str, ...] | None:
-        """Names of the labels, None where they have none."""
-        return self._columns.class_names
-
     @functools.cached_property
     def fingerprint(self) -> str:
         """Sixteen letters that change with the data: names and sizes of local files, number of shards, first image."""
@@ -155,6 +221,11 @@ class ImageStream:
         contents = [(os.path.basename(raw["name"]), sum_up_content(raw)) for raw in first]
         facts = [self.class_names, self._dataset.num_shards, files, contents]
         return short_hash([*facts, *self._columns.sum_up_maps(first)])
+
+    def spread(self, number: int) -> list[dict]:
+        """The first raw images, at most so many."""
+        rows = itertools.islice(self._dataset, number)
+        return [self._columns.to_raw(row, fallback=f"image {index}") for index, row in enumerate(rows)]
 
     def examples(
         self, *, seed: int, rank: int = 0, num_processes: int = 1, state: dict | None = None

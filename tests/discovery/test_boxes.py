@@ -1,17 +1,11 @@
 """Boxes, ious, components and annotations, against loops and known truth."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from modeling_vitreg.discovery.annotations import AnnotatedImage, read_coco, read_scenes, read_voc
 from modeling_vitreg.discovery.boxes import component_boxes, largest_components, pad_to_patches, seed_components
-from modeling_vitreg.images import UnreadableImage
 from modeling_vitreg.metrics import best_iou, box_iou, corloc
-from modeling_vitreg.scenes import SceneSettings, render_scene
 
 
 def flood(mask, start):
@@ -86,57 +80,3 @@ def test_images_are_padded_below_and_to_the_right(sides, padded):
     result = pad_to_patches(pixels, patch_shape=(8, 8))
     assert result.shape == (3, *padded)
     assert result.sum() == pixels.numel() and result[:, : sides[0], : sides[1]].all()
-
-
-def test_coco_files_are_read_without_crowds_and_with_images_that_have_no_box(tmp_path):
-    content = {
-        "images": [{"id": 7, "file_name": "b.png"}, {"id": 3, "file_name": "a.png"}],
-        "annotations": [
-            {"image_id": 3, "bbox": [1.4, 2.0, 3.2, 4.5], "iscrowd": 0, "category_id": 1},
-            {"image_id": 3, "bbox": [0, 0, 9, 9], "iscrowd": 1, "category_id": 1},
-            {"image_id": 3, "bbox": [5, 5, 1, 1], "category_id": 2},
-        ],
-    }
-    (tmp_path / "instances.json").write_text(json.dumps(content))
-    Image.new("L", (9, 9)).save(tmp_path / "a.png")
-    first, second = read_coco(tmp_path / "instances.json", tmp_path)
-    assert (first.name, first.boxes.shape) == ("b.png", (0, 4))
-    assert second.boxes.tolist() == [[1, 2, 5, 6], [5, 5, 6, 6]]
-    assert second.open().mode == "RGB"
-    with pytest.raises(UnreadableImage, match=r"b\.png"):
-        first.open()
-    content["annotations"][0]["image_id"] = 8
-    (tmp_path / "instances.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="expected a COCO file of instances; KeyError: 8"):
-        read_coco(tmp_path / "instances.json", tmp_path)
-
-
-def test_voc_files_count_pixels_from_one_and_mark_hard_objects(tmp_path):
-    objects = "".join(
-        f"<object><name>dog</name><truncated>0</truncated><difficult>{hard}</difficult><bndbox><xmin>{left}</xmin>"
-        f"<ymin>1</ymin><xmax>10</xmax><ymax>20</ymax></bndbox></object>"
-        for hard, left in ((0, 1), (1, 4))
-    )
-    (tmp_path / "one.xml").write_text(f"<annotation><filename>one.jpg</filename>{objects}</annotation>")
-    (image,) = read_voc(tmp_path, tmp_path)
-    assert (image.name, image.boxes.tolist()) == ("one.jpg", [[0, 0, 10, 20], [3, 0, 10, 20]])
-    (image,) = read_voc(tmp_path, tmp_path, has_hard=False)
-    assert image.boxes.tolist() == [[0, 0, 10, 20]]
-    (tmp_path / "two.xml").write_text("<annotation><object></object></annotation>")
-    with pytest.raises(ValueError, match=r"two\.xml: expected an annotation of Pascal VOC"):
-        read_voc(tmp_path, tmp_path)
-    with pytest.raises(ValueError, match="folder of XML files, got none"):
-        read_voc(tmp_path / "nothing", tmp_path)
-
-
-def test_scenes_come_with_their_exact_boxes():
-    settings = SceneSettings(image_size=(32, 48))
-    (image,) = read_scenes([5], settings=settings)
-    scene = render_scene(5, settings=settings)
-    assert image.boxes.tolist() == scene.boxes.tolist()
-    assert (np.asarray(image.open()) == scene.image).all()
-
-
-def test_an_image_without_pixels_is_unreadable():
-    with pytest.raises(UnreadableImage, match="0 x 4 pixels"):
-        AnnotatedImage("flat", Image.new("RGB", (0, 4))).open()

@@ -5,23 +5,22 @@ import json
 import numpy as np
 import pytest
 import torch
+from annotated_scenes import annotated_scenes
 from PIL import Image
 
 from modeling_vitreg import ViTWithRegistersModel
 from modeling_vitreg.discovery import (
-    AnnotatedImage,
     DiscoveryReport,
     DiscoverySettings,
     Sweep,
     discover,
     lost,
-    read_scenes,
-    read_source,
     write_folder,
 )
 from modeling_vitreg.discovery.boxes import component_boxes, seed_components
 from modeling_vitreg.discovery.figures import draw_discoveries, draw_sweep
 from modeling_vitreg.features import extract_features, load_encoder
+from modeling_vitreg.images import AnnotatedImage, UnreadableImage
 from modeling_vitreg.metrics import best_iou
 from modeling_vitreg.reports import read_report, write_report
 from modeling_vitreg.scenes import SceneSettings
@@ -56,7 +55,7 @@ def painted(name, box, sides=(48, 64)):
     pixels[..., 2] = 200
     left, top, right, bottom = box
     pixels[top:bottom, left:right] = (200, 0, 0)
-    return AnnotatedImage(name, Image.fromarray(pixels), np.array([box], dtype=float))
+    return AnnotatedImage(name, Image.fromarray(pixels), boxes=np.array([box], dtype=float))
 
 
 BOXES = {"a": (8, 8, 32, 40), "b": (40, 0, 64, 16), "c": (0, 24, 16, 48), "d": (16, 16, 48, 32)}
@@ -88,14 +87,14 @@ def test_boxes_of_shrunk_images_are_in_pixels_of_the_original(transparent):
 
 
 def test_an_image_smaller_than_a_patch_is_one_patch(transparent):
-    image = AnnotatedImage("dot", Image.new("RGB", (3, 5)), np.array([[0, 0, 3, 5]]))
+    image = AnnotatedImage("dot", Image.new("RGB", (3, 5)), boxes=np.array([[0, 0, 3, 5]]))
     report = discover(transparent, [image], settings=DiscoverySettings(**QUIET))
     assert report.predictions[0]["box"] == [0, 0, 3, 5]
     assert report.predictions[0]["is_degenerate"] and report.as_published["num_degenerate"] == 1
 
 
 def test_the_sweep_equals_single_runs_in_one_pass(encoder):
-    images = read_scenes(range(6), settings=SceneSettings(image_size=(44, 60)))
+    images = annotated_scenes(range(6), settings=SceneSettings(image_size=(44, 60)))
     sweep = Sweep(features=("key", "value"), layers=(2, -1), biases=(0.0, -0.2), is_normalized=True)
     calls = []
     handle = encoder.model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
@@ -116,10 +115,10 @@ def test_the_sweep_equals_single_runs_in_one_pass(encoder):
 
 
 def test_scenes_give_the_boxes_of_the_steps_done_by_hand(encoder):
-    images = read_scenes(range(3), settings=SceneSettings(image_size=32))
+    images = annotated_scenes(range(3), settings=SceneSettings(image_size=32))
     report = discover(encoder, images, settings=DiscoverySettings(feature="value", layer=2, **QUIET))
     for image, found in zip(images, report.predictions):
-        pixels = encoder.prepare([image.open()])
+        pixels = encoder.prepare([image.image])
         (tokens,) = extract_features(encoder, pixels, layers=2, feature="value")
         result = lost(tokens)
         components = seed_components(result.mask, result.seeds, grid=tokens.grid)
@@ -129,7 +128,7 @@ def test_scenes_give_the_boxes_of_the_steps_done_by_hand(encoder):
 
 
 def test_dino_seg_reads_the_attention_of_the_class_token(encoder, tiny):
-    images = read_scenes(range(2), settings=SceneSettings(image_size=32))
+    images = annotated_scenes(range(2), settings=SceneSettings(image_size=32))
     report = discover(encoder, images, settings=DiscoverySettings(method="dino_seg", head=1, **QUIET))
     assert len(report.predictions) == 2
     with pytest.raises(ValueError, match="head from 0 to 1, got one and head 4"):
@@ -140,7 +139,7 @@ def test_dino_seg_reads_the_attention_of_the_class_token(encoder, tiny):
 
 
 def test_the_report_survives_json(encoder, tmp_path):
-    images = read_scenes(range(2), settings=SceneSettings(image_size=32))
+    images = annotated_scenes(range(2), settings=SceneSettings(image_size=32))
     report = discover(encoder, images, settings=DiscoverySettings(**QUIET), sweep=Sweep(), command="vitreg discover")
     path = write_report(report, tmp_path / "discovery.json")
     again = read_report(path, kind=DiscoveryReport)
@@ -150,33 +149,29 @@ def test_the_report_survives_json(encoder, tmp_path):
     assert again.sweep["entries"] == report.sweep["entries"]
 
 
-class Folder:
-    """Three images without boxes, as `open_images` gives them."""
-
-    def __len__(self):
-        return 3
-
-    def name_of(self, index):
-        return f"{index}.png"
-
-    def read(self, index):
-        return Image.new("RGB", (32, 32), (index, 0, 0)), None
-
-
 def test_images_without_boxes_have_predictions_but_no_corloc(encoder):
-    report = discover(encoder, read_source(Folder()), settings=DiscoverySettings(**QUIET), sweep=Sweep())
+    images = [AnnotatedImage(f"{number}.png", Image.new("RGB", (32, 32), (number, 0, 0))) for number in range(3)]
+    report = discover(encoder, images, settings=DiscoverySettings(**QUIET), sweep=Sweep())
     assert [found["name"] for found in report.predictions] == ["0.png", "1.png", "2.png"]
     assert report.as_published["corloc"] is None and not report.best_of_sweep
     assert report.predictions[0]["boxes"] is None
-    draw_discoveries(read_source(Folder()), report)
+    draw_discoveries(images, report)
     with pytest.raises(ValueError, match="sweep over annotated images"):
         draw_sweep(report)
 
 
-def test_what_cannot_be_read_or_is_not_finite_is_counted_and_left_out(encoder, tmp_path):
-    (tmp_path / "broken.png").write_bytes(b"no image")
+class Images(list):
+    """Images of which some cannot be read."""
+
+    def __getitem__(self, number):
+        if isinstance(image := super().__getitem__(number), BaseException):
+            raise image
+        return image
+
+
+def test_what_cannot_be_read_or_is_not_finite_is_counted_and_left_out(encoder):
     good = painted("good", BOXES["a"])
-    images = [AnnotatedImage("broken.png", tmp_path / "broken.png"), good, painted("bad", BOXES["a"])]
+    images = Images([UnreadableImage("broken.png", "no image"), good, painted("bad", BOXES["a"])])
     handle = encoder.model.layers[0].register_forward_hook(_spoil_second_image)
     report = discover(encoder, images, settings=DiscoverySettings(**QUIET), sweep=Sweep())
     handle.remove()
@@ -186,7 +181,7 @@ def test_what_cannot_be_read_or_is_not_finite_is_counted_and_left_out(encoder, t
     alone = discover(encoder, [good], settings=DiscoverySettings(**QUIET))
     assert alone.predictions[0]["box"] == report.predictions[0]["box"]
     with pytest.raises(ValueError, match=r"at least one image, got 1 that cannot be read(.|\n)*broken\.png"):
-        discover(encoder, images[:1], settings=DiscoverySettings(**QUIET))
+        discover(encoder, Images([UnreadableImage("broken.png", "no image")]), settings=DiscoverySettings(**QUIET))
     with pytest.raises(ValueError, match="at least one image"):
         discover(encoder, [], settings=DiscoverySettings(**QUIET))
 
@@ -199,11 +194,8 @@ def _spoil_second_image(_, __, output):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of memory")])
 def test_what_was_measured_is_kept_when_the_pass_ends_early(transparent, error):
-    def broken():
-        yield from (painted(name, box) for name, box in BOXES.items())
-        raise error
-
-    report = discover(transparent, broken(), settings=DiscoverySettings(batch_size=2, **QUIET), sweep=Sweep())
+    images = Images([*(painted(name, box) for name, box in BOXES.items()), error])
+    report = discover(transparent, images, settings=DiscoverySettings(batch_size=2, **QUIET), sweep=Sweep())
     assert report.images["num_images"] == 4 and report.as_published["corloc"] == 1
     assert not report.images["is_complete"] and "after 4 images" in report.images["stopped_by"]
 

@@ -14,10 +14,10 @@ from modeling_vitreg.evaluation.linear import (
     train_heads,
 )
 from modeling_vitreg.evaluation.logistic import LogisticSettings, fit_logistic
-from modeling_vitreg.evaluation.splits import hold_out
 from modeling_vitreg.evaluation.top_k import rank_classes
 from modeling_vitreg.evaluation.zero_shot import ZeroShotSettings
 from modeling_vitreg.hf_metrics import Accuracy
+from modeling_vitreg.images.splits import hold_out
 
 
 RATES = (0.01, 0.1, 0.5)

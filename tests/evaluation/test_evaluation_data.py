@@ -7,13 +7,13 @@ import torch
 from PIL import Image
 
 from modeling_vitreg import ViTWithRegistersModel
-from modeling_vitreg.evaluation import EncodingSettings, LabelledImages, open_data
+from modeling_vitreg.evaluation import EncodingSettings, open_data
 from modeling_vitreg.evaluation.encoding import encode, fit_map
 from modeling_vitreg.evaluation.inputs import count_mask_classes, linear_inputs
 from modeling_vitreg.evaluation.model_hash import hash_weights
-from modeling_vitreg.evaluation.sources import FIRST_TEST_SCENE
 from modeling_vitreg.features import extract_features, load_encoder
 from modeling_vitreg.images import DataOptions, ImageSource, UnreadableImage
+from modeling_vitreg.images.labelled import FIRST_TEST_SCENE
 from modeling_vitreg.scenes import SEMANTIC_NAMES, SceneSettings, render_scene
 
 
@@ -51,9 +51,7 @@ def _dataset(num_images=7, **columns):
 
 
 def _labelled(dataset):
-    return LabelledImages(
-        ImageSource(dataset, options=DataOptions(mask_column="mask", depth_column="depth", depth_scale=0.001))
-    )
+    return ImageSource(dataset, options=DataOptions(mask_column="mask", depth_column="depth", depth_scale=0.001))
 
 
 def _encode(encoder, images, folder, *, kinds=KINDS, **settings):
@@ -65,13 +63,13 @@ def test_scenes_have_exact_truth_and_test_images_that_lie_far_from_the_others():
     data = open_data("scenes", image_size=32, num_train=3, num_test=2)
     assert (len(data.train), len(data.test), data.mask_names) == (3, 2, SEMANTIC_NAMES)
     for part, start in ((data.train, 0), (data.test, FIRST_TEST_SCENE)):
-        example, scene = part.read(1), render_scene(start + 1, settings=SceneSettings(image_size=32))
+        example, scene = part[1], render_scene(start + 1, settings=SceneSettings(image_size=32))
         assert example.label == scene.label
         for found, expected in ((example.image, scene.image), (example.mask, scene.semantic_mask)):
             assert np.array_equal(np.asarray(found), expected)
         assert np.array_equal(example.depth, scene.depth)
     colours = open_data("scenes", image_size=32, num_train=3, num_test=2, options=DataOptions(label_column="colours"))
-    assert colours.train.read(1).label != data.train.read(1).label
+    assert colours.train[1].label != data.train[1].label
     assert colours.train.fingerprint != data.train.fingerprint
     with pytest.raises(ValueError, match="their own splits, images, maps and boxes"):
         open_data("scenes", options=DataOptions(mask_column="mask"))
@@ -89,7 +87,7 @@ def _folder(path, parts, *, num_images=5):
 def test_a_folder_of_class_folders_has_labels_and_holds_a_share_out(tmp_path):
     data = open_data(_folder(tmp_path / "images", [""]))
     assert (len(data.train), len(data.test)) == (7, 3) and data.train.class_names == ("cat", "dog")
-    names = [{part.read(number).image.tobytes() for number in range(len(part))} for part in (data.train, data.test)]
+    names = [{part[number].image.tobytes() for number in range(len(part))} for part in (data.train, data.test)]
     assert not data.train.options.maps and names[0] and names[1]
     again = open_data(_folder(tmp_path / "copy", [""]))
     assert (
@@ -101,7 +99,7 @@ def test_a_test_split_is_found_and_images_are_drawn_by_the_seed(tmp_path):
     source = _folder(tmp_path / "images", ["train", "val"])
     data = open_data(source, num_train=4)
     assert (len(data.train), len(data.test)) == (4, 10)
-    assert {data.train.read(number).label for number in range(4)} == {0, 1}  # not the first four, all cats
+    assert {data.train[number].label for number in range(4)} == {0, 1}  # not the first four, all cats
     with pytest.raises(ValueError, match="has no split 'dev'"):
         open_data(source, test_split="dev")
 
@@ -110,7 +108,7 @@ def test_maps_of_a_saved_dataset_are_read_by_the_names_of_their_columns(tmp_path
     datasets.DatasetDict(train=_dataset(6), test=_dataset(4)).save_to_disk(str(tmp_path / "saved"))
     options = DataOptions(mask_column="mask", depth_column="depth", depth_scale=0.001)
     data = open_data(str(tmp_path / "saved"), options=options)
-    example = data.test.read(2)
+    example = data.test[2]
     assert (len(data.train), len(data.test)) == (6, 4)
     assert example.mask.shape == example.depth.shape == (32, 40) and 0.5 <= example.depth.min() <= 9
     with pytest.raises(ValueError, match=r"no column 'masks'; the columns are .*'mask'"):
@@ -130,7 +128,7 @@ def test_an_empty_folder_says_what_was_expected(tmp_path):
 def test_features_equal_those_of_one_pass_over_all_images(encoder, tmp_path):
     images = _labelled(_dataset())
     found = _encode(encoder, images, tmp_path, batch_size=2, shard_size=3)
-    pixels = encoder.prepare([images.read(number).image for number in range(7)])
+    pixels = encoder.prepare([images[number].image for number in range(7)])
     layers = extract_features(encoder, pixels, layers=[-4, -3, -2, -1], is_normed=True)
     (raw,) = extract_features(encoder, pixels)
     expected = {
@@ -145,7 +143,7 @@ def test_features_equal_those_of_one_pass_over_all_images(encoder, tmp_path):
         rows = torch.tensor([6, 0, 3, 3])
         torch.testing.assert_close(found[kind].take(name, rows), value[rows], rtol=1e-4, atol=1e-5)
     assert found["pooled"].load("labels").tolist() == [0, 1, 0, 1, 0, 1, 0]
-    masks = [fit_map(images.read(number).mask.astype(np.int32), (32, 32)) for number in range(7)]
+    masks = [fit_map(images[number].mask, (32, 32)) for number in range(7)]
     assert np.array_equal(found["normed_patches"].load("masks"), masks)
     assert found["raw_patches"].load("depths").shape == (7, 32, 32) and len(found["pooled"]) == 7
 
@@ -166,8 +164,8 @@ def test_what_is_encoded_is_not_encoded_again_and_another_kind_adds_its_files_on
     images = _labelled(_dataset())
     _encode(encoder, images, tmp_path, shard_size=3, kinds=["pooled"])
     calls = []
-    read = LabelledImages.read
-    monkeypatch.setattr(LabelledImages, "read", lambda self, number: calls.append(number) or read(self, number))
+    read = ImageSource.__getitem__
+    monkeypatch.setattr(ImageSource, "__getitem__", lambda self, number: calls.append(number) or read(self, number))
     _encode(encoder, images, tmp_path, shard_size=3, kinds=["pooled"])
     assert not calls
     _encode(encoder, images, tmp_path, shard_size=3, kinds=["pooled", "raw_patches"])
@@ -176,18 +174,18 @@ def test_what_is_encoded_is_not_encoded_again_and_another_kind_adds_its_files_on
 
 
 def test_an_interrupted_pass_goes_on_and_ends_with_the_same_features(encoder, tmp_path, monkeypatch):
-    images, read = _labelled(_dataset()), LabelledImages.read
+    images, read = _labelled(_dataset()), ImageSource.__getitem__
 
     def stop(self, number):
         if number == 5:
             raise KeyboardInterrupt
         return read(self, number)
 
-    monkeypatch.setattr(LabelledImages, "read", stop)
+    monkeypatch.setattr(ImageSource, "__getitem__", stop)
     with pytest.raises(KeyboardInterrupt):
         _encode(encoder, images, tmp_path / "a", shard_size=2, batch_size=2)
     assert len(list((tmp_path / "a").glob("*/*"))) == 2 * 3  # two whole shards of three kinds, and no part of one
-    monkeypatch.setattr(LabelledImages, "read", read)
+    monkeypatch.setattr(ImageSource, "__getitem__", read)
     resumed = _encode(encoder, images, tmp_path / "a", shard_size=2, batch_size=2)
     whole = _encode(encoder, images, tmp_path / "b", shard_size=2, batch_size=2)
     for kind in KINDS:
@@ -196,14 +194,14 @@ def test_an_interrupted_pass_goes_on_and_ends_with_the_same_features(encoder, tm
 
 
 def test_unreadable_images_and_maps_are_counted_and_left_out(encoder, tmp_path, monkeypatch):
-    images, read = _labelled(_dataset()), LabelledImages.read
+    images, read = _labelled(_dataset()), ImageSource.__getitem__
 
     def spoil(self, number):
         if number in (1, 4, 5, 6):
             raise UnreadableImage(f"image {number}", "truncated")
         return read(self, number)
 
-    monkeypatch.setattr(LabelledImages, "read", spoil)
+    monkeypatch.setattr(ImageSource, "__getitem__", spoil)
     found = _encode(encoder, images, tmp_path, shard_size=4)["pooled"]  # nothing is left of the second shard
     assert found.counts() == {
         "num_images": 3,
@@ -211,16 +209,9 @@ def test_unreadable_images_and_maps_are_counted_and_left_out(encoder, tmp_path, 
         "num_nonfinite": 0,
         "unreadable": [f"image {number}: truncated" for number in (1, 4, 5, 6)],
         "nonfinite": [],
+        "notes": [],
     }
     assert found.load("labels").tolist() == [0, 0, 1] and found.load("numbers").tolist() == [0, 2, 3]
-
-
-def test_a_mask_of_another_size_than_its_image_makes_it_unreadable():
-    dataset = _dataset(2, mask=[Image.new("L", (40, 32)), Image.new("L", (20, 16))])
-    images = _labelled(dataset)
-    assert images.read(0).mask.shape == (32, 40)
-    with pytest.raises(UnreadableImage, match=r"mask of shape \(16, 20\) for an image of \(32, 40\) pixels"):
-        images.read(1)
 
 
 def test_a_broken_mask_makes_its_image_unreadable_and_stops_nothing(encoder, tmp_path):
@@ -271,7 +262,7 @@ def test_settings_out_of_range_are_refused(encoder, tmp_path):
 def test_inputs_of_the_linear_probe_are_those_of_dinov2(encoder, tmp_path):
     images = _labelled(_dataset())
     inputs, labels = linear_inputs(_encode(encoder, images, tmp_path)["pooled"], num_layers=(1, 4), device="cpu")
-    pixels = encoder.prepare([images.read(number).image for number in range(7)])
+    pixels = encoder.prepare([images[number].image for number in range(7)])
     layers = extract_features(encoder, pixels, layers=[-4, -3, -2, -1], is_normed=True)
     mean, classes = layers[-1].patch_tokens.mean(dim=1), [layer.cls_token for layer in layers]
     expected = {

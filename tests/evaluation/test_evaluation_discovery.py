@@ -8,16 +8,17 @@ import sys
 import datasets
 import numpy as np
 import pytest
+from annotated_scenes import annotated_scenes
 from PIL import Image
 
 from modeling_vitreg import ViTWithRegistersModel
-from modeling_vitreg.discovery import DiscoverySettings, discover, read_annotations, read_cell, read_scenes
+from modeling_vitreg.discovery import DiscoverySettings, discover
 from modeling_vitreg.discovery.measurement import Measurement
 from modeling_vitreg.evaluation import EncodingSettings, EvaluationSettings, compare, evaluate, open_data
 from modeling_vitreg.evaluation.intervals import wilson_interval
-from modeling_vitreg.evaluation.sources import FIRST_TEST_SCENE
 from modeling_vitreg.features import load_encoder
-from modeling_vitreg.images import DataOptions
+from modeling_vitreg.images import DataOptions, open_images
+from modeling_vitreg.images.labelled import FIRST_TEST_SCENE
 from modeling_vitreg.scenes import SceneSettings
 
 
@@ -57,7 +58,9 @@ def _without_clocks(report):
 
 @pytest.mark.parametrize("options", [{}, {"method": "tokencut", "layer": 2}, {"method": "dino_seg", "head": 1}])
 def test_corloc_is_that_of_discover_on_the_same_images(encoder, scenes, tmp_path, options):
-    images = read_scenes(range(FIRST_TEST_SCENE, FIRST_TEST_SCENE + NUM_SCENES), settings=SceneSettings(image_size=32))
+    images = annotated_scenes(
+        range(FIRST_TEST_SCENE, FIRST_TEST_SCENE + NUM_SCENES), settings=SceneSettings(image_size=32)
+    )
     expected = discover(encoder, images, settings=DiscoverySettings(**options, has_progress_bar=False))
     report = _run(encoder, scenes, tmp_path, settings=_with(**options))
     (result,) = report.results
@@ -83,14 +86,14 @@ def test_a_result_names_the_settings_that_its_method_reads_and_no_others(encoder
 def test_a_pass_that_is_stopped_goes_on_and_gives_the_same_number(encoder, scenes, tmp_path, monkeypatch):
     read, seen = Measurement.read, []
 
-    def count(self, number, image):
+    def count(self, images, number):
         seen.append(number)
-        return read(self, number, image)
+        return read(self, images, number)
 
-    def stop(self, number, image):
+    def stop(self, images, number):
         if number == 18:
             raise KeyboardInterrupt
-        return read(self, number, image)
+        return read(self, images, number)
 
     with monkeypatch.context() as patch:
         patch.setattr(Measurement, "read", stop)
@@ -196,7 +199,7 @@ def test_boxes_of_every_source_give_one_corloc(encoder, tmp_path):
     painted, folder = _painted(), _write_files(tmp_path / "files", _painted())
     expected = discover(
         encoder,
-        read_annotations(folder / "coco.json", folder / "images"),
+        open_images(str(folder / "images"), annotations=folder / "coco.json"),
         settings=DiscoverySettings(has_progress_bar=False),
     ).as_published
     opened = [
@@ -211,23 +214,6 @@ def test_boxes_of_every_source_give_one_corloc(encoder, tmp_path):
     assert len({data.test.box_fingerprint for data in opened[:3]}) == 3
 
 
-def test_a_cell_of_boxes_is_read_by_its_layout():
-    boxes = [[1, 2, 11, 22], [0, 0, 5, 5]]
-    for layout in ("corners", "dictionary", "list"):
-        assert read_cell(_cell(boxes, layout)).tolist() == boxes
-    assert read_cell({"bbox": boxes}, box_format="xyxy").tolist() == boxes
-    assert read_cell(_wide(boxes), box_format="xywh").tolist() == boxes
-    assert read_cell({"bbox": [[0.4, 0.4, 10.3, 10]]}).tolist() == [[0, 0, 11, 10]]  # rounded, as those of COCO files
-    assert read_cell(None) is None and read_cell([]).shape == read_cell({"bbox": []}).shape == (0, 4)
-    for cell in (7, {"boxes": boxes}, [1, 2, 3, 4], [[1, 2, 3]], [{"box": [1, 2, 3, 4]}]):
-        with pytest.raises(ValueError, match="expected boxes as"):
-            read_cell(cell)
-    with pytest.raises(ValueError, match="is the format xywh"):
-        read_cell([[10, 10, 5, 5]])
-    with pytest.raises(ValueError, match="box_format auto, xyxy, xywh, cxcywh, got 'yolo'"):
-        read_cell([], box_format="yolo")
-
-
 def test_images_without_boxes_that_cannot_be_read_or_with_boxes_outside_are_left_out(encoder, tmp_path):
     painted = _painted(6)
     painted[1] = (painted[1][0], [[0, 0, 200, 20]])
@@ -237,7 +223,7 @@ def test_images_without_boxes_that_cannot_be_read_or_with_boxes_outside_are_left
     (result,) = report.results
     counts = report.data[result["dataset_hash"]]["test"]
     assert (result["n"], counts["num_images"], counts["num_unreadable"]) == (4, 4, 2)
-    assert "0.png" in counts["unreadable"][0] and "is the layout of the boxes another one?" in counts["unreadable"][1]
+    assert "0.png" in counts["unreadable"][0] and "is data.box_format another one?" in counts["unreadable"][1]
     with pytest.raises(ValueError, match="discovery: no image could be read"):
         for path in (folder / "images").iterdir():
             path.unlink()

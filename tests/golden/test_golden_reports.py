@@ -14,6 +14,7 @@ import zlib
 
 import pytest
 import torch
+from annotated_scenes import annotated_scenes
 from planted_models import pictures, planted_model
 
 from modeling_vitreg import ViTWithRegistersConfig, ViTWithRegistersModel
@@ -67,10 +68,10 @@ def _analyze(folder: pathlib.Path):
 
 
 def _discover(method: str):
-    from modeling_vitreg.discovery import DiscoverySettings, Sweep, discover, read_scenes
+    from modeling_vitreg.discovery import DiscoverySettings, Sweep, discover
 
     settings = DiscoverySettings(method=method, head=1, batch_size=4, has_progress_bar=False)
-    images = read_scenes(range(8), settings=SceneSettings(image_size=64))
+    images = annotated_scenes(range(8), settings=SceneSettings(image_size=64))
     sweep = Sweep(layers=(-1, 2)) if method == "lost" else None
     return discover(load_encoder(_filled(), name="filled"), images, settings=settings, sweep=sweep)
 

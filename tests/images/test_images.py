@@ -21,10 +21,10 @@ from modeling_vitreg.images import (
     UnreadableImage,
     check_channels,
     decode_image,
-    decode_maps,
     derive_seed,
     describe_unreadable,
     open_images,
+    read_annotated,
 )
 from modeling_vitreg.scenes import SceneSettings
 
@@ -340,10 +340,10 @@ def test_maps_are_read_beside_the_only_image_that_is_no_map():
     streamed = {raw["bytes"]: raw for raw, _ in itertools.islice(stream.examples(seed=0), 3)}
     for index, row in enumerate(dataset):
         raw = source.raw(index)
-        for found in (decode_maps(raw, size=(8, 6)), decode_maps(streamed[raw["bytes"]], size=(8, 6))):
+        for found in (read_annotated(raw).maps, read_annotated(streamed[raw["bytes"]]).maps):
             assert np.array_equal(found["mask"], np.asarray(row["annotation"]))
             assert np.allclose(found["depth"], np.asarray(row["millimetres"]) / 1000) and found["depth"].dtype == "f4"
-    assert decode_maps(ImageSource(dataset, options=DataOptions(image_column="photo")).raw(0), size=(8, 6)) == {}
+    assert read_annotated(ImageSource(dataset, options=DataOptions(image_column="photo")).raw(0)).maps == {}
     plain = ImageSource(dataset, options=DataOptions(image_column="photo")).fingerprint
     scaled = ImageSource(
         dataset, options=DataOptions(mask_column="annotation", depth_column="millimetres")
@@ -356,19 +356,9 @@ def test_maps_are_read_beside_the_only_image_that_is_no_map():
 def test_classes_that_count_from_one_are_reduced_and_zero_is_hidden():
     dataset = _with_maps()
     raw = ImageSource(dataset, options=DataOptions(mask_column="annotation", reduce_labels=True)).raw(1)
-    stored, (found,) = np.asarray(dataset[1]["annotation"]), decode_maps(raw, size=(8, 6)).values()
+    stored, (found,) = np.asarray(dataset[1]["annotation"]), read_annotated(raw).maps.values()
     assert np.array_equal(found[stored > 0], stored[stored > 0].astype(int) - 1)
     assert (found[stored == 0] == 255).all() and (stored == 0).any()
-
-
-def test_a_map_that_is_missing_broken_or_of_another_size_makes_an_image_unreadable():
-    dataset = _with_maps()
-    raw = ImageSource(dataset, options=DataOptions(mask_column="annotation")).raw(0)
-    for value, reason in ((None, "mask of shape"), ({"bytes": b"no", "path": None}, "UnidentifiedImageError")):
-        with pytest.raises(UnreadableImage, match=f"image 0: .*{reason}"):
-            decode_maps({**raw, "maps": {"mask": value}}, size=(8, 6))
-    with pytest.raises(UnreadableImage, match=r"mask of shape \(6, 8\) for an image of \(6, 9\) pixels"):
-        decode_maps(raw, size=(9, 6))
 
 
 def test_masks_of_a_folder_are_named_in_its_metadata(tmp_path):
@@ -379,7 +369,7 @@ def test_masks_of_a_folder_are_named_in_its_metadata(tmp_path):
     rows = [{"file_name": f"images/{name}.png", "mask_file_name": f"masks/{name}.png"} for name in "ab"]
     (tmp_path / "train" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     source = open_images(str(tmp_path), options=DataOptions(mask_column="mask"))
-    found = [decode_maps(source.raw(index), size=(8, 8))["mask"].max() for index in range(2)]
+    found = [read_annotated(source.raw(index)).maps["mask"].max() for index in range(2)]
     assert len(source) == 2 and found == [7, 8]
 
 
@@ -393,7 +383,7 @@ def test_masks_of_shards_are_named_by_their_suffix(tmp_path):
                 archive.addfile(entry, io.BytesIO(content))
     stream = open_images(str(tmp_path / "a.tar"), options=DataOptions(mask_column="mask.png"))
     for raw, _ in itertools.islice(stream.examples(seed=0), 4):
-        assert decode_maps(raw, size=(8, 8))["mask"].max() == np.asarray(decode_image(raw)).max()
+        assert read_annotated(raw).maps["mask"].max() == np.asarray(decode_image(raw)).max()
 
 
 def test_a_hidden_label_is_none():

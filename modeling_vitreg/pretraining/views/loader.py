@@ -20,11 +20,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from modeling_vitreg.images import ImageSource, ImageStream, UnreadableImage, decode_image, decode_maps, derive_seed
+from modeling_vitreg.images import (
+    AnnotatedImage,
+    ImageSource,
+    ImageStream,
+    UnreadableImage,
+    derive_seed,
+    read_annotated,
+)
 
 
 # First words of seeds, so that order, views and masks are independent of each other.
@@ -52,7 +58,8 @@ class ViewLoader:
 
     A batch is a dictionary: what `make_views` returns with the images along axis 1, (V, B, ...); `masks` (V, B, P) if
     there are any; `texts` (B, N) if `make_text` is given; `labels` int64 (B,), -1 for none; `numbers` int64 (B,);
-    `unreadable`, a list of (name, reason). An unreadable image is replaced by the next readable one, of the source or,
+    `unreadable`, a list of (name, reason), and `notes`, what was done to bring annotations and images together,
+    likewise. An unreadable image is replaced by the next readable one, of the source or,
     of a stream, of those read with it; the substitute is cut as the original would have been.
 
     Args:
@@ -259,10 +266,10 @@ class BatchBuilder:
     seed: int
 
     def __getitem__(self, spec: BatchSpec) -> dict:
-        batch, labels, texts, unreadable = {}, [], [], []
+        batch, labels, texts, unreadable, notes = {}, [], [], [], []
         for place, number in enumerate(spec.numbers):
-            raw, image, maps, problems = self._read(spec.keys, place)
-            views = self._cut(image, maps, number)
+            raw, found, problems = self._read(spec.keys, place)
+            views = self._cut(found, number)
             if not batch:
                 shapes = {
                     name: (view.shape[0], self.micro_batch_size, *view.shape[1:]) for name, view in views.items()
@@ -279,18 +286,18 @@ class BatchBuilder:
             if self.make_text is not None:
                 texts.append(self.make_text(raw["text"]))
             unreadable += [(problem.name, problem.reason) for problem in problems[:1]]
+            notes += [(found.name, note) for note in found.notes]
         captions = {"texts": torch.stack(texts)} if texts else {}
         masks = {} if self.make_masks is None else {"masks": self._mask(spec)}
         counts = {"labels": torch.tensor(labels), "numbers": torch.tensor(spec.numbers)}
-        return {**batch, **masks, **captions, **counts, "unreadable": unreadable}
+        return {**batch, **masks, **captions, **counts, "unreadable": unreadable, "notes": notes}
 
-    def _read(self, keys: list, place: int) -> tuple[dict, Image.Image, dict[str, np.ndarray], list[UnreadableImage]]:
+    def _read(self, keys: list, place: int) -> tuple[dict, AnnotatedImage, list[UnreadableImage]]:
         problems = []
         for key in self._candidates(keys, place):
             raw = key if self.source is None else self.source.raw(key)
             try:
-                image = decode_image(raw)
-                return raw, image, decode_maps(raw, size=image.size), problems
+                return raw, read_annotated(raw), problems
             except UnreadableImage as problem:
                 problems.append(problem)
         raise RuntimeError(
@@ -304,16 +311,16 @@ class BatchBuilder:
         num_tries = min(_NUM_TRIES, len(self.source))
         return ((keys[place] + step) % len(self.source) for step in range(num_tries))
 
-    def _cut(self, image: Image.Image, maps: dict[str, np.ndarray], number: int) -> dict[str, Tensor]:
+    def _cut(self, found: AnnotatedImage, number: int) -> dict[str, Tensor]:
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed, which would also reset the generators of the accelerators, on which models run.
             torch.default_generator.manual_seed(derive_seed(_VIEWS, self.seed, number))
             try:
-                return self.make_views(image, **maps)
+                return self.make_views(found.image, **found.maps)
             except Exception as error:
                 raise RuntimeError(
-                    f"ViewLoader: make_views failed on image number {number}, {image.width} x {image.height} pixels: "
-                    f"{type(error).__name__}: {error}"
+                    f"ViewLoader: make_views failed on image number {number}, {found.name}, {found.image.width} x "
+                    f"{found.image.height} pixels: {type(error).__name__}: {error}"
                 ) from error
 
     def _mask(self, spec: BatchSpec) -> Tensor:
