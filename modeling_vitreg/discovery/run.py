@@ -66,7 +66,7 @@ def discover(
             "features that are not finite, and no other" + "".join(f"\n  {line}" for line in run.unreadable[:3])
         )
     settings = {**dataclasses.asdict(run.settings), "layer": run.layer}
-    entries = run.sweep_entries()
+    entries, published = run.sweep_entries(), run.published.summarise()
     best = max(entries, key=lambda entry: entry["num_hits"], default={})
     return DiscoveryReport(
         model=encoder.name,
@@ -77,7 +77,8 @@ def discover(
             "is_complete": stopped_by is None,
             "stopped_by": stopped_by,
         },
-        as_published={"settings": settings, **run.published.summarise()},
+        # Programs that read reports know the mean IoU by its old name too, for one release.
+        as_published={"settings": settings, **published, "mean_overlap": published["mean_iou"]},
         sweep={"settings": dataclasses.asdict(sweep), "entries": entries} if sweep else {},
         best_of_sweep={**best, "note": OPTIMISTIC} if best and best["corloc"] is not None else {},
         predictions=[run.predictions[number] for number in sorted(run.predictions)],
