@@ -239,9 +239,9 @@ def make_data_options(options: argparse.Namespace, recipe: Recipe) -> DataOption
     if kind in MAPS:
         columns[f"{kind}_column"] = getattr(options, f"{kind}_column") or of_scenes.get(kind, kind)
     settings = {"depth_scale": options.depth_scale, "reduce_labels": options.reduce_labels}
-    if recipe.objective == "depth":
+    if kind == "depth":
         settings["max_depth"] = recipe.settings.get("max_depth", DataOptions.max_depth)
-    if recipe.objective == "segment":
+    if kind == "mask":
         named = recipe.settings.get("class_names") or (SEMANTIC_NAMES if options.data == "scenes" else ())
         settings["num_classes"] = recipe.settings.get("num_classes") or len(named)
     return make_settings(DataOptions, {**columns, **settings, **options.data_settings}, of="data")
