@@ -1,4 +1,4 @@
-"""From a recipe to what learns: a backbone, new or loaded, inside the objective that the recipe names."""
+"""The objective that a recipe names, around a new or a pretrained backbone."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def make_config(recipe: Recipe) -> ViTWithRegistersConfig:
 def make_objective(
     recipe: Recipe, *, init: str | pathlib.Path | None = None, processes: DistributedContext = SINGLE_PROCESS
 ) -> Objective:
-    """Everything that learns, in one module.
+    """The objective of a recipe, with all trained modules.
 
     Args:
         recipe: of the run. With `init`, the architecture is that of the loaded model; of the recipe's, stochastic

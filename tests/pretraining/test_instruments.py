@@ -214,7 +214,7 @@ def test_a_loss_that_comes_back_to_ln_k_is_named():
 def test_uniform_targets_are_named():
     uniform = {"teacher_entropy": lambda t: 0.998 * math.log(K), "mean_entropy": None}
     alarm = _only(diagnose(_run(noise=0.001, **uniform), num_prototypes=K))
-    assert "and uniform ones have ln K = 6.931: they teach nothing" in alarm and "KoLeo" in alarm
+    assert "and uniform targets have ln K = 6.931: the student cannot learn from them" in alarm and "KoLeo" in alarm
     assert diagnose(_run(noise=0.001, **uniform), num_prototypes=None) == []
 
 

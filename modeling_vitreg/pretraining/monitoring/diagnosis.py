@@ -1,7 +1,6 @@
-"""The reading of a log: what is wrong with a run, in plain words, from its numbers alone.
+"""Warnings about a training run, from its log alone.
 
-A joint-embedding loss has two trivial ends, which `instruments` describes. Steps and values are those of the records
-that `JsonlLogger` writes.
+`instruments` describes the two kinds of collapse. Steps and values are those of the records of `JsonlLogger`.
 """
 
 from __future__ import annotations
@@ -13,19 +12,19 @@ import statistics
 from .instruments import collapse_line
 
 
-MIN_RECORDS = 20  # of one quantity; before, a reading is chance
+MIN_RECORDS = 20  # of one value; fewer say too little
 MIN_EVALUATIONS = 4
 
 
 def read_series(records: list[dict], *, key: str) -> tuple[list, list]:
-    """The finite values of one quantity and their steps, in order.
+    """Finite values of one key and their steps, in order.
 
-    A run that was killed and resumed writes some steps twice: what it wrote beyond the step that it went back to is
-    left out, and of one step the last value counts.
+    A run that was killed and resumed writes some steps twice: records after the step that it resumed from are left
+    out, and the last value of a step counts.
 
     Args:
-        records: lines of a log, each with `step` and any numbers by name; absent or None means not measured.
-        key: name of the quantity.
+        records: lines of a log, each with `step` and other values by name; absent or None means not measured.
+        key: name of the value.
 
     Returns:
         Steps and values, two lists of one length; both empty if there are none.
@@ -60,17 +59,17 @@ def _is_number(value: object) -> bool:
 
 
 def diagnose(records: list[dict], *, num_prototypes: int | None) -> list[str]:
-    """Say in plain words what is wrong with a run, from its log alone; nothing for a healthy or a very young run.
+    """Sentences about the problems of a run, from its log alone; none for a healthy or a very young run.
 
-    Read are `total` (loss), `dino` (mean cross-entropy of a pair of views), `teacher_entropy` (`entropy` of the
+    It reads `total` (loss), `dino` (mean cross-entropy of a pair of views), `teacher_entropy` (`entropy` of the
     targets), `mean_entropy` (`entropy_of_mean`), `learning_rate`, and at evaluations `rank` (`effective_rank`) and
-    `knn` (accuracy from 0 to 1). Any of them may be missing, in some records or in all; then what needs it is not
-    looked for. Every other number is only checked for being finite.
+    `knn` (accuracy from 0 to 1). Any of them may be missing, in some records or in all; then the checks that
+    need it are left out. Other values have to be finite.
 
-    What is looked for, in this order:
+    Checks, in this order:
         a value that is not finite
         the median of `dino` within 1 % of ln K in the last quarter of the steps: uniform collapse
-        targets that do not tell images apart in the last quarter: `teacher_entropy` within 1 % of ln K, or
+        targets that are the same for all images in the last quarter: `teacher_entropy` within 1 % of ln K, or
             `mean_entropy` within 1 % of ln K (0.1 nats without K) of it, or both near 0: constant collapse
         `total` that moved by less than 1 %, beyond its noise, in the last third of the steps; not after a collapse,
             which explains it, nor while k-NN rises, nor where the loss fell and the learning rate has since ended
@@ -79,10 +78,10 @@ def diagnose(records: list[dict], *, num_prototypes: int | None) -> list[str]:
 
     Args:
         records: as for `read_series`.
-        num_prototypes: K of the class-token head; None leaves out what needs ln K.
+        num_prototypes: K of the class-token head; None leaves out checks that need ln K.
 
     Returns:
-        For each alarm what is seen, with numbers, and what to do: one sentence each.
+        For each problem its values and advice.
 
     Raises:
         ValueError: a record without a step, or fewer than 2 prototypes.
@@ -123,8 +122,8 @@ def _uniform_collapse(records: list[dict], line: float | None) -> str | None:
     if line is None or recent is None or abs(recent - line) > 0.01 * line:
         return None
     return (
-        f"The class-token loss is {recent:.4g} over the last quarter of the steps, and a uniform answer costs "
-        f"ln K = {line:.4g}: uniform collapse, or a start that is not over. Lower the teacher temperature, check that "
+        f"The class-token loss is {recent:.4g} over the last quarter of the steps, near ln K = {line:.4g}, the loss "
+        f"of a uniform output: uniform collapse, or the start of the run. Lower the teacher temperature, check that "
         "the targets are centred (or assigned by Sinkhorn) once and not twice, and that the learning rate has passed "
         "its warm-up."
     )
@@ -137,13 +136,13 @@ def _constant_collapse(records: list[dict], line: float | None) -> str | None:
     if line is not None and each > 0.99 * line:
         return (
             f"The teacher's targets have an entropy of {each:.4g} over the last quarter of the steps, and uniform "
-            f"ones have ln K = {line:.4g}: they teach nothing. Lower the teacher temperature and check the centring, "
-            "then raise the weight of KoLeo or the momentum of the teacher."
+            f"targets have ln K = {line:.4g}: the student cannot learn from them. Lower the teacher temperature and "
+            "check the centring, then raise the weight of KoLeo or the momentum of the teacher."
         )
     if mean is not None and _is_constant(each, mean, line):
         return (
             f"The teacher's targets have an entropy of {each:.4g} and their mean has {mean:.4g} over the last quarter "
-            "of the steps: nearly every image gets the same target, constant collapse. Raise the momentum of the "
+            "of the steps: nearly all images have the same target, constant collapse. Raise the momentum of the "
             "teacher and the weight of KoLeo, and check that the targets are centred or assigned by Sinkhorn."
         )
     return None
@@ -157,7 +156,7 @@ def _is_constant(each: float, mean: float, line: float | None) -> bool:
 
 
 def _last_quarter(records: list[dict], key: str) -> float | None:
-    """Median over the last quarter of the steps, which one odd batch does not move; None where too little is known."""
+    """Median over the last quarter of the steps, robust against single batches; None with too few records."""
     steps, values = read_series(records, key=key)
     if len(steps) < MIN_RECORDS:
         return None
@@ -218,8 +217,8 @@ def _falling_rank(records: list[dict]) -> str | None:
         return None
     cure = "Raise the weight of KoLeo or lower" if _has(records, "koleo") else "Lower"
     return (
-        f"The effective rank of the features fell from {best:.4g} at step {best_step} to {now:.4g}: the images share "
-        f"ever fewer directions. {cure} the learning rate, and go back to the checkpoint of step {best_step}."
+        f"The effective rank of the features fell from {best:.4g} at step {best_step} to {now:.4g}: the features use "
+        f"fewer and fewer directions. {cure} the learning rate, and go back to the checkpoint of step {best_step}."
     )
 
 
@@ -229,7 +228,7 @@ def _falling_accuracy(records: list[dict]) -> str | None:
         return None
     cure = " or raise the momentum of the teacher" if _has(records, "momentum") else ""
     return (
-        f"The k-NN accuracy fell from {best:.1%} at step {best_step} to {now:.1%}: the features get worse. Keep "
+        f"The k-NN accuracy fell from {best:.1%} at step {best_step} to {now:.1%}: the features become worse. Keep "
         f"the checkpoint of step {best_step}, and lower the learning rate{cure}."
     )
 

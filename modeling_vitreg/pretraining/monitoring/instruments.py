@@ -1,8 +1,8 @@
-"""What to watch in a self-supervised run: entropies of the targets, rank of the features, likeness of the registers.
+"""Measures of a self-supervised run: entropies of the targets, rank of the features, similarity of the registers.
 
-A joint-embedding loss has two trivial ends. Uniform collapse: every target is the uniform distribution, the loss
-stays at ln K. Constant collapse: every image gets the same target, the loss falls to the entropy of that target. In
-both, the mean target has no more entropy than a single one, for the targets no longer say which image they are of.
+A joint-embedding loss can collapse in two ways. Uniform collapse: every target is the uniform distribution, and the
+loss stays at ln K. Constant collapse: all images have the same target, and the loss falls to the entropy of that
+target. In both, the mean target has no more entropy than a single one, because targets do not depend on the image.
 
 Letters for shapes: B images, K prototypes, R registers, D width. Entropies are in nats.
 """
@@ -39,8 +39,8 @@ def entropy(probabilities: Tensor) -> Tensor:
 def entropy_of_mean(probabilities: Tensor, *, processes: DistributedContext = SINGLE_PROCESS) -> Tensor:
     """Entropy of the mean row, at least `entropy` of the same rows and at most that plus ln B.
 
-    Near ln K the images spread over all prototypes; near `entropy` all rows are alike, whatever they look like. Few
-    images cannot reach many prototypes: compare with both bounds, not with ln K alone.
+    Near ln K the images spread over all prototypes; near `entropy` all rows are the same. Few images cannot use many
+    prototypes: compare with both bounds, not with ln K alone.
 
     Args:
         probabilities: (B, K), rows sum to one; of this process, B may differ between processes.

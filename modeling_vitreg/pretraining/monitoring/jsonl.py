@@ -1,4 +1,4 @@
-"""The record of a run as JSON lines: one object a line, readable while the run goes on, and by everything."""
+"""Log of a run as JSON lines, one object per line, which can be read during the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finds the first value that is not finite, without making the device wait for every step."""
+"""Detector of values that are not finite, which does not wait for the device at every step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class NonFiniteDetector:
         self._first: dict[str, Tensor] = {}
 
     def update(self, terms: dict[str, Tensor], *, step: int) -> None:
-        """Look at the values of a step."""
+        """Take the values of a step."""
         for name, value in terms.items():
             value = value.detach()
             first = self._first.setdefault(name, torch.full((), -1, device=value.device))
@@ -44,7 +44,7 @@ class NonFiniteDetector:
         raise RuntimeError(
             f"step {step}: {', '.join(names)} is not finite. "
             + (f"The last good state, {good}, is kept. " if good else "No state was saved before. ")
-            + "The same command would meet the same numbers: lower learning_rate, lengthen warmup or lower clip "
+            + "The same command would fail again: lower learning_rate, raise warmup_ratio or lower max_grad_norm "
             "(--set ...), or use bf16 or no mixed precision in place of fp16, and start in another output folder with "
             "--init naming this one."
         )

@@ -1,7 +1,7 @@
-"""Supervised classification: fine-tuning, training from scratch, linear probing, learning from a teacher's classes.
+"""Supervised classification: fine-tuning, linear probe, LoRA, training from scratch, distillation of classes.
 
 Mixing of images and labels, binary or softmax cross-entropy, and DeiT's distillation through the distillation token.
-Registers take part in the forward pass; the classifier reads what `config.pooling` says, never a register.
+The classifier reads the tokens that `config.pooling` names, never a register.
 
 Letters: B images, C classes.
 Source: DeiT-III, Touvron et al. 2022, arXiv 2204.07118; DeiT, Touvron et al. 2021, arXiv 2012.12877.
@@ -33,7 +33,7 @@ LOSSES, DISTILLATIONS = ("softmax", "binary"), ("none", "hard", "soft")
 
 @dataclasses.dataclass(frozen=True)
 class ClassificationSettings(AdaptationSettings):
-    """What is particular to a classifier. Defaults are those of fine-tuning in DeiT-III.
+    """Settings of classification. Defaults are those of fine-tuning in DeiT-III.
 
     Args:
         class_names: of the labels 0, 1, ...; found in the data where none are given.

@@ -1,4 +1,4 @@
-"""CLIP: images and their captions find each other among all others of a batch.
+"""CLIP: images and captions are matched within a batch.
 
 The image tower is ours, with registers behind the positions and before the first norm; the text tower is that of
 transformers. Both are saved as one `ViTWithRegistersDualEncoderModel`, with code, tokenizer and image processor. Only
@@ -49,7 +49,7 @@ _SPECIAL = ("<pad>", "<start>", "<unknown>", "<end>")
 
 @dataclasses.dataclass(frozen=True)
 class CLIPSettings(AdaptationSettings):
-    """What is particular to CLIP. Defaults are those of OpenCLIP's ViT-B/16.
+    """Settings of CLIP. Defaults are those of OpenCLIP's ViT-B/16.
 
     Args:
         words: of the captions, each a token; found in the data where neither they nor a tokenizer are given.

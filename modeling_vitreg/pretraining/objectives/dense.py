@@ -1,4 +1,4 @@
-"""Segmentation and depth: a head on patches, and the backbone below it, learn from maps.
+"""Segmentation and depth: a head on patch tokens and its backbone are trained on maps.
 
 The heads are those of DINOv2, which are linear; registers take part in the forward pass and are never read. What is
 summed up over pixels is summed up over the pixels of all processes, statistics of the batch norm too, so that two
@@ -35,7 +35,7 @@ from .objective import TARGETS, DataSummary, Objective, Panel
 
 @dataclasses.dataclass(frozen=True)
 class SegmentationSettings(AdaptationSettings):
-    """What is particular to segmentation.
+    """Settings of segmentation.
 
     Args:
         class_names: of the classes 0, 1, ... of a mask; 255 is no class and does not count.
@@ -63,7 +63,7 @@ class SegmentationSettings(AdaptationSettings):
 
 @dataclasses.dataclass(frozen=True)
 class DepthSettings(AdaptationSettings):
-    """What is particular to depth.
+    """Settings of depth estimation.
 
     Args:
         min_depth, max_depth: metres, the range of the bins; true depths outside of it do not count.
@@ -86,7 +86,7 @@ class DepthSettings(AdaptationSettings):
 
 
 class DensePrediction(HeadObjective):
-    """A backbone under a head that says something of each pixel.
+    """A backbone with a head for each pixel.
 
     Args:
         backbone: without a mask token.

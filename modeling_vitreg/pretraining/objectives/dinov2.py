@@ -1,4 +1,4 @@
-"""DINOv2: class tokens and masked patches of a student learn from a teacher that follows it.
+"""DINOv2: class tokens and masked patches of a student are trained towards those of its moving average, the teacher.
 
 Letters: B images, G global views, V local views, K prototypes, M masked patches, P patches, D width.
 Registers take part in every forward pass and in no loss.
@@ -28,7 +28,7 @@ from .objective import Objective, Panel
 
 @dataclasses.dataclass(frozen=True)
 class DINOv2Settings:
-    """What is particular to the DINOv2 objective. Defaults are those of its ViT-L/16 recipe.
+    """Settings of DINOv2. Defaults are those of its ViT-L/16 recipe.
 
     Args:
         num_prototypes: of the head for class tokens.
@@ -162,7 +162,7 @@ class DINOv2(Objective):
         return self
 
     def after_step(self, *, step: int) -> None:
-        """Move the teacher towards the student."""
+        """Update the teacher."""
         update_ema(self.teacher, self.student, decay=self.rates(step=step)["momentum"])
 
     def rates(self, *, step: int) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Distillation: a small student learns the tokens of a frozen larger teacher.
+"""Distillation: a small student predicts the tokens of a larger frozen teacher.
 
 Letters: B images, G global views, V local views, P patches, D width of the student, T of the teacher.
 Registers of both take part in their forward passes and in no loss.
@@ -39,7 +39,7 @@ COSINE_SHARE, ABSOLUTE_SHARE = 0.9, 0.1  # of the distance of patches
 
 @dataclasses.dataclass(frozen=True)
 class DistillationSettings:
-    """What is particular to distillation.
+    """Settings of distillation.
 
     Args:
         teacher: folder or name on the Hub of the model to learn from, of this family.
@@ -66,7 +66,7 @@ class DistillationSettings:
 
 
 class Distillation(Objective):
-    """A student with two linear layers to the teacher's width, and a moving average of it, which is what is kept.
+    """A student with two linear layers to the teacher's width, and its moving average, which is saved.
 
     The teacher is no part of this module: it is not trained, sharded, averaged or saved, and every process has a
     whole one, which moves to the device of the images at the first step.

@@ -1,9 +1,9 @@
-"""MAE: an encoder sees a quarter of the patches, and a small decoder paints the others.
+"""MAE: an encoder gets a quarter of the patches, and a small decoder reconstructs the others.
 
 Letters: B images, N tokens, n visible tokens, P patches, M masked patches of all images, D width of the encoder, W of
 the decoder.
-Class token and registers are never masked. What the registers hold reaches the decoder through the patches alone,
-unless the settings say otherwise; the paper has no registers, so there is no reference for either.
+Class token and registers are never masked. The decoder gets no registers unless `sees_registers` is set; the paper has
+no registers, so there is no reference for either.
 Source: He et al. 2021, arXiv 2111.06377.
 """
 
@@ -25,10 +25,10 @@ from .objective import Objective
 
 @dataclasses.dataclass(frozen=True)
 class MAESettings:
-    """What is particular to MAE. Defaults are those of the paper.
+    """Settings of MAE. Defaults are those of the paper.
 
     Args:
-        decoder_width, decoder_layers, decoder_heads: of the decoder, which is thrown away after the training.
+        decoder_width, decoder_layers, decoder_heads: of the decoder, which is not saved.
         has_normed_pixels: the target is each patch with mean 0 and variance 1, not its pixels as they are.
         sees_registers: whether the decoder gets the registers beside class token and patches.
     """
@@ -89,7 +89,7 @@ class MAE(Objective):
 
     @property
     def encoder(self) -> ViTWithRegistersModel:
-        """The backbone; there is no teacher."""
+        """The backbone."""
         return self.backbone
 
     @property
@@ -207,7 +207,7 @@ class MAEDecoder(nn.Module):
         self._initialise(config.initializer_range)
 
     def forward(self, tokens: Tensor, visible: Tensor, *, num_patches: int) -> Tensor:
-        """Paint all patches.
+        """Reconstruct all patches.
 
         Args:
             tokens: of the encoder, prefix and visible patches, (B, n, D).

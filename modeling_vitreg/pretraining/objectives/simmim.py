@@ -1,4 +1,4 @@
-"""SimMIM: an encoder sees mask tokens in the place of patches, and one linear layer predicts their pixels.
+"""SimMIM: mask tokens replace patches, and a linear layer predicts their pixels.
 
 Letters: B images, P patches, M masked patches of all images, D width. Registers take part in the forward pass and in
 no loss.
@@ -61,7 +61,7 @@ class SimMIM(Objective):
 
     @property
     def encoder(self) -> ViTWithRegistersModel:
-        """The backbone; there is no teacher."""
+        """The backbone."""
         return self.backbone
 
     @property

@@ -1,4 +1,4 @@
-"""Which parameter learns how fast and decays how much: the groups of DINOv2, as pure functions of its name."""
+"""Learning rate and weight decay of each parameter by its name, as in DINOv2."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def parameter_groups(
 
     Args:
         backbone: `ViTWithRegistersModel`.
-        heads: modules that learn at the full rate.
+        heads: modules with the full learning rate.
         layer_decay, patch_multiplier: see `learning_rate_multiplier`.
         decays_tokens: see `is_decayed`.
 

@@ -1,4 +1,4 @@
-"""Values that change with the step, as pure functions of it: nothing to save, nothing to advance."""
+"""Schedules as pure functions of the step, without a state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FSDP2: the parameters of one module spread over the processes, layer by layer, by torch's own `fully_shard`."""
+"""FSDP2: the parameters of an objective sharded over the processes, layer by layer, with `fully_shard` of torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..objectives.objective import Objective
 def shard(objective: Objective, *, precision: str = "no") -> Objective:
     """Shard an objective in place, on the device it lies on: each layer, each head, and the rest.
 
-    Student and teacher are cut alike, so that the teacher follows shard by shard.
+    Student and teacher are sharded alike, so that the average is updated shard by shard.
 
     Args:
         objective: before its optimiser is made.
@@ -49,7 +49,7 @@ def shard(objective: Objective, *, precision: str = "no") -> Objective:
 
 
 def gather_model(objective: Objective) -> PreTrainedModel:
-    """What an objective saves, as a whole, on its device; of a sharded one all processes call it together."""
+    """The saved model of an objective, whole, on its device; all processes call it together if it is sharded."""
     model = objective.saved
     if not isinstance(objective, FSDPModule):
         return model

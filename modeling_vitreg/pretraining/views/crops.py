@@ -1,8 +1,8 @@
 """Views of an image by torchvision v2: multi-crop (Caron et al. 2020; DINO, DINOv2), or a supervised recipe's cut.
 
-A map, which says something of each pixel, is cut where its image is, to the nearest pixel.
+Maps (masks, depth) are cropped with their image, to the nearest pixel.
 
-Letters: V views. Views are bytes; they are normalised on the device, so that a quarter of the memory travels.
+Letters: V views. Views are uint8 and are normalised on the device, which moves a quarter of the memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ IGNORED, NO_DEPTH, GREY = 255, 0, (124, 116, 104)  # what pads a mask, a depth a
 
 @dataclasses.dataclass(frozen=True)
 class CropSettings:
-    """What is cut from an image, and how it is coloured. Defaults are those of DINOv2 at patch 14.
+    """Crops and augmentation of an image. Defaults are those of DINOv2 at patch 14.
 
     Args:
         num_global, num_local: views of each kind; MAE and SimMIM take one global view.
@@ -31,10 +31,10 @@ class CropSettings:
         global_scale, local_scale: smallest and largest share of the image's area.
         flip: probability of a horizontal flip.
         color_jitter: brightness, contrast, saturation, hue; with probability `color_jitter_probability`.
-        gray: probability of losing the colours.
+        gray: probability of grayscale.
         blur: probability of a Gaussian blur (kernel 9, sigma 0.1 to 2 pixels) of the first global view, the other
-            global views, and local views. DINO means (1.0, 0.1, 0.5); the released code of DINOv2 inverts what it
-            was told and runs (0.0, 0.9, 0.5).
+            global views, and local views. DINO has (1.0, 0.1, 0.5); the released code of DINOv2 inverts its argument
+            and runs (0.0, 0.9, 0.5).
         solarize: probability of solarisation, of global views but the first.
         cut: "resized", a random part at a random size; "simple": the short side to the size of the view, padded by 4
             pixels, and a square of it (DeiT-III's simple random crop); "zoomed": the short side to the size of the

@@ -1,8 +1,8 @@
 """The training loader: order and augmentation depend on nothing but the seed and the number of an image.
 
-A run consumes images 0, 1, 2, ... without end. So it can be killed anywhere and goes on with the same bytes, with any
-number of workers; if the source can be indexed, also with another number of processes. Workers decode and augment; the
-main process decides what comes next, counts what was unreadable and knows the state of a stream.
+A run reads images 0, 1, 2, ... without end, so a run that is killed resumes with the same bytes and any number of
+workers; with an indexed source also with another number of processes. Workers decode and augment; the main process
+chooses the images, counts unreadable ones and holds the state of a stream.
 
 Letters: B images of a micro-batch, V views, P patches, G images of a step in all processes.
 """
@@ -168,7 +168,7 @@ class ViewLoader:
             yield batch
 
     def state_after(self, step: int) -> dict:
-        """What this process needs to go on after a step; it can be stored as JSON.
+        """State to resume after a step in this process, for JSON.
 
         Give it back as `state`, with `first_step=step + 1`.
 
@@ -183,7 +183,7 @@ class ViewLoader:
         return {"step": step, **self._settings(), "stream": self._states[step] if self._stream else None}
 
     def _settings(self) -> dict:
-        """What has to be the same when a run resumes."""
+        """Settings that have to be the same when a run resumes."""
         settings = {"seed": self._builder.seed, "images_per_step": self.images_per_step}
         return {**settings, "source": self._source.fingerprint}
 
@@ -206,7 +206,7 @@ class ViewLoader:
         return state["stream"]
 
     def _batch_specs(self) -> Iterator[BatchSpec]:
-        """What each micro-batch consists of; runs ahead of the batches that were taken."""
+        """Specifications of micro-batches, ahead of the batches that were taken."""
         builder, size = self._builder, self._builder.micro_batch_size
         images = self._read_stream() if self._stream else None
         for step in itertools.count(self._first_step):
@@ -254,7 +254,7 @@ class BatchSpec(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class BatchBuilder:
-    """Turns a specification into a batch; this is what a worker holds."""
+    """Makes a batch from its specification, in a worker."""
 
     source: ImageSource | None
     make_views: Callable[..., dict[str, Tensor]]

@@ -1,4 +1,4 @@
-"""Which patches are hidden: rectangles of many sizes (BEiT, iBOT, DINOv2), or patches at random (MAE, SimMIM).
+"""Masks of patches: rectangles of many sizes (BEiT, iBOT, DINOv2), or patches at random (MAE, SimMIM).
 
 Letters: V views, B images, P patches, M masks. All masks of a batch are drawn at once, on the CPU, from one generator.
 """
@@ -19,14 +19,14 @@ NUM_TRIES = 10
 
 @dataclasses.dataclass(frozen=True)
 class MaskSettings:
-    """How masks are drawn. Defaults are those of DINOv2.
+    """Settings of masks. Defaults are those of DINOv2.
 
     Args:
         kind: "block" for rectangles; "random" for units of patches at random.
         ratio: smallest and largest share of patches to hide. With "random" both are equal: each image hides the
             same number of patches.
-        share: share of views that are masked; the others are seen whole.
-        unit: side of what is hidden at once, in patches, for "random" (SimMIM hides 32 pixels at once).
+        share: share of views that are masked.
+        unit: side of the squares that "random" hides, in patches (32 pixels in SimMIM).
     """
 
     kind: str = "block"
