@@ -4,6 +4,7 @@ python examples/plan.py --recipe dinov2-vitg14 --processes 64 --micro-batch 12 -
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import pathlib
@@ -34,7 +35,7 @@ def main() -> None:
         )
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None
-    print(json.dumps(made.as_dict(), indent=2) if options.json else write_table(made))
+    print(json.dumps(dataclasses.asdict(made), indent=2) if options.json else write_table(made))
 
 
 def parse_options() -> argparse.Namespace:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import weakref
 from collections.abc import Iterator
@@ -111,10 +110,6 @@ class Estimate:
         """
         return self.total_flops / (flops_per_second * utilisation * self.num_processes) / 3600
 
-    def as_dict(self) -> dict:
-        """All fields, for JSON."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
-
 
 def estimate(
     recipe: Recipe,
@@ -155,42 +150,40 @@ def estimate(
         plain = _trace(recipe, micro_batch, precision, is_sharded, False)
         of_layers = sum(plain.kept.values()) - sum(trace.kept.values())
         working = plain.peak - sum(plain.kept.values()) + of_layers // len(objective.trained["backbone"].layers)
-    share = num_processes if is_sharded else 1
     saved_bytes = _bytes(objective.state_dict().values())
     reduced = learned_bytes * 2
     if is_sharded:
         # Of each micro-batch: the student's weights twice and the teacher's once, and a float32 sum of the gradients.
         reduced = num_accumulations * ((learned_bytes + weight_bytes) * half // 4 + learned_bytes)
     return Estimate(
-        objective=recipe.objective,
-        num_processes=num_processes,
-        micro_batch=micro_batch,
-        num_accumulations=num_accumulations,
-        precision=precision,
-        is_sharded=is_sharded,
-        checkpoints_activations=checkpoints_activations,
+        recipe.objective, num_processes, micro_batch, num_accumulations,
+        precision, is_sharded, checkpoints_activations,
         num_steps=recipe.num_steps,
         images_per_step=recipe.batch_size,
         tokens_per_step=recipe.batch_size * _tokens_per_image(recipe, objective),
         parameters={name: _count(part.parameters()) for name, part in objective.trained.items()}
         | {"teacher": (weight_bytes - learned_bytes + trace.outside) // 4},
-        memory={
-            "weights": math.ceil(learned_bytes / share),
-            "gradients": math.ceil(learned_bytes / share),
-            "moments": math.ceil(2 * learned_bytes / share),
-            # A teacher that is no part of the objective is not sharded either, and neither are buffers.
-            "teacher": math.ceil((weight_bytes - learned_bytes) / share) + trace.outside + _bytes(objective.buffers()),
-            "gathered": _gathered_bytes(objective, half) if is_sharded else 0,
-            "images": trace.images,
-            **trace.kept,
-            "working": working,
-        },
+        memory=_memory(objective, trace, learned_bytes, weight_bytes, share=num_processes if is_sharded else 1)
+        | {"gathered": _gathered_bytes(objective, half) if is_sharded else 0}
+        | {"images": trace.images, **trace.kept, "working": working},
         flops={name: count * num_accumulations * num_processes for name, count in trace.flops.items()},
         reduced_bytes=reduced * (num_processes - 1) // num_processes,
         state_bytes=saved_bytes + 2 * learned_bytes + 4 * len(learned),
-        # Weights and moments as gathered.
-        host_bytes=saved_bytes + 2 * learned_bytes,
-    )
+        host_bytes=saved_bytes + 2 * learned_bytes,  # weights and moments as gathered
+    )  # fmt: skip
+
+
+def _memory(
+    objective: Objective, trace: _Trace, learned_bytes: int, weight_bytes: int, *, share: int
+) -> dict[str, int]:
+    """Bytes that one of `share` processes holds between steps."""
+    return {
+        "weights": math.ceil(learned_bytes / share),
+        "gradients": math.ceil(learned_bytes / share),
+        "moments": math.ceil(2 * learned_bytes / share),
+        # A teacher that is no part of the objective is not sharded, and neither are buffers.
+        "teacher": math.ceil((weight_bytes - learned_bytes) / share) + trace.outside + _bytes(objective.buffers()),
+    }
 
 
 def _check(recipe: Recipe, num_processes: int, micro_batch: int, precision: str) -> None:
@@ -266,14 +259,10 @@ def _fill(objective: Objective, kind: torch.dtype) -> None:
             dtype = torch.float32 if is_norm else kind
             shapes = nn.Parameter(torch.empty(parameter.shape, dtype=dtype), requires_grad=parameter.requires_grad)
             if shapes.requires_grad:
-                shapes.register_post_accumulate_grad_hook(_drop_gradient)
+                shapes.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
             setattr(module, name, shapes)
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
-
-
-def _drop_gradient(parameter: Tensor) -> None:
-    parameter.grad = None
 
 
 def _make_batch(recipe: Recipe, objective: Objective, micro_batch: int, num_masked: int) -> dict[str, Tensor]:
@@ -284,7 +273,7 @@ def _make_batch(recipe: Recipe, objective: Objective, micro_batch: int, num_mask
         batch["local_views"] = torch.empty(crops.num_local, *shape, crops.local_size, crops.local_size)
     batch |= objective.example_targets(micro_batch)
     if objective.masks is not None:
-        num_patches = _num_patches(objective, crops.global_size)
+        num_patches = math.prod(_grid(objective, crops.global_size))
         batch["masks"] = torch.empty(crops.num_global * micro_batch, num_patches, dtype=torch.bool)
         batch["masked_patches"] = torch.empty(num_masked, dtype=torch.long)
     return batch
@@ -310,14 +299,10 @@ def _grid(objective: Objective, side: int) -> tuple[int, int]:
     return side // rows, side // columns
 
 
-def _num_patches(objective: Objective, side: int) -> int:
-    return math.prod(_grid(objective, side))
-
-
 def _tokens_per_image(recipe: Recipe, objective: Objective) -> int:
     crops, num_prefix = recipe.crops, objective.encoder.config.num_prefix_tokens
     views = [(crops.num_global, crops.global_size), (crops.num_local, crops.local_size)]
-    return sum(number * (num_prefix + _num_patches(objective, side)) for number, side in views if number)
+    return sum(number * (num_prefix + math.prod(_grid(objective, side))) for number, side in views if number)
 
 
 class MemoryTracker(TorchDispatchMode):

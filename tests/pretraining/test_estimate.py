@@ -194,7 +194,7 @@ def test_the_giant_has_the_size_of_the_published_one():
 def test_an_estimate_is_json_and_a_table(monkeypatch):
     monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[2] / "examples")
     made = estimate(make_recipe(DINOV2), num_processes=2, micro_batch=4)
-    assert json.loads(json.dumps(made.as_dict())) == made.as_dict()
+    assert json.loads(json.dumps(dataclasses.asdict(made))) == dataclasses.asdict(made)
     text = importlib.import_module("plan").write_table(made)
     for word in ("class_head", "activations", "total", "operations", "on disk", "an assumption"):
         assert word in text

@@ -340,8 +340,7 @@ class UnreadableCounter:
 
     def __init__(self, limit: float):
         self._limit = limit
-        self._num_seen = 0
-        self._num_unreadable = 0
+        self._num_seen = self._num_unreadable = 0
         self._examples = []
 
     def add(self, batch: dict) -> None:
