@@ -227,10 +227,11 @@ class Monitor:
                 raise SystemExit(str(error)) from None
         self._headline = next((name for name in reversed(self._metrics) if name in record), None)
         self._value = record.get(self._headline)
-        self.logger.write(record)
-        self._track(record)
         device = run.accelerator.device
         self.norms.write({"step": step} | summarise_norms(token_norms(encoder, data.train_images[:64].to(device))))
+        # Last, for an evaluation without it is taken again when a killed run continues.
+        self.logger.write(record)
+        self._track(record)
         for alarm in diagnose(self.logger.records, num_prototypes=self.objective.num_prototypes):
             kind = " ".join(alarm.split()[:5])
             if kind not in self._named:
