@@ -151,20 +151,20 @@ def check_output(folder: pathlib.Path) -> None:
 
 
 def open_output(run: Run) -> pathlib.Path | None:
-    """Find the state in the output folder to continue from; refuse a folder of another run."""
+    """The state in the output folder from which the run continues, or None; a run of another recipe is refused."""
     try:
         last = run.from_main(lambda: last_state(run.folder / "state", warn=run.say))
     except RuntimeError as error:
         raise SystemExit(f"the output folder {run.folder} cannot be used: {error}") from None
     if last is not None:
-        # Values that a recipe did not have yet are those that it has by default.
+        # A key that an older recipe lacks has its default.
         before, now = make_recipe(read_metadata(last)["recipe"]).as_dict(), run.recipe.as_dict()
         differing = [name for name in now if before.get(name) != now[name]]
         if differing:
             changes = "; ".join(f"{name}: {before.get(name)} there, {now[name]} now" for name in differing)
             raise SystemExit(
-                f"{run.folder} holds a run of another recipe ({changes}). Give the values of that run to go on with "
-                f"it, another --output to start again, or --init {run.folder} with another --output to start from it"
+                f"{run.folder} holds a run of another recipe ({changes}). Use the same values to continue it, "
+                f"another --output to start again, or --init {run.folder} with another --output to start from it"
             )
     elif run.is_main:
         write_text(run.folder / "recipe.yaml", yaml.safe_dump(run.recipe.as_dict(), sort_keys=False))
@@ -172,7 +172,7 @@ def open_output(run: Run) -> pathlib.Path | None:
 
 
 def read_state(run: Run, state: pathlib.Path, objective: Objective, optimizer: torch.optim.Optimizer) -> dict:
-    """Put a state into everything that learns; returns its metadata."""
+    """Load a state into the objective and the optimiser; returns its metadata."""
     try:
         metadata = load_state(state, objective=objective, optimizer=optimizer)
     except RuntimeError as error:
@@ -281,14 +281,14 @@ class StopRequest:
         self._run.say(f"{signal.Signals(number).name}: saving after this step; once more stops at once")
 
     def is_due(self, step: int) -> bool:
-        """Whether any process was asked; several processes agree on it whenever they log."""
+        """Whether any process was asked to stop; several processes compare this whenever they log."""
         if self._run.processes.size == 1 or self._run.is_time(self._run.options.log_every, step):
             self.is_requested = self._run.is_true_anywhere(self._is_asked)
         return self.is_requested
 
 
 def save(run: Run, objective: Objective, optimizer, loader: ViewLoader, metadata: dict) -> None:
-    """The state to continue from, and the model to use."""
+    """Write the state, then the model; all processes call it together."""
     step, scaler = metadata["step"], run.accelerator.scaler
     states = [None] * run.processes.size
     states[run.processes.rank] = loader.state_after(step)
@@ -309,7 +309,7 @@ def save(run: Run, objective: Objective, optimizer, loader: ViewLoader, metadata
 
 
 def save_model(run: Run, objective: Objective, *, step: int) -> None:
-    """Write a folder for `from_pretrained`, with the statistics of the recipe's images."""
+    """Write model/ with the mean and std of the recipe; all processes call it together."""
     model = gather_model(objective)
     folder = run.folder / "model"
     if run.is_main:

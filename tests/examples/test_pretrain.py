@@ -320,7 +320,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(fol
 
 
 # The commands of the pages, without any variable of the environment.
-PAGE = (ROOT / "examples" / "README.md").read_text()
+PAGE = (ROOT / "docs" / "train" / "scale.md").read_text()
 ON_CPUS = {
     "torch": "python -m torch.distributed.run --standalone --nproc_per_node 2 examples/pretrain.py",
     "accelerate": "accelerate launch --cpu --num_processes 2 examples/pretrain.py",
