@@ -52,7 +52,7 @@ _RENAMED = {
         "layers.top_mass": "top_patch_share",
         "layers.top_over_even": "top_patch_ratio",
     },
-    "conversion": {},
+    "conversion": {"proof": "verification", "source.container": "checkpoint_key"},
     "discovery": {**_ARCHITECTURE, **_DISCOVERY},
     "evaluation": {
         **_ARCHITECTURE,
@@ -112,14 +112,15 @@ class ArtifactReport:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """How a checkpoint became a model, or a model another layout's checkpoint, and what proves it.
+    """A conversion of a checkpoint to a model of this family, or back, with its ledger and its verification.
 
     Args:
-        source: `path`, `layout`, `container`, `sha256`, `num_bytes`, the `licence` of official weights, and `assumed`:
-            fields of the configuration that no tensor shows, as is usual in the family.
-        target: `layout`, `class` of the model, `num_parameters`.
-        ledger: `num_used`, `dropped` and `filled` with their reasons, and the line of coverage.
-        proof: `is_verified`; then `reference`, `sizes`, `errors` (for each size and kind of tokens the largest
+        source: `path`, `layout`, `checkpoint_key`, `sha256`, `num_bytes`, `licence` of official weights, `assumed`
+            (fields of the configuration that no tensor shows, with the usual values of the family) and, on the way in,
+            `notes` about choices that were made.
+        target: `layout`, and on the way in `class` of the model and `num_parameters`.
+        ledger: `num_used`, `num_written`, `dropped`, `filled` and `left` with reasons, and the line of coverage.
+        verification: `is_verified`; then `reference`, `sizes`, `errors` (for each size and kind of tokens the largest
             difference, `absolute` and `relative` to the largest value), `largest_relative_error`, `tolerance`,
             `notes`; or `why` there is none.
         command: that made the conversion.
@@ -132,7 +133,7 @@ class ConversionReport:
     source: dict
     target: dict
     ledger: dict
-    proof: dict
+    verification: dict
     command: str
     made_with: dict = field(default_factory=dict)
 

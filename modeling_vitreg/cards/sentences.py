@@ -53,7 +53,7 @@ def describe_limits(facts: Facts) -> list[str]:
     limits = []
     if not facts.results:
         limits.append("How good its features or predictions are is not known: measure it on your data first.")
-    if facts.conversion is not None and not facts.conversion.proof["is_verified"]:
+    if facts.conversion is not None and not facts.conversion.verification["is_verified"]:
         limits.append("It was not compared with the model that it was converted from, and may differ from it.")
     if _data_of(facts) == "scenes" and facts.parent is None:
         limits.append("It has seen rendered scenes of simple solids only: expect little of it on photographs.")

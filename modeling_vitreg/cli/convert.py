@@ -70,20 +70,20 @@ def convert(
     typer.echo(report.ledger["coverage"])
     for reason in sorted(set(dropped)):
         typer.echo(f"  dropped {dropped.count(reason)}: {reason}")
-    typer.echo(_describe_verification(report.proof))
+    typer.echo(_describe_verification(report.verification))
     typer.echo(f"wrote {output}")
     if to is None:
         typer.echo(f'next: AutoModel.from_pretrained("{output}", trust_remote_code=True)')
 
 
-def _describe_verification(proof: dict) -> str:
-    if not proof["is_verified"]:
-        return f"NOT VERIFIED: {proof['why']}"
-    sizes = ", ".join("x".join(map(str, size)) for size in proof["sizes"])
-    notes = "".join(f"\n  {note}" for note in proof["notes"])
+def _describe_verification(found: dict) -> str:
+    if not found["is_verified"]:
+        return f"NOT VERIFIED: {found['why']}"
+    sizes = ", ".join("x".join(map(str, size)) for size in found["sizes"])
+    notes = "".join(f"\n  {note}" for note in found["notes"])
     return (
-        f"verified against {proof['reference']}: largest error of any token {proof['largest_relative_error']:.1e} "
-        f"(limit {proof['tolerance']:g}) at {sizes}{notes}"
+        f"verified against {found['reference']}: largest error of any token {found['largest_relative_error']:.1e} "
+        f"(limit {found['tolerance']:g}) at {sizes}{notes}"
     )
 
 

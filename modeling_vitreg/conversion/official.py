@@ -33,9 +33,9 @@ def run(files: dict[str, str], *, title: str) -> None:
         report = convert(path, arguments.output, settings=ConversionSettings(code=arguments.code))
     except ConversionError as error:
         parser.exit(1, f"{error}\n")
-    found = report.proof.get("largest_relative_error")
+    found = report.verification.get("largest_relative_error")
     print(report.ledger["coverage"])
-    print(f"verified: {found:.1e}" if found is not None else f"UNVERIFIED: {report.proof['why']}")
+    print(f"verified: {found:.1e}" if found is not None else f"NOT VERIFIED: {report.verification['why']}")
     print(f"wrote {arguments.output}")
 
 

@@ -125,7 +125,7 @@ def run(
                 "filled": plan.ledger.filled,
                 "left": plan.left,
             },
-            proof=_verify(plan, written, settings),
+            verification=_verify(plan, written, settings),
             command=command or command_line(),
             made_with=made_with(),
         )

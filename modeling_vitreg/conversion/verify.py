@@ -1,4 +1,4 @@
-"""Proof that a converted model is its original: every token of both, on the same images, at several sizes.
+"""Comparison of a converted model with its original: every token of both, on the same images, at several sizes.
 
 The images are two photographs in the public domain (a cat by S. van der Walt, Eileen Collins by NASA) and noise. The
 error is the largest difference in units of the largest value, in float32.
@@ -32,15 +32,15 @@ _MANY_PATCHES = 400  # of a picture, above which one picture is enough at that s
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """The original, run by code that is not ours.
+    """The original model, run by the code of its authors.
 
     Args:
-        title: of it, with its version.
+        title: name and version.
         run: maps images (B, C, height, width) to tensors named as in our outputs.
-        module: whose weights it has; moved to float32.
-        positions: fields of our configuration under which positions are resized as in this code, where that is not
-            what the family does.
-        sizes: of images that it takes, or None for any that fit the patch.
+        module: module with its weights; converted to float32.
+        positions: fields of our configuration under which positions are resized as in this code, if that differs from
+            the family.
+        sizes: sizes of the images that it takes, or None for any that fit the patch.
     """
 
     title: str
@@ -60,7 +60,7 @@ def verify(model: ViTWithRegistersPreTrainedModel, reference: Reference, *, is_q
         is_quiet: show no progress.
 
     Returns:
-        `reference`, `sizes`, `errors` and `largest_relative_error`, as in `ConversionReport.proof`.
+        `reference`, `sizes`, `errors` and `largest_relative_error`, as in `ConversionReport.verification`.
     """
     config, errors = model.config, {}
     held = {name: getattr(config, name) for name in reference.positions}
@@ -69,7 +69,7 @@ def verify(model: ViTWithRegistersPreTrainedModel, reference: Reference, *, is_q
     try:
         with eval_mode(model.float()), eval_mode(reference.module.float()):
             sizes = reference.sizes or probe_sizes(config)
-            for size in tqdm(sizes, desc="proof", unit="size", disable=is_quiet):
+            for size in tqdm(sizes, desc="verification", unit="size", disable=is_quiet):
                 images = probe_images(config, size)
                 errors["x".join(map(str, size))] = _compare(_outputs(model, images), reference.run(images))
     finally:
@@ -105,22 +105,22 @@ def probe_images(config: ViTWithRegistersConfig, size: tuple[int, int]) -> Tenso
     return images.repeat(1, repeats, 1, 1)[:, : config.num_channels].contiguous()
 
 
-def check_errors(proof: dict, *, tolerance: float, title: str) -> None:
-    """Refuse a proof that failed.
+def check_errors(found: dict, *, tolerance: float, title: str) -> None:
+    """Refuse results that differ too much.
 
     Raises:
         ConversionError: an error is above the tolerance; the message has the largest ones.
     """
-    found = [
+    too_large = [
         (error["relative"], f"{kind} at {size}: {error['relative']:.1e}")
-        for size, kinds in proof["errors"].items()
+        for size, kinds in found["errors"].items()
         for kind, error in kinds.items()
         if not error["relative"] <= tolerance  # so that nan is too large
     ]
-    if found:
-        shown = "\n  ".join(text for _, text in sorted(found, reverse=True)[:8])
+    if too_large:
+        shown = "\n  ".join(text for _, text in sorted(too_large, reverse=True)[:8])
         raise ConversionError(
-            f"{title}: differs from {proof['reference']} by more than {tolerance:g}, so nothing was saved:\n"
+            f"{title}: differs from {found['reference']} by more than {tolerance:g}, so nothing was saved:\n"
             f"  {shown}\n  The family may be another (--family), or its settings (--set FIELD=VALUE)."
         )
 
@@ -143,7 +143,7 @@ def _compare(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, di
             if ours[kind].shape != expected.shape:
                 raise ConversionError(
                     f"{kind}: ours are {tuple(ours[kind].shape)}, those of the reference {tuple(expected.shape)}: the "
-                    "architecture was not read rightly; state it with --set FIELD=VALUE"
+                    "architecture was read wrongly; state it with --set FIELD=VALUE"
                 )
             difference = (ours[kind].float() - expected.float()).abs().max().item()
             largest = expected.abs().max().item()

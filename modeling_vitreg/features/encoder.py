@@ -45,7 +45,7 @@ class Encoder:
         num_layers, num_heads, hidden_size: L, H and D.
         patch_shape: (rows, columns) of a patch in pixels.
         image_size: (rows, columns) that the model was trained at, in pixels.
-        num_registers, has_cls_token, has_distillation_token: the prefix.
+        num_register_tokens, has_cls_token, has_distillation_token: the prefix.
         image_mean, image_std: one value a channel.
         device, dtype: of the weights.
 
@@ -76,7 +76,7 @@ class Encoder:
         return find_part(self.tower, "distillation") is not None
 
     @property
-    def num_registers(self) -> int:
+    def num_register_tokens(self) -> int:
         """R."""
         registers = find_part(self.tower, "registers")
         registers = getattr(registers, "weight", registers)  # ours are a module
@@ -91,7 +91,7 @@ class Encoder:
             "num_attention_heads": self.num_heads,
             "hidden_size": self.hidden_size,
             "patch_shape": list(self.patch_shape),
-            "num_register_tokens": self.num_registers,
+            "num_register_tokens": self.num_register_tokens,
             "has_cls_token": self.has_cls_token,
             "has_distillation_token": self.has_distillation_token,
         }
@@ -103,7 +103,7 @@ class Encoder:
     @property
     def num_prefix_tokens(self) -> int:
         """Tokens in front of the patches: class token, distillation token and registers."""
-        return self.has_cls_token + self.has_distillation_token + self.num_registers
+        return self.has_cls_token + self.has_distillation_token + self.num_register_tokens
 
     @property
     def device(self) -> torch.device:

@@ -127,7 +127,7 @@ def _check_pair(encoder: Encoder, layer: int, feature: str) -> tuple[int, str]:
 
 def _name_tokens(encoder: Encoder, tokens: Tensor, grid: tuple, pair: tuple, is_normed: bool) -> TokenFeatures:
     num_cls, num_distillation = int(encoder.has_cls_token), int(encoder.has_distillation_token)
-    counts = [num_cls, num_distillation, encoder.num_registers, math.prod(grid)]
+    counts = [num_cls, num_distillation, encoder.num_register_tokens, math.prod(grid)]
     if tokens.shape[1] != sum(counts):
         raise RuntimeError(
             f"{encoder.name}: expected {sum(counts)} tokens (class, distillation, registers, patches: {counts}), got "

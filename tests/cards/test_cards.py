@@ -59,11 +59,15 @@ def folder(tiny, tmp_path):
     return tmp_path / "model"
 
 
-def conversion_report(folder, *, proof=VERIFIED, licence="apache-2.0", path="timm:vit_small_patch14_dinov2.lvd142m"):
+def conversion_report(
+    folder, *, verification=VERIFIED, licence="apache-2.0", path="timm:vit_small_patch14_dinov2.lvd142m"
+):
     """Write conversion.json; other tests use it too."""
     source = {"path": path, "layout": "dinov2", "sha256": "ab" * 32, "licence": licence, "assumed": {"head_dim": 64}}
     ledger = {"coverage": "all 20 source tensors accounted for"}
-    report = ConversionReport(source=source, target={}, ledger=ledger, proof=proof, command="vitreg convert x y")
+    report = ConversionReport(
+        source=source, target={}, ledger=ledger, verification=verification, command="vitreg convert x y"
+    )
     return write_report(report, folder / "conversion.json")
 
 
@@ -235,7 +239,7 @@ def test_results_of_another_model_are_refused(folder):
     assert "| linear | user/birds | top1 |" in card and "* linear, knn on `user/birds`" in card
 
 
-def test_a_proof_is_told_with_its_errors(folder):
+def test_a_verification_is_told_with_its_errors(folder):
     conversion_report(folder)
     card = make_plan(folder, "user/name").card
     assert "compared with timm 1.0.31" in card and "**4.4e-07** (limit 1.0e-05)" in card
@@ -244,9 +248,9 @@ def test_a_proof_is_told_with_its_errors(folder):
 
 
 def test_unverified_is_said(folder):
-    conversion_report(folder, proof={"is_verified": False, "why": "it was asked to skip the proof"})
+    conversion_report(folder, verification={"is_verified": False, "why": "it was skipped on request"})
     card = make_plan(folder, "user/name").card
-    assert "**Unverified**" in card and "it was asked to skip the proof" in card
+    assert "**Unverified**" in card and "it was skipped on request" in card
     assert "was not compared with the model that it was converted from" in card
 
 

@@ -165,12 +165,14 @@ def test_an_official_file_becomes_a_folder_with_the_tokens_of_the_reference(name
     assert report.source["layout"] == layout
     assert read_report(tmp_path / "out" / "conversion.json", kind=ConversionReport) == report
     if reference is None:
-        assert not report.proof["is_verified"] and "--code" in report.proof["why"]
+        assert not report.verification["is_verified"] and "--code" in report.verification["why"]
     else:
-        assert report.proof["is_verified"] and report.proof["reference"].startswith(reference)
-        assert len(report.proof["sizes"]) >= 2 and any(rows != columns for rows, columns in report.proof["sizes"])
-        assert report.proof["largest_relative_error"] <= LIMIT
-        record_property("largest_relative_error", report.proof["largest_relative_error"])
+        assert report.verification["is_verified"] and report.verification["reference"].startswith(reference)
+        assert len(report.verification["sizes"]) >= 2 and any(
+            rows != columns for rows, columns in report.verification["sizes"]
+        )
+        assert report.verification["largest_relative_error"] <= LIMIT
+        record_property("largest_relative_error", report.verification["largest_relative_error"])
     assert {"num_attention_heads", "layer_norm_eps"} & set(report.source["assumed"]) <= {
         "layer_norm_eps",
         "num_attention_heads",
@@ -198,15 +200,17 @@ TIMM = [
 def test_a_model_of_timm_comes_in_from_memory_and_from_a_file_and_goes_out_with_the_same_bytes(name, tmp_path):
     theirs = randomise(timm.create_model(name, **SMALL, dynamic_img_size=True))
     from_memory = convert(theirs, tmp_path / "in", settings=settle())
-    assert from_memory.proof["is_verified"] and "logits" in next(iter(from_memory.proof["errors"].values()))
+    assert from_memory.verification["is_verified"] and "logits" in next(
+        iter(from_memory.verification["errors"].values())
+    )
     save_file(theirs.state_dict(), tmp_path / f"{name}.safetensors")
     from_file = convert(
         tmp_path / f"{name}.safetensors", tmp_path / "file", settings=settle(config_overrides=TWO_HEADS)
     )
-    assert from_file.source["layout"] == "timm" and from_file.proof["is_verified"]
+    assert from_file.source["layout"] == "timm" and from_file.verification["is_verified"]
 
     report = export(tmp_path / "in", tmp_path / "out", to="timm", settings=settle())
-    assert report.proof["is_verified"]
+    assert report.verification["is_verified"]
     written, original = load_file(tmp_path / "out" / "model.safetensors"), theirs.state_dict()
     assert written.keys() == original.keys()
     assert all(torch.equal(written[key], original[key]) for key in original)
@@ -266,7 +270,7 @@ def test_a_folder_of_transformers_comes_in_with_both_sets_of_names_and_goes_out_
     model = make_transformers(name)
     model.save_pretrained(tmp_path / "disk")
     report = convert(tmp_path / "disk", tmp_path / "in", settings=settle())
-    assert report.proof["is_verified"] and report.proof["largest_relative_error"] <= LIMIT
+    assert report.verification["is_verified"] and report.verification["largest_relative_error"] <= LIMIT
 
     (tmp_path / "memory").mkdir()
     (tmp_path / "memory" / "config.json").write_text((tmp_path / "disk" / "config.json").read_text())
@@ -275,7 +279,7 @@ def test_a_folder_of_transformers_comes_in_with_both_sets_of_names_and_goes_out_
     if name in ONE_WAY:
         return
     report = export(tmp_path / "in", tmp_path / "out", to="transformers", settings=settle())
-    assert report.proof["is_verified"]
+    assert report.verification["is_verified"]
     written, original = (
         load_file(tmp_path / "out" / "model.safetensors"),
         load_file(tmp_path / "disk" / "model.safetensors"),
@@ -345,7 +349,7 @@ def test_dinov2_goes_out_with_the_bytes_of_the_official_file(name, tmp_path):
     torch.save(state, tmp_path / file_name)
     convert(tmp_path / file_name, tmp_path / "in", settings=settle(config_overrides=TWO_HEADS))
     report = export(tmp_path / "in", tmp_path / "model.pth", to="dinov2", settings=settle())
-    assert report.proof["is_verified"] and report.proof["reference"].startswith("timm")
+    assert report.verification["is_verified"] and report.verification["reference"].startswith("timm")
     assert read_report(tmp_path / "model.conversion.json", kind=ConversionReport) == report
     written = torch.load(tmp_path / "model.pth", weights_only=True)
     assert written.keys() == state.keys()
@@ -357,7 +361,7 @@ def test_registers_with_the_positions_of_a_class_token_go_out_to_timm_folded(tmp
     torch.save(official.fill(official.dinov2(32, 2, side=4, num_registers=4)), tmp_path / "dinov2_reg.pth")
     convert(tmp_path / "dinov2_reg.pth", tmp_path / "in", settings=settle(config_overrides=TWO_HEADS))
     report = export(tmp_path / "in", tmp_path / "out", to="timm", settings=settle())
-    assert report.proof["is_verified"] and report.ledger["dropped"] == {
+    assert report.verification["is_verified"] and report.ledger["dropped"] == {
         "embeddings.mask_token": "the layout has no mask token"
     }
     written = load_file(tmp_path / "out" / "model.safetensors")
@@ -368,7 +372,9 @@ def test_our_own_model_goes_out_to_every_layout_that_has_its_architecture(tiny, 
     model = randomise(ViTWithRegistersModel(tiny(layer_scale_init_value=1.0, num_register_tokens=3)))
     model.save_pretrained(tmp_path / "ours")
     for to in ("dinov2.pth", "timm", "transformers"):
-        assert export(tmp_path / "ours", tmp_path / to, to=to.split(".")[0], settings=settle()).proof["is_verified"]
+        assert export(tmp_path / "ours", tmp_path / to, to=to.split(".")[0], settings=settle()).verification[
+            "is_verified"
+        ]
 
 
 @pytest.mark.parametrize(
@@ -547,7 +553,7 @@ def test_the_command_tells_what_it_did_and_what_to_type_next(tmp_path):
     assert first.returncode == 0, first.stderr
     assert "source tensors accounted for" in first.stdout and "verified against timm" in first.stdout
     assert 'AutoModel.from_pretrained("out", trust_remote_code=True)' in first.stdout
-    assert "proof" in first.stderr  # a bar
+    assert "verification" in first.stderr  # a bar
     second = run("dinov3.pth", "out")
     assert second.returncode == 1 and "exists and is not empty" in second.stderr and "Traceback" not in second.stderr
     third = run("out", "theirs", "--to", "transformers")
@@ -556,7 +562,7 @@ def test_the_command_tells_what_it_did_and_what_to_type_next(tmp_path):
     assert run("missing.pth", "x").returncode == 1
 
 
-def test_a_proof_that_fails_saves_nothing(tmp_path):
+def test_a_verification_that_fails_saves_nothing(tmp_path):
     model = transformers.ViTModel(transformers.ViTConfig(**SIZES, **MLP))
     randomise(model).save_pretrained(tmp_path / "vit")
     with pytest.raises(ConversionError, match=r"differs from transformers .* by more than 1e-05(.|\n)*patch_tokens"):

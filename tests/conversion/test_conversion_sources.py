@@ -230,7 +230,7 @@ def test_one_edit_of_a_checkpoint_is_caught_by_name(tmp_path_factory, edit):
     settings = ConversionSettings(config_overrides=TWO_HEADS, family="dinov2", is_quiet=True)
     optional = {"register_tokens"}  # without them it is a checkpoint of a model without registers
     if kind == "missing" and name in optional:
-        assert convert(folder / "dinov2.pth", folder / "out", settings=settings).proof["is_verified"]
+        assert convert(folder / "dinov2.pth", folder / "out", settings=settings).verification["is_verified"]
         return
     with pytest.raises(ConversionError) as caught:
         convert(folder / "dinov2.pth", folder / "out", settings=settings)

@@ -89,7 +89,7 @@ def test_a_folder_without_a_class_is_compared_with_the_class_of_its_tensors(tmp_
     del settings["architectures"]
     (tmp_path / "theirs" / "config.json").write_text(json.dumps(settings))
     report = convert(tmp_path / "theirs", tmp_path / "out", settings=ConversionSettings(is_quiet=True))
-    assert report.proof["is_verified"] and "logits" in next(iter(report.proof["errors"].values()))
+    assert report.verification["is_verified"] and "logits" in next(iter(report.verification["errors"].values()))
 
 
 def test_a_module_of_another_library_is_told_to_become_a_folder(tmp_path):

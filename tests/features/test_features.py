@@ -89,7 +89,7 @@ def _sequence(tokens: TokenFeatures) -> torch.Tensor:
 def _assert_counts(encoder, tokens, counts):
     has_cls, has_distillation, num_registers = counts
     assert (encoder.has_cls_token, encoder.has_distillation_token) == (bool(has_cls), bool(has_distillation))
-    assert encoder.num_registers == num_registers == tokens.register_tokens.shape[1]
+    assert encoder.num_register_tokens == num_registers == tokens.register_tokens.shape[1]
     assert (tokens.cls_token is not None, tokens.distillation_token is not None) == (has_cls, has_distillation)
     assert (encoder.num_layers, encoder.num_heads, encoder.hidden_size) == (3, 2, 32)
     assert (encoder.patch_shape, encoder.image_size) == ((8, 8), (32, 32))

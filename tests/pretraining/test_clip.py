@@ -274,7 +274,7 @@ def test_a_run_is_evaluated_with_prompts_and_looked_at(folder, whole, monkeypatc
     (top1, _) = json.loads((folder / "report" / "evaluation.json").read_text())["results"]
     assert (top1["task"], top1["n"]) == ("zero_shot", 8)
     encoder = load_encoder(folder / "whole" / "model")
-    assert (encoder.family, encoder.num_registers, encoder.num_layers) == ("vitreg", 4, 2)
+    assert (encoder.family, encoder.num_register_tokens, encoder.num_layers) == ("vitreg", 4, 2)
 
 
 def test_a_killed_run_goes_on_with_the_same_bits(folder, whole):
