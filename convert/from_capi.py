@@ -2,7 +2,7 @@
 
     python convert/from_capi.py capi_vitl14_lvd capi-large --code CLONE
 
-No library has this family: the proof needs a clone of its repository, with its requirements.
+No library has this family: the verification needs a clone of its repository, with its requirements.
 """
 
 from modeling_vitreg.conversion.official import run

@@ -1,4 +1,4 @@
-"""Official files by name: download, check, convert. The records in `convert/` are lists for it."""
+"""Download, check and convert official files by name. The programs in `convert/` are lists of names for it."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ from .rules import ConversionError
 
 
 def run(files: dict[str, str], *, title: str) -> None:
-    """The program of a record: convert one of its files.
+    """Convert one of a list of files, named on the command line.
 
     Args:
-        files: addresses by name; an address may end in #sha256=... for a name that carries no hash.
-        title: what the files are.
+        files: addresses by name; an address may end in #sha256=... if the name carries no hash.
+        title: description of the files.
     """
     parser = argparse.ArgumentParser(
-        description=f"{title}. Downloads an official file into the cache of torch.hub, converts and proves it.",
+        description=f"{title}. Downloads an official file into the cache of torch.hub, converts and verifies it.",
         epilog="Known: " + ", ".join(files),
     )
-    parser.add_argument("name", choices=list(files), metavar="NAME", help="one of those below")
+    parser.add_argument("name", choices=list(files), metavar="NAME", help="one of the names below")
     parser.add_argument("output", type=pathlib.Path, help="folder to make")
-    parser.add_argument("--code", type=pathlib.Path, help="clone of the original repository to compare with; it runs")
+    parser.add_argument(
+        "--code", type=pathlib.Path, help="clone of the repository to compare with; its code runs"
+    )
     arguments = parser.parse_args()
     try:
         path = download(files[arguments.name])
@@ -43,7 +45,7 @@ def download(address: str) -> pathlib.Path:
     """The file at an address, from the cache or the network.
 
     Raises:
-        ConversionError: the network fails, or the content is not what the address claims.
+        ConversionError: the network fails, or the content does not match the hash in the address.
     """
     address, _, digest = address.partition("#sha256=")
     path = pathlib.Path(torch.hub.get_dir()) / "checkpoints" / pathlib.PurePosixPath(urlsplit(address).path).name

@@ -32,8 +32,8 @@ from .writer import make, write_safetensors
 
 
 TARGETS = ("dinov2", "timm", "transformers")
-# What a layout must say as we do. Rules for positions away from the native size are not among them: they are arguments
-# of the others' code, which the record names.
+# Fields that have to survive. Rules for resizing positions are not among them: they are arguments of the other code,
+# and the report names them.
 _FIELDS = (
     "hidden_size",
     "num_hidden_layers",
@@ -119,7 +119,7 @@ def plan_export(source: str | pathlib.Path, to: str, file_name: str, settings: C
 def _choose(
     to: str, tensors: Source, config: ViTWithRegistersConfig, title: str
 ) -> tuple[Layout, Source, ViTWithRegistersConfig]:
-    """The layout, and our tensors with or without slots of the class token, as the layout needs them."""
+    """The layout, and the tensors with or without positions of the class token, as the layout needs them."""
     is_learned = config.position_embedding_type == "learned"
     if to == "timm":
         if config.has_prefix_positions and config.num_register_tokens:
@@ -132,7 +132,7 @@ def _choose(
 
 
 def _model_type(config: ViTWithRegistersConfig, title: str) -> str:
-    """The class of transformers that is nearest; whether it fits is found afterwards."""
+    """The nearest class of transformers; `_compare` finds out whether it fits."""
     if config.position_embedding_type == "rope":
         return "dinov3_vit"
     if config.has_pre_norm:
@@ -150,7 +150,7 @@ def _model_type(config: ViTWithRegistersConfig, title: str) -> str:
 
 
 def _without_slots(tensors: Source, config: ViTWithRegistersConfig) -> tuple[Source, ViTWithRegistersConfig]:
-    """Positions of class and distillation token added to the tokens: the sums are the same numbers."""
+    """Positions of class and distillation token added to the tokens, which gives the same sums."""
     slots = {"embeddings.cls_token": 0, "embeddings.distillation_token": 1}
     count = config.num_prefix_positions
 
@@ -167,7 +167,7 @@ def _without_slots(tensors: Source, config: ViTWithRegistersConfig) -> tuple[Sou
 
 
 def _with_slots(tensors: Source, config: ViTWithRegistersConfig) -> tuple[Source, ViTWithRegistersConfig]:
-    """Slots of zeros for class and distillation token."""
+    """Positions of zeros for class and distillation token."""
     changed = _changed(config, has_prefix_positions=True)
     count = changed.num_prefix_positions
 
@@ -180,7 +180,7 @@ def _with_slots(tensors: Source, config: ViTWithRegistersConfig) -> tuple[Source
 
 
 def _without_mask(layout: Layout, tensors: Source, config) -> tuple[Source, dict[str, str]]:
-    """The mask token is left where the layout has none: no inference reads it."""
+    """Leave the mask token out if the layout has none; inference does not read it."""
     name = "embeddings.mask_token"
     if name not in tensors.shapes or any(getattr(rule, "target", None) == name for rule in layout.rules(config)):
         return tensors, {}
@@ -193,14 +193,14 @@ def _changed(config: ViTWithRegistersConfig, **fields) -> ViTWithRegistersConfig
 
 
 def _extra(to: str, tensors: Source, config: ViTWithRegistersConfig) -> list[Entry]:
-    """dinov2 loads strictly, with a mask token that no inference reads."""
+    """A mask token of zeros for dinov2, which loads strictly; inference does not read it."""
     if to != "dinov2" or "embeddings.mask_token" in tensors.shapes:
         return []
     return [Entry("mask_token", (), functools.partial(torch.zeros, 1, config.hidden_size))]
 
 
 def _compare(config, layout: Layout, entries: list[Entry], tensors: Source, *, settings, module, title: str) -> None:
-    """Read back what is written, and name the first field that would be another."""
+    """Read back what would be written, and name the first field that would differ."""
     by_name = {entry.name: entry for entry in entries}
 
     def read(name: str) -> Tensor:
@@ -239,7 +239,7 @@ def _pair(value) -> tuple:
 
 
 def _settings(to: str, layout: Layout, config: ViTWithRegistersConfig, kind: type) -> dict:
-    """What stands beside the tensors."""
+    """Settings to write beside the tensors."""
     is_classifier = kind is models.ViTWithRegistersForImageClassification
     if to == "transformers":
         return transformers_settings(layout, config, is_classifier=is_classifier)

@@ -1,4 +1,4 @@
-"""safetensors files of any size, written tensor by tensor, so that memory holds one tensor at a time."""
+"""Write safetensors files one tensor at a time, so that memory holds one tensor."""
 
 from __future__ import annotations
 
@@ -38,14 +38,13 @@ def write_safetensors(
     """Make tensors and write them.
 
     Args:
-        path: of the new file.
-        entries: the tensors, each with what it is made from.
+        path: new file.
+        entries: tensors to write.
         read: returns a source tensor by name.
         on_tensor: called with the name of each tensor written.
 
     Raises:
-        ConversionError: a value is not finite, or of a type that the format lacks; the message has the name of the
-            source tensor.
+        ConversionError: a value is not finite, or of a type that the format lacks; the message names the tensor.
         OSError: the disk is full.
     """
     header: dict = {"__metadata__": {"format": "pt"}}
@@ -78,7 +77,7 @@ def make(entry: Entry, read: Callable[[str], Tensor]) -> Tensor:
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """Refuse a tensor with values that are not numbers.
+    """Refuse a tensor with values that are not finite.
 
     Raises:
         ConversionError: there are some.

@@ -298,7 +298,7 @@ def test_the_image_tower_of_a_whole_clip_comes_in_and_the_text_tower_stays(tmp_p
     model = randomise(transformers.CLIPModel(config))
     model.save_pretrained(tmp_path / "clip")
     report = convert(tmp_path / "clip", tmp_path / "in", settings=settle())
-    assert set(report.ledger["dropped"].values()) == {"not of the image tower"}
+    assert set(report.ledger["dropped"].values()) == {"not part of the image tower"}
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         ours = ViTWithRegistersModel.from_pretrained(tmp_path / "in")(images).image_embeds
@@ -592,7 +592,7 @@ def test_what_a_file_claims_to_be_may_be_stated(tmp_path):
 
 def test_heads_that_no_shape_shows_are_asked_for(tmp_path):
     torch.save(official.fill(official.dino(48, 2, patch=8, side=4)), tmp_path / "dino.pth")
-    with pytest.raises(ConversionError, match=r"no model of the field has width 48.*--set num_attention_heads="):
+    with pytest.raises(ConversionError, match=r"no well-known model has width 48.*--set num_attention_heads="):
         convert(tmp_path / "dino.pth", tmp_path / "in", settings=settle())
 
 

@@ -1,4 +1,4 @@
-"""Names that timm gave the parts of a Vision Transformer, and that most of the field took over."""
+"""The names of timm for the parts of a Vision Transformer, which most projects use."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ HEAD: list[Rule] = [Rename("head.{leaf}", "classifier.{leaf}")]
 
 
 def read_sizes(info: CheckpointInfo, *, num_prefix_positions: int | None = 1) -> dict:
-    """Sizes that shapes show: width, depth, heads, MLP, patch, channels, and the image that the table was made for.
+    """Sizes that the shapes show: width, depth, heads, MLP, patch, channels, and the size of the image.
 
     Args:
-        info: of the checkpoint.
-        num_prefix_positions: slots in front of the patches in the table; None if there is no table.
+        info: facts about the checkpoint.
+        num_prefix_positions: positions before the patches in the table; None if there is no table.
     """
     width = info.size("patch_embed.proj.weight", 0)
     patch = info.size("patch_embed.proj.weight", -2), info.size("patch_embed.proj.weight", -1)

@@ -1,4 +1,4 @@
-"""facebookresearch/capi: `capi_vitl14_*.pth`, the encoder under `backbone.`; its predictor is left."""
+"""facebookresearch/capi: `capi_vitl14_*.pth`, the encoder under `backbone.`; the predictor is dropped."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ RULES: list[Rule] = [
     Fill("layers.{i}.mlp.fc1.bias", 0.0, why="this layout has no bias"),
     Fill("layers.{i}.mlp.fc2.bias", 0.0, why="this layout has no bias"),
     Fill("layernorm.weight", 1.0, why="the final norm of this layout has no factors"),
-    Drop("mask_token", why="of the predictor"),
+    Drop("mask_token", why="belongs to the predictor"),
     Drop("decoder.{rest}", why="the predictor of pretraining"),
-    Drop("outside.{rest}", why="not of the backbone"),
+    Drop("outside.{rest}", why="not part of the backbone"),
 ]
 
 

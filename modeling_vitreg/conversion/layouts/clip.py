@@ -31,7 +31,7 @@ RULES: list[Rule] = [
     Rename(f"{BLOCK}.ls_2.gamma", "layers.{i}.layer_scale2.weight"),
     Rename("ln_post.{leaf}", "layernorm.{leaf}"),
     Rename("proj", "projection.weight", transpose, transpose),
-    Drop("outside.{rest}", why="not of the image tower"),
+    Drop("outside.{rest}", why="not part of the image tower"),
 ]
 
 
@@ -72,7 +72,7 @@ def _configure(info: CheckpointInfo) -> dict:
 
 
 def is_openai(info: CheckpointInfo) -> bool:
-    """Whether a file is one of OpenAI's: its archives carry the resolution as a tensor."""
+    """Whether OpenAI made the file: its archives hold the resolution as a tensor."""
     return info.has("outside.input_resolution") or "openai" in info.file_name.lower()
 
 

@@ -1,4 +1,4 @@
-"""What a layout is: names, an architecture that can be read from them, and how its images are prepared."""
+"""A layout: names of tensors, the architecture that they show, and the settings of the image processor."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ _HEADS = {192: 3, 384: 6, 512: 8, 768: 12, 1024: 16, 1152: 16, 1280: 16, 1408: 1
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointInfo:
-    """What is known of a checkpoint before it is converted.
+    """Facts about a checkpoint before it is converted.
 
     Args:
-        shapes: of its tensors, under the names of the layout.
+        shapes: shape of each tensor, under the names of the layout.
         read: returns a tensor by name.
-        file_name: of the file or folder.
-        checkpoint_key: word under which the tensors stood in the file, or None.
-        settings: of its `config.json`, or None.
-        processor: settings of its image processor, or None.
-        module: the model itself, where it was given as one.
-        config_overrides: fields of our configuration that the caller knows better.
+        file_name: name of the file or folder.
+        checkpoint_key: key under which the tensors stood in the file, or None.
+        settings: content of `config.json`, or None.
+        processor: settings of the image processor, or None.
+        module: the model itself, if it was given as one.
+        config_overrides: fields of our configuration that the caller sets.
     """
 
     shapes: dict[str, tuple]
@@ -50,11 +50,11 @@ class CheckpointInfo:
     config_overrides: dict = dataclasses.field(default_factory=dict)
 
     def has(self, name: str) -> bool:
-        """Whether there is a tensor of this name, with `*` for anything."""
+        """Whether a tensor has this name; `*` matches anything."""
         return next(self._found(name), None) is not None
 
     def depth(self, pattern: str) -> int:
-        """Number of layers, from names such as "blocks.*." whose star is a number."""
+        """Number of layers, from names such as "blocks.*." in which the star is a number from 0 on."""
         numbers = {match[1] for match in self._found(pattern.replace("*", "(\\d+)", 1) + "*")}
         if not numbers:
             raise ConversionError(f"{self.file_name}: no layers: expected tensors named {pattern}...")
@@ -67,7 +67,7 @@ class CheckpointInfo:
         return len(numbers)
 
     def size(self, name: str, axis: int) -> int:
-        """Length of an axis of a tensor, with `*` for anything: the one that most of them have."""
+        """Length of an axis of a tensor; if `*` matches several tensors, the length that most of them have."""
         counts = collections.Counter(
             self.shapes[match[0]][axis] for match in self._found(name) if len(self.shapes[match[0]]) > abs(axis) - 1
         )
@@ -86,18 +86,18 @@ class CheckpointInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A way to write a Vision Transformer down.
+    """How a project names and shapes the tensors of a Vision Transformer.
 
     Args:
-        name: what one types.
-        title: who writes so.
-        licence: of the official weights, as in a card of the Hub, or None where it is each author's.
-        rules: of a configuration; of None, those of every architecture.
-        configure: fields of our configuration that a checkpoint shows; with `num_labels`, it has a classifier.
+        name: name on the command line.
+        title: name of the project.
+        licence: licence of the official weights, as in a card of the Hub; None if every author has another.
+        rules: rules for a configuration; for None, those of all architectures.
+        configure: fields of our configuration that a checkpoint shows; `num_labels` means that it has a classifier.
         prepare: settings of the image processor.
-        canonical: names of a file's tensors to those of the layout, without what a trainer put before them.
-        is_hinted: whether names that several layouts share are more likely of this one.
-        hashes: SHA-256 of official files by their names, where these do not carry it.
+        canonical: maps the names in a file to those of the layout.
+        is_hinted: whether this layout is likely when several know the names.
+        hashes: SHA-256 of official files by name, if the names do not carry it.
     """
 
     name: str
@@ -111,7 +111,7 @@ class Layout:
     hashes: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def share(self, names: list[str]) -> float:
-        """Share of names that the layout knows and has a use for."""
+        """Share of the names that the layout knows; 0 if it uses none of them."""
         rules = self.rules(None)
         known = [name for name in self.canonical(names).values() if any(matches(rule, name) for rule in rules)]
         used = [name for name in known if not any(isinstance(rule, Drop) and matches(rule, name) for rule in rules)]
@@ -124,7 +124,7 @@ def each(shorten: Callable[[str], str]) -> Callable[[Iterable[str]], dict[str, s
 
 
 def heads_of(info: CheckpointInfo, width: int) -> int:
-    """Number of heads, which no shape shows: that of the models of this width in the field.
+    """Number of heads, which no shape shows: that of the well-known models of this width.
 
     Raises:
         ConversionError: there is none.
@@ -133,29 +133,29 @@ def heads_of(info: CheckpointInfo, width: int) -> int:
         return info.config_overrides["num_attention_heads"]
     if width not in _HEADS:
         raise ConversionError(
-            f"{info.file_name}: no model of the field has width {width}, and no shape shows its heads: state them "
+            f"{info.file_name}: no well-known model has width {width}, and no shape shows its number of heads: set it "
             f"with --set num_attention_heads={max(width // 64, 1)}"
         )
     return _HEADS[width]
 
 
 def image_size_of(info: CheckpointInfo, num_patches: int, patch: tuple[int, int]) -> int:
-    """Side in pixels of the square that a position table was made for.
+    """Side in pixels of the square image that a position table was made for.
 
     Raises:
-        ConversionError: it is no square.
+        ConversionError: it is not square.
     """
     side = round(num_patches**0.5)
     if side * side != num_patches:
         raise ConversionError(
-            f"{info.file_name}: a position table of {num_patches} patches is no square: state its size with "
+            f"{info.file_name}: a position table of {num_patches} patches is not square: set its size with "
             "--set image_size=ROWS,COLUMNS (pixels)"
         )
     return side * patch[0]
 
 
 def prepare_crop(image_size: int, *, resize: int | None = None, resample: int = BICUBIC, **statistics) -> dict:
-    """Short side to `resize` pixels, by default as 256 is to 224, then a central square."""
+    """Resize the short side to `resize` pixels (default: 256 / 224 of the crop), then crop the centre."""
     return {
         "size": {"shortest_edge": resize or round(image_size * 256 / 224)},
         "crop_size": {"height": image_size, "width": image_size},
@@ -166,7 +166,7 @@ def prepare_crop(image_size: int, *, resize: int | None = None, resample: int = 
 
 
 def prepare_square(image_size: int, *, resample: int = BICUBIC, **statistics) -> dict:
-    """Both sides to `image_size` pixels, whatever the proportions."""
+    """Resize both sides to `image_size` pixels, without keeping the aspect ratio."""
     return {
         "size": {"height": image_size, "width": image_size},
         "do_center_crop": False,

@@ -14,7 +14,7 @@ from .layout import IMAGENET, CheckpointInfo, Layout, prepare_crop
 
 
 DECODER: list[Rule] = [
-    Drop("mask_token", why="of the decoder"),
+    Drop("mask_token", why="belongs to the decoder"),
     Drop("decoder_{rest}", why="the decoder of pretraining"),
 ]
 

@@ -117,10 +117,10 @@ def _configure_eva(info: CheckpointInfo) -> dict:
 
 
 def _read_module(module) -> dict:
-    """What a model of timm knows and its tensors do not show.
+    """Settings of a model of timm that its tensors do not show.
 
     Raises:
-        ConversionError: an architecture that ours is not.
+        ConversionError: this family cannot represent the architecture.
     """
     name, block = type(module).__name__, module.blocks[0]
     act, rope = type(block.mlp.act).__name__, type(getattr(module, "rope", None)).__name__

@@ -1,7 +1,7 @@
 """transformers: ViT, DeiT, Dinov2, Dinov2WithRegisters, DINOv3ViT, CLIPVision, ViTMAE, I-JEPA, and their classifiers.
 
-Names are those that every version writes to a file; those that version 5 has in memory, and CLIP's with and without
-`vision_model.`, are brought to them first. A folder's `config.json` says everything that shapes do not.
+The tables use the names that every version writes to files. The names that version 5 has in memory, and those of CLIP
+with and without `vision_model.`, are mapped to them first. `config.json` has what the shapes do not show.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ EMBEDDINGS: list[Rule] = [
     Rename("embeddings.register_tokens", "embeddings.register_tokens.weight", drop_axis, add_axis),
     Rename("embeddings.patch_embeddings.projection.{leaf}", "embeddings.patch_embeddings.{leaf}"),
     Rename("layernorm.{leaf}", "layernorm.{leaf}"),
-    Drop("pooler.dense.{leaf}", why="a layer behind the class token, which ours pools as it is"),
+    Drop("pooler.dense.{leaf}", why="a layer behind the class token, which this family does not have"),
 ]
 POSITIONS: list[Rule] = [Rename("embeddings.position_embeddings", "embeddings.position_embeddings.weight")]
 LAYER = "encoder.layer.{i}"
@@ -92,7 +92,7 @@ CLIP_RULES: list[Rule] = [
     Rename(f"{CLIP_LAYER}.mlp.{{rest}}", "layers.{i}.mlp.{rest}"),
     Rename("post_layernorm.{leaf}", "layernorm.{leaf}"),
     Rename("visual_projection.weight", "projection.weight"),
-    Drop("outside.{rest}", why="not of the image tower"),
+    Drop("outside.{rest}", why="not part of the image tower"),
 ]
 # Names that version 5 has in memory, and those that it writes.
 _ALIASES = [
