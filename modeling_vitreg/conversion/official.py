@@ -26,9 +26,7 @@ def run(files: dict[str, str], *, title: str) -> None:
     )
     parser.add_argument("name", choices=list(files), metavar="NAME", help="one of the names below")
     parser.add_argument("output", type=pathlib.Path, help="folder to make")
-    parser.add_argument(
-        "--code", type=pathlib.Path, help="clone of the repository to compare with; its code runs"
-    )
+    parser.add_argument("--code", type=pathlib.Path, help="clone of the repository to compare with; its code runs")
     arguments = parser.parse_args()
     try:
         path = download(files[arguments.name])
