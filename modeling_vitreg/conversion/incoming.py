@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import pathlib
 
 import torch
@@ -22,7 +21,7 @@ from modeling_vitreg import (
     ViTWithRegistersForSemanticSegmentation,
     ViTWithRegistersModel,
 )
-from modeling_vitreg.features.folders import read_statistics
+from modeling_vitreg.modeling_vitreg import PROCESSOR_FILE, read_image_processor
 
 from .layouts import describe_checkpoint, inner_model, recognise
 from .layouts.dinov2 import configure_head
@@ -64,7 +63,7 @@ def plan_import(source: str | pathlib.Path | nn.Module, settings: ConversionSett
     with stage(f"{opened.path}: read as {layout.name}, no model can be built", remedy="check its config.json"):
         model = make_empty(kind, config)
         targets = {short(name): tensor for name, tensor in model.state_dict().items()}
-        processor = _processor(layout, info, config)
+        processor = _processor(opened, layout, info, config)
     shapes = {name: tuple(tensor.shape) for name, tensor in targets.items()}
     ledger = balance_to_target(rules, tensors.shapes, shapes, title=title)
     check_types(ledger.entries, tensors, {name: tensor.dtype for name, tensor in targets.items()})
@@ -197,21 +196,15 @@ def _check_dropped(rules: list[Rule], tensors: Source, ledger: Ledger) -> None:
                     )
 
 
-def _processor(layout: Layout, info: CheckpointInfo, config: ViTWithRegistersConfig) -> dict:
+def _processor(opened: Source, layout: Layout, info: CheckpointInfo, config: ViTWithRegistersConfig) -> dict:
     """Settings of the image processor: those of the source, else those of the family."""
     if info.processor is None:
         return layout.prepare(info, config)
-    file = f"{info.file_name}/preprocessor_config.json"
+    file = opened.path / PROCESSOR_FILE
     try:
-        statistics = read_statistics(info.processor, file)
+        read_image_processor(file, num_channels=config.num_channels)
     except ValueError as error:
         raise ConversionError(str(error)) from error
-    for values in statistics or ():
-        if len(values) not in (1, config.num_channels):
-            raise ConversionError(
-                f"{file}: {len(values)} values of image_mean or image_std, expected {config.num_channels}: one for "
-                "each channel"
-            )
     known = {
         name: value for name, value in info.processor.items() if name in (*_OF_PROCESSORS, "image_mean", "image_std")
     }
@@ -222,12 +215,10 @@ def _processor(layout: Layout, info: CheckpointInfo, config: ViTWithRegistersCon
 
 
 def _is_plausible(name: str, value: object) -> bool:
-    if value is None or name in ("image_mean", "image_std"):
+    if value is None or name in ("image_mean", "image_std", "rescale_factor"):  # checked before
         return True
     if name.startswith("do_"):
         return isinstance(value, bool)
-    if name == "rescale_factor":
-        return isinstance(value, (int, float)) and math.isfinite(value) and value > 0
     if name == "resample":
         return type(value) is int and 0 <= value <= 5
     sides = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]

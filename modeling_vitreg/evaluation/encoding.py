@@ -33,9 +33,10 @@ import tqdm
 from PIL import Image
 from torch import Tensor
 
-from modeling_vitreg.features import Encoder, check_sides, extract_features
+from modeling_vitreg.features import Encoder, extract_features
 from modeling_vitreg.images import ImageSource, UnreadableImage
 from modeling_vitreg.images.annotations import NoteCounter
+from modeling_vitreg.modeling_vitreg import check_image_size
 from modeling_vitreg.reports import short_hash
 
 from .shards import Features, save_shard
@@ -110,7 +111,7 @@ def encode(
     if not len(images) or not set(kinds) <= set(KINDS):
         raise ValueError(f"expected images, and kinds out of {', '.join(KINDS)}, got {len(images)} and {list(kinds)}")
     sides = encoder.image_size if settings.image_size is None else (settings.image_size, settings.image_size)
-    check_sides(sides, encoder.patch_shape)
+    check_image_size(sides, encoder.patch_shape)
     facts = [weights_hash, images.fingerprint, list(sides), settings.shard_size, settings.patch_precision]
     folder = pathlib.Path(folder) / short_hash(facts)
     folder.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ Letters for shapes: B images, N tokens, P patches, R registers, Q prefix tokens 
 registers, in this order in all families), D width, H heads, L layers.
 """
 
-from .encoder import Encoder, check_sides, layer_numbers
+from .encoder import Encoder, layer_numbers
 from .loading import load_encoder
 from .tokens import FEATURES, TokenFeatures, extract_features, extract_many
 
@@ -23,7 +23,6 @@ __all__ = [
     "FEATURES",
     "Encoder",
     "TokenFeatures",
-    "check_sides",
     "extract_features",
     "extract_many",
     "layer_numbers",

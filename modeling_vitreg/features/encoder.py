@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from modeling_vitreg.image_processing_vitreg import MODES
 from modeling_vitreg.images import check_channels
+from modeling_vitreg.modeling_vitreg import check_image_size
 from modeling_vitreg.modes import eval_mode
 from modeling_vitreg.reports import made_with
 
@@ -146,7 +147,7 @@ class Encoder:
         if not len(images):
             raise ValueError("expected one image or more, got none")
         sides = self.image_size if size is None else (size, size)
-        check_sides(sides, self.patch_shape)
+        check_image_size(sides, self.patch_shape)
         mode = self.image_mode
         pixels = np.stack([_fit(image.convert(mode), sides) for image in images])  # [B, rows, columns(, C)]
         pixels = pixels.reshape(*pixels.shape[:3], -1).astype(np.float32) / 255
@@ -234,23 +235,8 @@ class Encoder:
                 f"expected images (batch, {channels}, height, width), got a tensor of shape "
                 f"{tuple(pixel_values.shape)}; `Encoder.prepare` makes one of PIL images"
             )
-        check_sides(tuple(pixel_values.shape[2:]), self.patch_shape)
+        check_image_size(tuple(pixel_values.shape[2:]), self.patch_shape)
         return pixel_values.to(self.device, self.dtype)
-
-
-def check_sides(sides: Sequence[int], patch_shape: Sequence[int]) -> None:
-    """Refuse an image of (height, width) pixels that patches of (rows, columns) pixels do not fill.
-
-    Raises:
-        ValueError: the message names the nearest sizes that fit.
-    """
-    for axis, side, patch in zip(("height", "width"), sides, patch_shape):
-        if side % patch or side < patch:
-            below = max(side // patch, 1) * patch
-            raise ValueError(
-                f"an image {axis} of {side} pixels does not fit patches of {patch} pixels: the nearest sizes that fit "
-                f"are {below} and {below + patch}; resize or pad the images"
-            )
 
 
 def layer_numbers(layers: int | Sequence[int], num_layers: int, *, first: int) -> list[int]:
@@ -292,4 +278,4 @@ def _fit(image: Image.Image, sides: tuple[int, int]) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + columns, top + rows)))
 
 
-__all__ = ["Encoder", "check_sides", "layer_numbers"]
+__all__ = ["Encoder", "layer_numbers"]

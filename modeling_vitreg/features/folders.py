@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import pathlib
 import re
@@ -72,25 +71,6 @@ def check_settings(settings: dict, path: str | os.PathLike, *, num_layers: int |
         least = 0 if name == "num_register_tokens" else 1
         if not sizes or any(type(size) is not int or not least <= size <= limit for size in sizes):
             raise ValueError(f"{path}: expected {name} to be an integer from {least} to {limit:,}, got {value!r:.60}")
-
-
-def read_statistics(settings: dict, path: str | os.PathLike) -> tuple[list[float], list[float]] | None:
-    """`image_mean` and `image_std` of the settings of an image processor, or None if they are absent.
-
-    Raises:
-        ValueError: they are not finite numbers, one for each channel; or a standard deviation is not positive.
-    """
-    if settings.get("image_mean") is None and settings.get("image_std") is None:
-        return None
-    for name in ("image_mean", "image_std"):
-        values = settings.get(name)
-        is_list = isinstance(values, (list, tuple)) and len(values) > 0
-        if not is_list or not all(_is_number(value) and (name == "image_mean" or value > 0) for value in values):
-            wanted = "finite numbers" if name == "image_mean" else "positive finite numbers"
-            raise ValueError(f"{path}: expected {name} to be a list of {wanted}, got {values!r:.60}: mend the file")
-    if len(settings["image_mean"]) != len(settings["image_std"]):
-        raise ValueError(f"{path}: image_mean and image_std have different lengths: mend the file")
-    return settings["image_mean"], settings["image_std"]
 
 
 def list_shards(index: pathlib.Path) -> list[pathlib.Path]:
@@ -167,15 +147,10 @@ def _unique(pairs: list[tuple]) -> dict:
     return content
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 __all__ = [
     "check_settings",
     "conversion_command",
     "is_hub_name",
     "list_shards",
     "read_json",
-    "read_statistics",
 ]

@@ -13,12 +13,13 @@ from torch import nn
 from transformers import AutoModel
 from transformers.utils import cached_file
 
+from modeling_vitreg.modeling_vitreg import IMAGENET_MEAN, IMAGENET_STD, PROCESSOR_FILE, read_image_processor
+
 from .encoder import Encoder
-from .families import find_tower, follow
-from .folders import check_settings, conversion_command, is_hub_name, list_shards, read_json, read_statistics
+from .families import find_part, find_tower, follow
+from .folders import check_settings, conversion_command, is_hub_name, list_shards, read_json
 
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _FLOATS, _INTEGERS = ("F64", "F32", "F16", "BF16"), ("position_ids", "num_batches_tracked", "position_index")
 # Parts of a tower that no feature depends on.
 _UNUSED = re.compile(r"pooler|mask_token|decoder|classifier|(^|\.)head\.|projection")
@@ -55,7 +56,7 @@ def load_encoder(
         source = os.fspath(source)
         is_timm = source.startswith(("timm/", "timm:")) and not os.path.isdir(source)
         model = _open_timm(source[len("timm/") :]) if is_timm else _open(source, trust_remote_code)
-        statistics = None if is_timm else _saved_statistics(source)
+        statistics = None if is_timm else _saved_statistics(source, model)
         name = name or source
     if device is not None or dtype is not None:
         model = model.to(device=device, dtype=dtype)
@@ -143,17 +144,23 @@ def _open_timm(name: str) -> nn.Module:
         raise RuntimeError(f"timm could not create {name!r}: {error}") from error
 
 
-def _saved_statistics(source: str, **options: object) -> tuple | None:
+def _saved_statistics(source: str, model: nn.Module, **options: object) -> tuple | None:
     """Mean and standard deviation that were saved beside a model; None if they were not.
 
     Raises:
-        ValueError: they are not numbers.
+        ValueError: they are not finite numbers, one or one for each channel.
     """
     try:
-        path = cached_file(source, "preprocessor_config.json", **options)
+        path = cached_file(source, PROCESSOR_FILE, **options)
     except (OSError, ValueError):
         return None
-    return read_statistics(read_json(path) or {}, path)
+    read_json(path)
+    num_channels = find_part(find_tower(model)[1], "patches").in_channels
+    settings = read_image_processor(path, num_channels=num_channels)
+    found = [settings.get(name) for name in ("image_mean", "image_std")]
+    if None in found:
+        return None
+    return tuple(value if isinstance(value, list) else [value] * num_channels for value in found)
 
 
 def _own_statistics(model: nn.Module) -> tuple:
@@ -166,7 +173,7 @@ def _own_statistics(model: nn.Module) -> tuple:
     if timm_settings and timm_settings.get("mean"):
         return timm_settings["mean"], timm_settings["std"]
     source = follow(model, "config._name_or_path")
-    saved = _saved_statistics(source, local_files_only=True) if source else None
+    saved = _saved_statistics(source, model, local_files_only=True) if source else None
     return saved or (IMAGENET_MEAN, IMAGENET_STD)
 
 

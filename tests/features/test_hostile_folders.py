@@ -99,7 +99,9 @@ def test_settings_out_of_proportion_are_refused_before_a_model_is_built(changes,
 )
 def test_statistics_that_are_no_numbers_are_refused(mean, folder):
     (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": mean, "image_std": [1, 1, 1]}))
-    with pytest.raises(ValueError, match=r"preprocessor_config.json: expected image_mean to be a list of finite"):
+    with pytest.raises(
+        ValueError, match=r"preprocessor_config.json has image_mean .* expected a finite number, or one"
+    ):
         load_encoder(folder)
 
 

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterable, Iterator
 from torch import Tensor
 
 from modeling_vitreg import ViTWithRegistersConfig
+from modeling_vitreg.modeling_vitreg import IMAGENET_MEAN, IMAGENET_STD
 
 from ..rules import ConversionError, Drop, Rule, matches
 
 
-IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+IMAGENET = {"image_mean": list(IMAGENET_MEAN), "image_std": list(IMAGENET_STD)}
 INCEPTION = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 CLIP = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
