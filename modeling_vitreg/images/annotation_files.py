@@ -26,12 +26,16 @@ _SIDES = ("xmin", "ymin", "xmax", "ymax")
 
 @dataclass
 class _Entry:
-    """Annotations of one image: boxes as the file has them, and (width, height) that it states."""
+    """Annotations of one image: boxes as the file has them, and (width, height) that it states.
+
+    `stem` is the name of a VOC file without its suffix, which is right more often than the name written in it.
+    """
 
     name: str
     size: tuple[int, int] | None = None
     boxes: list = field(default_factory=list)
     crowds: list[bool] = field(default_factory=list)
+    stem: str = ""
 
 
 def open_annotation_files(
@@ -63,7 +67,7 @@ def open_annotation_files(
     files = _Files(folder)
     by_path = collections.defaultdict(list)
     for entry in entries:
-        by_path[files.find(entry.name, source=annotations)].append(entry)
+        by_path[files.find(entry.name, entry.stem, source=annotations)].append(entry)
     content = collections.defaultdict(list)
     for path, own in by_path.items():
         boxes, crowds = ([item for entry in own for item in getattr(entry, name)] for name in ("boxes", "crowds"))
@@ -145,7 +149,7 @@ def _read_voc_file(path: pathlib.Path, keep_difficult: bool) -> _Entry:
     ]
     sizes = {name: root.findtext(f"size/{name}") for name in ("width", "height")}
     name = (root.findtext("filename") or "").strip()
-    return _Entry(name or path.stem, _size_of(sizes), boxes)
+    return _Entry(name or path.stem, _size_of(sizes), boxes, stem=path.stem)
 
 
 def _size_of(sizes: dict) -> tuple[int, int] | None:
@@ -178,7 +182,7 @@ class _Files:
             found[path.stem.lower()].append(path)
         return found
 
-    def find(self, name: str, *, source: pathlib.Path) -> str:
+    def find(self, name: str, stem: str = "", *, source: pathlib.Path) -> str:
         """Path of an image: as it is named, else the only one of this name in another folder or without its suffix.
 
         Raises:
@@ -191,7 +195,8 @@ class _Files:
         if not leads_out and path.is_file():
             self._changed += [name] * is_absolute
             return os.fspath(path)
-        near = self._by_name.get(parts.name.lower()) or self._by_name.get(parts.stem.lower(), [])
+        near = self._by_name.get(parts.name.lower()) or self._by_name.get(parts.stem.lower())
+        near = near or self._by_name.get(stem.lower(), [])
         if leads_out or (is_absolute and not near):
             raise ValueError(
                 f"{source}: the image {name!r} leads out of its folder {str(self.folder)!r}: name images by "
