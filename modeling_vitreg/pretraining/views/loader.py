@@ -275,11 +275,9 @@ class BatchBuilder:
                     name: (view.shape[0], self.micro_batch_size, *view.shape[1:]) for name, view in views.items()
                 }
                 batch = {name: torch.empty(shape, dtype=views[name].dtype) for name, shape in shapes.items()}
-            found = {name: tuple(view.shape) for name, view in views.items()}
+            made = {name: tuple(view.shape) for name, view in views.items()}
             expected = {name: (*view.shape[:1], *view.shape[2:]) for name, view in batch.items()}
-            _require(
-                found == expected, f"make_views returned {found} after {expected}; all images need the same shapes"
-            )
+            _require(made == expected, f"make_views returned {made} after {expected}; all images need the same shapes")
             for name, view in views.items():
                 batch[name][:, place] = view  # [V, ...] -> [V, B, ...]
             labels.append(-1 if raw["label"] is None else raw["label"])
