@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import pathlib
 import re
@@ -79,6 +80,29 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     """Write a text file in UTF-8, whole or not at all."""
     with atomic_write(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def to_json(content: object) -> str:
+    """JSON with a line for each entry of a dictionary; a list without dictionaries is one line.
+
+    Raises:
+        TypeError, ValueError: a value that JSON lacks, such as a number that is not finite.
+    """
+    return _to_json(json.loads(json.dumps(content, allow_nan=False)), "\n")
+
+
+def _to_json(value: object, start: str) -> str:
+    inner = start + " "
+    if isinstance(value, dict) and value:
+        entries = (f"{inner}{json.dumps(name)}: {_to_json(item, inner)}" for name, item in value.items())
+        return "{" + ",".join(entries) + start + "}"
+    if isinstance(value, list) and _holds_dictionary(value):
+        return "[" + ",".join(inner + _to_json(item, inner) for item in value) + start + "]"
+    return json.dumps(value)
+
+
+def _holds_dictionary(value: object) -> bool:
+    return isinstance(value, dict) or (isinstance(value, list) and any(map(_holds_dictionary, value)))
 
 
 def make_folder(path: str | os.PathLike) -> pathlib.Path:
@@ -175,4 +199,4 @@ def _errors_about(path: pathlib.Path) -> Iterator[None]:
         raise
 
 
-__all__ = ["atomic_folder", "atomic_write", "check_writable", "checksum", "make_folder", "write_text"]
+__all__ = ["atomic_folder", "atomic_write", "check_writable", "checksum", "make_folder", "to_json", "write_text"]

@@ -22,7 +22,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import ClassVar, TypeVar
 
-from modeling_vitreg.files import write_text
+from modeling_vitreg.files import to_json, write_text
 
 
 _ARCHITECTURE = {
@@ -278,7 +278,8 @@ def find_commit() -> str | None:
 
 def command_line() -> str:
     """The command of this process, quoted for a shell, with the name of the program instead of its path."""
-    return shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]])
+    name = pathlib.Path(sys.argv[0]).name
+    return shlex.join(["vitreg" if name == "__main__.py" else name, *sys.argv[1:]])  # python -m modeling_vitreg
 
 
 def short_hash(values: object, *, sort_keys: bool = True) -> str:
@@ -312,7 +313,7 @@ def write_report(report: object, path: str | os.PathLike) -> pathlib.Path:
     path = pathlib.Path(path)
     content = {"kind": report.kind, "version": report.version, **dataclasses.asdict(report)}
     try:
-        text = json.dumps(content, indent=1, allow_nan=False)
+        text = to_json(content)
     except (TypeError, ValueError) as error:
         raise ValueError(f"expected a report of finite numbers, words, lists and dictionaries: {error}") from error
     write_text(path, text + "\n")

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+from modeling_vitreg.files import to_json
 from modeling_vitreg.metrics import box_iou
 from modeling_vitreg.omissions import Failures, list_left_out
 from modeling_vitreg.reports import (
@@ -130,3 +131,13 @@ def test_a_part_that_does_not_apply_has_a_reason_and_a_defect_its_traceback(tmp_
 )
 def test_text_from_outside_is_one_line_of_markdown_without_markup(text, escaped):
     assert escape_markdown(text) == escaped
+
+
+def test_json_has_a_line_for_each_entry_and_lists_of_numbers_on_one():
+    content = {"a": [1, [2.5, None]], "b": {"c": "d\n", "e": []}, "f": [{"g": True}, {}], "h": {}}
+    text = to_json(content)
+    assert json.loads(text) == content
+    lines = ["{", ' "a": [1, [2.5, null]],', ' "b": {', '  "c": "d\\n",', '  "e": []', " },", ' "f": [', "  {"]
+    assert text.split("\n")[: len(lines)] == lines
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        to_json({"a": float("nan")})
