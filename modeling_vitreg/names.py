@@ -12,13 +12,14 @@ import re
 
 
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors", ".npz", ".pkl")
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SHARDS = re.compile(r"\.tar$|[*?{\[]")
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a text has the form owner/name."""
-    return bool(_HUB_NAME.fullmatch(name)) and ".." not in name
+    """Whether a text can be owner/name on the Hub, and not a path: there is no folder of that owner here."""
+    is_name = _HUB_NAME.fullmatch(name) is not None and not name.endswith(CHECKPOINT_SUFFIXES)
+    return is_name and not os.path.isdir(name.split("/")[0])
 
 
 def check_model_name(name: str) -> str:
@@ -45,6 +46,18 @@ def check_model_name(name: str) -> str:
     return name
 
 
+def check_source_name(name: str | os.PathLike) -> None:
+    """Check that a checkpoint to convert can exist; a path, in place of a text, is no name on the Hub.
+
+    Raises:
+        ValueError: there is no such file or folder.
+    """
+    text = os.fspath(name)
+    if not pathlib.Path(text).expanduser().exists() and not text.startswith(("timm:", "timm/", "hf-hub:")):
+        expected = "a folder of a model" if isinstance(name, pathlib.Path) else "a checkpoint, a folder, or timm:NAME"
+        _check_absent(os.path.join(".", text) if isinstance(name, pathlib.Path) else text, "file or folder", expected)
+
+
 def check_image_source(source: str) -> str:
     """The source as it was given, if it can be a source of images at all.
 
@@ -65,35 +78,28 @@ def suggest_path(path: str | os.PathLike) -> str:
     """The end of a message about a path that does not exist: the nearest name beside it, or the last folder."""
     path = pathlib.Path(path).expanduser()
     parent = next(parent for parent in path.parents if parent.is_dir())
-    if near := _nearest_path(path):
-        return f"Did you mean {os.fspath(near)!r}?"
+    near = difflib.get_close_matches(path.relative_to(parent).parts[0], sorted(os.listdir(parent)), n=1)
+    if near:
+        return f"Did you mean {os.fspath(parent / near[0])!r}?"
     return f"The nearest folder is {str(parent.resolve())!r}."
 
 
 def _check_absent(name: str, what: str, expected: str) -> None:
-    """Let a name pass that can only be one of the Hub."""
-    if is_hub_name(name) and _nearest_path(pathlib.Path(name)) is None:
+    """Let only names of the Hub pass."""
+    if is_hub_name(name):
         return
     raise ValueError(f"{name!r}: there is no such {what} here: expected {expected}. {suggest_path(name)}")
-
-
-def _nearest_path(path: pathlib.Path) -> pathlib.Path | None:
-    """An entry of the folder that a path would lie in with nearly its name; None if that folder does not exist."""
-    path = path.expanduser()
-    parent = next(parent for parent in path.parents if parent.is_dir())
-    parts = path.relative_to(parent).parts
-    if len(parts) > 1 and is_hub_name(os.fspath(path)):
-        return None  # not even its owner is a folder here
-    try:
-        entries = sorted(os.listdir(parent))
-    except OSError:
-        return None
-    near = difflib.get_close_matches(parts[0], entries, n=1)
-    return parent / near[0] if near else None
 
 
 def _holds_model(folder: pathlib.Path) -> bool:
     return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
 
 
-__all__ = ["CHECKPOINT_SUFFIXES", "check_image_source", "check_model_name", "is_hub_name", "suggest_path"]
+__all__ = [
+    "CHECKPOINT_SUFFIXES",
+    "check_image_source",
+    "check_model_name",
+    "check_source_name",
+    "is_hub_name",
+    "suggest_path",
+]

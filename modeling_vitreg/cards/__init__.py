@@ -1,22 +1,21 @@
-"""Model cards from measurements, and the way to the Hub.
+"""Model cards made from measurements, and their upload to the Hub.
 
-`publish` checks a folder, renders its card and sends both; `make_plan` does all of it but loading and sending;
-`record_fingerprint` is called where a model is made, so that `publish` can tell whether it is still the same.
+`publish` checks a folder, renders its card and uploads both; `make_plan` does the same without loading or sending
+anything; `record_expected_outputs` is called where a model is made, so that `publish` can compare its outputs.
 """
 
 from .errors import CardError, PublishError
-from .fingerprint import record_fingerprint
-from .plan import Plan, check_plan, make_plan
-from .publish import Published, publish
+from .isolation import record_expected_outputs
+from .upload import Published, UploadPlan, check_plan, make_plan, publish
 
 
 __all__ = [
     "CardError",
-    "Plan",
     "PublishError",
     "Published",
+    "UploadPlan",
     "check_plan",
     "make_plan",
     "publish",
-    "record_fingerprint",
+    "record_expected_outputs",
 ]

@@ -12,8 +12,8 @@ from modeling_vitreg.network import causes_of, is_of_network
 
 
 _AGAIN = (
-    "No half model can be seen, for all files appear at once. The same command goes on, and what has arrived is not "
-    "sent twice"
+    "No partial model is visible, because all files appear in one commit. Run the same command again: files that have "
+    "arrived are not sent twice"
 )
 
 
@@ -30,10 +30,10 @@ def in_words(repo_id: str) -> Iterator[None]:
     """Turn what the client raises into a `PublishError`.
 
     Args:
-        repo_id: that is written to.
+        repo_id: repository to write to.
 
     Raises:
-        PublishError: in place of any error of the network, the token or the Hub.
+        PublishError: instead of any error of the network, the token or the Hub.
     """
     try:
         yield
@@ -58,7 +58,7 @@ def in_words(repo_id: str) -> Iterator[None]:
 
 
 def _describe_refusal(error: HfHubHTTPError, repo_id: str, *, words: str = "") -> str:
-    """In words; those of the client, which may hold what the Hub said, only where ours do not fit."""
+    """A refusal in words; in those of the client, which may repeat the answer of the Hub, for other states."""
     status = error.response.status_code
     if status == 401:
         return (
@@ -67,8 +67,8 @@ def _describe_refusal(error: HfHubHTTPError, repo_id: str, *, words: str = "") -
         )
     if status in (403, 404):
         return (
-            f"the token may not write to {repo_id}: it belongs to somebody else, or the token may only read. Choose "
-            "another name, or a token that may write"
+            f"the token may not write to {repo_id}: the repository belongs to another user, or the token may only "
+            "read. Choose another name, or a token that may write"
         )
     said = " ".join((words or str(error)).split())
     return f"the Hub answered {status} ({said}). {_AGAIN}"

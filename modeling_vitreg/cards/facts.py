@@ -1,27 +1,28 @@
-"""Everything that a card may say, from files: the configuration, the reports that lie beside it, the training run.
+"""Everything that a card may say, from files: the configuration, the reports beside it, the training run.
 
-Reports are looked for in the folder of the model, in that of its training run, and in their folders `reports`,
-`analysis`, `evaluation` and `training`; others may be named. On the Hub they lie in `reports/` and `training/`, where
-a downloaded folder has them too, so that its card can be rendered again.
+Reports are found in the folder of the model, in that of its training run, and in their folders `reports`, `analysis`,
+`evaluation` and `training`; others may be named. On the Hub they lie in `reports/` and `training/`, where a downloaded
+folder has them too, so that its card can be rendered again.
 
-Of `training.json` these are read, and the rest is shown as it is: `init`, the model that training started from, a name
-of the Hub or an absolute path; `data`, with `name`, `split` and, of a dataset of the Hub, `revision`; `recipe`, with
-`objective` and `batch_size`; and `steps`.
+Read from `training.json`: `init`, the model that training started from, a name of the Hub or an absolute path; `data`
+with `name`, `split` and, for a dataset of the Hub, `revision`; `recipe` with `objective` and `batch_size`; `steps`.
+The rest is shown unchanged.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import pathlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from modeling_vitreg.reports import ArtifactReport, ConversionReport, read_report
+from modeling_vitreg.images import split_hub_name
+from modeling_vitreg.reports import ArtifactReport, ConversionReport, read_report, rename_old_keys
 
 from .errors import CardError
 from .model_folder import ModelFolder, open_folder, read_json
-from .results import check_same_model, check_same_weights, read_results
 
 
 _KINDS = {"conversion.json": "conversion", "artifacts.json": "artifacts", "evaluation*.json": "evaluation"}
@@ -29,15 +30,17 @@ _FOLDERS = ("", "reports", "analysis", "evaluation")
 _FIGURES = ("norms.png", "norm_maps.png")  # of the analysis
 _RUN_FILES = ("training.json", "recipe.yaml", "curves.png", "norms.png", "attention.png", "maps.png")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_RESULT = ("task", "dataset", "metric", "value", "interval", "n", "seed", "dataset_hash")
+_SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size", "num_register_tokens")
 
 
 @dataclass(frozen=True)
 class Parent:
-    """What weights were made from.
+    """The model that weights were made from.
 
     Args:
-        name: in words: a name of the Hub, or of a file.
-        hub_name: the name of the Hub, or None.
+        name: on the Hub, or of a file.
+        hub_name: the name on the Hub, or None.
         licence: on record, or None.
         relation: as the Hub calls it, or None for a conversion.
     """
@@ -50,14 +53,14 @@ class Parent:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a model.
+    """Everything that is recorded about a model.
 
     Args:
         folder: the model.
-        parent: what it was made from, or None.
+        parent: the model that it was made from, or None.
         conversion, artifacts: reports, or None.
         results: of all evaluation reports, as `read_results` gives them.
-        training: what the training run recorded, or None.
+        training: record of the training run, or None.
         files: reports and figures, by their path on the Hub.
     """
 
@@ -69,17 +72,29 @@ class Facts:
     training: dict | None = None
     files: dict[str, pathlib.Path] = field(default_factory=dict)
 
+    @property
+    def recipe(self) -> dict:
+        """The recipe of the training run; empty without one."""
+        recipe = (self.training or {}).get("recipe")
+        return recipe if isinstance(recipe, dict) else {}
+
+    @property
+    def data(self) -> dict:
+        """The data of the training run; empty without one."""
+        data = (self.training or {}).get("data")
+        return data if isinstance(data, dict) else {}
+
 
 def collect_facts(folder: str | os.PathLike, *, reports: Sequence[str | os.PathLike] = ()) -> Facts:
-    """Read everything that is known of a model.
+    """Read everything that is recorded about a model.
 
     Args:
         folder: of a model, an adapter or a training run.
         reports: files of reports, or folders that hold them, from elsewhere.
 
     Raises:
-        CardError: the folder is not whole, a report cannot be read, there are two of which there can be one, or one
-            was made of another model.
+        CardError: the folder is incomplete, a report cannot be read or was made from another model, or there are two
+            reports of conversion or of artifacts.
     """
     model = open_folder(folder)
     found = _find_reports(model, [pathlib.Path(report) for report in reports])
@@ -87,18 +102,84 @@ def collect_facts(folder: str | os.PathLike, *, reports: Sequence[str | os.PathL
     conversion = _only(found, "conversion", ConversionReport)
     artifacts = _only(found, "artifacts", ArtifactReport)
     if artifacts is not None:
-        check_same_model(artifacts.architecture, model, found["artifacts"][0], name=artifacts.model)
+        _check_same_model(artifacts.architecture, model, found["artifacts"][0], name=artifacts.model)
         files |= _with_figures(found["artifacts"][0])
     results = []
     for number, path in enumerate(found["evaluation"]):
         results += read_results(path, model=model)
         files[f"reports/evaluation{number or ''}.json"] = path
-    check_same_weights(results)
+    weights = {result["weights_hash"] for result in results} - {None}
+    if len(weights) > 1:
+        raise CardError(
+            f"the evaluation reports are of {len(weights)} different models ({', '.join(sorted(map(str, weights)))}): "
+            "keep those of this one"
+        )
     if conversion is not None and "conversion.json" not in model.files:
         files["conversion.json"] = found["conversion"][0]
     training, run_files = _read_training(model)
     parent = _find_parent(model, conversion, training)
     return Facts(model, parent, conversion, artifacts, results, training, files | run_files)
+
+
+def find_on_hub(name: str, revision: str | None) -> tuple[str, str | None] | None:
+    """Name and configuration of a dataset of the Hub; None for any other.
+
+    A dataset of the Hub has a revision; a folder may have a name like one. The name may be in the form
+    "owner/name:configuration@revision".
+    """
+    found = split_hub_name(name) if revision else None
+    return found[:2] if found else None
+
+
+def read_results(path: pathlib.Path, *, model: ModelFolder) -> list[dict]:
+    """Results of an `EvaluationReport`, each with everything that its number depends on.
+
+    Args:
+        path: of the report.
+        model: that it must have been made from.
+
+    Returns:
+        One dictionary a number: `task`, `dataset`, `metric`, `value`, `interval`, `interval_method`, `n`, `seed`,
+        `settings`, `dataset_hash`, `weights_hash`; and of the report `command`, `commit` of the code and
+        `revision` of a dataset of the Hub.
+
+    Raises:
+        CardError: the file is no evaluation report, was made from another model, or a result lacks a field or has a
+            value that is no finite number.
+    """
+    report = rename_old_keys(read_json(path))
+    if report.get("kind") != "evaluation" or not isinstance(report.get("results"), list):
+        raise CardError(f"{path}: expected an evaluation report, got kind {report.get('kind')!r}")
+    _check_same_model(report.get("architecture") or {}, model, path, name=report.get("model"))
+    results = []
+    for result in report["results"]:
+        missing = [name for name in _RESULT if name not in result]
+        if missing:
+            raise CardError(f"{path}: the result of {result.get('task')} lacks {', '.join(missing)}: measure it again")
+        for value in (result["value"], *(result["interval"] or ())):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise CardError(f"{path}: the result of {result['task']} is {value!r}, not a finite number")
+        data = (report.get("data") or {}).get(result["dataset_hash"]) or {}
+        circumstances = {
+            "command": report.get("command") or "not recorded",
+            "commit": (report.get("made_with") or {}).get("commit"),
+            "revision": data.get("revision"),
+        }
+        results.append({"interval_method": None, "settings": {}, "weights_hash": None, **result, **circumstances})
+    return results
+
+
+def _check_same_model(sizes: dict, model: ModelFolder, path: pathlib.Path, *, name: str | None) -> None:
+    """Refuse a report with the sizes of another model; an adapter has no sizes of its own."""
+    architecture = {} if model.is_adapter else model.architecture
+    for name_of_size in _SIZES:
+        measured = sizes.get(name_of_size)
+        actual = architecture.get(name_of_size, measured)
+        if measured not in (None, actual):
+            raise CardError(
+                f"{path}: was measured on another model, {name}: its {name_of_size} is {measured}, that of "
+                f"{model.path} is {actual}"
+            )
 
 
 def _find_reports(model: ModelFolder, named: list[pathlib.Path]) -> dict[str, list[pathlib.Path]]:
@@ -132,7 +213,7 @@ def _only(found: dict[str, list[pathlib.Path]], kind: str, report: type):
 
 
 def _with_figures(path: pathlib.Path) -> dict[str, pathlib.Path]:
-    """An artifact report and its figures; beside a training run lie figures of that run under the same names."""
+    """An artifact report and its figures; figures beside a training run belong to that run."""
     is_beside_run = (path.parent / "training.json").is_file()
     figures = [] if is_beside_run else [path.with_name(name) for name in _FIGURES]
     return {"reports/artifacts.json": path, **{f"reports/{file.name}": file for file in figures if file.is_file()}}
@@ -149,10 +230,10 @@ def _read_training(model: ModelFolder) -> tuple[dict | None, dict[str, pathlib.P
 def _find_parent(model: ModelFolder, conversion: ConversionReport | None, training: dict | None) -> Parent | None:
     if model.is_adapter:
         name = model.settings.get("base_model_name_or_path")
-        if not name or not _HUB_NAME.fullmatch(name) or pathlib.Path(name).exists():
+        if not isinstance(name, str) or not _HUB_NAME.fullmatch(name) or pathlib.Path(name).exists():
             raise CardError(
-                f"{model.path / 'adapter_config.json'}: the model that the adapter belongs to is {name!r}, which "
-                "nobody else has: publish it first, and write its name on the Hub into base_model_name_or_path"
+                f"{model.path / 'adapter_config.json'}: the model of the adapter is {name!r}, which is not on the "
+                "Hub: publish it first, and write its name on the Hub into base_model_name_or_path"
             )
         return Parent(name, name, None, "adapter")
     if conversion is not None:
@@ -163,19 +244,19 @@ def _find_parent(model: ModelFolder, conversion: ConversionReport | None, traini
         return Parent(hub_name or pathlib.Path(source).name, hub_name, conversion.source.get("licence"), None)
     init = (training or {}).get("init")
     if not init or pathlib.Path(init).resolve() in (model.path.resolve(), model.path.resolve().parent):
-        return None  # from scratch, or going on with itself
+        return None  # from scratch, or a run that continues from itself
     is_hub_name = bool(_HUB_NAME.fullmatch(init)) and not pathlib.Path(init).exists()
     name = init if is_hub_name else pathlib.Path(init).name
     return Parent(name, init if is_hub_name else None, _licence_of(pathlib.Path(init)), "finetune")
 
 
 def _licence_of(start: pathlib.Path) -> str | None:
-    """The licence on record for a model on this disk that training started from, or that this one started from."""
+    """The recorded licence of a model on this disk that training started from, or of the model before that."""
     try:
         parent = collect_facts(start).parent
-    except CardError:  # not on this disk any more, or a model of another kind
+    except (CardError, RecursionError):  # not on this disk any more, of another kind, or runs in a circle
         return None
     return parent.licence if parent else None
 
 
-__all__ = ["Facts", "Parent", "collect_facts"]
+__all__ = ["Facts", "Parent", "collect_facts", "find_on_hub", "read_results"]

@@ -1,33 +1,33 @@
-"""What a folder is that shall be published, which of its files travel, and whether they are all there.
+"""A folder that is published: which of its files are uploaded, and whether they are all there.
 
     MODEL/  config.json, model.safetensors (or shards with an index), preprocessor_config.json, the code of the family;
-            for a dual encoder tokenizer_config.json and what it needs
+            for a dual encoder also the files of its tokenizer
     MODEL/  adapter_config.json, adapter_model.safetensors
     RUN/    model/, one of the above, with training.json, recipe.yaml and pictures of a training run beside it
 
-Of other files in a model's folder, such as optimiser states and settings of editors, none travels.
+Other files in a model's folder, such as optimiser states, are skipped.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import pathlib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from safetensors import SafetensorError, safe_open
 
 from modeling_vitreg import ViTWithRegistersConfig
+from modeling_vitreg.features import folders
 
 from .errors import CardError
 
 
-FINGERPRINT_FILE = "fingerprint.json"
+EXPECTED_OUTPUTS, OLD_EXPECTED_OUTPUTS = "expected_outputs.json", "fingerprint.json"
 REPORTS = ("artifacts", "evaluation")  # names that files of reports begin with
-# Of a model folder; whatever else lies there is somebody's own.
-_SUFFIXES = (".json", ".safetensors", ".py", ".txt", ".model")
+_SUFFIXES = (".json", ".safetensors", ".py", ".txt", ".model")  # of files of a model
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)
 
@@ -39,10 +39,10 @@ class ModelFolder:
     Args:
         path: folder of `config.json` or `adapter_config.json`.
         run: folder of the training run that it is part of, or None.
-        settings: what that file holds.
+        settings: content of that file.
         is_adapter: whether it holds an adapter.
-        files: that travel, by name.
-        left: files and folders that do not, each with the reason.
+        files: to upload, by name.
+        skipped: files and folders that are not uploaded, each with the reason.
         shapes: of all tensors, by name.
     """
 
@@ -51,17 +51,17 @@ class ModelFolder:
     settings: dict
     is_adapter: bool
     files: dict[str, pathlib.Path]
-    left: dict[str, str]
+    skipped: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
 
     @property
     def num_parameters(self) -> int:
-        """Values in all tensors that learn: fixed positions and running statistics are stored, too."""
+        """Values of all tensors that are trained, without fixed positions and running statistics."""
         fixed = list(_STATISTICS)
         if not self.is_adapter and self.architecture["position_embedding_type"] == "sincos":
             fixed.append("position_embeddings")
-        learnt = (shape for name, shape in self.shapes.items() if not any(part in name for part in fixed))
-        return sum(math.prod(shape) for shape in learnt)
+        trained = (shape for name, shape in self.shapes.items() if not any(part in name for part in fixed))
+        return sum(math.prod(shape) for shape in trained)
 
     @property
     def architecture(self) -> dict:
@@ -77,52 +77,45 @@ class ModelFolder:
 
 
 def open_folder(path: str | os.PathLike) -> ModelFolder:
-    """Read what a folder is, and check that nothing is missing.
+    """Read a folder and check that nothing is missing.
 
     Raises:
-        CardError: it is no model, adapter or training run, a file is missing or damaged, or the run did not finish.
+        CardError: it is no model, adapter or training run, a file is missing, damaged or of another kind, or the run
+            did not finish.
     """
-    path = pathlib.Path(path)
-    run, model = _find(path)
+    run, model = _find(pathlib.Path(path))
     is_adapter = (model / "adapter_config.json").is_file()
     settings = read_json(model / ("adapter_config.json" if is_adapter else "config.json"))
-    files, left = _choose_files(model)
-    if is_adapter:
-        _require(model, files, ["adapter_model.safetensors"])
-        weights = ["adapter_model.safetensors"]
-    else:
-        if not settings.get("architectures"):
-            raise CardError(f"{model / 'config.json'}: names no architecture: save the model with save_pretrained")
+    files, skipped = _choose_files(model)
+    weights = ["adapter_model.safetensors"]
+    if not is_adapter:
+        _check_settings(model, settings)
         weights = _weights(model)
-        kind = settings.get("vision_config", settings).get("model_type")
-        if kind != "vitreg":
-            raise CardError(f"{model}: is a model of type {kind!r}: expected one of this family, vitreg")
-        _require(model, files, [*weights, "preprocessor_config.json", *_code(model, settings)])
+        _require(model, files, [*weights, "preprocessor_config.json", *_code(model, settings, files)])
         if "text_config" in settings and "tokenizer_config.json" not in files:
             raise CardError(
-                f"{model}: has no tokenizer, tokenizer_config.json, so nobody could give it a text: save that too, by "
-                "its own save_pretrained"
+                f"{model}: has no tokenizer (tokenizer_config.json), so the model cannot be given a text: save the "
+                "tokenizer there, too, by its own save_pretrained"
             )
+    _require(model, files, weights)
     shapes: dict[str, tuple[int, ...]] = {}
     for name in weights:
         shapes |= read_shapes(model / name)
-    return ModelFolder(model, run, settings, is_adapter, files, left, shapes)
+    return ModelFolder(model, run, settings, is_adapter, files, skipped, shapes)
 
 
 def read_json(path: pathlib.Path) -> dict:
     """A dictionary from a file.
 
     Raises:
-        CardError: it is not there, or no dictionary in JSON.
+        CardError: the file is missing, or holds no dictionary in JSON.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CardError(f"{path} is missing") from None
+        content = folders.read_json(path)
     except ValueError as error:
-        raise CardError(f"{path}: expected JSON, got a file that does not parse: {error}") from None
-    if not isinstance(content, dict):
-        raise CardError(f"{path}: expected a dictionary, got a {type(content).__name__}")
+        raise CardError(str(error)) from None
+    if content is None:
+        raise CardError(f"{path} is missing")
     return content
 
 
@@ -136,7 +129,15 @@ def read_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
         with safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise CardError(f"{path}: is damaged or not whole ({error}): save the model again") from None
+        raise CardError(f"{path}: is damaged or incomplete ({error}): save the model again") from None
+
+
+def list_code(settings: dict) -> set[str]:
+    """Names of the files of a folder whose code its `auto_map` refers to."""
+    references = settings.get("auto_map") or {}
+    values = references.values() if isinstance(references, dict) else ()
+    texts = [text for value in values for text in (value if isinstance(value, list) else [value])]
+    return {f"{text.split('.')[0]}.py" for text in texts if isinstance(text, str) and "--" not in text}
 
 
 def _find(path: pathlib.Path) -> tuple[pathlib.Path | None, pathlib.Path]:
@@ -151,8 +152,8 @@ def _find(path: pathlib.Path) -> tuple[pathlib.Path | None, pathlib.Path]:
         )
     if not (path / "training.json").is_file():
         raise CardError(
-            f"{path}: the training run has not finished, training.json is missing: the command that began it goes on; "
-            f"or take {path / 'model'} as it is"
+            f"{path}: the training run has not finished, training.json is missing: continue it with the same command, "
+            f"or publish {path / 'model'}"
         )
     return path, path / "model"
 
@@ -162,22 +163,50 @@ def _holds_model(path: pathlib.Path) -> bool:
 
 
 def _choose_files(model: pathlib.Path) -> tuple[dict[str, pathlib.Path], dict[str, str]]:
-    files, left = {}, {}
+    files, skipped = {}, {}
     for entry in sorted(model.iterdir()):
         if entry.name.startswith(REPORTS):
             continue  # reports have a place of their own
         if entry.name == "README.md":
-            left[entry.name] = "the card is written anew from the reports"
+            skipped[entry.name] = "the card is written anew from the reports"
         elif entry.is_dir():
-            left[f"{entry.name}/"] = "a folder"
+            skipped[f"{entry.name}/"] = "a folder"
         elif entry.name.startswith(".") or (entry.suffix not in _SUFFIXES and entry.stem != "LICENSE"):
-            left[entry.name] = "no file of a model"
+            skipped[entry.name] = "not a file of a model"
+        elif not _is_inside(entry, model):
+            skipped[entry.name] = "a link to a file outside of the folder"
         else:
             files[entry.name] = entry
-    return files, left
+    return files, skipped
 
 
-def _require(model: pathlib.Path, files: dict[str, pathlib.Path], names: list[str]) -> None:
+def _is_inside(entry: pathlib.Path, folder: pathlib.Path) -> bool:
+    """Whether a file lies in its folder; in the cache of the Hub, files are links to its folder `blobs`."""
+    homes = (folder.resolve(), folder.resolve().parent.parent / "blobs")
+    return not entry.is_symlink() or entry.resolve().parent in homes
+
+
+def _check_settings(model: pathlib.Path, settings: dict) -> None:
+    """That config.json describes a model of this family."""
+    path, processor = model / "config.json", model / "preprocessor_config.json"
+    try:
+        folders.check_settings(settings, path)
+        folders.read_statistics(folders.read_json(processor) or {}, processor)
+    except ValueError as error:
+        raise CardError(str(error)) from None
+    if not settings.get("architectures"):
+        raise CardError(f"{path}: names no architecture: save the model with save_pretrained")
+    vision = settings.get("vision_config", settings)
+    kind = vision.get("model_type") if isinstance(vision, dict) else None
+    if kind != "vitreg":
+        raise CardError(f"{model}: expected a model of this family, vitreg, got the type {kind!r}")
+    try:
+        ViTWithRegistersConfig.from_dict(vision)
+    except Exception as error:  # whatever a class of transformers raises on values of another type
+        raise CardError(f"{path}: describes no model of this family: {error}") from None
+
+
+def _require(model: pathlib.Path, files: dict[str, pathlib.Path], names: Iterable[str]) -> None:
     missing = sorted(set(names) - set(files))
     if missing:
         raise CardError(f"{model}: {', '.join(missing)} missing: save the model again with save_pretrained")
@@ -187,23 +216,37 @@ def _weights(model: pathlib.Path) -> list[str]:
     index = model / "model.safetensors.index.json"
     if (model / "model.safetensors").exists() or not index.exists():
         return ["model.safetensors"]
-    return sorted(set(read_json(index)["weight_map"].values()))
+    try:
+        return [path.name for path in folders.list_shards(index)]
+    except ValueError as error:
+        raise CardError(f"{error}: save the model again with save_pretrained") from None
 
 
-def _code(model: pathlib.Path, settings: dict) -> list[str]:
+def _code(model: pathlib.Path, settings: dict, files: dict[str, pathlib.Path]) -> list[str]:
     """Files with the code that the configuration names, and those that they import."""
-    names = {f"{value.split('.')[0]}.py" for value in (settings.get("auto_map") or {}).values() if "--" not in value}
+    names = list_code(settings)
     if not names:
         raise CardError(
-            f"{model / 'config.json'}: has no auto_map, so nobody can load it: save the model with save_pretrained"
+            f"{model / 'config.json'}: has no auto_map to code in the folder, so others cannot load it: save the "
+            "model with save_pretrained"
         )
     found: set[str] = set()
     while names - found:
         name = (names - found).pop()
         found.add(name)
-        if (model / name).is_file():
-            names |= {f"{module}.py" for module in _RELATIVE_IMPORT.findall((model / name).read_text())}
+        if name in files:
+            text = files[name].read_text(encoding="utf-8", errors="replace")
+            names |= {f"{module}.py" for module in _RELATIVE_IMPORT.findall(text)}
     return sorted(found)
 
 
-__all__ = ["FINGERPRINT_FILE", "REPORTS", "ModelFolder", "open_folder", "read_json", "read_shapes"]
+__all__ = [
+    "EXPECTED_OUTPUTS",
+    "OLD_EXPECTED_OUTPUTS",
+    "REPORTS",
+    "ModelFolder",
+    "list_code",
+    "open_folder",
+    "read_json",
+    "read_shapes",
+]

@@ -1,6 +1,6 @@
 """What a model gives for one fixed input: the same text runs here and, as a program, where the package is not.
 
-`fingerprint.run_apart` sends this file to a new process, so it imports nothing of ours. The input is a formula and not
+`isolation.run_apart` sends this file to a new process, so it imports nothing of ours. The input is a formula and not
 random numbers, which differ between versions and devices.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 
 import torch
@@ -27,12 +28,14 @@ def load(folder: str, *, classes: dict[str, type] | None = None) -> nn.Module:
         folder: with `config.json` or `adapter_config.json`.
         classes: of an installed package by name, in place of the code that lies in the folder.
     """
-    try:
-        with open(f"{folder}/adapter_config.json", encoding="utf-8") as file:
-            adapter = json.load(file)
-    except FileNotFoundError:
+    if not os.path.exists(f"{folder}/adapter_config.json"):
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=classes is None)
-        return _load_class(config.architectures[0], config, folder, classes).eval()
+        model, facts = _load_class(config.architectures[0], config, folder, classes, output_loading_info=True)
+        if facts["missing_keys"]:
+            raise ValueError(f"tensors are missing from the weights: {', '.join(sorted(facts['missing_keys'])[:5])}")
+        return model.eval()
+    with open(f"{folder}/adapter_config.json", encoding="utf-8") as file:
+        adapter = json.load(file)
     import peft
 
     base = adapter["base_model_name_or_path"]
@@ -42,7 +45,7 @@ def load(folder: str, *, classes: dict[str, type] | None = None) -> nn.Module:
 
 
 @torch.no_grad()
-def take_fingerprint(model: nn.Module) -> dict:
+def take_outputs(model: nn.Module) -> dict:
     """Of each output its shape, largest absolute value, means and first values.
 
     A dual encoder is given an image and a text, so that both towers are seen.
@@ -84,11 +87,11 @@ def probe_text(config) -> Tensor:
 
 
 def main() -> None:
-    """Load the folder that the first argument names, and print its fingerprint in JSON as the last line."""
-    print(json.dumps(take_fingerprint(load(sys.argv[1]))))
+    """Load the folder that the first argument names, and print its outputs in JSON as the last line."""
+    print(json.dumps(take_outputs(load(sys.argv[1]))))
 
 
-def _load_class(name: str, config, folder: str, classes: dict[str, type] | None, **options) -> nn.Module:
+def _load_class(name: str, config, folder: str, classes: dict[str, type] | None, **options):
     options["dtype"] = torch.float32
     if classes is not None and name in classes:
         return classes[name].from_pretrained(folder, **options)
@@ -135,4 +138,4 @@ def _pair(side) -> tuple[int, int]:
     return (side, side) if isinstance(side, int) else tuple(side)
 
 
-__all__ = ["MEASURES", "NUM_FIRST", "load", "main", "probe_images", "probe_text", "take_fingerprint"]
+__all__ = ["MEASURES", "NUM_FIRST", "load", "main", "probe_images", "probe_text", "take_outputs"]

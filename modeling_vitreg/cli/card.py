@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from modeling_vitreg.names import check_source_name
+
 from . import options
 from .errors import plain_errors
 from .options import OUTPUT, option
@@ -34,6 +36,7 @@ def card(
     of the model or in those of --reports.
     """
     with plain_errors():
+        check_source_name(folder)
         if output is not None:
             options.check_output(output, is_file=True)
         from modeling_vitreg.cards import make_plan

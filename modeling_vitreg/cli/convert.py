@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from modeling_vitreg.names import check_source_name
+
 from . import options
 from .errors import plain_errors
 from .options import COMPUTE, DATA, MODEL, OUTPUT, option
@@ -43,8 +45,9 @@ def convert(
     and IJepa of transformers. Nothing is written if a tensor is left over or the outputs differ.
     """
     with plain_errors():
+        check_source_name(source)
         options.check_output(output, is_file=to == "dinov2")
-        from modeling_vitreg.cards import record_fingerprint
+        from modeling_vitreg.cards import record_expected_outputs
         from modeling_vitreg.conversion import ConversionSettings
         from modeling_vitreg.conversion import convert as run_convert
         from modeling_vitreg.conversion import export as run_export
@@ -61,7 +64,7 @@ def convert(
         )
         if to is None:
             report = run_convert(source, output, settings=known)
-            record_fingerprint(output)
+            record_expected_outputs(output)
         else:
             report = run_export(source, output, to=to, settings=known)
     dropped = list(report.ledger["dropped"].values())

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from modeling_vitreg.names import check_source_name
+
 from . import options
 from .errors import plain_errors
 from .options import OUTPUT, option
@@ -36,6 +38,7 @@ def publish(
     are not sent twice. The environment variable HF_ENDPOINT selects another Hub.
     """
     with plain_errors():
+        check_source_name(folder)
         from modeling_vitreg.cards import publish as run_publish
 
         done = run_publish(

@@ -49,9 +49,10 @@ def retrofit(
         _, device = options.check_inputs([], images, device)
         from modeling_vitreg.analysis.report_dir import compare
         from modeling_vitreg.analysis.survey import SurveySettings
-        from modeling_vitreg.cards import record_fingerprint
+        from modeling_vitreg.cards import record_expected_outputs
         from modeling_vitreg.features import load_encoder
         from modeling_vitreg.images import open_images
+        from modeling_vitreg.reports import command_line
         from modeling_vitreg.retrofit import RetrofitSettings
         from modeling_vitreg.retrofit import retrofit as run_retrofit
         from modeling_vitreg.settings import make_settings, read_assignments
@@ -62,9 +63,9 @@ def retrofit(
         def open_source() -> object:
             return open_images(images, split=split, scenes=range(chosen.num_images))
 
-        words = {"source_of_images": images, "command": options.command_line()}
+        words = {"source_of_images": images, "command": command_line()}
         made = run_retrofit(model, output, images=open_source(), settings=chosen, device=device, **words)
-        record_fingerprint(output)
+        record_expected_outputs(output)
         if report is not None:
             encoders = [load_encoder(model, device=device), load_encoder(output, device=device)]
             survey = SurveySettings(num_images=chosen.num_images, image_size=chosen.image_size)

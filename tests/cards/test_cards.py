@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from modeling_vitreg import (
     ViTWithRegistersForSemanticSegmentation,
     ViTWithRegistersModel,
 )
-from modeling_vitreg.cards import CardError, check_plan, make_plan, record_fingerprint
+from modeling_vitreg.cards import CardError, check_plan, make_plan, record_expected_outputs
 from modeling_vitreg.reports import ArtifactReport, ConversionReport, write_report
 
 
@@ -171,7 +172,7 @@ def test_every_number_of_a_result_is_in_the_card_and_leaves_with_its_report(fold
         assert word in card
     report.unlink()
     card = make_plan(folder, "user/name").card
-    assert "**Nothing was measured**" in card and "0.718" not in card and "2718" not in card
+    assert "**Not measured**" in card and "0.718" not in card and "2718" not in card
     assert _metadata(card).eval_results is None
 
 
@@ -179,7 +180,7 @@ def test_numbers_of_a_card_written_by_hand_do_not_get_in(folder):
     (folder / "README.md").write_text("---\nlicense: mit\n---\nAccuracy: 99.9 %")
     plan = make_plan(folder, "user/name")
     assert "99.9" not in plan.card and _metadata(plan.card).license is None
-    assert "stays  README.md: the card is written anew" in plan.describe()
+    assert "skipped  'README.md': the card is written anew" in plan.describe()
 
 
 def test_every_number_of_a_bare_card_is_one_of_the_configuration(folder):
@@ -215,7 +216,7 @@ def test_artifacts_are_told_with_their_figure(folder, tmp_path):
     plan = make_plan(folder, "user/name", reports=[elsewhere])
     assert "Few artifacts: 0.31 % of the patches." in plan.card and "61 images (photographs)" in plan.card
     assert "](reports/norms.png)" in plan.card and {"reports/norms.png", "reports/artifacts.json"} <= set(plan.files)
-    assert "**Not looked at**" in make_plan(folder, "user/name").card
+    assert "**Not measured**: this model has no artifact report" in make_plan(folder, "user/name").card
     renamed = (elsewhere / "artifacts.json").rename(elsewhere / "last week.json")
     assert "reports/artifacts.json" in make_plan(folder, "user/name", reports=[renamed]).files
 
@@ -250,7 +251,7 @@ def test_a_verification_is_told_with_its_errors(folder):
 def test_unverified_is_said(folder):
     conversion_report(folder, verification={"is_verified": False, "why": "it was skipped on request"})
     card = make_plan(folder, "user/name").card
-    assert "**Unverified**" in card and "it was skipped on request" in card
+    assert "**Not verified**" in card and "it was skipped on request" in card
     assert "was not compared with the model that it was converted from" in card
 
 
@@ -312,10 +313,10 @@ def test_facts_of_a_run_are_told_without_paths_on_the_disk_of_the_author(folder,
     card = make_plan(run, "user/name", licence="mit").card
     rows = re.findall(r"^\| (.*) \|$", card.split("## Training")[1].split("<details>")[0], re.MULTILINE)
     assert rows[2:] == [
-        "objective | dinov2",
+        "objective | self-distillation of class tokens and hidden patches, without labels (DINOv2)",
         "images | photographs, split train",
         "started from | first",
-        "images seen, repeated ones counted again | 22400",
+        "images seen, counting repetitions | 22400",
         "steps | 350",
         "k-NN accuracy before the first step | 0.132",
         "k-NN accuracy after the last step | 0.326",
@@ -326,7 +327,7 @@ def test_facts_of_a_run_are_told_without_paths_on_the_disk_of_the_author(folder,
 
 def test_own_weights_without_a_licence_say_so(folder):
     card = make_plan(folder, "user/name").card
-    assert "The author has stated none" in card and _metadata(card).license is None
+    assert "The author has stated no licence" in card and _metadata(card).license is None
 
 
 def test_a_card_of_downloaded_files_is_the_same(folder, tmp_path):
@@ -356,7 +357,7 @@ def test_shards_travel_together_and_a_missing_one_is_named(tiny, tmp_path):
     plan = make_plan(tmp_path / "model", "user/name")
     assert len(shards) > 1 and {*shards, "model.safetensors.index.json"} <= set(plan.files)
     (tmp_path / "model" / shards[0]).unlink()
-    with pytest.raises(CardError, match=f"{shards[0]} missing"):
+    with pytest.raises(CardError, match=f"missing: {shards[0]}"):
         make_plan(tmp_path / "model", "user/name")
 
 
@@ -365,7 +366,7 @@ def test_weights_that_are_cut_off_and_names_that_are_none_are_refused(folder):
         make_plan(folder, "name")
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(CardError, match="damaged or not whole"):
+    with pytest.raises(CardError, match="damaged or incomplete"):
         make_plan(folder, "user/name")
     (folder.parent / "empty").mkdir()
     with pytest.raises(CardError, match="found none of them"):
@@ -373,7 +374,7 @@ def test_weights_that_are_cut_off_and_names_that_are_none_are_refused(folder):
 
 
 def test_weights_that_changed_since_the_fingerprint_are_refused(folder):
-    record_fingerprint(folder)
+    record_expected_outputs(folder)
     plan = make_plan(folder, "user/name")
     said = []
     check_plan(plan, say=said.append)
@@ -389,8 +390,8 @@ def test_weights_that_changed_since_the_fingerprint_are_refused(folder):
 def test_a_change_in_any_part_of_a_dual_encoder_is_seen(tiny, randomise, tmp_path, name):
     config = ViTWithRegistersDualEncoderConfig(tiny(), TEXT_TOWERS["clip"], projection_dim=16)
     folder = write(randomise(ViTWithRegistersDualEncoderModel(config)), tmp_path / "model")
-    record_fingerprint(folder)
-    recorded = json.loads((folder / "fingerprint.json").read_text())
+    record_expected_outputs(folder)
+    recorded = json.loads((folder / "expected_outputs.json").read_text())
     assert {"logits_per_image", "text_embeds", "image_embeds"} <= set(recorded["outputs"])
     tensors = load_file(folder / "model.safetensors")
     (changed,) = [tensor for key, tensor in tensors.items() if key.endswith(name) and "text_model.encoder" not in key]
@@ -414,14 +415,16 @@ def test_a_dual_encoder_without_a_tokenizer_is_refused(tiny, tmp_path):
     ViTWithRegistersDualEncoderModel(ViTWithRegistersDualEncoderConfig(tiny(), TEXT_TOWERS["clip"])).save_pretrained(
         tmp_path
     )
-    with pytest.raises(CardError, match=r"has no tokenizer, .* nobody could give it a text: save that too"):
+    with pytest.raises(
+        CardError, match=r"has no tokenizer .* so the model cannot be given a text: save the tokenizer there"
+    ):
         make_plan(tmp_path, "user/name")
 
 
 def test_a_folder_that_needs_the_package_is_refused(folder):
     code = folder / "modeling_vitreg.py"
     code.write_text(code.read_text() + "\nimport modeling_vitreg\n")
-    with pytest.raises(CardError, match=r"model: does not load where .* ModuleNotFoundError"):
+    with pytest.raises(CardError, match=r"model: cannot be loaded without this package: ModuleNotFoundError"):
         check_plan(make_plan(folder, "user/name"), say=lambda text: None)
 
 
@@ -430,9 +433,9 @@ def test_a_model_that_gives_nan_is_refused(tiny, tmp_path):
     with torch.no_grad():
         model.layernorm.bias.fill_(float("nan"))
     with pytest.raises(ValueError, match="not finite in last_hidden_state"):
-        record_fingerprint(tmp_path, model)
+        record_expected_outputs(tmp_path, model)
     with pytest.raises(ValueError, match="leave it out"):
-        record_fingerprint(tmp_path, model.bfloat16())
+        record_expected_outputs(tmp_path, model.bfloat16())
 
 
 def test_the_programs_of_every_card_run_as_they_are_printed(tmp_path, photograph):
@@ -477,9 +480,142 @@ def test_the_programs_of_every_card_run_as_they_are_printed(tmp_path, photograph
 
 
 def test_a_data_set_of_the_hub_is_known_by_its_revision_and_named_without_what_was_pinned():
-    from modeling_vitreg.cards.results import find_on_hub
+    from modeling_vitreg.cards.facts import find_on_hub
 
     assert find_on_hub("user/birds:rare@v1", "d" * 40) == ("user/birds", "rare")
     assert find_on_hub("birds", "d" * 40) == ("birds", None)
     assert find_on_hub("user/birds", None) is None  # a folder of that name
     assert find_on_hub("scenes of 32 pixels", "d" * 40) is None
+
+
+NASTY = "<script>x</script> | [a](javascript:b) `c` *d* # e\n# f ``` & &lt; $g$"
+
+
+def test_text_of_others_is_text_of_the_card_and_nothing_else(folder, tmp_path):
+    """Rendered as Markdown, names and commands of others make no tag, link, heading, cell or end of a code block."""
+    from markdown_it import MarkdownIt
+
+    run = tmp_path / "run"
+    run.mkdir()
+    folder.rename(run / "model")
+    evaluation_report(run / "model", dataset=NASTY, task="knn|x", revision=None)
+    path = run / "model" / "evaluation.json"
+    content = json.loads(path.read_text()) | {"command": f"vitreg evaluate '{NASTY}'\n```\n# out of the block"}
+    path.write_text(json.dumps(content))
+    training = {"recipe": {"objective": NASTY, "class_names": [NASTY]}, "data": {"name": NASTY}, "steps": 3}
+    (run / "training.json").write_text(json.dumps(training))
+    card = make_plan(run, "user/name", licence="mit").card
+    assert _metadata(card).eval_results[0].dataset_name == NASTY
+    tokens = MarkdownIt("commonmark").enable("table").parse(card.split("\n---\n", 1)[1])
+    headings = [tokens[n + 1].content for n, token in enumerate(tokens) if token.type == "heading_open"]
+    assert headings == ["name", "Use", "Evaluation", "Artifacts", "Training", "Limits", "Licence", "Citation"]
+    inline = [child for token in tokens for child in token.children or ()]
+    assert not [child for child in inline if child.type == "html_inline"]
+    assert all(child.attrs["href"].startswith("reports/") or child.attrs["href"].endswith(".json")
+               for child in inline if child.type == "link_open")  # fmt: skip
+    blocks = [token.content for token in tokens if token.type == "html_block"]
+    assert [block.split()[0] for block in blocks] == ["<details><summary>The", "</details>"]
+    rows = [token for token in tokens if token.type == "tr_open"]
+    cells = [token for token in tokens if token.type == "td_open"]
+    assert len(cells) == 6 + 2 * (len(rows) - 3)  # one result of six cells, and facts of two
+    assert any("# out of the block" in token.content for token in tokens if token.type == "fence")
+
+
+@pytest.mark.parametrize("wrong", [{"seed": {}}, {"interval": "high"}, {"dataset": 3}, {"metric": ["a"]}])
+def test_facts_of_another_type_end_in_words(folder, wrong):
+    evaluation_report(folder, **wrong)
+    try:
+        make_plan(folder, "user/name")
+    except CardError as error:
+        assert "evaluation.json" in str(error) or "make the report again" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"architectures": "ViT"}, "expected architectures to be a list of class names"),
+        ({"architectures": [3]}, "expected architectures to be a list of class names"),
+        ({"hidden_size": "wide"}, "expected hidden_size to be an integer"),
+        ({"hidden_size": 33}, "describes no model of this family"),
+        ({"vision_config": 3, "text_config": {}}, "expected a model of this family"),
+        ({"auto_map": 7}, "no auto_map to code in the folder"),
+        ({"auto_map": {"AutoModel": "../../evil.Model"}}, "missing"),
+    ],
+)
+def test_a_hostile_configuration_is_refused_in_words(folder, change, words):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(CardError, match=re.escape(words)):
+        make_plan(folder, "user/name")
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": 3}, {"weight_map": {"a": "../other/model.safetensors"}}])
+def test_a_weight_map_leads_nowhere_else(folder, index):
+    (folder.parent / "other").mkdir()
+    (folder / "model.safetensors").rename(folder.parent / "other" / "model.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CardError, match=r"expected weight_map|leads out of its folder"):
+        make_plan(folder, "user/name")
+
+
+def test_a_link_to_a_file_outside_is_not_uploaded(folder, tmp_path):
+    (tmp_path / "token").write_text("hf_secret")
+    (folder / "notes.txt").symlink_to(tmp_path / "token")
+    plan = make_plan(folder, "user/name")
+    assert "notes.txt" not in plan.files
+    assert "'notes.txt': a link to a file outside of the folder" in plan.describe()
+
+
+def test_the_code_of_a_folder_sees_neither_tokens_nor_the_home_of_the_user(folder, tmp_path, monkeypatch):
+    secrets = {"HF_TOKEN": "hf_secret", "AWS_SECRET_ACCESS_KEY": "aws", "WANDB_API_KEY": "w", "MY_PASSWORD": "p"}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    code, seen = folder / "modeling_vitreg.py", tmp_path / "seen.json"
+    spy = f"import json, os\njson.dump(dict(os.environ), open({str(seen)!r}, 'w'))\n"
+    code.write_text(code.read_text() + spy)
+    check_plan(make_plan(folder, "user/name"), say=lambda text: None)
+    environment = json.loads(seen.read_text())
+    assert not set(secrets) & set(environment) and not set(secrets.values()) & set(environment.values())
+    assert environment["HF_HUB_OFFLINE"] == "1" and environment["HOME"] != os.environ["HOME"]
+
+
+def test_a_file_of_recorded_outputs_under_its_old_name_is_read(folder):
+    record_expected_outputs(folder)
+    content = json.loads((folder / "expected_outputs.json").read_text()) | {"kind": "fingerprint"}
+    (folder / "fingerprint.json").write_text(json.dumps(content))
+    (folder / "expected_outputs.json").unlink()
+    plan, said = make_plan(folder, "user/name"), []
+    assert "expected_outputs.json" in check_plan(plan, say=said.append).files and "fingerprint.json" not in plan.files
+    assert "gives the recorded outputs" in said[0]
+
+
+def test_a_licence_that_the_hub_does_not_list_needs_a_name_and_its_text(folder):
+    with pytest.raises(CardError, match="the licence custom needs its text: put it into the file LICENSE"):
+        make_plan(folder, "user/name", licence="other")
+    (folder / "LICENSE").write_text("All rights reserved.")
+    plan = make_plan(folder, "user/name", licence="other", licence_name="house-rules")
+    data = _metadata(plan.card)
+    assert (data.license, data.license_name, data.license_link) == ("other", "house-rules", "LICENSE")
+    assert "LICENSE" in plan.files
+    link = "https://example.org/terms"
+    data = _metadata(make_plan(folder, "user/name", licence="other", licence_link=link).card)
+    assert (data.license_name, data.license_link) == ("custom", link)
+    with pytest.raises(CardError, match="belong to the licence other"):
+        make_plan(folder, "user/name", licence="mit", licence_name="house-rules")
+
+
+@pytest.mark.parametrize(
+    ("stated", "meant"),
+    [
+        ("Apache 2.0", "apache-2.0"),
+        ("Apache-2.0", "apache-2.0"),
+        ("MIT License", "mit"),
+        ("GPLv3", "gpl-3.0"),
+        ("CC BY 4.0", "cc-by-4.0"),
+        ("cc-by-nc", "cc-by-nc-4.0"),
+        ("my-own", "common ones are apache-2.0"),
+    ],
+)
+def test_an_identifier_that_the_hub_does_not_know_is_refused_with_what_was_meant(folder, stated, meant):
+    with pytest.raises(CardError, match=re.escape(meant)):
+        make_plan(folder, "user/name", licence=stated)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
 from modeling_vitreg import ViTWithRegistersForImageClassification, ViTWithRegistersModel
-from modeling_vitreg.cards import record_fingerprint
+from modeling_vitreg.cards import record_expected_outputs
 from modeling_vitreg.pretraining.objectives.clip import CLIP, CLIPSettings
 from modeling_vitreg.pretraining.views.crops import CropSettings
 
@@ -25,7 +25,7 @@ from modeling_vitreg.pretraining.views.crops import CropSettings
 WORKER = """
 import json, sys
 from modeling_vitreg.cards import CardError, PublishError, publish
-module = sys.modules["modeling_vitreg.cards.publish"]
+module = sys.modules["modeling_vitreg.cards.upload"]
 real = module.check_plan
 for line in sys.stdin:
     options, said = json.loads(line), []
@@ -92,7 +92,7 @@ def _make_model(folder, **settings):
 
     model = ViTWithRegistersModel(ViTWithRegistersConfig(**{**TINY, "initializer_range": 0.2, **settings})).eval()
     model.save_pretrained(folder)
-    record_fingerprint(folder, model)
+    record_expected_outputs(folder, model)
     return model
 
 
@@ -126,7 +126,7 @@ def test_what_is_published_gives_the_same_outputs_to_a_stranger(hub, publisher, 
         "README.md",
         "config.json",
         "configuration_vitreg.py",
-        "fingerprint.json",
+        "expected_outputs.json",
         "image_processing_vitreg.py",
         "model.safetensors",
         "modeling_vitreg.py",
@@ -188,7 +188,7 @@ def test_a_cut_before_the_commit_is_said_and_what_has_arrived_is_not_sent_again(
     _make_model(folder.parent / "cut", initializer_range=0.3)  # other weights than those that are there already
     hub.cut = Cut("POST .*/commit/")
     answer = publisher(folder.parent / "cut", "user/cut")
-    assert answer["error"] == "PublishError" and "broke" in answer["words"] and "goes on" in answer["words"]
+    assert answer["error"] == "PublishError" and "broke" in answer["words"] and "same command again" in answer["words"]
     assert len(_large(hub)) == 1 and set(hub.files("user/cut")) == {".gitattributes"}
     hub.cut, hub.requests = None, []
     assert publisher(folder.parent / "cut", "user/cut")["commit"]
@@ -234,7 +234,7 @@ def test_a_token_that_may_only_read_is_said(hub, publisher, folder):
 def test_private_weights_do_not_go_into_a_public_repository(hub, publisher, folder):
     hub.add("user/open", {"README.md": b"old"}, is_private=False)
     answer = publisher(folder, "user/open")
-    assert answer["error"] == "PublishError" and "everybody can see it" in answer["words"]
+    assert answer["error"] == "PublishError" and "is public: confirm" in answer["words"]
     assert set(hub.files("user/open")) == {"README.md"}
     assert publisher(folder, "user/open", is_public=True)["commit"]
 
@@ -295,7 +295,7 @@ def test_an_adapter_is_published_for_a_model_that_others_have(hub, publisher, fo
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
     answer = publisher(tmp_path / "adapter", "user/adapter", licence="mit", check=True)
     assert answer.get("commit"), answer
-    assert {"README.md", "adapter_model.safetensors", "fingerprint.json"} <= set(hub.files("user/adapter"))
+    assert {"README.md", "adapter_model.safetensors", "expected_outputs.json"} <= set(hub.files("user/adapter"))
     assert "base_model_relation: adapter" in answer["card"] and "for `user/base`" in answer["card"]
 
     photograph.resize((64, 64)).save(tmp_path / "photograph.jpg")
@@ -332,7 +332,7 @@ def test_a_clip_run_is_published_and_gives_a_stranger_the_same_numbers(hub, publ
     answer = publisher(run, "user/clip", licence="mit", check=True)
     assert answer.get("commit"), answer
     assert "loads without the package, with the same outputs" in answer["said"][0]
-    files = {"dual_encoder_vitreg.py", "tokenizer.json", "preprocessor_config.json", "fingerprint.json"}
+    files = {"dual_encoder_vitreg.py", "tokenizer.json", "preprocessor_config.json", "expected_outputs.json"}
     assert files <= set(hub.files("user/clip"))
     assert "pipeline_tag: zero-shot-image-classification" in answer["card"] and "radford2021clip" in answer["card"]
     assert "A Vision Transformer with 4 registers" in answer["card"] and str(tmp_path) not in answer["card"]

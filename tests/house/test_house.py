@@ -64,7 +64,7 @@ ALLOWED_IN_FILE = {
     "image_processing_vitreg.py": {"numpy", "PIL"},
     "cards/licences.py": {"yaml"},
     "cards/probe.py": {"peft"},
-    "cards/render.py": {"jinja2"},
+    "cards/card.py": {"jinja2"},
     "doctor.py": {"packaging"},
     "analysis/figures.py": {"matplotlib"},
     "analysis/html.py": {"jinja2"},

@@ -66,7 +66,7 @@ class Objective(nn.Module, abc.ABC):
 
     Attributes:
         description: what the model learned, for cards.
-        citation: family in `cards.citations`, or a BibTeX entry.
+        citation: family in `cards.card`, or a BibTeX entry.
         settings_class: dataclass of `settings` in a recipe, if there are any.
         annotation: what it learns from beside images, a key of `TARGETS`.
         metrics: what `evaluate` measures, the most informative last; names of `modeling_vitreg.metrics`, or any other.
