@@ -1,19 +1,18 @@
-"""What may be wrong with this installation or with a checkpoint, and what to type about it.
+"""Problems of this installation or of a model, each with the command that mends it.
 
-Nothing is changed, and nothing is asked of the network.
+Nothing is changed, and the network is not used.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import json
 import os
 import pathlib
 import platform
 import shutil
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,11 +33,11 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """One thing that was checked.
 
     Args:
-        level: ok; warning, something will not work or not well; problem, it does not work.
-        what: was found.
+        level: ok; warning: something may not work; problem: it does not work.
+        what: the finding.
         remedy: command to type, or empty.
     """
 
@@ -48,7 +47,7 @@ class Finding:
 
 
 def diagnose(checkpoint: str | os.PathLike | None = None) -> list[Finding]:
-    """Look at the installation, and at a checkpoint if one is named.
+    """Check the installation, and a model if one is named.
 
     Args:
         checkpoint: folder of a model, or name of one on the Hub that is in the cache.
@@ -58,7 +57,7 @@ def diagnose(checkpoint: str | os.PathLike | None = None) -> list[Finding]:
 
 
 def render_findings(findings: list[Finding]) -> str:
-    """A table in plain text; what was found is broken to the width of a terminal."""
+    """A table in plain text, wrapped to the width of the terminal."""
     width = max(60, min(shutil.get_terminal_size().columns, 120))
     lines = []
     for finding in findings:
@@ -66,7 +65,7 @@ def render_findings(findings: list[Finding]) -> str:
         lines += [f"{'':9}-> {finding.remedy}"] if finding.remedy else []
     counts = {level: sum(finding.level == level for finding in findings) for level in ("problem", "warning")}
     words = [_plural(count, level) for level, count in counts.items() if count]
-    return "\n".join([*lines, " and ".join(words) if words else "nothing is wrong"])
+    return "\n".join([*lines, " and ".join(words) if words else "no problem was found"])
 
 
 def check_versions() -> Iterator[Finding]:
@@ -153,49 +152,77 @@ def check_cache() -> Iterator[Finding]:
 
 
 def check_checkpoint(checkpoint: str | os.PathLike) -> Iterator[Finding]:
-    """Files, tensors and registers of a model of this family."""
+    """Files, settings, code, tensors and registers of a model."""
+    from modeling_vitreg.features import folders
+
     folder = _find_folder(checkpoint)
     if folder is None:
-        yield Finding(
-            "problem",
-            f"{checkpoint}: is no folder with a config.json, and no model in the cache",
-            f"hf download {checkpoint}",
-        )
+        if pathlib.Path(checkpoint).exists():
+            yield Finding("problem", f"{checkpoint}: no model with a config.json", f"vitreg convert {checkpoint} NEW")
+        else:
+            yield Finding("problem", f"{checkpoint}: not a folder with a config.json, nor a model in the cache",
+                          f"hf download {checkpoint}")  # fmt: skip
         return
     try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        yield Finding("problem", f"{folder / 'config.json'} does not parse: {error}")
+        settings = folders.read_json(folder / "config.json") or {}
+        folders.check_settings(settings, folder / "config.json")
+    except (ValueError, OSError) as error:
+        yield Finding("problem", str(error))
         return
     yield from _check_files(folder, settings)
-    yield from _check_tensors(folder, settings)
+    is_readable = yield from _check_tensors(folder, settings)
+    if is_readable:
+        yield from _check_names(folder, settings)
 
 
 def _check_files(folder: pathlib.Path, settings: dict) -> Iterator[Finding]:
-    references = settings.get("auto_map") or {}
-    if settings.get("model_type") != "vitreg" and not references:
-        yield Finding("ok", f"a model of type {settings.get('model_type')}, whose code is in transformers")
-        return
-    code = {f"{value.split('.')[0]}.py" for value in references.values() if "--" not in value}
-    missing = sorted(name for name in code if not (folder / name).is_file())
+    from modeling_vitreg.features import folders
+
+    is_ours = settings.get("model_type") in ("vitreg", "vitreg_dual_encoder")
     again = _write_command(folder, settings, "", target=folder)
-    if missing or not references:
+    references = settings.get("auto_map") or {}
+    values = references.values() if isinstance(references, dict) else ()
+    code = {f"{value.split('.')[0]}.py" for value in values if isinstance(value, str) and "--" not in value}
+    missing = sorted(name for name in code if "/" in name or not (folder / name).is_file())
+    if missing or (is_ours and not code):
         found = ", ".join(missing) or "the auto_map of config.json"
         yield Finding("problem", f"{found} missing: it loads only where this package is installed", again)
+    elif code:
+        yield Finding("ok", f"its code lies beside it: {', '.join(sorted(code))}")
+    elif _class_of(settings) is None:
+        yield Finding("problem", f"config.json names neither code nor a class of transformers: {_describe(settings)}")
     else:
-        yield Finding("ok", "its code lies beside it")
-    if (folder / "preprocessor_config.json").is_file():
+        yield Finding("ok", f"a model of type {settings.get('model_type')}, whose code is in transformers")
+    if not (folder / "preprocessor_config.json").is_file():
+        if is_ours:
+            yield Finding("problem", "preprocessor_config.json missing: images cannot be prepared for it", again)
+        return
+    try:
+        path = folder / "preprocessor_config.json"
+        folders.read_statistics(folders.read_json(path) or {}, path)
         yield Finding("ok", "its image processor lies beside it")
-    else:
-        yield Finding("problem", "preprocessor_config.json missing: nobody can prepare images for it", again)
+    except (ValueError, OSError) as error:
+        yield Finding("problem", str(error), again)
 
 
-def _check_tensors(folder: pathlib.Path, settings: dict) -> Iterator[Finding]:
+def _check_tensors(folder: pathlib.Path, settings: dict) -> Generator[Finding, None, bool]:
+    """Read all tensors; returns whether all could be read."""
+    from modeling_vitreg.features import folders
+
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
-        yield Finding("problem", f"{folder}: no model.safetensors: the weights are missing")
-        return
-    broken, num_tensors, registers = [], 0, None
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
+        remedy = f"vitreg convert {folder / pickles[0]} NEW" if pickles else ""
+        yield Finding("problem", f"{folder}: the weights are missing, model.safetensors", remedy)
+        return False
+    index = folder / "model.safetensors.index.json"
+    if index.is_file() and not (folder / "model.safetensors").exists():
+        try:
+            files = folders.list_shards(index)
+        except (ValueError, OSError) as error:
+            yield Finding("problem", str(error))
+            return False
+    broken, whole, num_tensors, registers = [], [], 0, None
     for path in files:
         try:
             with safe_open(path, framework="pt") as file:
@@ -203,20 +230,84 @@ def _check_tensors(folder: pathlib.Path, settings: dict) -> Iterator[Finding]:
                     tensor = file.get_tensor(name)
                     num_tensors += 1
                     broken += [name] if not bool(tensor.isfinite().all()) else []
+                    is_count = name.endswith(("position_ids", "num_batches_tracked"))
+                    whole += [name] if not tensor.is_floating_point() and not is_count else []
                     registers = tensor.float() if "register_tokens" in name else registers
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             yield Finding("problem", f"{path.name} is damaged or not whole, so get or save it again: {error}")
-            return
+            return False
     if broken:
-        shown = ", ".join(broken[:3]) + (f" and {len(broken) - 3} more" if len(broken) > 3 else "")
-        yield Finding("problem", f"values that are not finite in {shown}: training diverged; take an earlier state")
-    else:
+        found = f"values that are not finite in {_shorten(broken)}: training diverged; take an earlier state"
+        yield Finding("problem", found)
+    if whole:
+        yield Finding("problem", f"integers or booleans in place of weights in {_shorten(whole)}: get the model again")
+    if not broken and not whole:
         yield Finding("ok", f"{num_tensors} tensors, all values finite")
     yield from _check_registers(registers, folder, settings)
+    return True
+
+
+def _check_names(folder: pathlib.Path, settings: dict) -> Iterator[Finding]:
+    """Tensors of the file against those of the class that the configuration names, which loads them."""
+    import transformers
+
+    kind = _class_of(settings)
+    if kind is None:
+        yield Finding("warning", f"tensors were not compared with a class: {_describe(settings)} is not installed")
+        return
+    if kind.config_class.model_type != settings.get("model_type"):
+        yield Finding("problem", f"config.json contradicts itself: {_describe(settings)}")
+        return
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    try:
+        options = {"output_loading_info": True, "ignore_mismatched_sizes": True, "use_safetensors": True}
+        _, facts = kind.from_pretrained(folder, **options)
+    except Exception as error:  # whatever a class raises on the values of others
+        yield Finding("problem", f"{kind.__name__} cannot be loaded: {type(error).__name__}: {error}")
+        return
+    finally:
+        transformers.logging.set_verbosity(level)
+    missing = sorted(facts["missing_keys"])
+    wrong = sorted(entry if isinstance(entry, str) else entry[0] for entry in facts["mismatched_keys"])
+    others = sorted(facts["unexpected_keys"])
+    if missing:
+        found = f"{len(missing)} tensors are missing, and would be random numbers: {_shorten(missing)}"
+        yield Finding("problem", f"{found}. Get or save the model again")
+    if wrong:
+        yield Finding("problem", f"tensors of another shape than config.json says: {_shorten(wrong)}")
+    if others:
+        yield Finding("warning", f"tensors that {kind.__name__} does not read: {_shorten(others)}")
+    if not missing and not wrong:
+        yield Finding("ok", f"{kind.__name__} finds all of its tensors")
+
+
+def _class_of(settings: dict) -> type | None:
+    """The class that a configuration names, of this package or of transformers; None if there is no such class."""
+    import transformers
+
+    import modeling_vitreg
+
+    architectures = settings.get("architectures")
+    name = architectures[0] if isinstance(architectures, list) and architectures else None
+    if not isinstance(name, str) or not name.isidentifier():
+        return None
+    if name in modeling_vitreg.__all__:
+        return getattr(modeling_vitreg, name)
+    kind = getattr(transformers, name, None)
+    return kind if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) else None
+
+
+def _describe(settings: dict) -> str:
+    return f"model_type {settings.get('model_type')!r}, architectures {settings.get('architectures')!r}"
+
+
+def _shorten(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _check_registers(registers: torch.Tensor | None, folder: pathlib.Path, settings: dict) -> Iterator[Finding]:
-    """Equal registers get equal gradients, so they stay one register for ever."""
+    """Equal registers get equal gradients, so they stay equal."""
     expected = settings.get("num_register_tokens", 4 if settings.get("model_type") == "vitreg" else 0)
     if registers is None:
         found = 0
@@ -243,8 +334,8 @@ def _check_registers(registers: torch.Tensor | None, folder: pathlib.Path, setti
     change = f"m.resize_register_tokens(1); m.resize_register_tokens({found})"
     yield Finding(
         "problem",
-        f"{'all' if are_all else 'some'} of its {found} registers are equal: equal ones get equal gradients, so they "
-        "work as one for ever. To train on, give all but the first new values",
+        f"{'all' if are_all else 'some'} of its {found} registers are equal: they get equal gradients, so they "
+        "work as one register for ever. Before further training, give all but the first new values",
         _write_command(folder, settings, change, target=f"{folder}-distinct"),
     )
 

@@ -58,6 +58,7 @@ def analyze(
         from modeling_vitreg.analysis.survey import SurveySettings
         from modeling_vitreg.features import load_encoder
         from modeling_vitreg.images import DataOptions, open_images
+        from modeling_vitreg.reports import command_line
 
         found = options.read_settings(
             settings, {"encoding": ImageSize, "analysis": SurveySettings, "data": DataOptions}
@@ -73,7 +74,7 @@ def analyze(
             }
             return open_images(images, split=split, options=DataOptions(**found["data"]), **scenes)
 
-        words = {"settings": chosen, "source": images, "command": options.command_line()}
+        words = {"settings": chosen, "source": images, "command": command_line()}
         if len(encoders) > 1:
             reports = run_comparison(encoders, open_source, output_folder=output, **words)
         else:

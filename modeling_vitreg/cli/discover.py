@@ -44,7 +44,7 @@ def discover(
         from modeling_vitreg.discovery import discover as run_discovery
         from modeling_vitreg.features import load_encoder
         from modeling_vitreg.images import DataOptions
-        from modeling_vitreg.reports import write_report
+        from modeling_vitreg.reports import command_line, write_report
 
         found = options.read_settings(settings, {"discovery": DiscoverySettings, "data": DataOptions})
         DiscoverySettings(**found["discovery"])  # refuses values before the model is loaded
@@ -57,7 +57,7 @@ def discover(
             settings=chosen,
             sweep=Sweep(layers=(chosen.layer,)) if sweep else None,
             source=images,
-            command=options.command_line(),
+            command=command_line(),
         )
         written = [write_report(report, output / "discovery.json")]
         written.append(_save(figures.draw_discoveries(annotated, report), output / "boxes.png"))

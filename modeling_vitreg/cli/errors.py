@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pathlib
 import traceback
@@ -10,9 +11,12 @@ from collections.abc import Iterator
 
 import typer
 
+from modeling_vitreg.network import causes_of
+
 
 TRACEBACK = "VITREG_TRACEBACK"  # environment variable: show the traceback of every error
 _PACKAGE = os.fspath(pathlib.Path(__file__).parents[1])
+_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 _EXPECTED = (ValueError, RuntimeError, OSError, MemoryError)  # errors that carry their own explanation
 
 
@@ -41,9 +45,10 @@ def _describe(error: Exception) -> str:
     """The line for an error; empty for a bug of this package."""
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("modeling_vitreg"):
         return f"{error.name} is not installed, and this command needs it: pip install 'modeling-vitreg[analysis]'"
-    if isinstance(error, OSError) and error.errno is not None and error.strerror:
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}. Nothing that was complete before is lost; free the disk or choose another"
+    for cause in causes_of(error):
+        if isinstance(cause, OSError) and cause.errno in _OF_DISKS:
+            where = f"{cause.filename}: " if cause.filename else ""
+            return f"{where}{os.strerror(cause.errno)}. What was complete is kept: make room, or write elsewhere"
     if isinstance(error, _EXPECTED):
         return f"{type(error).__name__}: {error}"
     frames = traceback.extract_tb(error.__traceback__)

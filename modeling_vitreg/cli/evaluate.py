@@ -97,6 +97,7 @@ def evaluate(
 def _measure(encoder, tasks: list[str], data, folder: pathlib.Path, settings):
     """Evaluate one model; DINO-seg reads the published head of attention, where there are as many."""
     from modeling_vitreg import evaluation
+    from modeling_vitreg.reports import command_line
 
     if settings.discovery.head >= encoder.num_heads:
         discovery = dataclasses.replace(settings.discovery, head=encoder.num_heads - 1)
@@ -108,7 +109,7 @@ def _measure(encoder, tasks: list[str], data, folder: pathlib.Path, settings):
         output_folder=folder,
         settings=settings,
         tokenizer=evaluation.load_tokenizer(encoder) if "zero_shot" in tasks else None,
-        command=options.command_line(),
+        command=command_line(),
     )
 
 

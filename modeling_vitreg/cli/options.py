@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import pathlib
-import shlex
-import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -95,11 +93,6 @@ def scene_settings(side: int) -> Any:
     return SceneSettings(image_size=min(max(side, 64), 224))
 
 
-def command_line() -> str:
-    """The command that runs, for the report."""
-    return " ".join(["vitreg", *map(shlex.quote, sys.argv[1:])])
-
-
 def check_output(path: pathlib.Path, *, is_file: bool = False) -> None:
     """Check that results can be written, before anything is computed.
 
@@ -171,7 +164,6 @@ __all__ = [
     "check_inputs",
     "check_output",
     "choose_device",
-    "command_line",
     "option",
     "read_settings",
     "scene_settings",

@@ -7,6 +7,8 @@ import os
 import pathlib
 import re
 
+from modeling_vitreg.names import is_hub_name
+
 
 # Largest plausible value of an integer setting: above it, building the model takes hours or all memory.
 _LIMITS = {
@@ -20,7 +22,6 @@ _LIMITS = {
     "num_register_tokens": 65_536,
 }
 _CONVERTIBLE = ("vit", "deit", "ijepa", "vit_mae", "dinov2", "dinov2_with_registers", "dinov3_vit", "clip")
-_CHECKPOINTS = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
 _MOST_BYTES = 2**24
 
 
@@ -127,15 +128,6 @@ def conversion_command(source: str | os.PathLike) -> str | None:
     return (
         f"{text} is a model of type {kind!r}, which is not a plain Vision Transformer and cannot be converted: "
         f"expected one of {', '.join(_CONVERTIBLE)}, or a model of timm"
-    )
-
-
-def is_hub_name(text: str) -> bool:
-    """Whether a text can be OWNER/NAME on the Hub, and not a path: no such file exists, and no folder OWNER either."""
-    return (
-        re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) is not None
-        and not text.endswith(_CHECKPOINTS)
-        and not os.path.isdir(text.split("/")[0])
     )
 
 

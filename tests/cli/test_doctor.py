@@ -80,7 +80,9 @@ def test_a_missing_file_is_found_and_the_remedy_writes_it(folder, name):
 def test_another_number_of_registers_than_configured_is_found(folder):
     config = json.loads((folder / "config.json").read_text()) | {"num_register_tokens": 2}
     (folder / "config.json").write_text(json.dumps(config))
-    assert [finding.what for finding in _problems(folder)] == ["the weights hold 4 registers, config.json says 2"]
+    first, second = [finding.what for finding in _problems(folder)]
+    assert first == "the weights hold 4 registers, config.json says 2"
+    assert second.startswith("tensors of another shape than config.json says: embeddings.register_tokens")
 
 
 def test_a_file_that_is_cut_off_is_found(folder):
@@ -148,4 +150,69 @@ def test_the_table_names_remedies_and_counts(folder):
     assert "problem  preprocessor_config.json missing" in text
     assert "         -> python -c" in text
     assert text.splitlines()[-1].startswith("1 problem")
-    assert doctor.render_findings([doctor.Finding("ok", "all")]).endswith("nothing is wrong")
+    assert doctor.render_findings([doctor.Finding("ok", "all")]).endswith("no problem was found")
+
+
+def test_missing_and_misshapen_tensors_are_found_by_name(folder):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    names = sorted(name for name in tensors if "layers.1" in name)
+    for name in names:
+        del tensors[name]
+    tensors["layernorm.weight"] = torch.ones(7)
+    tensors["left.over"] = torch.ones(2)
+    save_file(tensors, path, metadata={"format": "pt"})
+    found = "\n".join(f"{finding.level} {finding.what}" for finding in _problems(folder))
+    assert f"problem {len(names)} tensors are missing, and would be random numbers: {names[0]}" in found
+    assert "problem tensors of another shape than config.json says: layernorm.weight" in found
+    assert "warning tensors that ViTWithRegistersModel does not read: left.over" in found
+
+
+def test_parts_that_a_base_model_lacks_are_no_problem(tiny, tmp_path):
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+    ViTForImageClassification(config).save_pretrained(tmp_path / "theirs")
+    assert _problems(tmp_path / "theirs") == []
+
+
+def test_integers_in_place_of_weights_are_found(folder):
+    _change(folder, "layers.1.mlp.fc2.weight", lambda tensor: tensor.to(torch.int32))
+    (finding,) = _problems(folder)
+    assert "integers or booleans in place of weights in layers.1.mlp.fc2.weight" in finding.what
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        ("config.json", {"num_hidden_layers": 99999999999}, "num_hidden_layers"),
+        ("config.json", {"hidden_size": "wide"}, "hidden_size"),
+        ("config.json", {"hidden_size": 33}, "ViTWithRegistersModel cannot be loaded"),
+        ("config.json", {"architectures": ["os.system"]}, "os.system"),
+        ("config.json", {"architectures": 7}, "architectures"),
+        ("config.json", {"auto_map": {"AutoModel": "absent.Model"}}, "absent.py missing"),
+        ("config.json", [1, 2], "expected a JSON object, got"),
+        ("preprocessor_config.json", {"image_mean": "x"}, "image_mean"),
+        ("preprocessor_config.json", {"image_std": [float("nan")] * 3}, "image_std"),
+    ],
+)
+def test_a_hostile_folder_is_named_and_is_not_ok(folder, file, change, words):
+    path = folder / file
+    content = change if isinstance(change, list) else json.loads(path.read_text()) | change
+    path.write_text(json.dumps(content))
+    assert any(words in finding.what for finding in _problems(folder)), _problems(folder)
+
+
+def test_an_index_that_leads_out_of_the_folder_is_found(folder):
+    (folder.parent / "evil.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    index = {"weight_map": {"layernorm.weight": "../evil.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (finding,) = _problems(folder)
+    assert "leads out of its folder" in finding.what
+
+
+def test_a_folder_without_weights_names_the_command_that_makes_them(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    (finding,) = _problems(folder)
+    assert "weights are missing" in finding.what and finding.remedy.startswith("vitreg convert ")

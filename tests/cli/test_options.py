@@ -5,7 +5,6 @@ import os
 import pathlib
 import subprocess
 import sys
-import time
 
 import pytest
 from typer.testing import CliRunner
@@ -134,10 +133,9 @@ def test_what_cannot_exist_is_answered_without_loading_anything(tmp_path, monkey
     (tmp_path / "model" / "config.json").write_text("{}")
     for file in ("net.pth", "photo.png"):
         (tmp_path / file).write_bytes(b"")
-    start = time.perf_counter()
     done = run(verb, *arguments)
     assert done.exit_code == 1 and words in done.output, done.output
-    assert time.perf_counter() - start < 1 and "Traceback" not in done.output
+    assert "Traceback" not in done.output
 
 
 @pytest.mark.parametrize(
@@ -224,3 +222,35 @@ class _Through(dict):
 
     def __iter__(self):
         return iter([self._library.loads(None)])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["convert", "./no/such.pth", "out"],
+        ["card", "./no/such", "user/name"],
+        ["publish", "./no/such", "user/name", "--dry-run"],
+    ],
+)
+def test_a_source_that_does_not_exist_is_answered_without_loading_anything(tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    done = run(*arguments)
+    assert done.exit_code == 1 and "there is no such file or folder here" in done.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_such_an_answer_needs_neither_torch_nor_the_network(tmp_path):
+    program = """
+import sys
+from typer.testing import CliRunner
+from modeling_vitreg.cli import app
+cases = ["analyze ./no/such", "evaluate net.pth", "convert ./no.pth out", "publish no a/b"]
+for words in map(str.split, cases):
+    assert CliRunner().invoke(app, words).exit_code == 1
+print([name for name in ("torch", "transformers", "huggingface_hub", "datasets") if name in sys.modules])
+"""
+    (tmp_path / "net.pth").write_bytes(b"")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=True)
+    assert done.stdout.strip() == "[]"
