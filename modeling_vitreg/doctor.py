@@ -177,6 +177,7 @@ def check_checkpoint(checkpoint: str | os.PathLike) -> Iterator[Finding]:
 
 def _check_files(folder: pathlib.Path, settings: dict) -> Iterator[Finding]:
     from modeling_vitreg.features import folders
+    from modeling_vitreg.modeling_vitreg import read_image_processor
 
     is_ours = settings.get("model_type") in ("vitreg", "vitreg_dual_encoder")
     again = _write_command(folder, settings, "", target=folder)
@@ -199,7 +200,8 @@ def _check_files(folder: pathlib.Path, settings: dict) -> Iterator[Finding]:
         return
     try:
         path = folder / "preprocessor_config.json"
-        folders.read_statistics(folders.read_json(path) or {}, path)
+        folders.read_json(path)
+        read_image_processor(path, num_channels=settings.get("num_channels") or 3)
         yield Finding("ok", "its image processor lies beside it")
     except (ValueError, OSError) as error:
         yield Finding("problem", str(error), again)

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from modeling_vitreg import ViTWithRegistersConfig
 from modeling_vitreg.features import folders
+from modeling_vitreg.modeling_vitreg import read_image_processor
 
 from .errors import CardError
 
@@ -189,15 +190,18 @@ def _is_inside(entry: pathlib.Path, folder: pathlib.Path) -> bool:
 def _check_settings(model: pathlib.Path, settings: dict) -> None:
     """That config.json describes a model of this family."""
     path, processor = model / "config.json", model / "preprocessor_config.json"
+    vision = settings.get("vision_config", settings)
+    vision = vision if isinstance(vision, dict) else {}
     try:
         folders.check_settings(settings, path)
-        folders.read_statistics(folders.read_json(processor) or {}, processor)
+        if processor.is_file():
+            folders.read_json(processor)
+            read_image_processor(processor, num_channels=vision.get("num_channels", 3))
     except ValueError as error:
         raise CardError(str(error)) from None
     if not settings.get("architectures"):
         raise CardError(f"{path}: names no architecture: save the model with save_pretrained")
-    vision = settings.get("vision_config", settings)
-    kind = vision.get("model_type") if isinstance(vision, dict) else None
+    kind = vision.get("model_type")
     if kind != "vitreg":
         raise CardError(f"{model}: expected a model of this family, vitreg, got the type {kind!r}")
     try:
