@@ -90,6 +90,7 @@ def _content(facts: Facts, repo_id: str, licence: Licence | None) -> dict:
     """What the template reads."""
     folder = facts.folder
     task, auto_class = _task(folder.class_name)
+    source = facts.conversion.source if facts.conversion else {}
     return {
         "facts": facts,
         "folder": folder,
@@ -104,7 +105,9 @@ def _content(facts: Facts, repo_id: str, licence: Licence | None) -> dict:
         "training_rows": _training_rows(facts),
         "recipe": json.dumps((facts.training or {}).get("recipe", {}), indent=1),
         "licence": licence,
-        "citations": _cite(facts),
+        "citations": citations_of(
+            source.get("layout"), source.get("path"), citation_of(facts.recipe.get("objective"))
+        ),
     }
 
 
@@ -157,6 +160,24 @@ def code_block(value: object, language: str = "text", indent: int = 0) -> str:
     text = str(value).replace("\r", "\n")
     ticks = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return "\n".join(" " * indent + line for line in [f"{ticks}{language}", *text.split("\n"), ticks])
+
+
+def citations_of(*families: str | None) -> list[str]:
+    """BibTeX entries: the paper of registers, then those of layout, source and objective.
+
+    Args:
+        families: BibTeX, or texts in which the longest known family is looked up.
+    """
+    keys, others = ["darcet2024registers"], []
+    for family in families:
+        known = [name for name in _PAPERS if name in str(family or "").lower()]
+        if str(family or "").startswith("@"):
+            others.append(family)
+        elif known:
+            keys += _PAPERS[max(known, key=len)]
+    entries = (_HOME / "citations.bib").read_text(encoding="utf-8").strip().split("\n\n")
+    by_key = {entry.partition("{")[2].partition(",")[0]: entry for entry in entries}
+    return [by_key[key] for key in dict.fromkeys(keys)] + others
 
 
 def _environment() -> jinja2.Environment:
@@ -234,20 +255,6 @@ def _hub_datasets(facts: Facts) -> list[str]:
     return list(dict.fromkeys(name for name, _ in filter(None, found)))
 
 
-def _cite(facts: Facts) -> list[str]:
-    """BibTeX entries: the paper of registers, then those of layout, source and objective."""
-    source = facts.conversion.source if facts.conversion else {}
-    keys = ["darcet2024registers"]
-    family = citation_of(facts.recipe.get("objective"))
-    for text in (source.get("layout"), source.get("path"), family):
-        known = [name for name in _PAPERS if name in str(text or "").lower()]
-        keys += _PAPERS[max(known, key=len)] if known else ()
-    entries = (_HOME / "citations.bib").read_text(encoding="utf-8").strip().split("\n\n")
-    by_key = {entry.partition("{")[2].partition(",")[0]: entry for entry in entries}
-    entries = [by_key[key] for key in dict.fromkeys(keys)]
-    return [*entries, family] if family and family.startswith("@") else entries
-
-
 def _training_rows(facts: Facts) -> list[tuple[str, object]]:
     """The table of a training run, from its record."""
     training, recipe, data = facts.training or {}, facts.recipe, facts.data
@@ -291,4 +298,4 @@ def _count(number: int) -> str:
     return str(number)
 
 
-__all__ = ["RESULTS_FILE", "code_block", "code_span", "make_metadata", "render_card", "render_results"]
+__all__ = ["RESULTS_FILE", "citations_of", "code_block", "code_span", "make_metadata", "render_card", "render_results"]

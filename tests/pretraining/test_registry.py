@@ -8,7 +8,7 @@ import textwrap
 import pytest
 import torch
 
-from modeling_vitreg.cards.citations import citations_of
+from modeling_vitreg.cards.card import citations_of
 from modeling_vitreg.pretraining.build import make_objective
 from modeling_vitreg.pretraining.estimate import estimate
 from modeling_vitreg.pretraining.monitoring.curves import draw_curves

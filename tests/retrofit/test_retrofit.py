@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from modeling_vitreg import ViTWithRegistersForImageClassification
 from modeling_vitreg.analysis.survey import SurveySettings, survey
-from modeling_vitreg.cards.model_folder import FINGERPRINT_FILE
+from modeling_vitreg.cards.model_folder import EXPECTED_OUTPUTS
 from modeling_vitreg.cli import app
 from modeling_vitreg.features import load_encoder
 from modeling_vitreg.reports import RetrofitReport, read_report
@@ -186,7 +186,7 @@ def test_the_verb_repairs_and_compares(tmp_path, monkeypatch):
     done, again = CliRunner().invoke(app, command), CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
     assert "Repaired: with 1 unit moved, outliers fall from 12 % to 0 % of the patches of layer 4" in done.output
-    assert "layer 2: units 0" in done.output and (tmp_path / "repaired" / FINGERPRINT_FILE).exists()
+    assert "layer 2: units 0" in done.output and (tmp_path / "repaired" / EXPECTED_OUTPUTS).exists()
     words = [read_report(tmp_path / "page" / number / "artifacts.json").verdict["level"] for number in ("1", "2")]
     assert words == ["many", "none"] and (tmp_path / "page" / "index.html").exists()
     assert again.exit_code == 1 and "repaired exists and is not empty" in again.output
