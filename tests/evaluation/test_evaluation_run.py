@@ -81,9 +81,9 @@ def test_the_number_of_a_task_is_that_of_its_function(encoder, scenes, tmp_path)
     parts = []
     for part in (scenes.train, scenes.test):
         examples = [part.read(number) for number in range(len(part))]
-        pixels = encoder.prepare([example.image for example in examples])
+        pixels = encoder.prepare([image for image, _ in examples])
         (tokens,) = extract_features(encoder, pixels, is_normed=True)
-        parts += [tokens.cls_token, torch.tensor([example.label for example in examples])]
+        parts += [tokens.cls_token, torch.tensor([label for _, label in examples])]
     assert result["value"] == knn_accuracy(*parts)
     assert result["interval"] == list(wilson_interval(round(result["value"] * 60), 60))
 
@@ -180,7 +180,7 @@ def test_data_without_truth_say_what_is_missing(encoder, tmp_path, own_cache):
     with pytest.raises(ValueError, match=r"depth: the images have no depth(.|\n)*knn: expected images with labels"):
         _run(encoder, open_data(_images(tmp_path / "one", ["cat"])), tmp_path / "a", tasks=["knn", "depth"])
     two = open_data(_images(tmp_path / "two", ["cat", "dog"]))
-    cats = [number for number in range(len(two.train)) if two.train.read(number).label == 0]
+    cats = [number for number in range(len(two.train)) if two.train.read(number)[1] == 0]
     with pytest.raises(ValueError, match="linear: expected training images of two classes or more, got 1"):
         one = dataclasses.replace(two, train=two.train.select(np.array(cats)))
         _run(encoder, one, tmp_path / "b", tasks=["linear"])
@@ -209,8 +209,8 @@ def test_unknown_tasks_and_folders_of_other_models_are_refused(encoder, tiny, sc
 def _pixels(part, size):
     """Pixels of thumbnails as features, with labels."""
     examples = [part.read(number) for number in range(len(part))]
-    rows = [np.asarray(example.image.resize((size, size))).reshape(-1) / 255 - 0.5 for example in examples]
-    return torch.tensor(np.array(rows)).float(), torch.tensor([example.label for example in examples])
+    rows = [np.asarray(image.resize((size, size))).reshape(-1) / 255 - 0.5 for image, _ in examples]
+    return torch.tensor(np.array(rows)).float(), torch.tensor([label for _, label in examples])
 
 
 def test_the_task_can_fail_and_succeed(tiny, scenes, tmp_path):
