@@ -21,13 +21,13 @@ from modeling_vitreg.pretraining.build import make_config
 from modeling_vitreg.pretraining.objectives.objective import DataSummary
 from modeling_vitreg.pretraining.objectives.registry import objective_class
 from modeling_vitreg.pretraining.run.recipe import Recipe, read_recipe
-from modeling_vitreg.scenes import SEMANTIC_NAMES, SceneSettings
+from modeling_vitreg.scenes import FIRST_TEST_SCENE, SEMANTIC_NAMES, describe_preset, is_scenes, preset_settings
 from modeling_vitreg.settings import make_settings, suggest_name
 
 
 RECIPES = pathlib.Path(__file__).parent / "recipes"
 MAPS = ("mask", "depth")  # annotations of each pixel
-EVAL_SCENES, FIRST_EVAL_SCENE = "evaluation scenes", 2**30  # training scenes are numbered from 0
+EVAL_SCENES = "evaluation scenes"  # those from FIRST_TEST_SCENE on; training scenes are numbered from 0
 RENAMED = {  # options of older versions
     "--look-every": "--eval-every",
     "--num-looked-at": "--num-eval-images",
@@ -101,9 +101,8 @@ def parse_options(description: str, default_recipe: str) -> argparse.Namespace:
     data = parser.add_argument_group("Data")
     data.add_argument(
         "--data",
-        default="scenes",
         help='folder of images, WebDataset shards such as "shards/{000..099}.tar", dataset (folder or Hub name), or '
-        "scenes, the built-in data (default)",
+        "the built-in data, scenes:single (default) or scenes (default for masks and depth)",
     )
     data.add_argument("--split", default="train", help="training split (default: train)")
     data.add_argument("--eval-split", help="evaluation split (default: validation or test, if there is one)")
@@ -193,6 +192,14 @@ def choose_recipe(options: argparse.Namespace) -> Recipe:
     except (ValueError, TypeError) as error:
         raise SystemExit(str(error)) from None
     options.output = options.output or pathlib.Path("outputs") / path.stem
+    options.data = options.data or ("scenes" if annotation_of(recipe) in MAPS else "scenes:single")
+    check_channels(recipe.model.get("num_channels", 3))
+    try:
+        is_scenes(options.data)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    if options.num_scenes > FIRST_TEST_SCENE:
+        raise SystemExit(f"--num-scenes: expected at most {FIRST_TEST_SCENE}, those after them are test images")
     options.eval_every = options.eval_every or max(recipe.num_steps // 10, 1)
     options.save_every = options.save_every or min(max(recipe.num_steps // 10, 1), 1000)
     return recipe
@@ -213,25 +220,40 @@ def open_split(options: argparse.Namespace, recipe: Recipe, split: str, data_opt
         MissingSplit: there is no such split.
         ValueError, RuntimeError: see `open_images`.
     """
-    scenes = range(options.num_scenes)
-    # Larger than a view; where the image has one label, filled by one object, as photographs of objects are.
-    objects = {} if annotation_of(recipe) in MAPS else {"max_objects": 1, "zoom": 1.6}
-    looks = SceneSettings(image_size=recipe.crops.global_size * 4 // 3, **objects)
+    scenes, settings = range(options.num_scenes), None
+    if is_scenes(options.data):
+        settings = preset_settings(options.data, side=recipe.crops.global_size)
     if split == EVAL_SCENES:
-        scenes, split = range(FIRST_EVAL_SCENE, FIRST_EVAL_SCENE + options.num_eval_images // 4), "train"
+        scenes, split = range(FIRST_TEST_SCENE, FIRST_TEST_SCENE + options.num_eval_images // 4), "train"
     return open_images(
         options.data,
         split=split,
         is_streaming=options.streaming,
         options=data_options,
         scenes=scenes,
-        scene_settings=looks,
+        scene_settings=settings,
     )
+
+
+def check_channels(num_channels: int) -> None:
+    """Refuse models that do not read colour images: views are cut and changed in three channels."""
+    if num_channels != 3:
+        raise SystemExit(
+            f"training reads images of 3 channels (RGB), and the model has num_channels {num_channels}: set "
+            "model.num_channels=3, or start from a model of 3 channels"
+        )
+
+
+def name_data(options: argparse.Namespace, recipe: Recipe) -> str:
+    """Name of the data for reports; for rendered scenes the preset and the size."""
+    if not is_scenes(options.data):
+        return options.data
+    return describe_preset(options.data, preset_settings(options.data, side=recipe.crops.global_size))
 
 
 def make_data_options(options: argparse.Namespace, recipe: Recipe) -> DataOptions:
     """Columns that the objective needs, and the meaning of their values."""
-    of_scenes = {"mask": "semantic_mask", "label": "colours"} if options.data == "scenes" else {}
+    of_scenes = {"mask": "semantic_mask", "label": "colours"} if is_scenes(options.data) else {}
     columns = {"image_column": options.image_column, "label_column": options.label_column or of_scenes.get("label")}
     kind = annotation_of(recipe)
     if kind == "text":
@@ -242,7 +264,7 @@ def make_data_options(options: argparse.Namespace, recipe: Recipe) -> DataOption
     if kind == "depth":
         settings["max_depth"] = recipe.settings.get("max_depth", DataOptions.max_depth)
     if kind == "mask":
-        named = recipe.settings.get("class_names") or (SEMANTIC_NAMES if options.data == "scenes" else ())
+        named = recipe.settings.get("class_names") or (SEMANTIC_NAMES if is_scenes(options.data) else ())
         settings["num_classes"] = recipe.settings.get("num_classes") or len(named)
     return make_settings(DataOptions, {**columns, **settings, **options.data_settings}, of="data")
 
@@ -256,7 +278,7 @@ def name_classes(recipe: Recipe, source, *, data: str) -> Recipe:
     """The recipe completed by values from the data, such as names of classes."""
     summary = DataSummary(
         class_names=tuple(source.class_names or ()),
-        mask_names=SEMANTIC_NAMES if data == "scenes" else (),
+        mask_names=SEMANTIC_NAMES if is_scenes(data) else (),
         texts=source.texts if isinstance(source, ImageSource) else None,
     )
     try:

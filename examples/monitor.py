@@ -9,7 +9,7 @@ import time
 
 import psutil
 import torch
-from arguments import EVAL_SCENES, MAPS, Run, annotation_of, open_split, versions
+from arguments import EVAL_SCENES, MAPS, Run, annotation_of, name_data, open_split, versions
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
@@ -32,6 +32,7 @@ from modeling_vitreg.pretraining.monitoring.non_finite import NonFiniteDetector
 from modeling_vitreg.pretraining.monitoring.pictures import draw_attention, draw_maps
 from modeling_vitreg.pretraining.objectives.objective import TARGETS, Objective
 from modeling_vitreg.pretraining.run.sharding import gather_model
+from modeling_vitreg.scenes import is_scenes
 
 
 class Monitor:
@@ -54,7 +55,8 @@ class Monitor:
         self._headline, self._value, self._init = None, None, metadata["init"]
         self._unreadable = next((r["unreadable"] for r in reversed(self.logger.records) if "unreadable" in r), 0)
         self._notes, self._num_read = NoteCounter(), 0
-        self._data, self._source_notes = {"name": run.options.data, "revision": source.revision}, source.notes
+        self._data = {"name": name_data(run.options, run.recipe), "revision": source.revision}
+        self._source_notes = source.notes
         self._begin = time.monotonic() - metadata["seconds"]
         self._last_time, self._last_step = time.monotonic(), last_step
         if run.options.tracker:
@@ -287,6 +289,7 @@ class EvalImages:
                 v2.Normalize(list(recipe.mean), list(recipe.std)),
             ]
         )
+        self._are_scenes = is_scenes(run.options.data)
         images, targets = self._read(source, number + number // 4)
         other, self.origin = self._find_split(run, source)
         labels = targets["labels"]
@@ -304,8 +307,9 @@ class EvalImages:
         self.shown = self.train_images if self.images is None else self.images
 
     def _find_split(self, run: Run, source):
-        if run.options.data == "scenes":
-            return open_split(run.options, run.recipe, EVAL_SCENES, source.options), EVAL_SCENES
+        if is_scenes(run.options.data):
+            name = f"held-out {name_data(run.options, run.recipe)}"
+            return open_split(run.options, run.recipe, EVAL_SCENES, source.options), name
         is_found = isinstance(source, ImageSource) and not run.options.eval_split
         for split in ("validation", "test") if is_found else filter(None, [run.options.eval_split]):
             try:
@@ -321,6 +325,8 @@ class EvalImages:
     def _read(self, source, number: int) -> tuple[Tensor, dict[str, Tensor]]:
         if isinstance(source, ImageSource):
             order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:number].tolist()
+            if self._are_scenes:  # the same as those of `vitreg evaluate`
+                order = range(min(number, len(source)))
             raws = map(source.raw, order)
         else:
             raws = (raw for raw, _ in itertools.islice(source.examples(rank=0, num_processes=1, seed=0), number))

@@ -26,7 +26,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait for wor
 import torch
 import transformers
 import yaml
-from arguments import Run, choose_recipe, name_classes, name_init, open_source, parse_options, versions
+from arguments import Run, check_channels, choose_recipe, name_classes, name_init, open_source, parse_options, versions
 from launching import ends_in_words, make_accelerator
 from monitor import Monitor
 from torch import Tensor
@@ -68,12 +68,14 @@ def main(*, description: str = __doc__, default_recipe: str = "demo-cpu") -> Non
     for note in source.notes:
         run.say(f"data: {note}")
     last = open_output(run)
+    run.say(source.describe_labels())
 
     # Everything that learns is one module: student, teacher and heads are wrapped, sharded and saved together.
     try:
         objective = make_objective(recipe, init=None if last else options.init, processes=run.processes)
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None
+    check_channels(objective.encoder.config.num_channels)
     if options.checkpoint_activations:
         objective.trained["backbone"].gradient_checkpointing_enable()
     if options.compile:

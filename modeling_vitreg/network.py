@@ -1,12 +1,29 @@
-"""Whether an error comes from the network, whichever library was in between."""
+"""Whether the Hub can be asked, and whether an error comes from the network, whichever library was in between."""
 
 from __future__ import annotations
 
+import socket
+import urllib.parse
+import urllib.request
 from collections.abc import Iterator
+
+from huggingface_hub import constants
 
 
 # Of the network libraries of all versions of the Hub's client: requests, httpx and httpx2.
 _NAMES = {"TransportError", "ConnectionError", "Timeout", "TimeoutException"}
+
+
+def is_hub_known() -> bool:
+    """Whether the address of the Hub can be looked up; without it, its clients retry for 20 seconds."""
+    address = urllib.parse.urlsplit(constants.ENDPOINT)
+    if constants.HF_HUB_OFFLINE or urllib.request.getproxies():  # nothing is asked, or another machine asks
+        return True
+    try:
+        socket.getaddrinfo(address.hostname, address.port or address.scheme)
+    except OSError:
+        return False
+    return True
 
 
 def is_of_network(error: BaseException) -> bool:
@@ -21,4 +38,4 @@ def causes_of(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-__all__ = ["causes_of", "is_of_network"]
+__all__ = ["causes_of", "is_hub_known", "is_of_network"]

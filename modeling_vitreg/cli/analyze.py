@@ -67,14 +67,14 @@ def analyze(
         chosen = SurveySettings(**(usual | found["encoding"] | found["analysis"]))
         encoders = [load_encoder(name, device=device, trust_remote_code=trust_remote_code) for name in names]
 
+        side = chosen.image_size or max(encoders[0].image_size)
+        scene_settings, source_name = options.scene_settings(images, side)
+
         def open_source() -> object:
-            scenes = {
-                "scenes": range(chosen.num_images or 10_000),
-                "scene_settings": options.scene_settings(chosen.image_size or max(encoders[0].image_size)),
-            }
+            scenes = {"scenes": range(chosen.num_images or 10_000), "scene_settings": scene_settings}
             return open_images(images, split=split, options=DataOptions(**found["data"]), **scenes)
 
-        words = {"settings": chosen, "source": images, "command": command_line()}
+        words = {"settings": chosen, "source": source_name, "command": command_line()}
         if len(encoders) > 1:
             reports = run_comparison(encoders, open_source, output_folder=output, **words)
         else:

@@ -56,7 +56,7 @@ def discover(
             annotated,
             settings=chosen,
             sweep=Sweep(layers=(chosen.layer,)) if sweep else None,
-            source=images,
+            source=options.scene_settings(images, max(encoder.image_size))[1],
             command=command_line(),
         )
         written = [write_report(report, output / "discovery.json")]
@@ -74,7 +74,8 @@ def _open(images, annotations, split, num_images, encoder, data):
     """Images, with boxes where they are known."""
     from modeling_vitreg.images import ImageSource, open_images
 
-    if images == "scenes":
+    scene_settings, _ = options.scene_settings(images, max(encoder.image_size))
+    if scene_settings:
         data = dataclasses.replace(data, box_column="boxes")
     source = open_images(
         images,
@@ -82,7 +83,7 @@ def _open(images, annotations, split, num_images, encoder, data):
         options=data,
         annotations=annotations,
         scenes=range(num_images),
-        scene_settings=options.scene_settings(max(encoder.image_size)),
+        scene_settings=scene_settings,
     )
     if not isinstance(source, ImageSource):
         raise ValueError(f"{images}: expected images that can be indexed, got a stream: save it as a dataset first")

@@ -27,7 +27,7 @@ def _data(text: str, metavar: str) -> Any:
 
 def evaluate(
     model: options.Model,
-    data: options.Images = "scenes",
+    data: options.Images = "scenes:single",
     columns: Annotated[list[str] | None, _data(_COLUMNS, "KIND=COLUMN,...")] = None,
     annotations: options.Annotations = None,
     split: Annotated[str, _data("Splits. TEST: test, else validation, else 30 % held out.", "TRAIN,TEST")] = "train",
@@ -61,14 +61,17 @@ def evaluate(
         from modeling_vitreg import evaluation
         from modeling_vitreg.features import load_encoder
         from modeling_vitreg.files import write_text
+        from modeling_vitreg.scenes import is_scenes
 
         wanted = _read_tasks(tasks, evaluation.TASKS)
-        chosen, data_options = _read_settings(settings, columns, batch_size, seed, is_scenes=data == "scenes")
+        chosen, data_options = _read_settings(settings, columns, batch_size, seed, is_scenes=is_scenes(data))
         encoders = [load_encoder(name, device=device, trust_remote_code=trust_remote_code) for name in names]
+        side = chosen.encoding.image_size or max(max(encoder.image_size) for encoder in encoders)
+        scene_settings, _ = options.scene_settings(data, side)
         train_split, _, test_split = split.partition(",")
         opened = evaluation.open_data(
             data,
-            image_size=chosen.encoding.image_size or max(max(encoder.image_size) for encoder in encoders),
+            image_size=scene_settings.image_size if scene_settings else side,
             split=train_split or "train",
             test_split=test_split or None,
             num_train=counts[0],
@@ -77,6 +80,8 @@ def evaluate(
             seed=seed,
             options=data_options,
         )
+        if not annotations:
+            typer.echo(opened.train.describe_labels(), err=True)
         folders = [output / str(number) for number in range(1, len(names) + 1)] if len(names) > 1 else [output]
         found = [_measure(encoder, wanted, opened, folder, chosen) for encoder, folder in zip(encoders, folders)]
         measured = [report for report in found if report.results]

@@ -22,7 +22,9 @@ def option(panel: str, text: str, *names: str, **limits: Any) -> Any:
 
 
 Model = Annotated[str, typer.Argument(help="Folder of a model, name on the Hub (owner/name), or timm/NAME.")]
-Images = Annotated[str, typer.Argument(help="Folder of images or of a dataset, .tar shards, Hub dataset, or scenes.")]
+Images = Annotated[
+    str, typer.Argument(help="Folder of images or of a dataset, .tar shards, Hub dataset, scenes or scenes:single.")
+]
 Run = Annotated[pathlib.Path, typer.Argument(help="Folder of a model, an adapter or a training run.")]
 RepoId = Annotated[str, typer.Argument(metavar="USER/NAME", help="Name of the model on the Hub.")]
 
@@ -86,11 +88,14 @@ def choose_device(name: str | None) -> str:
     return name
 
 
-def scene_settings(side: int) -> Any:
-    """Scenes of the size that a model reads, within limits."""
-    from modeling_vitreg.scenes import SceneSettings
+def scene_settings(source: str, side: int) -> tuple[Any, str]:
+    """Settings of rendered scenes for a model that reads `side` pixels, and the name of the source for reports."""
+    from modeling_vitreg.scenes import describe_preset, is_scenes, preset_settings
 
-    return SceneSettings(image_size=min(max(side, 64), 224))
+    if not is_scenes(source):
+        return None, source
+    settings = preset_settings(source, side=side)
+    return settings, describe_preset(source, settings)
 
 
 def check_output(path: pathlib.Path, *, is_file: bool = False) -> None:

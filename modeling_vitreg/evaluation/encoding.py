@@ -112,7 +112,7 @@ def encode(
         raise ValueError(f"expected images, and kinds out of {', '.join(KINDS)}, got {len(images)} and {list(kinds)}")
     sides = encoder.image_size if settings.image_size is None else (settings.image_size, settings.image_size)
     check_image_size(sides, encoder.patch_shape)
-    facts = [weights_hash, images.fingerprint, list(sides), settings.shard_size, settings.patch_precision]
+    facts = [weights_hash, images.dataset_hash, list(sides), settings.shard_size, settings.patch_precision]
     folder = pathlib.Path(folder) / short_hash(facts)
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(images), settings.shard_size)

@@ -113,7 +113,7 @@ class _Run:
         self.feature_folder = pathlib.Path(feature_folder or folder / "features")
         self.command, self.made_with = command, encoder.made_with()
         self.weights_hash = hash_weights(encoder)
-        self.parts = {"train": data.train.fingerprint, "test": data.test.fingerprint}
+        self.parts = {"train": data.train.dataset_hash, "test": data.test.dataset_hash}
         self.dataset_hash = short_hash([self.parts, data.mask_names, data.ignore_index, data.max_depth])
         self.results, self.facts = self._read()
         self.skipped, self.failures = {}, Failures()

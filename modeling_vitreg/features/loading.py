@@ -9,11 +9,13 @@ import re
 from collections.abc import Iterable
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import AutoModel
 from transformers.utils import cached_file
 
 from modeling_vitreg.modeling_vitreg import IMAGENET_MEAN, IMAGENET_STD, PROCESSOR_FILE, read_image_processor
+from modeling_vitreg.network import is_hub_known
 
 from .encoder import Encoder
 from .families import find_part, find_tower, follow
@@ -68,6 +70,8 @@ def _open(source: str, trust_remote_code: bool) -> nn.Module:
         raise RuntimeError(f"could not open {source!r} as a model: {conversion_command(source)}")
     if not os.path.isdir(source) and not is_hub_name(source):
         raise RuntimeError(f"could not open {source!r}: no such folder, and not OWNER/NAME on the Hub or timm/NAME")
+    if not (os.path.isdir(source) or is_hub_known() or try_to_load_from_cache(source, "config.json")):
+        raise RuntimeError(f"could not open {source!r}: no such folder, and the Hub cannot be reached from here")
     if os.path.isdir(source):
         _check_folder(pathlib.Path(source))
     try:

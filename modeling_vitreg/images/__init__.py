@@ -14,7 +14,6 @@ from .decoding import (
     UnreadableImage,
     check_channels,
     decode_image,
-    describe_unreadable,
 )
 from .hub import split_hub_name
 from .labelled import LabelledData, open_data
@@ -37,7 +36,6 @@ __all__ = [
     "check_channels",
     "decode_image",
     "derive_seed",
-    "describe_unreadable",
     "open_data",
     "open_dataset",
     "open_images",

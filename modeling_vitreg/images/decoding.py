@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 from typing import TypedDict
 
 from PIL import Image
@@ -49,7 +48,7 @@ def decode_image(raw: RawImage, *, num_channels: int = 3) -> Image.Image:
     processor do.
 
     Args:
-        raw: of a source.
+        raw: a stored image of a source.
         num_channels: 1 (grey), 3 (RGB) or 4 (RGBA).
 
     Raises:
@@ -69,7 +68,7 @@ def decode_image(raw: RawImage, *, num_channels: int = 3) -> Image.Image:
     except Image.DecompressionBombError as error:
         reason = f"decompression bomb? {error} Raise PIL.Image.MAX_IMAGE_PIXELS if the file can be trusted."
         raise UnreadableImage(name, reason) from error
-    # Pillow's plugins raise whatever they stumble upon: OSError, SyntaxError, ValueError, struct.error, IndexError ...
+    # Pillow's plugins raise errors of many kinds: OSError, SyntaxError, ValueError, struct.error, IndexError ...
     except Exception as error:
         raise UnreadableImage(name, f"{type(error).__name__}: {error}") from error
 
@@ -78,7 +77,7 @@ def check_channels(num_channels: int, *, reader: str) -> None:
     """Check that images can be opened for a model of so many channels, before any work is done.
 
     Args:
-        num_channels: that the model reads.
+        num_channels: channels that the model reads.
         reader: name of the model, for the message.
 
     Raises:
@@ -89,23 +88,6 @@ def check_channels(num_channels: int, *, reader: str) -> None:
             f"{reader} expects images of {num_channels} channels, but image files have 1 (grey), 3 (RGB) or 4 (RGBA) "
             "channels: use a model of 1, 3 or 4 channels, or give tensors to the model itself"
         )
-
-
-def describe_unreadable(problems: Sequence[UnreadableImage | str], num_images: int, *, num_shown: int = 5) -> str:
-    """Lines for the terminal about images that could not be read; an empty text if there are none.
-
-    Args:
-        problems: the errors, or their texts.
-        num_images: images that were tried, unreadable ones included.
-        num_shown: errors that are listed.
-    """
-    if not problems:
-        return ""
-    share = len(problems) / max(num_images, len(problems))
-    lines = [f"warning: {len(problems)} of {num_images} images ({share:.1%}) could not be read and were left out:"]
-    lines += [f"  {problem}" for problem in problems[:num_shown]]
-    more = len(problems) - num_shown
-    return "\n".join([*lines, f"  and {more} more"] if more > 0 else lines)
 
 
 def open_file(raw: dict):
@@ -124,4 +106,4 @@ def open_file(raw: dict):
         return io.BytesIO(file.read())
 
 
-__all__ = ["RawImage", "UnreadableImage", "check_channels", "decode_image", "describe_unreadable", "open_file"]
+__all__ = ["RawImage", "UnreadableImage", "check_channels", "decode_image", "open_file"]

@@ -1,76 +1,149 @@
-"""A folder of images with its splits and classes, or of a dataset."""
+"""A folder of images with its splits and classes, of shards, or of a dataset."""
 
 from __future__ import annotations
 
 import collections
+import csv
 import glob
+import json
 import os
 import pathlib
+import re
+from collections.abc import Iterator
 
 from PIL import Image
 
 from .messages import choose_split, list_names
+from .opened import OpenedDataset
+from .shards import open_shards
 
 
-_SPLIT_FOLDERS = {
+_SPLIT_NAMES = {
     "train": "train",
     "training": "train",
     "validation": "validation",
     "valid": "validation",
     "val": "validation",
+    "dev": "validation",
     "test": "test",
+    "testing": "test",
 }
-_DISK_SHARDS = 64  # of a stream over a dataset that was saved to disk
+_DISK_SHARDS = 64  # of a stream over a dataset that is on disk
+_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
-def open_folder(folder: pathlib.Path, *, split: str, is_streaming: bool):
-    """The dataset of a folder, with its files if it is a stream."""
+def open_folder(folder: pathlib.Path, *, split: str, is_streaming: bool) -> OpenedDataset:
+    """Open a folder by what it holds: a saved dataset, shards, parquet or arrow files, or images.
+
+    Images in a folder without metadata: `train`, `validation` and `test` are splits; the folders in a split are
+    classes, whatever lies in them, as for torchvision's `ImageFolder`. Folders that hold nothing but one folder are
+    passed through.
+
+    Raises:
+        ValueError: there is nothing of the kind, or no such split.
+    """
     import datasets
 
     if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
         saved = datasets.load_from_disk(str(folder))
         saved = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
-        dataset = choose_split(saved, split, source=str(folder))
-        if not is_streaming:
-            return dataset, []
-        stream = dataset.to_iterable_dataset(num_shards=max(1, min(_DISK_SHARDS, len(dataset))))
-        return stream, sorted(str(path) for path in folder.rglob("*.arrow"))
-    files = _list_files(folder)
+        files = sorted(str(path) for path in folder.rglob("*.arrow"))
+        return _choose(saved, split, folder, is_streaming, files=files)
+    files, notes = _list_files(folder)
     if files[".tar"]:
-        options = {"path": "webdataset", "data_dir": str(folder)}
-        splits = datasets.load_dataset(**options, streaming=True)
-        return choose_split(splits, split, source=str(folder)), files[".tar"]
-    if files[".parquet"] or files[".arrow"]:
-        splits = datasets.load_dataset(str(folder.resolve()), streaming=is_streaming)
-        return choose_split(splits, split, source=str(folder)), files[".parquet"] + files[".arrow"]
+        parts = _split_shards(folder, files[".tar"])
+        return open_shards(choose_split(parts, split, source=str(folder)), split=split)
     images = [path for suffix, paths in files.items() if suffix in _image_suffixes() for path in paths]
+    tables = files[".parquet"] + files[".arrow"]
+    if images:
+        tables = [path for path in tables if os.path.basename(path) not in _METADATA]
+    if tables:
+        splits = datasets.load_dataset(_without_colons(folder.resolve()), streaming=is_streaming)
+        return OpenedDataset(choose_split(splits, split, source=str(folder)), tables, splits=splits)
     if not images:
         found = ", ".join(f"{len(paths)} {suffix or 'without suffix'}" for suffix, paths in files.items() if paths)
         raise ValueError(
             f"open_images: expected images, .tar shards or parquet files in the folder {str(folder)!r}, got "
             f"{found or 'no files'}. Give the folder above the class folders or above the images."
         )
+    metadata = [path for paths in files.values() for path in paths if os.path.basename(path) in _METADATA]
+    foreign = [path for path in metadata if not _names_images(path)]
+    notes += [f"{path} has no column file_name: it is not read" for path in foreign]
     parts = _find_splits(folder, images)
     if split not in parts:
         choose_split(parts, split, source=str(folder))
-    patterns = {name: [f"{glob.escape(str(part))}/**" for part in paths] for name, paths in parts.items()}
-    splits = datasets.load_dataset("imagefolder", data_files=patterns, streaming=is_streaming)
-    return choose_split(splits, split, source=str(folder)), images
+    if len(metadata) > len(foreign):
+        patterns = {
+            name: [f"{glob.escape(_without_colons(part))}/**" for part in paths] for name, paths in parts.items()
+        }
+        splits = datasets.load_dataset("imagefolder", data_files=patterns, streaming=is_streaming)
+        chosen = choose_split(splits, split, source=str(folder))
+        return OpenedDataset(chosen, images, splits=splits, notes=notes)
+    splits, origin, more = _read_class_folders(parts, images)
+    notes += more.get(split, [])
+    return _choose(splits, split, folder, is_streaming, files=images, label_origin=origin, notes=notes)
 
 
-def _list_files(folder: pathlib.Path) -> dict[str, list[str]]:
-    """Paths of the files below a folder by suffix, hidden ones left out, sorted."""
-    files = collections.defaultdict(list)
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
-        for name in sorted(names):
-            if not name.startswith((".", "__")):
-                files[os.path.splitext(name)[1].lower()].append(os.path.join(parent, name))
-    return files
+def _choose(splits: dict, split: str, folder: pathlib.Path, is_streaming: bool, *, files: list, **facts):
+    dataset = choose_split(splits, split, source=str(folder))
+    if not is_streaming:
+        return OpenedDataset(dataset, splits=splits, **facts)
+    stream = dataset.to_iterable_dataset(num_shards=max(1, min(_DISK_SHARDS, len(dataset))))
+    return OpenedDataset(stream, files, **facts)
+
+
+def _list_files(folder: pathlib.Path) -> tuple[dict[str, list[str]], list[str]]:
+    """Sorted paths of the files below a folder by suffix, hidden ones left out, and notes on what was left out."""
+    files, notes = collections.defaultdict(list), []
+    for path in _walk(os.fspath(folder), frozenset(), notes):
+        if path.isprintable() or path.encode("utf-8", "replace").decode() == path:
+            files[os.path.splitext(path)[1].lower()].append(path)
+        else:
+            notes.append(f"{path!r} has a name that is no text in UTF-8: it is left out")
+    return files, notes
+
+
+def _walk(folder: str, ancestors: frozenset[str], notes: list[str]) -> Iterator[str]:
+    place = os.path.realpath(folder)
+    if place in ancestors:
+        notes.append(f"{folder} links to a folder above it: it is left out")
+        return
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        notes.append(f"{folder} could not be listed: {error.strerror}")
+        return
+    entries = [entry for entry in entries if not entry.name.startswith((".", "__"))]
+    yield from (os.path.join(folder, entry.name) for entry in entries if not entry.is_dir())
+    for entry in entries:
+        if entry.is_dir():
+            yield from _walk(os.path.join(folder, entry.name), ancestors | {place}, notes)
 
 
 def _image_suffixes() -> set[str]:
     return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+
+
+def _without_colons(folder: pathlib.Path) -> str:
+    if "::" in str(folder):
+        raise ValueError(
+            f"open_images: the name {str(folder)!r} holds '::', which the library datasets takes for a chain of "
+            "addresses: rename that folder"
+        )
+    return str(folder)
+
+
+def _names_images(metadata: str) -> bool:
+    """Whether a table says which file each row is about, as `imagefolder` of the library datasets expects."""
+    try:
+        with open(metadata, encoding="utf-8-sig", newline="") as file:
+            if metadata.endswith(".csv"):
+                names = next(csv.reader(file), [])
+            else:
+                names = metadata.endswith(".parquet") or json.loads(file.readline() or "{}")
+    except (ValueError, OSError):
+        return metadata.endswith(".parquet")
+    return names is True or any(name == "file_name" or str(name).endswith("_file_name") for name in names)
 
 
 def _find_splits(folder: pathlib.Path, images: list[str]) -> dict[str, list[pathlib.Path]]:
@@ -78,8 +151,13 @@ def _find_splits(folder: pathlib.Path, images: list[str]) -> dict[str, list[path
 
     The library's own search would take a class called "bullet train" for a split and leave out the rest.
     """
-    tops = {pathlib.Path(path).relative_to(folder).parts[0] for path in images}
-    named = tops & set(_SPLIT_FOLDERS)
+    while True:
+        parts = [pathlib.Path(path).relative_to(folder).parts for path in images]
+        tops = {part[0] for part in parts}
+        named = {top for top in tops if top.lower() in _SPLIT_NAMES}
+        if named == tops or len(tops) > 1 or not any(len(part) > 2 for part in parts):
+            break
+        folder = folder / tops.pop()
     if not named or (len(named) == 1 and named != tops):
         return {"train": [folder]}
     if named != tops:
@@ -88,10 +166,64 @@ def _find_splits(folder: pathlib.Path, images: list[str]) -> dict[str, list[path
             f"{list_names(tops - named)}, so that it is not clear what is a split and what a class. Give one of these "
             "folders, or move the rest away."
         )
-    parts = collections.defaultdict(list)
+    splits = collections.defaultdict(list)
     for name in sorted(named):
-        parts[_SPLIT_FOLDERS[name]].append(folder / name)
-    return dict(parts)
+        splits[_SPLIT_NAMES[name.lower()]].append(folder / name)
+    return dict(splits)
+
+
+def _split_shards(folder: pathlib.Path, shards: list[str]) -> dict[str, list[str]]:
+    """Shards of each split, which is a word of their names; without such words all are for training."""
+    parts = collections.defaultdict(list)
+    for path in shards:
+        words = re.split(r"[-._ /\\]", os.path.relpath(path, folder).lower())
+        found = {_SPLIT_NAMES[word] for word in words if word in _SPLIT_NAMES}
+        parts[found.pop() if len(found) == 1 else None].append(path)
+    if None in parts and len(parts) > 1:
+        raise ValueError(
+            f"open_images: {str(folder)!r} holds shards of the splits {list_names(set(parts) - {None})} and beside "
+            f"them {list_names(parts[None])}: move those away, or list the shards of one split by a glob"
+        )
+    return {split or "train": paths for split, paths in parts.items()}
+
+
+def _read_class_folders(splits: dict[str, list[pathlib.Path]], images: list[str]) -> tuple[dict, str, dict]:
+    """A dataset of each split, where its labels come from, and notes on each split."""
+    import datasets
+
+    rows = {split: [] for split in splits}
+    for path in sorted(images):
+        for split, folders in splits.items():
+            for folder in folders:
+                if pathlib.Path(path).is_relative_to(folder):
+                    parts = pathlib.Path(path).relative_to(folder).parts
+                    rows[split].append((path, parts[0] if len(parts) > 1 else None))
+    names = [name for part in rows.values() for _, name in part]
+    classes = sorted(set(names) - {None})
+    num_outside = names.count(None)
+    origin, notes = "folders", {}
+    if len(classes) < 2 or num_outside * 2 > len(names):
+        origin = "the images lie in no class folders"
+        if classes and num_outside:
+            origin = f"{num_outside} of {len(names)} images lie in no class folder"
+        content = {split: {"image": [path for path, _ in part]} for split, part in rows.items()}
+        kinds = datasets.Features({"image": datasets.Image()})
+    else:
+        numbers = {name: number for number, name in enumerate(classes)} | {None: None}
+        content = {
+            split: {"image": [path for path, _ in part], "label": [numbers[name] for _, name in part]}
+            for split, part in rows.items()
+        }
+        kinds = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=classes)})
+        for split, part in rows.items():
+            missing = sorted(set(classes) - {name for _, name in part})
+            if missing:
+                notes[split] = [f"the split {split!r} has no image of the classes {list_names(missing)}"]
+    return (
+        {split: datasets.Dataset.from_dict(columns, features=kinds) for split, columns in content.items()},
+        origin,
+        notes,
+    )
 
 
 __all__ = ["open_folder"]

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub.errors import HfHubHTTPError
 
-from modeling_vitreg.network import is_of_network
+from modeling_vitreg.names import CHECKPOINT_SUFFIXES, is_hub_name
+from modeling_vitreg.network import is_hub_known, is_of_network
 
 from .messages import EXPECTED, choose_split, suggest
+from .opened import OpenedDataset
 
 
 if TYPE_CHECKING:
@@ -28,12 +30,29 @@ def split_hub_name(source: str) -> tuple[str, str | None, str | None] | None:
     return found.groups() if found else None
 
 
-def open_hub(source: str, *, split: str, is_streaming: bool):
-    """The dataset, no files, and its commit."""
+def open_hub(source: str, *, split: str, is_streaming: bool) -> OpenedDataset:
+    """Open a dataset of the Hub.
+
+    Raises:
+        ValueError: it does not exist, or has no such configuration, revision or split.
+        RuntimeError: the Hub could not be reached.
+    """
     from datasets.exceptions import DatasetNotFoundError
 
-    if split_hub_name(source) is None:
-        raise ValueError(f"open_images: {EXPECTED}; got {source!r}, which does not exist.{suggest(source)}")
+    parts = split_hub_name(source)
+    is_name = parts is not None and is_hub_name(parts[0]) and not parts[0].endswith(CHECKPOINT_SUFFIXES)
+    if not is_name or os.path.isdir(parts[0].split("/")[0]):
+        if parts and parts[2] and os.path.isdir(parts[0]):  # a folder would win over the Hub, and has no revisions
+            raise ValueError(
+                f"open_images: {parts[0]!r} is a folder here, and has no revision {parts[2]!r}: leave it out."
+            )
+        hint = " Datasets of the Hub are named owner/name." if parts and "/" not in parts[0] else ""
+        raise ValueError(f"open_images: {EXPECTED}; got {source!r}, which does not exist.{suggest(source)}{hint}")
+    if not (is_hub_known() or _is_cached(parts[0])):
+        raise RuntimeError(
+            f"open_images: {source!r} is no path here, and the Hub did not answer: its address cannot be looked up."
+            f"{suggest(source)} If it is a dataset of the Hub, check the connection."
+        )
     try:
         builder = _find_builder(source)
         if not is_streaming:
@@ -52,16 +71,20 @@ def open_hub(source: str, *, split: str, is_streaming: bool):
             "If it is a dataset of the Hub, check the connection and HF_HUB_OFFLINE."
         ) from error
     revision = builder.hash if _COMMIT.fullmatch(builder.hash or "") else None
-    return choose_split(splits, split, source=source), (), revision
+    return OpenedDataset(choose_split(splits, split, source=source), revision=revision, splits=splits)
+
+
+def _is_cached(name: str) -> bool:
+    import datasets
+
+    return os.path.isdir(os.path.join(datasets.config.HF_DATASETS_CACHE, name.replace("/", "___")))
 
 
 def _find_builder(source: str) -> datasets.DatasetBuilder:
-    """What the library knows of a dataset of the Hub before it reads one; `hash` is its commit."""
+    """The builder of a dataset of the Hub, before any data are read; its `hash` is the commit."""
     import datasets
 
     name, configuration, revision = split_hub_name(source)
-    if revision and os.path.isdir(name):  # which would win over the Hub, and has no revisions
-        raise ValueError(f"open_images: {name!r} is a folder here, and has no revision {revision!r}: leave it out.")
     builder = datasets.load_dataset_builder(name, configuration, revision=revision)
     is_cached = type(builder).__module__.endswith(".cache")  # the Hub did not answer, and revisions do not count
     if revision and is_cached and builder.hash != revision:

@@ -2,7 +2,7 @@
 
 | source | annotations |
 | --- | --- |
-| "scenes" | label, semantic mask, depth and boxes, exact; the test images lie far from those that one pretrains on |
+| "scenes", "scenes:single" | label, semantic mask, depth and boxes, exact; held-out test images |
 | folder with class folders | label |
 | folder of images with a COCO file or a folder of VOC files | boxes |
 | dataset on disk or on the Hub, "@revision" too | label; mask, depth and boxes where their columns are named |
@@ -17,7 +17,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from modeling_vitreg.scenes import FARTHEST, SEMANTIC_NAMES, SceneSettings, make_scenes_dataset
+from modeling_vitreg.scenes import (
+    FARTHEST,
+    FIRST_TEST_SCENE,
+    PRESETS,
+    SEMANTIC_NAMES,
+    SceneSettings,
+    describe_preset,
+    is_scenes,
+    make_scenes_dataset,
+)
 
 from .conventions import check_annotations
 from .messages import MissingSplit
@@ -27,7 +36,6 @@ from .sources import ImageSource
 from .splits import hold_out
 
 
-FIRST_TEST_SCENE = 1_000_000
 NUM_SCENES = (2000, 1000)  # training and test images, unless told otherwise
 TEST_SHARE = 0.3
 TEST_SPLITS = ("test", "validation")
@@ -93,11 +101,11 @@ def open_data(
         RuntimeError: the Hub could not be reached.
     """
     options = options or DataOptions()
-    if source == "scenes":
+    if is_scenes(source):
         columns = (options.image_column, options.mask_column, options.depth_column, options.box_column)
         if split != "train" or any((test_split, annotations, *columns)):
-            raise ValueError('"scenes" have their own splits, images, maps and boxes: leave these options out')
-        return _open_scenes(image_size, (num_train, num_test), options.label_column)
+            raise ValueError(f"{source!r} have their own splits, images, maps and boxes: leave these options out")
+        return _open_scenes(source, image_size, (num_train, num_test), options.label_column)
     if annotations is not None:
         if test_split or any(getattr(options, name) for name in COLUMNS.values()):
             raise ValueError("a file of annotations names its images itself: leave out columns and splits")
@@ -114,8 +122,10 @@ def open_data(
     return LabelledData(_name(source, test), train, test, max_depth=options.max_depth, revision=test.revision)
 
 
-def _open_scenes(image_size: int | tuple[int, int], counts: tuple, label_column: str | None) -> LabelledData:
-    settings, parts = SceneSettings(image_size=image_size), []
+def _open_scenes(
+    preset: str, image_size: int | tuple[int, int], counts: tuple, label_column: str | None
+) -> LabelledData:
+    settings, parts = SceneSettings(image_size=image_size, **PRESETS[preset]), []
     options = DataOptions(
         image_column="image",
         label_column=label_column or "label",
@@ -126,8 +136,7 @@ def _open_scenes(image_size: int | tuple[int, int], counts: tuple, label_column:
     for number, default, start in zip(counts, NUM_SCENES, (0, FIRST_TEST_SCENE)):
         dataset = make_scenes_dataset(default if number is None else number, settings=settings, start=start)
         parts.append(ImageSource(dataset, options=options).select(np.arange(len(dataset))))
-    size = " x ".join(map(str, dict.fromkeys(settings.shape)))
-    name = f"scenes of {size} pixels, {label_column}" if label_column else f"scenes of {size} pixels"
+    name = describe_preset(preset, settings) + (f", {label_column}" if label_column else "")
     return LabelledData(name, *parts, mask_names=SEMANTIC_NAMES, max_depth=FARTHEST)
 
 
@@ -145,7 +154,7 @@ def _open_part(source: str, split: str, options: DataOptions) -> ImageSource:
     opened = open_dataset(source, split=split)
     if opened.is_stream:
         raise ValueError(f"expected data of known length, got a stream, {source!r}: save it as a dataset first")
-    return ImageSource(opened.dataset, options=options, revision=opened.revision)
+    return ImageSource(opened, options=options)
 
 
 def _name(source: str, images: ImageSource) -> str:

@@ -1,4 +1,4 @@
-"""What messages about sources have in common."""
+"""Parts of messages about sources."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pathlib
 
 
 EXPECTED = (
-    'expected "scenes", a folder of images, WebDataset shards (.tar files: one, a folder, a glob or a brace list), '
+    'expected "scenes" or "scenes:single" (built in), a folder of images, WebDataset shards (.tar files: one, a '
+    "folder, a glob or a brace list), "
     "a folder of a dataset (parquet, arrow), or a name on the Hub (owner/name, with :configuration and "
     "@revision where they are wanted)"
 )

@@ -5,23 +5,18 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from modeling_vitreg.scenes import SceneSettings, make_scenes_dataset
+from modeling_vitreg.scenes import SceneSettings, is_scenes, make_scenes_dataset, preset_settings
 
 from .annotation_files import open_annotation_files
 from .conventions import check_annotations
 from .folders import open_folder
 from .hub import open_hub
 from .messages import EXPECTED
+from .opened import OpenedDataset
 from .options import COLUMNS, DataOptions
 from .shards import expand, names_shards, open_shards
 from .sources import ImageSource, ImageStream
-
-
-if TYPE_CHECKING:
-    import datasets
 
 
 def open_images(
@@ -39,7 +34,7 @@ def open_images(
 
     | source | what is opened |
     | --- | --- |
-    | "scenes" | rendered scenes, made once into the cache of the library `datasets` |
+    | "scenes", "scenes:single" | rendered scenes, made once into the cache of `datasets` |
     | folder of images | class folders become labels; `train`, `validation` and `test` folders become splits |
     | .tar, a folder of them, "a-{000..012}.tar", "a-*.tar" | WebDataset shards: always a stream |
     | folder of a dataset | parquet or arrow files, or what `Dataset.save_to_disk` wrote |
@@ -59,7 +54,7 @@ def open_images(
             `mask_file_name`, for example, is the column `mask`.
         annotations: boxes of the images in the folder `source`: a COCO file (.json), or a folder of VOC files (.xml).
         scenes: indices of the scenes; other ranges are other splits. Consecutive.
-        scene_settings: None: 64 pixels a side.
+        scene_settings: None: settings of the preset, for models that read 48 pixels.
 
     Raises:
         ValueError: there is no such source, split or column, the choice is not clear, or annotations contradict the
@@ -75,7 +70,7 @@ def open_images(
 
 
 def _open_annotated(folder: str, annotations: str | os.PathLike, options: DataOptions) -> ImageSource:
-    if folder == "scenes" or any(getattr(options, name) for name in COLUMNS.values()):
+    if is_scenes(folder) or any(getattr(options, name) for name in COLUMNS.values()):
         raise ValueError("a file of annotations is for the images of a folder, and names them: leave out columns")
     dataset, notes = open_annotation_files(annotations, folder, keep_difficult=options.keep_difficult)
     return ImageSource(dataset, options=dataclasses.replace(options, box_column="boxes"), notes=notes)
@@ -91,42 +86,20 @@ def _open(
     scenes: range,
     scene_settings: SceneSettings | None,
 ) -> ImageSource | ImageStream:
-    if source == "scenes":
+    if is_scenes(source):
         if split != "train" or is_streaming or scenes.step != 1:
             raise ValueError(
-                'open_images: "scenes" has one split, "train", is never streamed and takes consecutive indices; got '
-                f"split={split!r}, is_streaming={is_streaming}, scenes={scenes}. For other images give another range."
+                f'open_images: {source!r} has one split, "train", is never streamed and takes consecutive indices; '
+                f"got split={split!r}, is_streaming={is_streaming}, scenes={scenes}. For other images give another "
+                "range."
             )
-        settings = scene_settings or SceneSettings(image_size=64)
+        settings = scene_settings or preset_settings(source, side=48)
         dataset = make_scenes_dataset(len(scenes), settings=settings, start=scenes.start)
         return ImageSource(dataset, options=options, kind="scene")
     opened = open_dataset(source, split=split, is_streaming=is_streaming)
     if opened.is_stream:
-        words = {"block_size": block_size, "files": opened.files, "revision": opened.revision}
-        return ImageStream(opened.dataset, options=options, **words)
-    return ImageSource(opened.dataset, options=options, revision=opened.revision)
-
-
-@dataclasses.dataclass(frozen=True)
-class OpenedDataset:
-    """A dataset with all its columns, as it was stored.
-
-    Args:
-        dataset: of the library `datasets`.
-        files: local ones of a stream.
-        revision: commit of a dataset of the Hub, else None.
-    """
-
-    dataset: datasets.Dataset | datasets.IterableDataset
-    files: Sequence[str] = ()
-    revision: str | None = None
-
-    @property
-    def is_stream(self) -> bool:
-        """Whether it has no length and no index."""
-        import datasets
-
-        return isinstance(self.dataset, datasets.IterableDataset)
+        return ImageStream(opened, options=options, block_size=block_size)
+    return ImageSource(opened, options=options)
 
 
 def open_dataset(source: str, *, split: str = "train", is_streaming: bool = False) -> OpenedDataset:
@@ -143,13 +116,13 @@ def open_dataset(source: str, *, split: str = "train", is_streaming: bool = Fals
         raise ValueError(f"open_images: {EXPECTED}; got {source!r}.")
     path = pathlib.Path(source).expanduser()
     if path.is_dir():
-        opened = OpenedDataset(*open_folder(path, split=split, is_streaming=is_streaming))
+        opened = open_folder(path, split=split, is_streaming=is_streaming)
     elif names_shards(source):
-        opened = OpenedDataset(*open_shards(expand(source), split=split))
+        opened = open_shards(expand(source), split=split)
     elif path.exists():
         raise ValueError(f"open_images: {EXPECTED}; got the file {source!r}. Give the folder that holds it.")
     else:
-        opened = OpenedDataset(*open_hub(source, split=split, is_streaming=is_streaming))
+        opened = open_hub(source, split=split, is_streaming=is_streaming)
     if not opened.is_stream and len(opened.dataset) == 0:
         raise ValueError(f"open_images: the split {split!r} of {source!r} holds no images.")
     return opened

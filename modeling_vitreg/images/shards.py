@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import os
 import re
+import tarfile
+import zlib
+from collections.abc import Iterator
 
 from .messages import EXPECTED, list_names, suggest
+from .opened import OpenedDataset
+
+
+_IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "jp2", "avif")
+_NUMBERS = ("cls", "cls2", "index", "inx", "id")
+_TEXTS = ("txt", "text", "transcript", "caption")
+_NUM_SCANNED = 1000  # samples of the first shard whose suffixes become columns
 
 
 def names_shards(source: str) -> bool:
@@ -28,11 +39,15 @@ def expand(source: str) -> list[str]:
     return [path] if os.path.exists(path) else sorted(glob.glob(path)) or [source]
 
 
-def open_shards(shards: list[str], *, split: str):
-    """A stream, and those of its files that lie here.
+def open_shards(shards: list[str], *, split: str) -> OpenedDataset:
+    """A stream over the samples of shards: consecutive files whose names agree up to the first dot.
+
+    Columns are the suffixes in the first shard: images, numbers (`cls`, `index`, `id`), texts (`txt`, `caption`) and
+    arrays (`npy`). Images of several suffixes share the column `image`. A sample may lack any of them but the image;
+    what comes without an image, such as a README, is left out.
 
     Raises:
-        ValueError: a shard does not exist.
+        ValueError: a shard does not exist, the first one is damaged or holds no image, or a class is no number.
     """
     import datasets
 
@@ -43,8 +58,86 @@ def open_shards(shards: list[str], *, split: str):
             f"open_images: {EXPECTED}; got shards of which {len(missing)} of {len(shards)} do not exist: "
             f"{list_names(missing)}.{suggest(missing[0]) if missing else ''}"
         )
-    stream = datasets.load_dataset("webdataset", data_files={split: shards}, streaming=True)
-    return stream[split], local
+    samples = list(itertools.islice(_read_samples(shards[0]), _NUM_SCANNED))
+    suffixes = sorted({suffix for sample in samples for suffix in sample} - {"__key__"})
+    images = [suffix for suffix in suffixes if suffix in _IMAGES]
+    if not images:
+        found = f"files of the suffixes {list_names(suffixes)}" if suffixes else "no files"
+        raise ValueError(f"open_images: expected images in the shard {shards[0]!r}, got {found}")
+    kinds = {images[0] if len(images) == 1 else "image": datasets.Image()}
+    kinds |= {suffix: datasets.Image() for suffix in suffixes if suffix not in images and _is_map(suffix)}
+    kinds |= {suffix: datasets.Value("int64") for suffix in suffixes if suffix in _NUMBERS}
+    kinds |= {suffix: datasets.Value("string") for suffix in suffixes if suffix in _TEXTS}
+    num_without = sum(not set(sample) & set(images) for sample in samples)
+    notes = [f"{num_without} of the first {len(samples)} samples of {shards[0]} hold no image: they are left out"]
+    stream = datasets.IterableDataset.from_generator(
+        _read_rows,
+        features=datasets.Features(kinds),
+        gen_kwargs={"shards": shards, "images": tuple(images), "columns": tuple(kinds)},
+    )
+    return OpenedDataset(stream, local, notes=notes if num_without else ())
+
+
+def _read_rows(shards: list[str], images: tuple[str, ...], columns: tuple[str, ...]) -> Iterator[dict]:
+    for shard in shards:
+        for sample in _read_samples(shard):
+            found = next((suffix for suffix in images if suffix in sample), None)
+            if found is None:
+                continue
+            row = dict.fromkeys(columns)
+            row[columns[0]] = {"path": f"{sample['__key__']}.{found}", "bytes": sample[found]}
+            for suffix, content in sample.items():
+                if suffix not in columns[1:]:
+                    continue
+                if _is_map(suffix):
+                    row[suffix] = {"path": f"{sample['__key__']}.{suffix}", "bytes": content}
+                elif suffix in _TEXTS:
+                    row[suffix] = content.decode("utf-8", "replace")
+                elif suffix in _NUMBERS:
+                    row[suffix] = _to_number(content, f"{shard}: {sample['__key__']}.{suffix}")
+            yield row
+
+
+def _read_samples(shard: str) -> Iterator[dict]:
+    """Contents of files by suffix, with the `__key__` that they share."""
+    sample = {}
+    try:
+        with _open(shard) as file, tarfile.open(fileobj=file, mode="r|*") as archive:
+            for entry in archive:
+                folder, _, name = entry.name.rpartition("/")
+                base, dot, suffix = name.partition(".")
+                if not entry.isfile() or not base or not dot:
+                    continue
+                key = f"{folder}/{base}" if folder else base
+                if sample and sample["__key__"] != key:
+                    yield sample
+                    sample = {}
+                sample |= {"__key__": key, suffix.lower(): archive.extractfile(entry).read()}
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise ValueError(f"open_images: the shard {shard!r} is damaged: {type(error).__name__}: {error}") from error
+    if sample:
+        yield sample
+
+
+def _open(shard: str):
+    if "://" not in shard:
+        return open(shard, "rb")
+    from datasets.utils.file_utils import xopen
+
+    return xopen(shard, "rb")
+
+
+def _is_map(suffix: str) -> bool:
+    """Whether a suffix such as mask.png or depth.npy is that of a map beside the image."""
+    return ("." in suffix and suffix.rpartition(".")[2] in (*_IMAGES, "npy")) or suffix == "npy"
+
+
+def _to_number(content: bytes, place: str) -> int | None:
+    text = content.decode("utf-8", "replace").strip()
+    try:
+        return int(text) if text else None
+    except ValueError:
+        raise ValueError(f"open_images: {place} holds {text[:40]!r}, expected the number of a class") from None
 
 
 __all__ = ["expand", "names_shards", "open_shards"]

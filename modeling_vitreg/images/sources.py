@@ -16,8 +16,10 @@ from PIL import Image
 from modeling_vitreg.reports import short_hash
 
 from .annotations import AnnotatedImage, read_annotated
-from .columns import Columns, find_columns, join_texts, sum_up_content
-from .decoding import decode_image
+from .columns import Columns, find_columns, hash_content, join_texts
+from .decoding import RawImage, decode_image
+from .labels import describe_labels
+from .opened import OpenedDataset
 from .options import DataOptions
 
 
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     import datasets
 
 
-_NUM_SAMPLES = 256  # images whose size or bytes enter a fingerprint
+_NUM_SAMPLES = 256  # images whose size or bytes are hashed
 
 
 class _Images:
@@ -36,8 +38,8 @@ class _Images:
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """Names of the labels, None where they have none."""
-        return self._columns.class_names
+        """Class names, None where classes are numbers or there are none."""
+        return self._columns.labels.names
 
     @property
     def options(self) -> DataOptions:
@@ -53,7 +55,7 @@ class _Images:
 
     def _copy(self) -> Self:
         copied = copy.copy(self)
-        for name in ("fingerprint", "box_fingerprint"):
+        for name in ("dataset_hash", "box_fingerprint", "labels"):
             copied.__dict__.pop(name, None)
         return copied
 
@@ -62,11 +64,13 @@ class ImageSource(_Images):
     """Images that can be indexed: `len(source)`, `source[index]` with all annotations, `source.read(index)` without.
 
     Args:
-        dataset: of the library `datasets`.
+        dataset: a dataset of the library `datasets`, or what `open_dataset` returns.
         options: columns and the meaning of their values; None: image and label are found, nothing else is read.
         kind: what an image without a path is called, with its index.
         notes: sentences about the annotations, for people and reports.
-        revision: commit of a dataset of the Hub, for reports.
+
+    Attributes:
+        revision: commit of a dataset of the Hub, else None.
 
     Raises:
         ValueError: a column does not exist, or the choice is not clear.
@@ -74,16 +78,17 @@ class ImageSource(_Images):
 
     def __init__(
         self,
-        dataset: datasets.Dataset,
+        dataset: datasets.Dataset | OpenedDataset,
         *,
         options: DataOptions | None = None,
         kind: str = "image",
-        revision: str | None = None,
         notes: Sequence[str] = (),
     ):
-        self.revision, self.notes, self._kind = revision, tuple(notes), kind
-        self._columns = find_columns(dataset.features, options or DataOptions())
-        self._dataset = self._columns.select(dataset)
+        opened = dataset if isinstance(dataset, OpenedDataset) else OpenedDataset(dataset)
+        self.revision, self.notes, self._kind = opened.revision, tuple(notes), kind
+        self._left_out = opened.notes
+        self._columns = find_columns(opened, options or DataOptions())
+        self._dataset = self._columns.select(opened.dataset)
         self._indices, self._whole = None, None
 
     def __len__(self) -> int:
@@ -125,10 +130,24 @@ class ImageSource(_Images):
         raw = self.raw(index)
         return decode_image(raw), raw["label"]
 
-    def raw(self, index: int) -> dict:
+    def raw(self, index: int) -> RawImage:
         """An image as it was stored."""
         index = index if self._indices is None else int(self._indices[index])
         return self._columns.to_raw(self._dataset[index], fallback=f"{self._kind} {index}")
+
+    @functools.cached_property
+    def labels(self) -> list[int | None]:
+        """Class numbers of all images in order; None where an image has none."""
+        labels = self._columns.labels
+        if labels.column is None:
+            return [None] * len(self)
+        values = self._dataset[labels.column][:]
+        values = values if self._indices is None else [values[index] for index in self._indices.tolist()]
+        return [labels.encode({labels.column: value}) for value in values]
+
+    def describe_labels(self) -> str:
+        """Lines to show before work starts: the classes, how they were found, what was left out."""
+        return describe_labels(self._columns.labels, self.labels, self._left_out)
 
     def texts(self) -> Iterator[str]:
         """All captions in order, several of an image joined, without an image being read.
@@ -145,15 +164,16 @@ class ImageSource(_Images):
         return self.raw(index)["name"]
 
     @functools.cached_property
-    def fingerprint(self) -> str:
-        """Sixteen letters that change with the data, but not with the place or the time of a copy.
+    def dataset_hash(self) -> str:
+        """16-character hash of the data, which does not change with the place or the time of a copy.
 
-        They sum up the number of images, the class names, all labels, all paths below their common folder, and of at
-        most 256 images spread over the whole the bytes (of a file: its size), with those of their maps.
+        It covers the number of images, the class names, all labels, all paths below their common folder, and the bytes
+        (the size of a file) of at most 256 images spread over the whole, with those of their maps.
         """
         if self._whole is not None:
-            return short_hash([self._whole.fingerprint, self._indices.tolist()])
-        labels = self._dataset[self._columns.label][:] if self._columns.label else None
+            return short_hash([self._whole.dataset_hash, self._indices.tolist()])
+        column = self._columns.labels.column
+        labels = self._dataset[column][:] if column else None
         tables = self._dataset.select_columns(self._columns.image).with_format("arrow").iter(10_000)
         chunks = itertools.chain.from_iterable(table[self._columns.image].chunks for table in tables)
         paths = [path or "" for chunk in chunks for path in chunk.field("path").to_pylist()]
@@ -162,9 +182,9 @@ class ImageSource(_Images):
         paths = [path[len(folder) :] for path in paths]
         spread = sorted({len(self) * step // _NUM_SAMPLES for step in range(_NUM_SAMPLES)}) if len(self) else []
         raws = [self.raw(index) for index in spread]
-        contents = [sum_up_content(raw) for raw in raws]
+        contents = [hash_content(raw) for raw in raws]
         facts = [self.class_names, labels, paths, contents]
-        return short_hash([*facts, *self._columns.sum_up_maps(raws)])
+        return short_hash([*facts, *self._columns.hash_maps(raws)])
 
     @functools.cached_property
     def box_fingerprint(self) -> str | None:
@@ -177,18 +197,19 @@ class ImageSource(_Images):
         cells = self._dataset[options.box_column][:]
         how = {"auto": None, "xyxy": "corners"}.get(options.box_format, options.box_format)  # as older versions wrote
         others = [value for value in (options.box_units, options.annotation_frame) if value != "auto"]
-        return short_hash([whole.fingerprint, list(numbers), how, [repr(cells[index]) for index in numbers], *others])
+        return short_hash([whole.dataset_hash, list(numbers), how, [repr(cells[index]) for index in numbers], *others])
 
 
 class ImageStream(_Images):
     """Images that are read in order, without end, each pass in another one: `stream.examples(seed=0)`.
 
     Args:
-        dataset: a stream of the library `datasets`.
+        dataset: a stream of the library `datasets`, or what `open_dataset` returns.
         options: see `ImageSource`.
         block_size: images that are held undecoded and shuffled among each other.
-        files: local files of the stream, for the fingerprint.
-        revision: see `ImageSource`.
+
+    Attributes:
+        revision: commit of a dataset of the Hub, else None.
 
     Raises:
         ValueError: a column does not exist, the choice is not clear, or `block_size` is not positive.
@@ -196,31 +217,33 @@ class ImageStream(_Images):
 
     def __init__(
         self,
-        dataset: datasets.IterableDataset,
+        dataset: datasets.IterableDataset | OpenedDataset,
         *,
         options: DataOptions | None = None,
         block_size: int = 1000,
-        files: Sequence[str] = (),
-        revision: str | None = None,
     ):
+        opened = dataset if isinstance(dataset, OpenedDataset) else OpenedDataset(dataset)
         if block_size < 1:
             raise ValueError(f"ImageStream: block_size is a positive integer, got {block_size!r}.")
-        if dataset.features is None:
+        if opened.dataset.features is None:
             raise ValueError("ImageStream: expected a stream that knows the types of its columns; give it `features`.")
-        self._columns = find_columns(dataset.features, options or DataOptions())
-        self._dataset = self._columns.select(dataset)
+        self._columns = find_columns(opened, options or DataOptions())
+        self._dataset = self._columns.select(opened.dataset)
         self._block_size = block_size
-        self.revision = revision
-        self._files = tuple(files)
+        self.revision, self._files, self._left_out = opened.revision, tuple(opened.files), opened.notes
 
     @functools.cached_property
-    def fingerprint(self) -> str:
-        """Sixteen letters that change with the data: names and sizes of local files, number of shards, first image."""
+    def dataset_hash(self) -> str:
+        """16-character hash of names and sizes of local files, of the number of shards and of the first image."""
         files = [(os.path.basename(path), os.path.getsize(path)) for path in self._files]
         first = [self._columns.to_raw(row, fallback="") for row in itertools.islice(self._dataset, 1)]
-        contents = [(os.path.basename(raw["name"]), sum_up_content(raw)) for raw in first]
+        contents = [(os.path.basename(raw["name"]), hash_content(raw)) for raw in first]
         facts = [self.class_names, self._dataset.num_shards, files, contents]
-        return short_hash([*facts, *self._columns.sum_up_maps(first)])
+        return short_hash([*facts, *self._columns.hash_maps(first)])
+
+    def describe_labels(self) -> str:
+        """Lines to show before work starts; see `ImageSource`."""
+        return describe_labels(self._columns.labels, None, self._left_out)
 
     def spread(self, number: int) -> list[dict]:
         """The first raw images, at most so many."""

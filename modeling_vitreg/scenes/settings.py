@@ -1,4 +1,4 @@
-"""What a scene is: the names of its parts, the settings of a dataset, the truth that comes with an image."""
+"""Names of the parts of a scene, settings and presets of datasets, and the annotations of an image."""
 
 import dataclasses
 
@@ -12,12 +12,19 @@ CLASSES = tuple((SHAPE_NAMES[n], TEXTURE_NAMES[(n + step) % 8]) for n in range(8
 CLASS_NAMES = tuple(f"{texture} {shape}" for shape, texture in CLASSES)
 # Ids of the semantic mask: first the classes, then the background. 255 does not occur: every pixel has a meaning.
 SEMANTIC_NAMES = (*CLASS_NAMES, "floor", "wall", "grass", "sand", "sky")
+# The named presets: one name is the same data in training, in every verb and on the card.
+PRESETS = {
+    "scenes": {"max_objects": 4, "zoom": 1.0},  # one to four objects in their surroundings, for boxes, masks and depth
+    "scenes:single": {"max_objects": 1, "zoom": 1.6},  # one object that fills the image, for one label an image
+}
+FIRST_TEST_SCENE = 1_000_000  # index; training scenes are counted from 0
+_LARGEST_SIDE = 224  # pixels: rendering larger scenes takes longer than most models
 FARTHEST = 10.0  # metres: the depth of the sky, and of ground beyond
 
 
 @dataclasses.dataclass(frozen=True)
 class SceneSettings:
-    """What all scenes of a dataset have in common.
+    """Settings that all scenes of a dataset share.
 
     Args:
         image_size: pixels, a side or (rows, columns), at least 16; one side is at most 4 times the other.
@@ -58,7 +65,7 @@ class SceneSettings:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scene:
-    """An image and what is true of it. Objects are sorted by visible area; the first is the main object.
+    """An image and its annotations. Objects are sorted by visible area; the first is the main object.
 
     Args:
         image: uint8 (rows, columns, 3).
@@ -84,6 +91,31 @@ class Scene:
     depth: np.ndarray
 
 
+def is_scenes(source: str) -> bool:
+    """Whether a source of images names a preset.
+
+    Raises:
+        ValueError: it begins like a preset, and there is none of this name.
+    """
+    if source.startswith("scenes:") and source not in PRESETS:
+        raise ValueError(f"there are no scenes {source!r}; the presets are {', '.join(PRESETS)}")
+    return source in PRESETS
+
+
+def preset_settings(name: str, *, side: int, seed: int = 0) -> SceneSettings:
+    """The settings of a preset for models that read images of `side` pixels.
+
+    Scenes are a third larger than what a model reads, as photographs are, and at most 224 pixels.
+    """
+    size = max(16, min(side * 4 // 3, _LARGEST_SIDE))
+    return SceneSettings(image_size=size, seed=seed, **PRESETS[name])
+
+
+def describe_preset(name: str, settings: SceneSettings) -> str:
+    """Name and size of rendered scenes, for reports and messages."""
+    return f"{name} of {' x '.join(map(str, dict.fromkeys(settings.shape)))} pixels"
+
+
 def is_count(value: object) -> bool:
     """Whether a value is 0 or a positive integer."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= 0
@@ -99,11 +131,16 @@ __all__ = [
     "CLASSES",
     "CLASS_NAMES",
     "FARTHEST",
+    "FIRST_TEST_SCENE",
+    "PRESETS",
     "SEMANTIC_NAMES",
     "SHAPE_NAMES",
     "TEXTURE_NAMES",
     "Scene",
     "SceneSettings",
+    "describe_preset",
     "is_count",
+    "is_scenes",
+    "preset_settings",
     "require",
 ]

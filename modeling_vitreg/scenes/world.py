@@ -68,7 +68,7 @@ class World(NamedTuple):
 
 
 def arrange(rng: np.random.Generator, settings: SceneSettings) -> World:
-    """All that is left to chance, but for the words of the caption."""
+    """Draw everything random of a scene except the words of the caption."""
     distance, height = rng.uniform(1.7, 2.5), rng.uniform(0.5, 1.6)
     rows, columns = settings.shape
     pitch = np.arctan2(height - rng.uniform(0.2, 0.4), distance)
@@ -198,7 +198,7 @@ class Solid(NamedTuple):
 
     @property
     def shape(self) -> Shape:
-        """Of unit size, in its own space."""
+        """The shape of unit size, in its own space."""
         return SHAPES[CLASSES[self.category][0]]
 
     @property

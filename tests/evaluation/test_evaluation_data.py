@@ -70,7 +70,7 @@ def test_scenes_have_exact_truth_and_test_images_that_lie_far_from_the_others():
         assert np.array_equal(example.depth, scene.depth)
     colours = open_data("scenes", image_size=32, num_train=3, num_test=2, options=DataOptions(label_column="colours"))
     assert colours.train[1].label != data.train[1].label
-    assert colours.train.fingerprint != data.train.fingerprint
+    assert colours.train.dataset_hash != data.train.dataset_hash
     with pytest.raises(ValueError, match="their own splits, images, maps and boxes"):
         open_data("scenes", options=DataOptions(mask_column="mask"))
 
@@ -91,7 +91,9 @@ def test_a_folder_of_class_folders_has_labels_and_holds_a_share_out(tmp_path):
     assert not data.train.options.maps and names[0] and names[1]
     again = open_data(_folder(tmp_path / "copy", [""]))
     assert (
-        again.test.fingerprint == data.test.fingerprint != open_data(str(tmp_path / "copy"), seed=1).test.fingerprint
+        again.test.dataset_hash
+        == data.test.dataset_hash
+        != open_data(str(tmp_path / "copy"), seed=1).test.dataset_hash
     )
 
 
@@ -219,7 +221,7 @@ def test_a_broken_mask_makes_its_image_unreadable_and_stops_nothing(encoder, tmp
     rows = [{**dataset.cast_column("mask", datasets.Image(decode=False))[number]} for number in range(3)]
     rows[1]["mask"] = {"bytes": b"no picture", "path": None}
     images = _labelled(datasets.Dataset.from_list(rows, features=dataset.features))
-    assert len(images.fingerprint) == 16 and images.fingerprint != _labelled(dataset).fingerprint
+    assert len(images.dataset_hash) == 16 and images.dataset_hash != _labelled(dataset).dataset_hash
     (line,) = _encode(encoder, images, tmp_path)["pooled"].unreadable
     assert line.startswith("image 1: mask: ")
 

@@ -20,8 +20,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from training_program import Program
 
-from modeling_vitreg import ViTWithRegistersModel
-from modeling_vitreg.scenes import SceneSettings, render_scene
+from modeling_vitreg import ViTWithRegistersModel, evaluation
+from modeling_vitreg.features import load_encoder
+from modeling_vitreg.images import DataOptions
+from modeling_vitreg.scenes import SceneSettings, preset_settings, render_scene
 
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -110,6 +112,21 @@ def test_a_run_ends_with_a_model_pictures_and_facts(whole):
     norms = [json.loads(line) for line in (output / "norms.jsonl").read_text().splitlines()]
     assert [record["step"] for record in norms] == [-1, 4, 9]
     assert len(norms[0]["layers"]) == 2
+
+
+def test_evaluate_measures_what_the_run_measured_on_the_scenes_of_the_same_name(folder):
+    usual = ("--num-eval-images", "160", "--num-scenes", "200", "--eval-every", "10")
+    out = _run(folder, *usual, output="scenes")
+    facts = json.loads((folder / "scenes" / "training.json").read_text())
+    assert facts["data"]["name"] == "scenes:single of 42 pixels" and "40 held-out scenes:single of 42 pixels" in out
+    encoder = load_encoder(folder / "scenes" / "model")
+    settings = preset_settings("scenes:single", side=max(encoder.image_size))
+    data = {"num_train": 160, "num_test": 40, "options": DataOptions(label_column="colours")}
+    opened = evaluation.open_data("scenes:single", image_size=settings.image_size, **data)
+    report = evaluation.evaluate(encoder, tasks=["knn"], data=opened, output_folder=folder / "evaluated")
+    assert next(iter(report.data.values()))["name"] == "scenes:single of 42 pixels, colours"
+    (result,) = report.results
+    assert result["metric"] == "top1" and result["value"] == pytest.approx(facts["knn"], abs=1.5 / 40)
 
 
 def test_the_model_loads_where_nobody_has_heard_of_us(whole):

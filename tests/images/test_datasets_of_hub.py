@@ -17,7 +17,7 @@ WORKER = """
 import itertools, json, sys
 import numpy as np
 from modeling_vitreg.evaluation import open_data
-from modeling_vitreg.images import decode_image, open_images
+from modeling_vitreg.images import DataOptions, decode_image, open_images
 def grey(image):
     return int(np.asarray(image)[0, 0, 0])
 def numbers(images, count):
@@ -34,6 +34,8 @@ for line in sys.stdin:
     options = json.loads(line)
     count, is_data = options.pop("count", 0), options.pop("is_data", False)
     try:
+        if is_data and "options" in options:
+            options["options"] = DataOptions(**options["options"])
         opened = open_data(**options) if is_data else open_images(**options)
         answer = summarise(opened) if is_data else {"revision": opened.revision, "numbers": numbers(opened, count)}
     except Exception as error:
@@ -127,7 +129,7 @@ def test_maps_of_the_hub_are_read_with_the_commit_that_they_are_of(hub, read):
     maps = {"mask": [_map(3, np.uint8)] * 4, "depth": [_map(2000, np.uint16)] * 4}
     commit = hub.add("datasets/user/maps", {"train.parquet": _parquet(range(4), **maps)})
     columns = {"mask_column": "mask", "depth_column": "depth", "depth_scale": 0.001}
-    found = read("user/maps@main", is_data=True, **columns)
+    found = read("user/maps@main", is_data=True, options=columns)
     assert found == {"name": "user/maps", "revision": commit, "sizes": [3, 1], "mask": 3.0, "depth": 2.0}
     assert read("user/greys", is_data=True)["sizes"] == [5, 1]  # its own test split
 

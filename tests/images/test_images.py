@@ -3,6 +3,8 @@
 import io
 import itertools
 import json
+import os
+import pathlib
 import pickle
 import shutil
 import struct
@@ -22,7 +24,6 @@ from modeling_vitreg.images import (
     check_channels,
     decode_image,
     derive_seed,
-    describe_unreadable,
     open_images,
     read_annotated,
 )
@@ -180,12 +181,8 @@ def test_an_image_is_opened_with_the_channels_of_the_model():
             check_channels(num_channels, reader="the model")
 
 
-def test_images_that_could_not_be_read_are_counted_and_listed_on_lines_of_their_own():
-    problems = [UnreadableImage(f"{number}\n\x1b[31m.png", "empty") for number in range(7)]
-    lines = describe_unreadable(problems, 70).split("\n")
-    assert lines[0] == "warning: 7 of 70 images (10.0%) could not be read and were left out:"
-    assert lines[1] == r"  0\n\x1b[31m.png: empty" and lines[-1] == "  and 2 more" and len(lines) == 7
-    assert describe_unreadable([], 70) == ""
+def test_a_name_with_control_characters_stays_on_one_line():
+    assert str(UnreadableImage("a\n\x1b[31m.png", "empty")) == r"a\n\x1b[31m.png: empty"
 
 
 def test_what_cannot_be_decoded_is_reported_with_its_name_and_a_reason(tmp_path, monkeypatch):
@@ -256,6 +253,101 @@ def test_splits_beside_classes_are_refused(tmp_path):
         open_images(folder)
 
 
+def test_names_of_splits_are_no_classes(tmp_path):
+    folder = _write_folder(tmp_path / "set", ["Train/a.png", "Train/b.png", "dev/c.png", "test/d.png"])
+    for split, numbers in (("train", [0, 1]), ("validation", [2]), ("test", [3])):
+        source = open_images(folder, split=split)
+        assert (_numbers_of(source), source.class_names, set(source.labels)) == (numbers, None, {None})
+        assert source.describe_labels() == "labels: none; the images lie in no class folders"
+    stream = open_images(folder, is_streaming=True)
+    assert sorted(_first_numbers(stream, 2, seed=0)) == [0, 1] and stream.class_names is None
+
+
+@pytest.mark.parametrize("top", ["", "archive/", "archive/images/"])
+@pytest.mark.parametrize("split", ["", "train/"])
+def test_class_folders_may_be_nested_uneven_and_below_single_folders(tmp_path, top, split):
+    names = ["cat/1.png", "cat/2.png", "dog/first/3.png", "dog/second/deep/4.png", "owl/images/5.png"]
+    source = open_images(_write_folder(tmp_path / "a::b", [top + split + name for name in names]))
+    assert source.class_names == ("cat", "dog", "owl")
+    assert (source.labels, _numbers_of(source)) == ([0, 0, 1, 1, 2], [0, 1, 2, 3, 4])
+    assert source.describe_labels() == "labels: 3 classes from folders: 'cat', 'dog', 'owl'"
+
+
+def test_images_beside_class_folders_have_no_label_and_are_counted(tmp_path):
+    source = open_images(_write_folder(tmp_path / "set", ["cat/a.png", "cat/b.png", "cover.png", "dog/c.png"]))
+    assert source.labels == [0, 0, None, 1]
+    assert "1 of 4 images have no label" in source.describe_labels()
+    source = open_images(_write_folder(tmp_path / "flat", ["a.png", "b.png", "c.png", "x/d.png", "y/e.png"]))
+    assert source.labels == [None] * 5 and "3 of 5 images lie in no class folder" in source.describe_labels()
+
+
+def test_a_class_that_a_split_lacks_keeps_its_number(tmp_path):
+    folder = _write_folder(tmp_path / "set", ["train/a/1.png", "train/b/2.png", "train/c/3.png", "val/c/4.png"])
+    source = open_images(folder, split="validation")
+    assert source.labels == [2] and source.class_names == ("a", "b", "c")
+    assert "3 classes, 1 of them in this split" in source.describe_labels()
+    assert "note: the split 'validation' has no image of the classes 'a', 'b'" in source.describe_labels()
+
+
+def test_class_folders_are_read_beside_foreign_metadata(tmp_path):
+    folder = _write_folder(tmp_path / "set", ["cat/a.png", "dog/b.png"])
+    for name, content in (("metadata.csv", "camera,year\nx,2\n"), ("metadata.jsonl", '{"camera": 1}\n')):
+        (tmp_path / "set" / name).write_text(content)
+        source = open_images(folder)
+        assert source.labels == [0, 1]
+        assert f"{name} has no column file_name: it is not read" in source.describe_labels()
+
+
+def test_links_in_a_circle_odd_names_and_empty_files_do_no_harm(tmp_path):
+    folder = _write_folder(tmp_path / "set", ["cat/a\n#<b>.png", "dog/b.png"])
+    (tmp_path / "set" / "dog" / "loop").symlink_to(tmp_path / "set", target_is_directory=True)
+    (tmp_path / "set" / "dog" / "broken.png").symlink_to(tmp_path / "gone.png")
+    (tmp_path / "set" / "dog" / "empty.png").write_bytes(b"")
+    pathlib.Path(os.fsdecode(os.fsencode(tmp_path / "set" / "cat") + b"/\xff.png")).write_bytes(b"")
+    source = open_images(folder)
+    assert source.labels == [0, 1, 1, 1]
+    assert "links to a folder above it: it is left out" in source.describe_labels()
+    assert "no text in UTF-8: it is left out" in source.describe_labels()
+    assert source.describe_labels().count("\n") == 2
+    for index in (2, 3):
+        with pytest.raises(UnreadableImage, match=r"(broken|empty)\.png"):
+            source.read(index)
+
+
+def _labelled(values, kind: str) -> datasets.Dataset:
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value(kind)})
+    content = {"image": [_image(number) for number in range(len(values))], "label": values}
+    return datasets.Dataset.from_dict(content, features=features)
+
+
+def test_words_numbers_with_gaps_and_empty_cells_are_labels():
+    cases = [
+        ("string", ["owl", "cat", None, " ", "cat "], [1, 0, None, None, 0], ("cat", "owl"), "2 classes from"),
+        ("int64", [20, 3, -1, None, 3], [1, 0, None, None, 0], None, "(numbers from 3 to 20 with gaps)"),
+        ("int64", [1, 0, None, 2], [1, 0, None, 2], None, "numbers 0 to 2"),
+        ("float64", [1.0, 0.0, float("nan"), None], [1, 0, None, None], None, "2 of 4 images have no label"),
+        ("bool", [True, False, None], [1, 0, None], ("False", "True"), "'False', 'True'"),
+        ("string", ["all", "are", "different"], [None] * 3, None, "labels: none; the column 'label' holds 3 texts"),
+        ("float64", [0.5, 1.5], [None] * 2, None, "numbers that are not whole"),
+    ]
+    for kind, values, labels, names, words in cases:
+        source = ImageSource(_labelled(values, kind))
+        assert (source.labels, source.class_names) == (labels, names), values
+        assert [source.read(index)[1] for index in range(len(source))] == labels
+        assert words in source.describe_labels()
+
+
+def test_words_are_the_same_numbers_in_every_split(tmp_path):
+    parts = {"train": ["owl", "cat", "cat"], "test": ["owl", "owl"]}
+    splits = {name: _labelled(values, "string") for name, values in parts.items()}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "set")
+    assert open_images(str(tmp_path / "set")).labels == [1, 0, 0]
+    assert open_images(str(tmp_path / "set"), split="test").labels == [1, 1]
+    options = DataOptions(label_column="label")
+    with pytest.raises(ValueError, match="the words of a stream are not known in advance"):
+        open_images(str(tmp_path / "set"), is_streaming=True, options=options)
+
+
 def test_parquet_files_and_saved_datasets_are_opened(tmp_path):
     (tmp_path / "parquet").mkdir()
     saved = _make_dataset(range(12))
@@ -285,23 +377,23 @@ def test_scenes_are_a_source():
 def test_a_fingerprint_follows_the_data_and_not_the_place(tmp_path):
     names = ["cat/a.png", "cat/b.png", "dog/a.png"]
     folder = _write_folder(tmp_path / "one", names)
-    first = open_images(folder).fingerprint
-    assert open_images(shutil.copytree(folder, tmp_path / "copy" / "deep")).fingerprint == first
-    assert open_images(_write_folder(tmp_path / "renamed", [*names[:2], "dog/b.png"])).fingerprint != first
-    assert open_images(_write_folder(tmp_path / "more", [*names, "dog/b.png"])).fingerprint != first
+    first = open_images(folder).dataset_hash
+    assert open_images(shutil.copytree(folder, tmp_path / "copy" / "deep")).dataset_hash == first
+    assert open_images(_write_folder(tmp_path / "renamed", [*names[:2], "dog/b.png"])).dataset_hash != first
+    assert open_images(_write_folder(tmp_path / "more", [*names, "dog/b.png"])).dataset_hash != first
     Image.new("RGB", (9, 30)).save(tmp_path / "one" / "cat" / "a.png")
-    assert open_images(folder).fingerprint != first
+    assert open_images(folder).dataset_hash != first
 
-    first = ImageSource(_make_dataset([1, 2, 3])).fingerprint
-    assert ImageSource(_make_dataset([1, 2, 3])).fingerprint == first
-    assert ImageSource(_make_dataset([1, 4, 3])).fingerprint != first
+    first = ImageSource(_make_dataset([1, 2, 3])).dataset_hash
+    assert ImageSource(_make_dataset([1, 2, 3])).dataset_hash == first
+    assert ImageSource(_make_dataset([1, 4, 3])).dataset_hash != first
     relabelled = _make_dataset([1, 2, 3]).cast_column("kind", datasets.ClassLabel(names=["even", "strange"]))
-    assert ImageSource(relabelled).fingerprint != first
+    assert ImageSource(relabelled).dataset_hash != first
 
 
 def test_columns_are_found_by_type_or_asked_for():
     both = _make_dataset(range(3)).add_column("label", [7, 8, 9]).add_column("caption", ["a", "b", "c"])
-    assert ImageSource(both).read(1)[1] == 8  # the usual name wins over the type
+    assert ImageSource(both).read(1)[1] == 1  # the usual name wins over the type
     assert ImageSource(both, options=DataOptions(label_column="kind")).read(1)[1] == 1
     two = both.add_column("mask", [{"path": "a.png", "bytes": None}] * 3, feature=datasets.Image())
     with pytest.raises(ValueError, match="'mask', 'picture'; choose one with --columns image=NAME"):
@@ -309,8 +401,8 @@ def test_columns_are_found_by_type_or_asked_for():
     assert len(ImageSource(two, options=DataOptions(image_column="mask"))) == 3
     with pytest.raises(ValueError, match="no column 'pixels'; the columns are 'caption', 'kind', 'label', 'picture'"):
         ImageSource(both, options=DataOptions(image_column="pixels"))
-    with pytest.raises(ValueError, match="'caption' holds no classes"):
-        ImageSource(both, options=DataOptions(label_column="caption"))
+    with pytest.raises(ValueError, match="'picture' holds no classes"):
+        ImageSource(both, options=DataOptions(label_column="picture"))
     with pytest.raises(ValueError, match="expected a column of type Image, got 'caption'"):
         ImageSource(both.select_columns("caption"))
 
@@ -344,11 +436,11 @@ def test_maps_are_read_beside_the_only_image_that_is_no_map():
             assert np.array_equal(found["mask"], np.asarray(row["annotation"]))
             assert np.allclose(found["depth"], np.asarray(row["millimetres"]) / 1000) and found["depth"].dtype == "f4"
     assert read_annotated(ImageSource(dataset, options=DataOptions(image_column="photo")).raw(0)).maps == {}
-    plain = ImageSource(dataset, options=DataOptions(image_column="photo")).fingerprint
+    plain = ImageSource(dataset, options=DataOptions(image_column="photo")).dataset_hash
     scaled = ImageSource(
         dataset, options=DataOptions(mask_column="annotation", depth_column="millimetres")
-    ).fingerprint
-    assert len({plain, source.fingerprint, scaled}) == 3
+    ).dataset_hash
+    assert len({plain, source.dataset_hash, scaled}) == 3
     with pytest.raises(ValueError, match=r"no column 'mask'; the columns are 'annotation'"):
         ImageSource(dataset, options=DataOptions(mask_column="mask"))
 
@@ -402,6 +494,43 @@ def test_shards_are_named_in_many_ways(tmp_path):
     assert sorted(_first_numbers(open_images(f"{folder}/train-001.tar", split="any"), 4, seed=0)) == [4, 5, 6, 7]
     raw, _ = next(open_images(folder).examples(seed=0))
     assert raw["label"] == int(raw["name"][:4]) % 5
+
+
+def _write_shard(path, files) -> str:
+    with tarfile.open(path, "w") as archive:
+        for name, content in files:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return str(path)
+
+
+def test_shards_may_mix_suffixes_lack_classes_and_hold_other_files(tmp_path):
+    png, jpeg = _encode(_image(7)), _encode(_image(7), "jpeg")
+    files = [("README.txt", b"hello"), ("a/0.JPG", jpeg), ("a/0.cls", b"1"), ("a/0.txt", b"one"), ("a/1.png", png)]
+    files += [("._a/2.cls", b"?"), ("a/2.jpeg", jpeg), ("a/2.cls", b""), ("a/3.cls", b"4"), ("a/4.png", png)]
+    source = _write_shard(tmp_path / "shard.tar", [*files, ("a/4.cls", b"9\n")])
+    stream = open_images(source, options=DataOptions(text_column="txt"))
+    raws = sorted((raw for raw, _ in itertools.islice(stream.examples(seed=0), 4)), key=lambda raw: raw["name"])
+    assert [raw["name"] for raw in raws] == ["a/0.jpg", "a/1.png", "a/2.jpeg", "a/4.png"]
+    assert [raw["label"] for raw in raws] == [1, None, None, 9]
+    assert [raw["text"] for raw in raws] == ["one", "", "", ""]
+    assert {_number_of(decode_image(raw)) for raw in raws} == {7}
+    assert "samples of" in stream.describe_labels() and "hold no image: they are left out" in stream.describe_labels()
+
+
+def test_shards_that_cannot_be_read_are_named(tmp_path):
+    png = _encode(_image(7))
+    whole = _write_shard(tmp_path / "whole.tar", [("0.png", png), ("0.cls", b"cat")])
+    with pytest.raises(ValueError, match=r"whole.tar: 0.cls holds 'cat', expected the number of a class"):
+        next(open_images(whole).examples(seed=0))
+    with pytest.raises(ValueError, match=r"expected images in the shard .*, got files of the suffixes 'txt'"):
+        open_images(_write_shard(tmp_path / "texts.tar", [("0.txt", b"one")]))
+    (tmp_path / "cut.tar").write_bytes((tmp_path / "whole.tar").read_bytes()[:700])
+    (tmp_path / "page.tar").write_bytes(b"<html>" * 200)
+    for name in ("cut", "page"):
+        with pytest.raises(ValueError, match=f"the shard .*{name}.tar' is damaged"):
+            open_images(str(tmp_path / f"{name}.tar"))
 
 
 @pytest.mark.parametrize("write", [_write_shards, _write_parquet])
@@ -463,10 +592,10 @@ def test_a_stream_refuses_what_it_cannot_do(tmp_path):
 
 
 def test_the_fingerprint_of_a_stream_follows_its_files(tmp_path):
-    first = open_images(_write_shards(tmp_path / "one")).fingerprint
-    assert open_images(_write_shards(tmp_path / "two")).fingerprint == first
-    assert open_images(_write_shards(tmp_path / "three", images_per_shard=40)).fingerprint != first
-    assert open_images(_write_shards(tmp_path / "four", num_shards=4)).fingerprint != first
+    first = open_images(_write_shards(tmp_path / "one")).dataset_hash
+    assert open_images(_write_shards(tmp_path / "two")).dataset_hash == first
+    assert open_images(_write_shards(tmp_path / "three", images_per_shard=40)).dataset_hash != first
+    assert open_images(_write_shards(tmp_path / "four", num_shards=4)).dataset_hash != first
 
 
 # Sources that are none
@@ -496,6 +625,24 @@ def test_a_source_that_does_not_exist_is_explained(tmp_path):
 def test_a_name_that_the_hub_does_not_answer_for_is_explained():
     with pytest.raises(RuntimeError, match="'nobody/nothing' is no path here, and the Hub did not answer"):
         open_images("nobody/nothing")
+
+
+def test_a_path_with_a_typo_is_never_asked_of_the_hub(tmp_path, monkeypatch):
+    def refuse(*arguments, **keywords):
+        raise AssertionError("the Hub was asked")
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", refuse)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "model.pth").write_bytes(b"")
+    for source in ("./no/such", "../no", "~/no/such", "photos2", "photos/train2", "no/such.pth", "a/b/c"):
+        with pytest.raises(ValueError, match="which does not exist"):
+            open_images(source)
+    with pytest.raises(ValueError, match=r"got the file 'model\.pth'"):
+        open_images("model.pth")
+    monkeypatch.setattr("modeling_vitreg.images.hub.is_hub_known", lambda: False)
+    with pytest.raises(RuntimeError, match="'no/such' is no path here, and the Hub did not answer"):
+        open_images("no/such")
 
 
 def test_an_unknown_split_of_shards_is_explained(tmp_path):

@@ -185,7 +185,7 @@ class ViewLoader:
     def _settings(self) -> dict:
         """Settings that have to be the same when a run resumes."""
         settings = {"seed": self._builder.seed, "images_per_step": self.images_per_step}
-        return {**settings, "source": self._source.fingerprint}
+        return {**settings, "source": self._source.dataset_hash}
 
     def _check(self, state: dict | None) -> dict | None:
         """The stream's part of a state."""
