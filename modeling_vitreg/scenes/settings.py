@@ -91,12 +91,14 @@ class Scene:
     depth: np.ndarray
 
 
-def is_scenes(source: str) -> bool:
-    """Whether a source of images names a preset.
+def is_scenes(source: object) -> bool:
+    """Whether a source of images names a preset; paths do not.
 
     Raises:
         ValueError: it begins like a preset, and there is none of this name.
     """
+    if not isinstance(source, str):
+        return False
     if source.startswith("scenes:") and source not in PRESETS:
         raise ValueError(f"there are no scenes {source!r}; the presets are {', '.join(PRESETS)}")
     return source in PRESETS

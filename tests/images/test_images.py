@@ -607,7 +607,7 @@ def test_a_source_that_does_not_exist_is_explained(tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "readme.md").write_text("")
     cases = {
-        "image": r'expected "scenes", a folder of images.*Did you mean .*images',
+        "image": r'expected "scenes" or "scenes:single" .*, a folder of images.*Did you mean .*images',
         "nothing_like_it": "which does not exist. The nearest folder is",
         "images/a.png": "got the file .*Give the folder that holds it",
         "imagess/*.tar": r"got shards of which 1 of 1 do not exist.*Did you mean .*images",

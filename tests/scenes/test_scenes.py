@@ -20,7 +20,10 @@ from modeling_vitreg.scenes import (
     SHAPE_NAMES,
     TEXTURE_NAMES,
     SceneSettings,
+    describe_preset,
+    is_scenes,
     make_scenes_dataset,
+    preset_settings,
     render_scene,
     stream_scenes,
 )
@@ -59,6 +62,16 @@ def test_colours_are_those_that_the_caption_names(scenes):
     assert len(COLOUR_NAMES) == 60
     for scene in scenes:
         assert COLOUR_NAMES[scene.colours] in scene.caption
+
+
+def test_presets_have_one_size_for_a_model_and_a_name_that_tells_it():
+    single, several = (preset_settings(name, side=48) for name in ("scenes:single", "scenes"))
+    assert (single.image_size, single.max_objects, several.max_objects) == (64, 1, 4)
+    assert describe_preset("scenes:single", single) == "scenes:single of 64 pixels"
+    assert preset_settings("scenes", side=518).image_size == 224 and preset_settings("scenes", side=8).image_size == 16
+    assert is_scenes("scenes:single") and not is_scenes("my/scenes") and not is_scenes(pathlib.Path("scenes"))
+    with pytest.raises(ValueError, match="no scenes 'scenes:many'; the presets are scenes, scenes:single"):
+        is_scenes("scenes:many")
 
 
 # Determinism -------------------------------------------------------------------------------------------------------
