@@ -285,7 +285,7 @@ def test_the_card_of_a_run_has_its_metric_and_its_picture(folder, whole):
     plan = make_plan(folder / "whole", "me/dense", licence="apache-2.0")
     words = {
         "segment": ("image-segmentation", "mean IoU after"),
-        "depth": ("depth-estimation", "(RMSE, metres) after"),
+        "depth": ("depth-estimation", "RMSE of depth"),
     }
     assert all(word in plan.card for word in (*words[kind], "training/maps.png"))
 
