@@ -265,7 +265,7 @@ class Maker:
         return self._changed(change, name=self.random.choice([name for name in NAMES if STATE[name].ndim > 1]))
 
     def many_tensors(self):
-        return self._save({f"blocks.{i}.norm1.weight": torch.ones(1) for i in range(12_000)})
+        return self._save({f"blocks.{i}.norm1.weight": torch.ones(1) for i in range(10_001)})
 
     def all_zero(self):
         return self._save({name: torch.zeros_like(tensor) for name, tensor in STATE.items()})

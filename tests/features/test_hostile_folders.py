@@ -95,7 +95,7 @@ def test_settings_out_of_proportion_are_refused_before_a_model_is_built(changes,
 
 
 @pytest.mark.parametrize(
-    "mean", ["x", [math.nan] * 3, [math.inf, 0, 0], [], [True] * 3, 0.5, {"a": 1}, [0.5, "0.5", 0.5]]
+    "mean", ["x", [math.nan] * 3, [math.inf, 0, 0], [], [True] * 3, [0.5] * 2, {"a": 1}, [0.5, "0.5", 0.5]]
 )
 def test_statistics_that_are_no_numbers_are_refused(mean, folder):
     (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": mean, "image_std": [1, 1, 1]}))
