@@ -374,8 +374,8 @@ def _wait_for_a_step(process, output: pathlib.Path) -> None:
 
 
 def test_when_one_process_is_killed_the_launcher_and_the_other_end_within_seconds_and_in_words(folder):
-    process = _launch(folder, ON_CPUS["torch"], *ENDLESS, output="lost")
-    _wait_for_a_step(process, folder / "lost")
+    process = _launch(folder, ON_CPUS["torch"], *ENDLESS, output="lost-main")
+    _wait_for_a_step(process, folder / "lost-main")
     (main,) = [child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == "0"]
     main.kill()
     begin = time.monotonic()
