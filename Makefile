@@ -1,4 +1,4 @@
-.PHONY: style check test test-slow test-transformers wheel
+.PHONY: style check test test-oldest test-slow test-transformers wheel
 
 TRANSFORMERS_SOURCE := build/transformers-5.23.0
 
@@ -12,6 +12,15 @@ check:  ## what style would change
 
 test:  ## minutes; no network
 	python -m pytest
+
+test-oldest: build/oldest/installed  ## the quick tests on the oldest versions that pyproject.toml admits
+	HF_HUB_OFFLINE=1 build/oldest/bin/python -m pytest
+
+build/oldest/installed: constraints/oldest.txt pyproject.toml
+	rm -rf build/oldest
+	python -m venv build/oldest
+	build/oldest/bin/python -m pip install --quiet --constraint constraints/oldest.txt --editable ".[test]"
+	touch $@
 
 test-slow: test-transformers  ## and the folders of four versions of transformers in one another; uses the package index
 	python -m pytest -m slow

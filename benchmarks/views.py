@@ -32,6 +32,7 @@ from PIL import Image
 from torch import Tensor
 
 from modeling_vitreg import ViTWithRegistersConfig, ViTWithRegistersModel
+from modeling_vitreg.modeling_vitreg import IMAGENET_MEAN, IMAGENET_STD
 from modeling_vitreg.pretraining.objectives.dinov2 import DINOv2, DINOv2Settings
 from modeling_vitreg.pretraining.views.crops import CropSettings, MultiCrop
 from modeling_vitreg.pretraining.views.masking import MaskSettings
@@ -40,7 +41,6 @@ from modeling_vitreg.pretraining.views.masking import MaskSettings
 GLOBAL_SCALE, LOCAL_SCALE = (0.32, 1.0), (0.05, 0.32)
 GLOBAL_SIZE, LOCAL_SIZE, NUM_LOCAL = 224, 98, 8
 BLUR = (0.0, 0.9, 0.5)  # what dinov2 does: first global view, second, local views
-MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 PHOTOGRAPHS = ("chelsea", "astronaut", "coffee", "rocket", "hubble_deep_field", "retina")
 HOW_TO_GET = {
     "dinov2": "git clone https://github.com/facebookresearch/dinov2, then --dinov2 dinov2",
@@ -126,7 +126,7 @@ class Ours:
         return {name: torch.stack([views[name] for views in images], dim=1) for name in images[0]}
 
     def to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return self._objective.to_device(batch, device=torch.device("cpu"), mean=MEAN, std=STD)
+        return self._objective.to_device(batch, device=torch.device("cpu"), mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
 class Dinov2:

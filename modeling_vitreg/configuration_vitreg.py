@@ -7,6 +7,8 @@ order of tokens: class token, distillation token, registers, patches.
 This file travels next to the weights and runs without the package.
 """
 
+import math
+
 from transformers import PretrainedConfig
 
 
@@ -25,6 +27,7 @@ DROP_PATH_MODES = ("sample", "batch_subset")
 MASKED_TARGETS = ("pixels", "features")
 NORMS = ("layernorm", "rmsnorm")
 ROPE_STYLES = ("dinov3", "capi")
+MOST_LAYERS = 1000  # more than any published model has by far: a damaged file must not fill the memory
 
 # width, depth, heads; the giant is DINOv2's, with its SwiGLU.
 SIZES = {
@@ -172,6 +175,9 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
         **kwargs,
     ):
         kwargs.pop("stage_names", None)  # derived from the depth, so that a stale list in a file cannot win
+        num_labels, id2label = kwargs.get("num_labels", 2), kwargs.get("id2label")
+        _require(_is_count(num_labels) and num_labels >= 0, f"num_labels is an integer, 0 or more, got {num_labels!r}")
+        _require(id2label is None or isinstance(id2label, dict), f"id2label is a dictionary, got {id2label!r}")
         super().__init__(**kwargs)
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
@@ -179,13 +185,19 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
         self.hidden_act = hidden_act
         self.norm_type = norm_type
         self.layer_norm_eps = layer_norm_eps
-        self.image_size = image_size if isinstance(image_size, int) else list(image_size)
-        self.patch_size = patch_size if isinstance(patch_size, int) else list(patch_size)
+        self.image_size = list(image_size) if isinstance(image_size, (tuple, list)) else image_size
+        self.patch_size = list(patch_size) if isinstance(patch_size, (tuple, list)) else patch_size
         self.num_channels = num_channels
         self.num_register_tokens = num_register_tokens
         self.num_test_time_registers = num_test_time_registers
         # Strings as keys, as JSON gives them back.
-        self.register_neurons = {str(layer): list(units) for layer, units in (register_neurons or {}).items()}
+        register_neurons = register_neurons or {}
+        _require(
+            isinstance(register_neurons, dict)
+            and all(isinstance(u, (list, tuple)) for u in register_neurons.values()),
+            f"register_neurons is a dictionary of lists of units, got {register_neurons!r}",
+        )
+        self.register_neurons = {str(layer): list(units) for layer, units in register_neurons.items()}
         self.has_cls_token = has_cls_token
         self.has_distillation_token = has_distillation_token
         self.position_embedding_type = position_embedding_type
@@ -226,6 +238,7 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
         if has_prefix_positions is None:
             has_prefix_positions = position_embedding_type == "learned" and has_cls_token
         self.has_prefix_positions = has_prefix_positions
+        self._validate_types()
         if intermediate_size is None:
             is_gated = hidden_act == "swiglu"
             intermediate_size = (int(hidden_size * 8 / 3) + 7) // 8 * 8 if is_gated else 4 * hidden_size
@@ -300,6 +313,11 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
     def _set_stages(self, out_features, out_indices):
         self.stage_names = ["stem"] + [f"stage{layer}" for layer in range(1, self.num_hidden_layers + 1)]
         self._out_features = self._out_indices = None
+        for name, value, kind in (("out_features", out_features, str), ("out_indices", out_indices, int)):
+            _require(
+                value is None or (isinstance(value, (list, tuple)) and all(isinstance(each, kind) for each in value)),
+                f"{name} is None or a list of stages, got {value!r}",
+            )
         if out_features is not None:
             self.out_features = out_features
             _require(
@@ -334,10 +352,35 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
             f"expected 0 < min_depth < max_depth, got min_depth {self.min_depth} and max_depth {self.max_depth}",
         )
 
-    def _validate_sizes(self):
-        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels"):
+    def _validate_types(self):
+        """What a damaged or hostile file may hold in place of numbers and truth values."""
+        for name in (
+            *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_channels"),
+            *("num_depth_bins", "masked_target_size"),
+        ):
             value = getattr(self, name)
             _require(_is_count(value) and value > 0, f"{name} is a positive integer, got {value!r}")
+        _require(
+            self.num_hidden_layers <= MOST_LAYERS,
+            f"num_hidden_layers is at most {MOST_LAYERS}, got {self.num_hidden_layers}",
+        )
+        for name in (
+            *("layer_norm_eps", "interpolate_offset", "rope_theta", "hidden_dropout_prob", "drop_path_rate"),
+            *("attention_probs_dropout_prob", "min_depth", "max_depth", "initializer_range"),
+        ):
+            value = getattr(self, name)
+            _require(_is_number(value) and value >= 0, f"{name} is a finite number, 0 or more, got {value!r}")
+        for name in ("layer_scale_init_value", "rope_shift", "rope_jitter", "rope_rescale"):
+            value = getattr(self, name)
+            _require(value is None or _is_number(value), f"{name} is None or a finite number, got {value!r}")
+        for name, value in vars(self).items():
+            is_truth = name.startswith("has_") or name in ("interpolate_antialias", "apply_layernorm")
+            is_truth |= name == "reshape_hidden_states"
+            _require(not is_truth or isinstance(value, (bool, int)), f"{name} is true or false, got {value!r}")
+
+    def _validate_sizes(self):
+        value = self.intermediate_size
+        _require(_is_count(value) and value > 0, f"intermediate_size is a positive integer, got {value!r}")
         _require(
             self.hidden_size % self.num_attention_heads == 0,
             f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}",
@@ -454,11 +497,15 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
 
 
 def _pair(value):
-    return (value, value) if isinstance(value, int) else tuple(value)
+    return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
 
 
 def _is_count(value):
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _require(is_true, message):

@@ -9,6 +9,7 @@ This file travels next to the weights, with the two files of the image tower, an
 """
 
 import copy
+import math
 import os
 from dataclasses import dataclass
 
@@ -64,6 +65,13 @@ class ViTWithRegistersDualEncoderConfig(PretrainedConfig):
         logit_scale_init_value=2.6592,
         **kwargs,
     ):
+        for name, value in (("vision_config", vision_config), ("text_config", text_config)):
+            if not isinstance(value, (PretrainedConfig, dict, type(None))):
+                raise ValueError(f"{name} is a configuration or a dictionary of its fields, got {value!r}")
+        if not isinstance(projection_dim, int) or isinstance(projection_dim, bool) or projection_dim < 1:
+            raise ValueError(f"projection_dim is a positive integer, got {projection_dim!r}")
+        if not isinstance(logit_scale_init_value, (int, float)) or not math.isfinite(logit_scale_init_value):
+            raise ValueError(f"logit_scale_init_value is a finite number, got {logit_scale_init_value!r}")
         # Before the constructor of the library, which hands the attention back end on to both, and therefore copies.
         self.vision_config = _make_config(vision_config, default=ViTWithRegistersConfig.model_type)
         self.text_config = _make_config(text_config, default="clip_text_model")

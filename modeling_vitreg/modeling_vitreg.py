@@ -6,7 +6,7 @@ arXiv 2309.16588). Every output names its tokens, so that nobody slices a sequen
 
 Letters for shapes: B images, N tokens, P patches, R registers, D width, H heads, d = D / H, L layers.
 
-This file travels next to the weights and runs without the package, on transformers 4.56 to 5.
+This file travels next to the weights and runs without the package, on transformers 4.57 to 5.
 """
 
 import contextlib
@@ -770,11 +770,14 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PROCESSOR_FILE = "preprocessor_config.json"
 
 
-def read_image_processor(path: str | os.PathLike, *, num_channels: int) -> dict:
-    """Settings in a `preprocessor_config.json`, whose mean, standard deviation and factor are checked.
+def read_image_processor(path: str | os.PathLike, *, num_channels: int | None = None) -> dict:
+    """Read a `preprocessor_config.json` and check its mean, standard deviation and rescale factor.
+
+    Args:
+        num_channels: how many means the images need, None if that is unknown; one number becomes one for each.
 
     Raises:
-        ValueError: the file is no JSON object, or one of the three is no finite number or not one for each channel.
+        ValueError: the file is not a JSON object, or a value is not a finite number, or not one for each channel.
     """
     with open(path, encoding="utf-8") as file:
         try:
@@ -785,14 +788,17 @@ def read_image_processor(path: str | os.PathLike, *, num_channels: int) -> dict:
         raise ValueError(f"{path} holds a {type(settings).__name__}, expected an object of settings")
     for name in ("image_mean", "image_std", "rescale_factor"):
         value = settings.get(name)
+        if value is None:
+            continue
         values = value if isinstance(value, list) and name != "rescale_factor" else [value]
         is_number = all(type(each) in (int, float) and math.isfinite(each) for each in values)
-        is_positive = name == "image_mean" or (is_number and all(each > 0 for each in values))
-        if value is not None and not (is_number and is_positive and len(values) in (1, num_channels)):
-            raise ValueError(
-                f"{path} has {name} {value!r}, expected a finite {'' if name == 'image_mean' else 'positive '}number"
-                + ("" if name == "rescale_factor" else f", or one for each of {num_channels} channels")
-            )
+        lowest = -math.inf if name == "image_mean" else 0
+        if not is_number or not values or min(values) <= lowest or len(values) not in (1, num_channels or len(values)):
+            kind = "finite number" if name == "image_mean" else "finite number above 0"
+            channels = "" if name == "rescale_factor" else f", or one for each of {num_channels or 'the'} channels"
+            raise ValueError(f"{path} has the {name} {value!r}, expected a {kind}{channels}")
+        if num_channels and name != "rescale_factor" and len(values) < num_channels:
+            settings[name] = values * num_channels
     return settings
 
 
@@ -1120,7 +1126,7 @@ class ViTWithRegistersPreTrainedModel(PreTrainedModel):
             settings = self.image_processor_settings()
         except ValueError as error:  # the model is worth more than the file that came with the one it started from
             logger.warning(f"{error}; saved the default image processor instead")
-            settings = self._default_image_processor()
+            settings = self._default_image_processor() | self._processor_code(self._image_processor_type)
         with open(path + ".tmp", "w", encoding="utf-8") as file:
             json.dump(settings, file, indent=2, sort_keys=True)
             file.write("\n")

@@ -10,6 +10,8 @@ import sys
 import zipfile
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import modeling_vitreg
 
@@ -250,3 +252,15 @@ def test_a_wheel_from_a_clean_copy_holds_one_package(tmp_path):
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"modeling_vitreg"}
     assert {"modeling_vitreg/configuration_vitreg.py", "modeling_vitreg/py.typed"} <= set(names)
+
+
+def test_the_oldest_versions_that_are_tested_are_the_floors_that_are_declared():
+    tomllib = pytest.importorskip("tomllib", reason="part of Python from 3.11 on")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = [Requirement(text) for text in project["dependencies"]]
+    declared += [Requirement(text) for extra in project["optional-dependencies"].values() for text in extra]
+    floors = {each.name: part.version for each in declared for part in each.specifier if part.operator == ">="}
+    lines = (ROOT / "constraints" / "oldest.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    different = {name for name in floors if Version(floors[name]) != Version(pinned.get(name, "0"))}
+    assert not different and floors.keys() == pinned.keys(), different or floors.keys() ^ pinned.keys()

@@ -1,8 +1,11 @@
 """The configuration: what it derives, what it refuses, and that it survives JSON."""
 
+import contextlib
+import inspect
+
 import pytest
 
-from modeling_vitreg import ViTWithRegistersConfig
+from modeling_vitreg import ViTWithRegistersConfig, ViTWithRegistersDualEncoderConfig
 from modeling_vitreg.configuration_vitreg import SIZES
 
 
@@ -118,7 +121,46 @@ CONTRADICTIONS = [
     ({"masked_target": "codes"}, "masked_target is one of pixels, features"),
     ({"min_depth": 10.0}, "expected 0 < min_depth < max_depth, got min_depth 10.0 and max_depth 10.0"),
     ({"out_features": ["stage1"], "out_indices": [2]}, "name different stages: pass one of them"),
+    ({"image_size": 32.0}, "image_size is a positive integer or a pair .* got 32.0"),
+    ({"image_size": True}, "image_size is a positive integer or a pair"),
+    ({"patch_size": "8"}, "patch_size is a positive integer or a pair .* got '8'"),
+    ({"num_hidden_layers": 99999999999}, "num_hidden_layers is at most 1000, got 99999999999"),
+    ({"hidden_size": None}, "hidden_size is a positive integer, got None"),
+    ({"num_depth_bins": 0}, "num_depth_bins is a positive integer, got 0"),
+    ({"masked_target_size": "wide"}, "masked_target_size is a positive integer, got 'wide'"),
+    ({"drop_path_rate": "0.1"}, "drop_path_rate is a finite number, 0 or more, got '0.1'"),
+    ({"layer_norm_eps": float("nan")}, "layer_norm_eps is a finite number, 0 or more, got nan"),
+    ({"initializer_range": -1}, "initializer_range is a finite number, 0 or more, got -1"),
+    ({"max_depth": [10]}, r"max_depth is a finite number, 0 or more, got \[10\]"),
+    ({"layer_scale_init_value": "small"}, "layer_scale_init_value is None or a finite number, got 'small'"),
+    ({"register_neurons": [1]}, r"register_neurons is a dictionary of lists of units, got \[1\]"),
+    ({"out_indices": 3}, "out_indices is None or a list of stages, got 3"),
+    ({"out_indices": [1, "a"]}, "out_indices is None or a list of stages"),
+    ({"out_features": "stage1"}, "out_features is None or a list of stages, got 'stage1'"),
+    ({"num_labels": "3"}, "num_labels is an integer, 0 or more, got '3'"),
+    ({"id2label": ["a"]}, r"id2label is a dictionary, got \['a'\]"),
+    ({"has_cls_token": "yes"}, "has_cls_token is true or false, got 'yes'"),
+    ({"apply_layernorm": None}, "apply_layernorm is true or false, got None"),
 ]
+
+
+WRONG = [None, "x", 1.5, -1, [], [1, "a"], {}, {"a": 1}, True, float("nan"), 10**12]
+
+
+@pytest.mark.parametrize("name", list(inspect.signature(ViTWithRegistersConfig).parameters)[:-1])
+def test_a_value_of_any_type_is_taken_or_refused_in_words(tiny, name):
+    for value in WRONG:
+        with contextlib.suppress(ValueError):
+            tiny(**{name: value})
+
+
+@pytest.mark.parametrize("name", list(inspect.signature(ViTWithRegistersDualEncoderConfig).parameters)[:-1])
+def test_a_value_of_a_dual_encoder_of_any_type_is_taken_or_refused_in_words(tiny, name):
+    for value in WRONG:
+        with contextlib.suppress(ValueError):
+            ViTWithRegistersDualEncoderConfig(**{"vision_config": tiny(), name: value})
+    with pytest.raises(ValueError, match="projection_dim is a positive integer, got 0"):
+        ViTWithRegistersDualEncoderConfig(tiny(), projection_dim=0)
 
 
 @pytest.mark.parametrize(("settings", "message"), CONTRADICTIONS)

@@ -1,6 +1,7 @@
 """The model: tokens by name, registers, positions, masks, initial values, and what it says to bad input."""
 
 import copy
+import json
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from modeling_vitreg import (
     ViTWithRegistersConfig,
     ViTWithRegistersForImageClassification,
+    ViTWithRegistersForMaskedImageModeling,
     ViTWithRegistersModel,
 )
 from modeling_vitreg.modeling_vitreg import AUTO_MODELS, rotary_tables
@@ -164,6 +166,21 @@ def test_hidden_states_are_the_residual_stream(tiny, randomise):
     assert torch.equal(named.register_tokens, output.hidden_states[1][:, 1:5])
 
 
+def test_the_first_layers_may_be_run_alone(tiny):
+    model, images = ViTWithRegistersModel(tiny()).eval(), torch.randn(1, 3, 32, 32)
+    every = model(images, output_hidden_states=True, output_attentions=True)
+    for number in range(4):
+        some = model(images, num_layers=number, output_hidden_states=True, output_attentions=True)
+        assert torch.equal(some.last_hidden_state, model.layernorm(every.hidden_states[number]))
+        for kind in ("hidden_states", "attentions"):
+            assert all(map(torch.equal, some[kind], every[kind]))
+        assert (len(some.hidden_states), len(some.attentions)) == (number + 1, number)
+    with pytest.raises(ValueError, match="expected num_layers from 0 to 3, got 4"):
+        model(images, num_layers=4)
+    with pytest.raises(ValueError, match=r"expected hidden states from -2 to 1, got \[2\]"):
+        model(images, num_layers=1, output_hidden_states=2)
+
+
 def test_hidden_states_may_be_chosen_by_number(tiny):
     model = ViTWithRegistersModel(tiny()).eval()
     images = torch.randn(1, 3, 32, 32)
@@ -299,6 +316,141 @@ def test_a_projection_makes_image_embeddings_of_the_pooled_vector(tiny, randomis
     model.save_pretrained(tmp_path)
     head, info = ViTWithRegistersForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["unexpected_keys"] and not [name for name in head.state_dict() if "projection" in name]
+
+
+# Setters -----------------------------------------------------------------------------------------------------------
+
+
+def _loads_again(model, tmp_path, images):
+    """Save, load, and compare tokens and configuration."""
+    model.eval().save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    base, other = model.base_model, again.base_model
+    assert torch.equal(base(images).last_hidden_state, other(images).last_hidden_state)
+    skipped = ("architectures", "auto_map", "dtype", "torch_dtype", "_name_or_path")
+    before, after = ({k: v for k, v in each.config.to_dict().items() if k not in skipped} for each in (model, again))
+    assert before == after
+
+
+@pytest.mark.parametrize("cls", AUTO_MODELS, ids=lambda cls: cls.__name__)
+def test_what_the_setters_leave_behind_is_saved_and_loaded(tiny, tmp_path, cls):
+    model = cls(tiny(masked_target="features"))
+    model.resize_register_tokens(6)
+    model.resize_position_embeddings((48, 40))
+    model.set_input_embeddings(nn.Conv2d(5, 32, kernel_size=8, stride=8, bias=False))
+    assert (model.config.num_channels, model.config.has_patch_bias) == (5, False)
+    _loads_again(model, tmp_path, torch.randn(1, 5, 48, 40))
+    processor = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert processor["image_mean"] == [0.5] * 5
+
+
+def test_other_channels_do_not_keep_the_statistics_of_the_model_that_was_loaded(tiny, tmp_path):
+    ViTWithRegistersModel(tiny()).save_pretrained(tmp_path / "first")
+    model = ViTWithRegistersModel.from_pretrained(tmp_path / "first")
+    model.set_input_embeddings(nn.Conv2d(3, 32, kernel_size=8, stride=8))
+    assert len(model.image_processor_settings()["image_mean"]) == 3
+    model.set_input_embeddings(nn.Conv2d(1, 32, kernel_size=8, stride=8))
+    _loads_again(model, tmp_path / "second", torch.randn(1, 1, 32, 32))
+    assert json.loads((tmp_path / "second" / "preprocessor_config.json").read_text())["image_std"] == [0.5]
+
+
+CAPI = {"position_embedding_type": "rope", "rope_style": "capi", "has_cls_token": False, "pooling": "mean"}
+
+
+@pytest.mark.parametrize("count", [6, 2.0, True, -4, None, "8", torch.tensor(8)], ids=str)
+def test_a_number_of_registers_that_the_configuration_refuses_changes_nothing(tiny, count):
+    model = ViTWithRegistersModel(tiny(**CAPI))
+    before = model.embeddings.register_tokens
+    with pytest.raises(ValueError, match="num_register_tokens"):
+        model.resize_register_tokens(count)
+    assert model.config.num_register_tokens == 4 and model.embeddings.register_tokens is before
+    model.resize_register_tokens(8)
+    assert model(torch.randn(1, 3, 32, 32)).register_tokens.shape[1] == 8
+
+
+@pytest.mark.parametrize("size", [33, 32.0, True, (32,), "32", None, 0, (32, -8)], ids=str)
+def test_an_image_size_that_the_configuration_refuses_changes_nothing(tiny, size):
+    for position in POSITIONS:
+        model = ViTWithRegistersModel(tiny(position_embedding_type=position))
+        with pytest.raises(ValueError, match="image_size"):
+            model.resize_position_embeddings(size)
+        assert model.config.image_size == 32
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (nn.Conv2d(3, 16, 8, 8), "got Conv2d with out_channels=16"),
+        (nn.Conv2d(3, 32, 4, 4), r"got Conv2d with kernel_size=\(4, 4\), stride=\(4, 4\)"),
+        (nn.Conv2d(3, 32, 8, 4), r"got Conv2d with stride=\(4, 4\)"),
+        (nn.Conv2d(3, 32, 8, 8, padding=1), r"got Conv2d with padding=\(1, 1\)"),
+        (nn.Conv2d(4, 32, 8, 8, groups=2), "got Conv2d with groups=2"),
+        (nn.Linear(192, 32), "got Linear"),
+        (None, "got NoneType"),
+    ],
+    ids=str,
+)
+def test_a_patch_embedding_that_the_configuration_cannot_describe_is_refused(tiny, layer, message):
+    model = ViTWithRegistersModel(tiny())
+    before = model.get_input_embeddings()
+    with pytest.raises(ValueError, match=rf"expected an nn.Conv2d with out_channels=32, kernel_size=.* {message}"):
+        model.set_input_embeddings(layer)
+    assert model.get_input_embeddings() is before and model.config.num_channels == 3
+
+
+def test_a_model_that_predicts_pixels_keeps_its_channels(tiny):
+    model = ViTWithRegistersForMaskedImageModeling(tiny())
+    with pytest.raises(ValueError, match="predicts pixels of 3 channels: for 4 make a new model"):
+        model.set_input_embeddings(nn.Conv2d(4, 32, 8, 8))
+    model.set_input_embeddings(nn.Conv2d(3, 32, 8, 8))
+
+
+# The image processor file ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"image_mean": "x"},
+        {"image_mean": [0.5, float("nan"), 0.5]},
+        {"image_mean": [0.5, 0.5]},
+        {"image_mean": []},
+        {"image_mean": [[0.5], 0.5, 0.5]},
+        {"image_std": [0.2, 0.0, 0.2]},
+        {"image_std": [0.2, None, 0.2]},
+        {"image_std": float("inf")},
+        {"rescale_factor": "1/255"},
+        {"rescale_factor": -1},
+    ],
+    ids=str,
+)
+def test_numbers_of_an_image_processor_that_are_none_are_refused_by_name(tiny, tmp_path, wrong):
+    ViTWithRegistersModel(tiny()).save_pretrained(tmp_path)
+    path, (name,) = tmp_path / "preprocessor_config.json", wrong
+    right = json.loads(path.read_text())
+    path.write_text(json.dumps(right | wrong))
+    model = ViTWithRegistersModel.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"preprocessor_config.json has the {name} .*, expected a finite number"):
+        model.image_processor_settings()
+    model.save_pretrained(tmp_path / "again")  # a trained model is not lost for it
+    assert json.loads((tmp_path / "again" / path.name).read_text()) == right
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "{", "3", ""])
+def test_an_image_processor_that_is_no_object_is_refused(tiny, tmp_path, text):
+    ViTWithRegistersModel(tiny()).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"preprocessor_config.json (is no valid JSON|holds a (list|int))"):
+        ViTWithRegistersModel.from_pretrained(tmp_path).image_processor_settings()
+
+
+def test_one_mean_for_all_channels_becomes_one_for_each(tiny, tmp_path):
+    ViTWithRegistersModel(tiny()).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({"image_processor_type": "BitImageProcessor", "image_mean": 0.5, "image_std": [0.25]})
+    )
+    settings = ViTWithRegistersModel.from_pretrained(tmp_path).image_processor_settings()
+    assert (settings["image_mean"], settings["image_std"]) == ([0.5] * 3, [0.25] * 3)
 
 
 # Initial values ----------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).with_name("portable_checks.py")
 CHECKS = list(runpy.run_path(str(PROGRAM))["CHECKS"])
 NEWEST = transformers.__version__
-VERSIONS = list(dict.fromkeys(["4.57.6", "5.0.0", "5.10.4", NEWEST]))
+VERSIONS = list(dict.fromkeys(["4.57.1", "4.57.6", "5.0.0", "5.10.4", NEWEST]))
 
 Answer = namedtuple("Answer", ["models", "result", "printed"])
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from modeling_vitreg.modeling_vitreg import IMAGENET_MEAN, IMAGENET_STD
 from modeling_vitreg.settings import make_settings, suggest_name
 
 from ..views.crops import CropSettings
@@ -72,8 +73,8 @@ class Recipe:
     crops: CropSettings = dataclasses.field(default_factory=CropSettings)
     masks: MaskSettings = dataclasses.field(default_factory=MaskSettings)
     settings: dict = dataclasses.field(default_factory=dict)
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
     num_steps: int = 125_000
     batch_size: int = 1024
     repeated_augmentation: int = 1
