@@ -51,7 +51,7 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
         hidden_act: "gelu" (erf), "gelu_pytorch_tanh", "quick_gelu" (OpenAI CLIP) or "swiglu" (SiLU gate; DINOv2 g).
         norm_type: "layernorm", or "rmsnorm", without mean and bias (CAPI).
         layer_norm_eps: 1e-6 for ViT, DeiT, DINO, DINOv2 and MAE; 1e-5 for CLIP, DINOv3 and CAPI.
-        image_size: pixels, a side or (rows, columns), that the position table belongs to. Inputs may have other sizes.
+        image_size: pixels, a side or (rows, columns), of the position table. Inputs may have other sizes.
         patch_size: pixels, a side or (rows, columns); must divide `image_size`.
         num_channels: channels of an image.
         num_register_tokens: registers R, 0 or more.
@@ -68,30 +68,30 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
             OpenCLIP) or without (ViT, DeiT, DINO, DINOv2, MAE). Always bicubic.
         interpolate_offset: added to the rows and columns of the target before the scale is computed. 0.1 for the
             official code of DINO and DINOv2 without registers, 0.0 everywhere else.
-        rope_style: "dinov3" turns patches by where their centres lie, and no prefix token; "capi" puts the first and
-            the last patch on the edge and the registers, a multiple of four, on the border of the image, and its
+        rope_style: "dinov3" encodes the centres of the patches and leaves prefix tokens alone. "capi" places the first
+            and last patch on the edge and the registers, a multiple of four, on the border of the image; its
             frequencies do not depend on `rope_theta`.
         rope_theta: base of the periods of the rotary embedding.
         rope_shift: while training, shift each axis by a uniform value in [-rope_shift, rope_shift]; None: do not.
         rope_jitter: while training, scale each axis by a log-uniform value in [1/rope_jitter, rope_jitter].
         rope_rescale: while training, scale both axes by one log-uniform value in [1/rope_rescale, rope_rescale].
         has_patch_bias: whether the patch embedding has a bias (not in CLIP).
-        has_pre_norm: whether a norm stands before the first layer (CLIP).
+        has_pre_norm: whether there is a norm before the first layer (CLIP).
         has_query_bias, has_key_bias, has_value_bias: DINOv3 has none on the keys, its 7B none at all.
-        layer_scale_init_value: initial value of LayerScale, or None for none (Touvron et al. 2021).
+        layer_scale_init_value: initial value of LayerScale (Touvron et al. 2021), or None for no LayerScale.
         hidden_dropout_prob: dropout after the embeddings and after both branches of a layer.
         attention_probs_dropout_prob: dropout of the attention probabilities.
         drop_path_rate: stochastic depth of the deepest layer.
         drop_path_schedule: "linear" from 0 to `drop_path_rate` over the depth, or "constant" (DeiT-III).
-        drop_path_mode: "sample" drops a branch for each image on its own; "batch_subset" runs it on a subset of the
-            batch, whose size is fixed, and so saves its cost too (DINOv2).
-        pooling: `pooler_output` and input of the classifier. "cls"; "mean" of patches; "cls_mean", both concatenated
+        drop_path_mode: "sample" drops a branch independently for each image; "batch_subset" runs it on a subset of the
+            batch of fixed size, which also saves compute (DINOv2).
+        pooling: `pooler_output`, the input of the classifier. "cls"; "mean" of patches; "cls_mean", both concatenated
             (DINOv2's linear head); "cls_distillation", two classifiers, averaged (DeiT).
         projection_size: width of `image_embeds`, a product of the pooled vector without bias (CLIP), or None.
-        has_pooled_norm: the final norm is applied to the pooled vector in place of the tokens (timm's `fc_norm`, MAE
-            fine-tuning); only with pooling "mean".
-        num_classifier_layers: last layers whose class tokens enter the classifier (DINOv2's 4-layer linear head).
-        has_zero_init_classifier: start the classifier at zero, as the ViT paper does for fine-tuning.
+        has_pooled_norm: apply the final norm to the pooled vector instead of the tokens (timm's `fc_norm`, fine-tuned
+            MAE); only with pooling "mean".
+        num_classifier_layers: number of last layers whose class tokens the classifier reads (DINOv2's 4-layer head).
+        has_zero_init_classifier: initialise the classifier at zero, as the ViT paper does for fine-tuning.
         out_features, out_indices: stages that a backbone, a segmentation head and a depth head read. Stage 0, "stem",
             is the embedding, stage i the output of layer i. Default: the last.
         reshape_hidden_states: whether a backbone returns maps (B, D, rows, columns) or, for DPT, tokens (B, 1 + P, D)
@@ -100,7 +100,7 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
         masked_target: what masked image modelling predicts: "pixels" (SimMIM) or "features" of a teacher.
         masked_target_size: width of the teacher's features; default `hidden_size`.
         num_depth_bins, min_depth, max_depth: bins of the depth head and their range in metres.
-        semantic_loss_ignore_index: label of pixels that do not count in segmentation.
+        semantic_loss_ignore_index: label of ignored pixels in segmentation.
         has_mask_token: whether the base model owns a mask token. Only masked modelling needs one, and a parameter
             without gradient stops distributed data parallel training.
         initializer_range: standard deviation of the truncated normal that weights, tokens and positions start from.
@@ -249,7 +249,7 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
 
     @classmethod
     def from_preset(cls, name, **overrides):
-        """Configuration of a size of the field: "tiny", "small", "base", "large", "huge" or "giant", as in "base/14".
+        """Configuration of a standard size: "tiny", "small", "base", "large", "huge" or "giant", as in "base/14".
 
         Args:
             name: a size, with the patch size behind a slash; without one the patch has 16 pixels.
@@ -353,7 +353,7 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
         )
 
     def _validate_types(self):
-        """What a damaged or hostile file may hold in place of numbers and truth values."""
+        """Check the types of numbers and booleans, which a damaged file may hold anything in place of."""
         for name in (
             *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_channels"),
             *("num_depth_bins", "masked_target_size"),

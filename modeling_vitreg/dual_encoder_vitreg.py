@@ -1,7 +1,8 @@
-"""A Vision Transformer with registers beside a text tower of transformers, in one space: CLIP (Radford et al. 2021).
+"""Dual encoder: a Vision Transformer with registers and a text tower of transformers, as CLIP (Radford et al. 2021).
 
-Images and texts become vectors whose products say how well they fit. Only the pooled vector of the image tower enters
-them, never a register. Names of tensors are those of transformers' `VisionTextDualEncoderModel`, which loads them too.
+Both towers map to one embedding space, and dot products measure similarity. The image embedding is made from the
+pooled vector only, never from registers. Tensors have the names of transformers' `VisionTextDualEncoderModel`, which
+can load the same files.
 
 Letters for shapes: B images, T texts, N tokens of a text, E width of the common space.
 
@@ -16,30 +17,28 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_vitreg import ViTWithRegistersConfig
-from .modeling_vitreg import ViTWithRegistersModel, classification_loss, set_initial, without_reentrance
+from .modeling_vitreg import ViTWithRegistersMixin, ViTWithRegistersModel, classification_loss, set_initial
 
 
 # The names under which transformers finds the model; its pipeline looks for the second.
 DUAL_ENCODER_AUTO_CLASSES = ("AutoModel", "AutoModelForZeroShotImageClassification")
 _NOT_OF_A_TOWER = ("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")
-_OF_THE_HUB = ("repo_id", "commit_message", "commit_description", "private", "create_pr", "revision", "tags")
 
 
 class ViTWithRegistersDualEncoderConfig(PretrainedConfig):
-    """Architecture of an image tower with registers beside a text tower. The defaults are CLIP's ViT-B/16's.
+    """Architecture of a dual encoder. The defaults are those of CLIP ViT-B/16.
 
     Args:
         vision_config: `ViTWithRegistersConfig`, or a dictionary of its fields.
         text_config: configuration of a text tower of transformers, or a dictionary of its fields and its `model_type`,
             by default that of CLIP.
-        projection_dim: width E of the common space.
-        logit_scale_init_value: logarithm of the inverse temperature that training starts from.
+        projection_dim: width E of the embedding space.
+        logit_scale_init_value: initial logarithm of the inverse temperature.
 
     Raises:
         ValueError: a value that the image tower does not allow, or a text tower that transformers does not know.
@@ -80,8 +79,8 @@ class ViTWithRegistersDualEncoderConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
     def to_diff_dict(self) -> dict:
-        """What is saved: of each tower its architecture alone, so that versions agree, and no word of where it lay,
-        which may be a folder of its author."""
+        """The saved fields. Each tower has its architecture only: other fields differ between versions of transformers
+        and may hold a local path."""
         fields = super().to_diff_dict()
         for tower in self.sub_configs:
             fields[tower] = getattr(self, tower).to_diff_dict()
@@ -96,10 +95,10 @@ class ViTWithRegistersDualEncoderOutput(ModelOutput):
 
     Args:
         loss: contrastive, on request.
-        logits_per_image: (B, T), products of images and texts times the scale.
-        logits_per_text: (T, B), the same.
-        text_embeds: (T, E), of length one.
-        image_embeds: (B, E), of length one.
+        logits_per_image: (B, T), scaled cosine similarities of images and texts.
+        logits_per_text: (T, B), the transpose.
+        text_embeds: (T, E), L2-normalised.
+        image_embeds: (B, E), L2-normalised.
         text_model_output: of the text tower.
         vision_model_output: of the image tower, a `ViTWithRegistersModelOutput` with all tokens by name.
     """
@@ -113,17 +112,17 @@ class ViTWithRegistersDualEncoderOutput(ModelOutput):
     vision_model_output: ModelOutput | None = None
 
     def to_tuple(self) -> tuple:
-        """What is there, in order, the outputs of the towers as tuples too."""
+        """The fields that are not None, in order, with the outputs of the towers as tuples."""
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
 
 
-class ViTWithRegistersDualEncoderModel(PreTrainedModel):
-    """Images and texts to vectors of one space.
+class ViTWithRegistersDualEncoderModel(ViTWithRegistersMixin, PreTrainedModel):
+    """Embed images and texts in one space.
 
     Args:
         config: the architecture.
-        vision_model: `ViTWithRegistersModel` to use, as it is; default a new one of `config.vision_config`.
-        text_model: text tower to use, as it is; default a new one of `config.text_config`.
+        vision_model: `ViTWithRegistersModel` to use; by default a new one from `config.vision_config`.
+        text_model: text tower to use; by default a new one from `config.text_config`.
     """
 
     config_class = ViTWithRegistersDualEncoderConfig
@@ -172,19 +171,19 @@ class ViTWithRegistersDualEncoderModel(PreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> ViTWithRegistersDualEncoderOutput | tuple:
-        """Compare every image with every text.
+        """Similarity of every image and every text.
 
         Args:
             input_ids: (T, N), from the tokenizer.
             pixel_values: images (B, C, height, width).
             attention_mask: (T, N), zero behind the end of a text.
             position_ids, token_type_ids: (T, N), for text towers that have them.
-            return_loss: add the contrastive loss of images and texts that are pairs.
-            output_attentions, output_hidden_states: of both towers; 5.0 records none of CLIP's text tower.
-            return_dict: a `ViTWithRegistersDualEncoderOutput` (default), or a tuple of what is there.
+            return_loss: return the contrastive loss; image i and text i are a pair.
+            output_attentions, output_hidden_states: of both towers; transformers 5.0 records none of CLIP's text.
+            return_dict: False for a tuple.
 
         Raises:
-            ValueError: images or texts are missing, or a loss of unequal numbers of them.
+            ValueError: images or texts are missing, or their numbers differ and a loss is requested.
         """
         if input_ids is None or pixel_values is None:
             raise ValueError(
@@ -217,7 +216,7 @@ class ViTWithRegistersDualEncoderModel(PreTrainedModel):
         return output if return_dict else output.to_tuple()
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        """Images (B, C, height, width) in the common space, (B, E), of any length; on every version a tensor."""
+        """Embeddings (B, E) of images (B, C, height, width), not normalised."""
         return self.visual_projection(self.vision_model(pixel_values, return_dict=True).pooler_output)
 
     def get_text_features(
@@ -227,42 +226,21 @@ class ViTWithRegistersDualEncoderModel(PreTrainedModel):
         position_ids: Tensor | None = None,
         token_type_ids: Tensor | None = None,
     ) -> Tensor:
-        """Texts in the common space, (T, E), of any length; arguments as in `forward`."""
+        """Embeddings (T, E) of texts, not normalised; arguments as in `forward`."""
         texts = self._read_texts(
             input_ids, attention_mask=attention_mask, position_ids=position_ids, token_type_ids=token_type_ids
         )
         return self.text_projection(texts.pooler_output)
 
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        is_main_process: bool = True,
-        state_dict: dict | None = None,
-        push_to_hub: bool = False,
-        **kwargs,
-    ) -> None:
-        """Save as in transformers, and with it the code, an entry for every Auto class, and an image processor.
+    def _auto_map(self) -> dict:
+        models = dict.fromkeys(DUAL_ENCODER_AUTO_CLASSES, "dual_encoder_vitreg.ViTWithRegistersDualEncoderModel")
+        return {"AutoConfig": "dual_encoder_vitreg.ViTWithRegistersDualEncoderConfig", **models}
 
-        The image processor is that of the image tower, see there. The tokenizer is saved by its own method.
-        """
-        to_hub = {name: kwargs.pop(name) for name in _OF_THE_HUB if name in kwargs}
-        self.config.auto_map = {
-            "AutoConfig": "dual_encoder_vitreg.ViTWithRegistersDualEncoderConfig",
-            **dict.fromkeys(DUAL_ENCODER_AUTO_CLASSES, "dual_encoder_vitreg.ViTWithRegistersDualEncoderModel"),
-        }
-        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
-        if is_main_process and os.path.isdir(save_directory):
-            self.vision_model._save_image_processor(save_directory)
-        if push_to_hub:  # now, so that the image processor travels too
-            repo_id = to_hub.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
-            self.push_to_hub(repo_id, token=kwargs.get("token"), **to_hub)
-
-    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=checkpoint, **options):
-        checkpoint_func = without_reentrance(gradient_checkpointing_func)
-        super()._set_gradient_checkpointing(enable, checkpoint_func, **options)
+    def _save_image_processor(self, folder: str | os.PathLike) -> None:
+        self.vision_model._save_image_processor(folder)
 
     def _read_texts(self, input_ids: Tensor, **inputs) -> ModelOutput:
-        """The output of the text tower, which is given only what the caller has: not every tower takes everything."""
+        """Run the text tower with the inputs that are not None: not every tower takes every argument."""
         inputs = {name: value for name, value in inputs.items() if value is not None}
         output = self.text_model(input_ids=input_ids, **inputs)
         if getattr(output, "pooler_output", None) is None:
@@ -285,7 +263,7 @@ class ViTWithRegistersDualEncoderModel(PreTrainedModel):
 
 
 def matching_loss(logits: Tensor) -> Tensor:
-    """Cross-entropy of each image among all texts, and of each text among all images, averaged.
+    """Symmetric contrastive loss: cross-entropy of each image over all texts, and of each text over all images.
 
     for each pair i:
         add  - log softmax_j(logits[i, j])[i] / 2
@@ -293,7 +271,7 @@ def matching_loss(logits: Tensor) -> Tensor:
     divide by the number of pairs
 
     Args:
-        logits: (B, B), of images and texts, or of texts and images; pairs lie on the diagonal.
+        logits: (B, B); pairs are on the diagonal.
 
     Raises:
         ValueError: unequal numbers of images and texts.
@@ -308,15 +286,15 @@ def matching_loss(logits: Tensor) -> Tensor:
 
 
 def unwrap_text_model(text_model: nn.Module) -> nn.Module:
-    """The network of a text tower. Shim: older versions, 5.0 among them, hold that of CLIP and SigLIP one level
-    deeper, as `text_model`, where its tensors have longer names; its own names are the same in every version."""
+    """The innermost network of a text tower. Shim: up to 5.0, CLIP and SigLIP hold it as `text_model`, which adds a
+    prefix to the names of its tensors; without it the names are the same in every version."""
     return getattr(text_model, "text_model", text_model)
 
 
 def _make_config(fields: PretrainedConfig | dict | None, *, default: str) -> PretrainedConfig:
-    """A configuration of its own from one, from its fields, or from nothing.
+    """Copy a configuration, or make one from its fields or from the defaults.
 
-    No class is asked for: a file that was loaded from a folder may meet those of a second copy of the other file.
+    There is no check for our own class: remote code may have loaded a second copy of it.
     """
     if isinstance(fields, PretrainedConfig):
         return copy.deepcopy(fields)

@@ -1,8 +1,8 @@
 """Vision Transformer with registers: one class family for ViT, DeiT, DeiT-III, DINO, DINOv2, DINOv3, MAE and CLIP.
 
-Registers are learned tokens without a position that join the sequence behind the class token; their outputs are thrown
-away, so that the network need not store global information in background patches (Darcet et al. 2024,
-arXiv 2309.16588). Every output names its tokens, so that nobody slices a sequence by hand.
+Registers are learned tokens without a position. They are added to the sequence after the class token and their outputs
+are discarded, so the network does not store global information in background patches (Darcet et al. 2024,
+arXiv 2309.16588). Outputs give each kind of token by name; there is no need to slice the sequence.
 
 Letters for shapes: B images, N tokens, P patches, R registers, D width, H heads, d = D / H, L layers.
 
@@ -50,8 +50,8 @@ except ImportError:
 
 
 class AttentionBackend(nn.Module):
-    """Looks up the attention function in use. Up to 5.0 the registry is a mapping, from 5.1 on it is asked by method;
-    the library looks for both texts in this file to decide whether the back end of a model may be switched."""
+    """Looks up the attention function in use. Up to 5.0 the registry is a mapping, from 5.1 on it has a method. The
+    library searches this file for both expressions to decide whether the attention implementation can be switched."""
 
     config: ViTWithRegistersConfig
 
@@ -72,8 +72,8 @@ def set_initial(parameter: Tensor | None, initialise, *args, **kwargs) -> None:
 
 
 def without_reentrance(checkpoint: Callable) -> Callable:
-    """Checkpointing of activations that keeps the gradients of nested tensors. Up to 4.57 the library defaults to
-    reentrant checkpointing, which returns layers without gradient, and without a word, where tokens come in tuples."""
+    """Checkpointing of activations that keeps all gradients. Up to 4.57 the library defaults to reentrant
+    checkpointing, under which layers get no gradient if their input needs none, as behind frozen embeddings."""
     if isinstance(checkpoint, functools.partial) and checkpoint.keywords.get("use_reentrant"):
         return functools.partial(checkpoint, use_reentrant=False)
     return checkpoint
@@ -125,7 +125,7 @@ class ViTWithRegistersModelOutput(ModelOutput):
         register_tokens: (B, R, D); R may be 0.
         patch_tokens: (B, P, D), row by row.
         patch_grid: (B, rows, columns, D), the same patches where they lie in the image.
-        pre_norm: the same tokens before the final norm, where outliers are looked for; on request.
+        pre_norm: the same tokens before the final norm, where outlier norms are measured; on request.
         image_embeds: (B, `config.projection_size`), or None for a model without projection.
     """
 
@@ -144,9 +144,9 @@ class ViTWithRegistersModelOutput(ModelOutput):
 
 @dataclass
 class ViTWithRegistersAttentionMaps(ModelOutput):
-    """Attention of prefix tokens over the patches, folded onto the grid; M is the number of layers asked for.
+    """Attention of prefix tokens over the patches, on the patch grid; M is the number of requested layers.
 
-    Probabilities over all tokens: a map sums to one minus what its query gives to class token and registers.
+    Probabilities are over all tokens: a map sums to one minus the attention of its query on the prefix tokens.
 
     Args:
         cls: (B, M, H, rows, columns), or (B, M, rows, columns) when averaged over heads.
@@ -161,7 +161,7 @@ class ViTWithRegistersAttentionMaps(ModelOutput):
 
 @dataclass
 class ViTWithRegistersClassifierOutput(ImageClassifierOutput):
-    """Adds to the logits, which are the mean of both, those of the two classifiers of a distilled model, (B, C)."""
+    """Adds the logits (B, C) of the two classifiers of a distilled model; `logits` is their mean."""
 
     cls_logits: Tensor | None = None
     distillation_logits: Tensor | None = None
@@ -201,7 +201,7 @@ def resize_position_table(table: Tensor, grid: tuple, *, antialias: bool, offset
 
 
 def _without_autocast(device: torch.device):
-    """Keep float32 products in float32; a device without autocast, such as meta, refuses even to be asked."""
+    """Keep float32 products in float32. On the meta device, which has no autocast, even the query raises."""
     if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
@@ -241,18 +241,19 @@ def sincos_position_table(grid: tuple, width: int) -> Tensor:
 
 
 def is_traced() -> bool:
-    """Whether a graph is being recorded, in which sizes are symbols and no value may decide anything."""
+    """Whether a graph is being recorded. Sizes are symbolic then, and code must not branch on values."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 class ViTWithRegistersPositionEmbeddings(nn.Module):
-    """Position table of the patches, and of class and distillation token where they have slots; learned, or fixed and
-    then saved too, so that a converted file keeps its bytes."""
+    """Position table of the patches, and of class and distillation token if they have slots. A fixed table is saved as
+    a learned one is, so that a converted file keeps its bytes."""
 
     def __init__(self, config: ViTWithRegistersConfig):
         super().__init__()
         self.config = config
         self.native_grid = config.grid_shape
+        # CODEPATH: ViT, DINOv2, CLIP; else MAE, whose table is fixed.
         if config.position_embedding_type == "learned":
             num_positions = config.num_prefix_positions + math.prod(self.native_grid)
             self.weight = nn.Parameter(torch.empty(1, num_positions, config.hidden_size))
@@ -297,13 +298,14 @@ class ViTWithRegistersPositionEmbeddings(nn.Module):
 
 
 def rotary_tables(config: ViTWithRegistersConfig, grid: tuple, *, training: bool, device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (N, d), in float32, of a 2-D rotary embedding; class and distillation token are not turned.
+    """Cosines and sines (N, d), in float32, of a 2-D rotary embedding. Class and distillation token are not rotated.
 
-    DINOv3 (Simeoni et al. 2025): patch centres lie in [-1, 1] on each axis; a quarter of a head turns with the row, a
-    quarter with the column, and the other half repeats both. Registers are not turned.
+    DINOv3 (Simeoni et al. 2025): patch centres lie in [-1, 1] on each axis; a quarter of a head encodes the row, a
+    quarter the column, and the other half repeats both. Registers are not rotated.
     CAPI (Darcet et al. 2025): the first patch lies at 0 on each axis, the last at 1, and registers lie around the
-    border; one half of a head turns with the row, the other with the column.
+    border; one half of a head encodes the row, the other the column.
     """
+    # CODEPATH: CAPI; else DINOv3.
     make_angles = _capi_angles if config.rope_style == "capi" else _dinov3_angles
     angles = make_angles(config, grid, training=training, device=device)
     angles = F.pad(angles, (0, 0, config.num_prefix_tokens + math.prod(grid) - angles.shape[0], 0))
@@ -333,17 +335,20 @@ def _capi_angles(config: ViTWithRegistersConfig, grid: tuple, *, training: bool,
 
 
 def capi_frequencies(config: ViTWithRegistersConfig, *, device=None) -> Tensor:
-    """Radians (d / 4,) by which the way across an image turns a pair of channels, from 7 turns to 7e-4."""
+    """Rotation (d / 4,) of each pair of channels across the whole image, in radians, from 7 turns to 7e-4 turns."""
     quarter = config.hidden_size // config.num_attention_heads // 4
     return 2 * math.pi * 7 * 1e4 ** torch.linspace(0, -1, quarter, device=device)
 
 
 def _augment_centres(config: ViTWithRegistersConfig, centres: Tensor) -> Tensor:
+    # CODEPATH: training of DINOv3 only.
     if config.rope_shift is not None:
         centres = centres + torch.empty_like(centres[:1]).uniform_(-config.rope_shift, config.rope_shift)
+    # CODEPATH: training of DINOv3 only.
     if config.rope_jitter is not None:
         reach = math.log(config.rope_jitter)
         centres = centres * torch.empty_like(centres[:1]).uniform_(-reach, reach).exp()
+    # CODEPATH: training of DINOv3 only.
     if config.rope_rescale is not None:
         reach = math.log(config.rope_rescale)
         centres = centres * torch.empty_like(centres[:1, :1]).uniform_(-reach, reach).exp()
@@ -351,7 +356,7 @@ def _augment_centres(config: ViTWithRegistersConfig, centres: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn queries or keys (B, H, N, d) by the angles of `rotary_tables`."""
+    """Rotate queries or keys (B, H, N, d) by the angles of `rotary_tables`."""
     cos, sin = rotary
     exact = x.float()  # products and sums in half precision make the error half as large again
     first, second = exact.chunk(2, dim=-1)
@@ -379,7 +384,7 @@ def check_image_size(size: Iterable[int], patch_shape: Iterable[int]) -> None:
 
 
 class ViTWithRegistersRegisterTokens(nn.Module):
-    """The registers, as a module of their own so that PEFT can train them through `modules_to_save`."""
+    """The registers. They are a module so that PEFT can train them through `modules_to_save`."""
 
     def __init__(self, num_tokens: int, width: int):
         super().__init__()
@@ -404,13 +409,17 @@ class ViTWithRegistersEmbeddings(nn.Module):
             stride=config.patch_shape,
             bias=config.has_patch_bias,
         )
+        # CODEPATH: all but CAPI and timm's gap models.
         self.cls_token = nn.Parameter(torch.empty(1, 1, width)) if config.has_cls_token else None
+        # CODEPATH: distilled DeiT.
         self.distillation_token = nn.Parameter(torch.empty(1, 1, width)) if config.has_distillation_token else None
         self.register_tokens = None
+        # CODEPATH: DINOv2 with registers, DINOv3, CAPI; else ViT, MAE, CLIP.
         if config.num_register_tokens:
             self.register_tokens = ViTWithRegistersRegisterTokens(config.num_register_tokens, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width)) if use_mask_token else None
         self.position_embeddings = None
+        # CODEPATH: ViT, DINOv2, CLIP, MAE; else DINOv3, CAPI.
         if config.position_embedding_type in ("learned", "sincos"):
             self.position_embeddings = ViTWithRegistersPositionEmbeddings(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -488,6 +497,7 @@ def eager_attention_forward(
 
 def make_norm(config: ViTWithRegistersConfig) -> nn.Module:
     """The norm of tokens."""
+    # CODEPATH: CAPI; else all others.
     kind = nn.RMSNorm if config.norm_type == "rmsnorm" else nn.LayerNorm
     return kind(config.hidden_size, eps=config.layer_norm_eps)
 
@@ -512,7 +522,7 @@ def _apply_with_partial_bias(layer: nn.Linear, has_bias: tuple, hidden_states: T
 
 
 class ViTWithRegistersAttention(AttentionBackend):
-    """Multi-head self-attention through the back end that the model was loaded with."""
+    """Multi-head self-attention with the attention implementation of the configuration."""
 
     def __init__(self, config: ViTWithRegistersConfig):
         super().__init__()
@@ -543,11 +553,11 @@ class ViTWithRegistersAttention(AttentionBackend):
         return self.mix(torch.cat(found) if len(found) > 1 else found[0])
 
     def mix(self, attended: Tensor) -> Tensor:
-        """The output layer, on what the heads found (..., D)."""
+        """Output projection of the concatenated heads (..., D)."""
         return self.dropout(self.proj(attended))
 
     def split_heads(self, packed: Tensor, rotary: tuple | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each (B, H, N, d), of (B, N, 3 D), with positions turned in."""
+        """Queries, keys and values, each (B, H, N, d), from (B, N, 3 D), with rotary positions applied."""
         # In three parts and not by an axis of three: the gradient is then one concatenation, without another copy.
         parts = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in packed.chunk(3, dim=-1))
         query, key, value = parts
@@ -558,7 +568,7 @@ class ViTWithRegistersAttention(AttentionBackend):
     def attend(
         self, packed: Tensor, rotary: tuple | None = None, output_attentions: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """What the heads find (B, N, D), from queries, keys and values (B, N, 3 D); and probabilities if asked for."""
+        """Concatenated heads (B, N, D) from queries, keys and values (B, N, 3 D); and probabilities if requested."""
         # Only the eager function has probabilities to return, whatever the back end of the model.
         attend = eager_attention_forward if output_attentions else self.get_attention_function()
         output, probabilities = attend(
@@ -725,7 +735,7 @@ class ViTWithRegistersLayer(GradientCheckpointingLayer):
         Args:
             hidden_states: (B, N, D), or (T, D) for `groups`.
             rotary, groups: as in `ViTWithRegistersAttention`.
-            reads: indices (M,) into the T tokens of the groups; only these are finished, and returned as (M, D).
+            reads: indices (M,) into the T tokens of the groups; the layer returns only these, as (M, D).
         """
         if groups is not None:
             return self._forward_groups(hidden_states, rotary, groups, reads)
@@ -734,11 +744,11 @@ class ViTWithRegistersLayer(GradientCheckpointingLayer):
         return self.drop_path.add(hidden_states, self.mlp_branch, self.drop_path.choose(hidden_states))
 
     def attention_branch(self, hidden_states: Tensor, rotary: tuple | None, groups: tuple | None = None) -> Tensor:
-        """What attention adds to tokens."""
+        """The update of the tokens by attention."""
         return self.layer_scale1(self.attention(self.norm1(hidden_states), rotary, groups))
 
     def mlp_branch(self, hidden_states: Tensor) -> Tensor:
-        """What the MLP adds to tokens."""
+        """The update of the tokens by the MLP."""
         return self.layer_scale2(self.mlp(self.norm2(hidden_states)))
 
     def forward_with_attentions(self, hidden_states: Tensor, rotary: tuple | None = None) -> tuple[Tensor, Tensor]:
@@ -752,7 +762,7 @@ class ViTWithRegistersLayer(GradientCheckpointingLayer):
         return hidden_states, probabilities
 
     def _forward_groups(self, hidden_states: Tensor, rotary: tuple, groups: tuple, reads: Tensor | None) -> Tensor:
-        # A choice of whole images would leave tokens to read without a branch: then all images run, with factors.
+        # A subset of images would leave some requested tokens without a branch: run all images, with factors.
         draws = [self.drop_path.choose_tokens(hidden_states, groups, needs_all=reads is not None) for _ in range(2)]
         (choice, kept), (mlp_choice, _) = draws
         hidden_states = self.drop_path.add(hidden_states, self.attention_branch, choice, rotary, kept)
@@ -806,8 +816,39 @@ def _join(settings: dict) -> str:
     return ", ".join(f"{name}={value}" for name, value in settings.items())
 
 
-class ViTWithRegistersPreTrainedModel(PreTrainedModel):
-    """Initialisation, saving, and what every model of the family offers beside its forward."""
+class ViTWithRegistersMixin:
+    """What the models and the dual encoder share: they save a folder that runs without the package."""
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> None:
+        """Save as in transformers, with the code, an entry for every Auto class, and an image processor.
+
+        An image processor that is already in the folder is kept. Otherwise the one that the model was loaded with is
+        saved, in the class that the pipeline of this model accepts; a new model gets one with ImageNet's statistics.
+        """
+        to_hub = ("repo_id", "commit_message", "commit_description", "private", "create_pr", "revision", "tags")
+        to_hub = {name: kwargs.pop(name) for name in to_hub if name in kwargs}
+        self.config.auto_map = self._auto_map()
+        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+        if is_main_process and os.path.isdir(save_directory):
+            self._save_image_processor(save_directory)
+        if push_to_hub:  # after the image processor, which is uploaded too
+            repo_id = to_hub.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
+            self.push_to_hub(repo_id, token=kwargs.get("token"), **to_hub)
+
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=checkpoint, **options):
+        checkpoint_func = without_reentrance(gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable, checkpoint_func, **options)
+
+
+class ViTWithRegistersPreTrainedModel(ViTWithRegistersMixin, PreTrainedModel):
+    """Base class of all models: initialisation, saving, resizing, and attention maps."""
 
     config_class = ViTWithRegistersConfig
     base_model_prefix = "vitreg"
@@ -826,6 +867,7 @@ class ViTWithRegistersPreTrainedModel(PreTrainedModel):
     _has_new_channels = False  # since it was loaded: the image processor of then does not fit
     _has_checked_labels = False
 
+    # trf-ignore: TRF018 (every kind of module that there is here has its initial law below)
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
         if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -844,7 +886,7 @@ class ViTWithRegistersPreTrainedModel(PreTrainedModel):
         elif isinstance(module, ViTWithRegistersLayerScale):
             set_initial(module.weight, nn.init.constant_, self.config.layer_scale_init_value)
         elif isinstance(module, ViTWithRegistersRegisterTokens):
-            # They have no position: equal ones would get equal gradients and stay equal for ever.
+            # Registers have no position: equal ones would get equal gradients and stay equal.
             set_initial(module.weight, nn.init.trunc_normal_, std=std)
         elif isinstance(module, ViTWithRegistersRegisterNeuronMLP):
             set_initial(module.units, lambda units: units.copy_(torch.tensor(module.initial_units)))
@@ -893,14 +935,14 @@ class ViTWithRegistersPreTrainedModel(PreTrainedModel):
         """Refuse a number of channels that other parts of this model do not allow."""
 
     def no_weight_decay(self) -> set:
-        """Names of the parameters that are tokens or positions: decay none of them or all, registers included."""
+        """Names of all token and position parameters, registers included, to be exempt from weight decay."""
         kinds = ("cls_token", "distillation_token", "register_tokens", "mask_token", "position_embeddings")
         return {name for name, _ in self.named_parameters() if any(kind in name.split(".") for kind in kinds)}
 
     def resize_register_tokens(self, num_register_tokens: int) -> None:
         """Change the number of registers in place. The first ones are kept, new ones start distinct.
 
-        Outputs change, for every token takes part in attention: measure before and after, or train on.
+        Outputs change, because every token takes part in attention: evaluate before and after, or train further.
 
         Args:
             num_register_tokens: 0 or more.
@@ -929,8 +971,8 @@ class ViTWithRegistersPreTrainedModel(PreTrainedModel):
     def resize_position_embeddings(self, image_size: int | tuple) -> None:
         """Make a position table for images of another size, in place, by the interpolation of the configuration.
 
-        Images of any size work without it; it fixes the table that further training learns. Nothing changes for
-        models without a table but `config.image_size`.
+        The model takes images of other sizes without this call; use it before training at the new size. Models without
+        a table change `config.image_size` only.
 
         Args:
             image_size: side in pixels, or (rows, columns); multiples of the patch.
@@ -948,10 +990,6 @@ class ViTWithRegistersPreTrainedModel(PreTrainedModel):
         """A copy of the configuration with other values, which its constructor checks before the model changes."""
         return type(self.config).from_dict({**self.config.to_dict(), **fields})
 
-    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=checkpoint, **options):
-        checkpoint_func = without_reentrance(gradient_checkpointing_func)
-        super()._set_gradient_checkpointing(enable, checkpoint_func, **options)
-
     def split_tokens(self, hidden_state: Tensor, grid: tuple) -> ViTWithRegistersTokens:
         """Name the tokens of any layer.
 
@@ -963,8 +1001,10 @@ class ViTWithRegistersPreTrainedModel(PreTrainedModel):
         patches = hidden_state[:, kinds["patches"]]
         return ViTWithRegistersTokens(
             hidden_state=hidden_state,
+            # CODEPATH: all but CAPI and timm's gap models.
             cls_token=hidden_state[:, kinds["cls"].start] if self.config.has_cls_token else None,
             distillation_token=(
+                # CODEPATH: distilled DeiT.
                 hidden_state[:, kinds["distillation"].start] if self.config.has_distillation_token else None
             ),
             register_tokens=hidden_state[:, kinds["registers"]],
@@ -980,19 +1020,19 @@ class ViTWithRegistersPreTrainedModel(PreTrainedModel):
         queries: str | tuple = ("cls", "registers"),
         average_heads: bool = False,
     ) -> ViTWithRegistersAttentionMaps:
-        """Where class token and registers look, folded onto the grid of patches, under any attention back end.
+        """Attention of class token and registers as maps on the patch grid, with any attention implementation.
 
-        Only the layers asked for compute probabilities, and only for these queries; layers behind them do not run.
+        Probabilities are computed for the requested layers and queries only; layers after the last one do not run.
 
         Args:
             pixel_values: images (B, C, height, width).
             layers: layer numbers, from 1 for the first layer, or from -1 backwards. Changed: earlier versions counted
                 from 0; as for `output_hidden_states`, 0 is the embedding, which has no attention.
-            queries: any of "cls", "distillation", "registers"; kinds that the model lacks are left out.
+            queries: any of "cls", "distillation", "registers"; the output is None for a token that the model lacks.
             average_heads: average over heads.
 
         Returns:
-            Maps (B, M, [R,] [H,] rows, columns), M layers in the order asked for, in float32.
+            Maps (B, M, [R,] [H,] rows, columns) in float32, with the M layers in the requested order.
 
         Raises:
             ValueError: no such layer or query.
@@ -1021,32 +1061,6 @@ class ViTWithRegistersPreTrainedModel(PreTrainedModel):
             elif part.shape[2]:
                 output[query] = part[:, :, 0]
         return output
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        is_main_process: bool = True,
-        state_dict: dict | None = None,
-        push_to_hub: bool = False,
-        **kwargs,
-    ) -> None:
-        """Save as in transformers, and with it the code, an entry for every Auto class, and an image processor.
-
-        An image processor that already lies in the folder stays. Otherwise it is the one that the model was loaded
-        with, in the class that the pipeline of this model accepts; for a new model it has ImageNet's statistics.
-        """
-        to_hub = ("repo_id", "commit_message", "commit_description", "private", "create_pr", "revision", "tags")
-        to_hub = {name: kwargs.pop(name) for name in to_hub if name in kwargs}
-        self.config.auto_map = {
-            "AutoConfig": "configuration_vitreg.ViTWithRegistersConfig",
-            **{model._auto_class: f"modeling_vitreg.{model.__name__}" for model in AUTO_MODELS},
-        }
-        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
-        if is_main_process and os.path.isdir(save_directory):
-            self._save_image_processor(save_directory)
-        if push_to_hub:
-            repo_id = to_hub.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
-            self.push_to_hub(repo_id, token=kwargs.get("token"), **to_hub)
 
     def image_processor_settings(self) -> dict:
         """Settings of the image processor that is saved with the model, as in `preprocessor_config.json`.
@@ -1103,7 +1117,7 @@ class ViTWithRegistersPreTrainedModel(PreTrainedModel):
         source = self.config._name_or_path
         if not source or self._has_new_channels:
             return {}
-        try:  # from the folder or the cache, never from the network: saving works offline
+        try:  # local files only, so that saving works offline
             path = cached_file(
                 source,
                 PROCESSOR_FILE,
@@ -1112,11 +1126,15 @@ class ViTWithRegistersPreTrainedModel(PreTrainedModel):
                 _raise_exceptions_for_missing_entries=False,
                 _raise_exceptions_for_connection_errors=False,
             )
-        except OSError:  # the folder was moved or the repository is private: there is nothing to carry over
+        except OSError:  # the folder was moved or the repository is private: there is nothing to copy
             return {}
         if path is None:
             return {}
         return read_image_processor(path, num_channels=self.config.num_channels)
+
+    def _auto_map(self) -> dict:
+        models = {model._auto_class: f"modeling_vitreg.{model.__name__}" for model in AUTO_MODELS}
+        return {"AutoConfig": "configuration_vitreg.ViTWithRegistersConfig", **models}
 
     def _save_image_processor(self, folder: str | os.PathLike) -> None:
         path = os.path.join(folder, PROCESSOR_FILE)
@@ -1149,7 +1167,7 @@ class ViTWithRegistersPreTrainedModel(PreTrainedModel):
             num_layers: layers that the head needs; all run if the caller asks for hidden states or attentions.
 
         Returns:
-            The output of the base model, with only what the caller asked for, and the tokens of the stages.
+            The output of the base model, with hidden states only if the caller requested them, and the stages' tokens.
         """
         config = self.config
         wants_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -1169,7 +1187,7 @@ class ViTWithRegistersPreTrainedModel(PreTrainedModel):
         return output, tokens
 
     def _answer(self, kind: type, output: ModelOutput, return_dict: bool | None, **fields) -> ModelOutput | tuple:
-        """The output of a head: its own fields, and what the caller asked for of the base model."""
+        """Output of a head: its own fields, and the hidden states and attentions that the caller requested."""
         fields |= {name: getattr(output, name) for name in ("hidden_states", "attentions")}
         return self._as_asked(kind(**fields), return_dict)
 
@@ -1179,32 +1197,34 @@ class ViTWithRegistersPreTrainedModel(PreTrainedModel):
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list:
-        """Names of the parameters that this model does not read: distributed data parallel training would wait for
-        their gradients. They stay for other models of the checkpoint; freezing would not do, for `requires_grad` is
-        lost on loading from 5.0 on."""
+        """Names of the parameters that this model does not read. Distributed data parallel training would wait for
+        their gradients; other models of the checkpoint need them. Freezing is no alternative: from transformers 5.0
+        on, loading resets `requires_grad`."""
         unread = tuple(f"vitreg.{part}" for part in self._unread_parts())
         return [name for name, _ in self.named_parameters() if name.startswith(unread)] if unread else []
 
     def _unread_parts(self) -> list:
-        """Parts of the base model that this model does not read, as beginnings of the names of their parameters."""
+        """Name prefixes of the parameters of the base model that this model does not read."""
         return []
 
     def _parts_behind(self, stages: list, *, reads_final_norm: bool) -> list:
-        """Parts of the base model that a head on some stages does not read."""
+        """Name prefixes of the parameters that a head on these stages does not read."""
         parts = [f"layers.{number}." for number in range(max(stages), self.config.num_hidden_layers)]
+        # CODEPATH: timm's gap models norm the pooled vector.
         return parts + ([] if reads_final_norm and not self.config.has_pooled_norm else ["layernorm."])
 
     def _may_check_values(self, labels: Tensor) -> bool:
-        """Whether to look at the values of labels: on a CPU always; elsewhere once, for looking waits for the device;
-        never while a graph is recorded, nor where there are no values (fake, meta and batched tensors)."""
-        is_plain = type(labels) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(labels)
-        if is_traced() or not is_plain or labels.is_meta:
+        """Whether to check the values of labels: always on a CPU, and once on an accelerator, because the check waits
+        for the device; never while a graph is recorded, or for tensors without values (fake, meta, vmap)."""
+        if is_traced() or type(labels) is not Tensor or labels.is_meta:
+            return False
+        if torch._C._functorch.is_functorch_wrapped_tensor(labels):
             return False
         is_first, self._has_checked_labels = not self._has_checked_labels, True
         return is_first or labels.device.type == "cpu"
 
     def _check_class_numbers(self, name: str, labels: Tensor, *, ignored: int) -> Tensor:
-        """Class numbers as int64, after a look at their type and range."""
+        """Class numbers as int64, after a check of their type and range."""
         if labels.is_floating_point() or labels.is_complex():
             raise ValueError(f"{name} have the dtype {labels.dtype}, expected integers, the numbers of classes")
         num_labels = self.config.num_labels
@@ -1219,13 +1239,12 @@ class ViTWithRegistersPreTrainedModel(PreTrainedModel):
 
 
 def mean_loss(total: Tensor, count: Tensor | int) -> Tensor:
-    """A sum of losses over how many they are; over nothing it is zero, with a gradient of zeros, and not NaN."""
+    """Divide a sum of losses by their number. Without any loss the result is zero with a zero gradient, not NaN."""
     return total / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
 
 
 def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of scores (B, C, ...) and class numbers (B, ...), without those that are -100; or of scores
-    (B, C) and probabilities of the classes (B, C)."""
+    """Mean cross-entropy of logits (B, C) and class numbers (B,), where -100 is ignored, or probabilities (B, C)."""
     total = F.cross_entropy(logits.float(), labels, reduction="sum")
     return mean_loss(total, len(labels) if labels.is_floating_point() else (labels != -100).sum())
 
@@ -1258,6 +1277,7 @@ class ViTWithRegistersModel(ViTWithRegistersPreTrainedModel):
         use_mask_token = config.has_mask_token if use_mask_token is None else use_mask_token
         self.embeddings = ViTWithRegistersEmbeddings(config, use_mask_token=use_mask_token)
         self.pre_layernorm = nn.Identity()
+        # CODEPATH: CLIP.
         if config.has_pre_norm:
             self.pre_layernorm = make_norm(config)
         self.layers = nn.ModuleList(
@@ -1266,6 +1286,7 @@ class ViTWithRegistersModel(ViTWithRegistersPreTrainedModel):
         )
         self.layernorm = make_norm(config)
         self.projection = None
+        # CODEPATH: CLIP.
         if use_projection and config.projection_size is not None:
             self.projection = nn.Linear(config.pooled_size, config.projection_size, bias=False)
         self.post_init()
@@ -1285,9 +1306,9 @@ class ViTWithRegistersModel(ViTWithRegistersPreTrainedModel):
         Args:
             pixel_values: (B, C, height, width), normalised by the image processor; sides are multiples of the patch.
             bool_masked_pos: (B, P) or (B, rows, columns), true where a patch is replaced by the mask token.
-            output_hidden_states: all, or the numbers of those wanted: 0 is the input of the first layer, i the output
-                of layer i, negative ones count from the end; the others are None.
-            output_attentions: return probabilities, computed eagerly whatever the attention back end.
+            output_hidden_states: True for all, or layer numbers: 0 is the input of the first layer, i the output of
+                layer i, and negative numbers count from the end. Other entries of the output are None.
+            output_attentions: return probabilities, computed eagerly with any attention implementation.
             output_pre_norm: return the tokens before the final norm too.
             num_layers: run only the first layers; all tokens are then those of layer `num_layers`.
             return_dict: False for a tuple.
@@ -1335,23 +1356,29 @@ class ViTWithRegistersModel(ViTWithRegistersPreTrainedModel):
         hidden_state = self.pre_layernorm(self.embeddings(pixel_values, bool_masked_pos))
         grid = self.embeddings.grid_of(pixel_values)
         rotary = None
+        # CODEPATH: DINOv3, CAPI.
         if self.config.position_embedding_type == "rope":
             rotary = rotary_tables(self.config, grid, training=self.training, device=hidden_state.device)
         return hidden_state, rotary, grid
 
     def norm_tokens(self, hidden_state: Tensor) -> Tensor:
-        """Apply the final norm, unless the model norms the pooled vector in its place."""
+        """Apply the final norm, unless the model norms the pooled vector instead."""
+        # CODEPATH: timm's gap models; else all others.
         return hidden_state if self.config.has_pooled_norm else self.layernorm(hidden_state)
 
     def pool(self, tokens: ViTWithRegistersTokens) -> Tensor:
-        """One vector an image, (B, D) or (B, 2 D), from normed tokens, the way `config.pooling` says."""
+        """One vector per image, (B, D) or (B, 2 D), from normed tokens, according to `config.pooling`."""
+        # CODEPATH: ViT, DINO, DINOv3, CLIP.
         if self.config.pooling == "cls":
             return tokens.cls_token
+        # CODEPATH: distilled DeiT.
         if self.config.pooling == "cls_distillation":
             return (tokens.cls_token + tokens.distillation_token) / 2
         mean = tokens.patch_tokens.mean(dim=1)
+        # CODEPATH: linear heads of DINOv2; else MAE, CAPI, timm's gap models.
         if self.config.pooling == "cls_mean":
             return torch.cat([tokens.cls_token, mean], dim=-1)
+        # CODEPATH: MAE fine-tuned, timm's gap models; else CAPI.
         return self.layernorm(mean) if self.config.has_pooled_norm else mean
 
     def prefix_attention(self, pixel_values: Tensor, layers: list) -> tuple[dict, tuple]:
@@ -1389,6 +1416,7 @@ class ViTWithRegistersForImageClassification(ViTWithRegistersPreTrainedModel):
         size = config.pooled_size + (config.num_classifier_layers - 1) * config.hidden_size
         self.classifier = self._make_classifier(size)
         self.distillation_classifier = None
+        # CODEPATH: distilled DeiT.
         if config.pooling == "cls_distillation":
             self.distillation_classifier = self._make_classifier(size)
         self.post_init()
@@ -1476,7 +1504,7 @@ class ViTWithRegistersForImageClassification(ViTWithRegistersPreTrainedModel):
         return mean_loss(F.binary_cross_entropy_with_logits(logits.float(), labels, reduction="sum"), labels.numel())
 
     def _problem_type(self, name: str, labels: Tensor, shape: tuple) -> str:
-        """The type of the problem, by the configuration or by the labels; one batch does not decide for the next."""
+        """Problem type from the configuration, or from the labels; it is not stored, unlike in transformers."""
         kind, num_labels = self.config.problem_type, self.config.num_labels
         if labels.shape not in (shape[:1], shape):
             raise ValueError(
@@ -1509,6 +1537,7 @@ class ViTWithRegistersForMaskedImageModeling(ViTWithRegistersPreTrainedModel):
         super().__init__(config)
         self.vitreg = ViTWithRegistersModel(config, use_mask_token=True, use_projection=False)
         size = config.masked_target_size
+        # CODEPATH: SimMIM; else features of a teacher.
         if config.masked_target == "pixels":
             size = config.num_channels * math.prod(config.patch_shape)
         self.decoder = nn.Linear(config.hidden_size, size)
@@ -1523,7 +1552,7 @@ class ViTWithRegistersForMaskedImageModeling(ViTWithRegistersPreTrainedModel):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
     ) -> MaskedImageModelingOutput | tuple:
-        """Reconstruct what is masked.
+        """Reconstruct masked patches.
 
         Args:
             pixel_values: (B, C, height, width).
@@ -1533,8 +1562,8 @@ class ViTWithRegistersForMaskedImageModeling(ViTWithRegistersPreTrainedModel):
 
         Returns:
             `reconstruction` is images (B, C, height, width) or features (B, P, target width). `loss`, over masked
-            patches, is the mean absolute error of pixels, or one minus the cosine to the target features; these count
-            everywhere if there is no mask.
+            patches, is the mean absolute error of pixels, or one minus the cosine similarity to the target features.
+            Without a mask, all patches count for features, and there is no loss for pixels.
 
         Raises:
             ValueError: a mask or target that does not fit.
@@ -1546,6 +1575,7 @@ class ViTWithRegistersForMaskedImageModeling(ViTWithRegistersPreTrainedModel):
             output_attentions=output_attentions,
         )
         predicted = self.decoder(output.patch_tokens)
+        # CODEPATH: SimMIM; else features of a teacher.
         if self.config.masked_target == "pixels":
             if target_features is not None:
                 raise ValueError("target_features need masked_target='features' in the configuration")
@@ -1577,6 +1607,7 @@ class ViTWithRegistersForMaskedImageModeling(ViTWithRegistersPreTrainedModel):
             )
 
     def _unread_parts(self) -> list:
+        # CODEPATH: timm's gap models.
         return ["layernorm."] if self.config.has_pooled_norm else []
 
     def _feature_errors(self, predicted: Tensor, target: Tensor) -> Tensor:
@@ -1823,7 +1854,9 @@ class ViTWithRegistersBackbone(BackboneMixin, ViTWithRegistersPreTrainedModel):
         return self._parts_behind(self._stage_numbers(), reads_final_norm=self.config.apply_layernorm)
 
     def _feature_map(self, tokens: ViTWithRegistersTokens) -> Tensor:
+        # CODEPATH: all families; else as DPT was trained.
         norm = self.vitreg.norm_tokens if self.config.apply_layernorm else nn.Identity()
+        # CODEPATH: UperNet, detectors; else DPT.
         if self.config.reshape_hidden_states:
             return norm(tokens.patch_grid).permute(0, 3, 1, 2).contiguous()
         prefix = [] if tokens.cls_token is None else [tokens.cls_token[:, None]]

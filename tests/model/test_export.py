@@ -7,7 +7,13 @@ from torch._subclasses import FakeTensorMode
 from torch.export import Dim
 from torch.func import functional_call, stack_module_state, vmap
 
-from modeling_vitreg import ViTWithRegistersForDepthEstimation, ViTWithRegistersModel
+from modeling_vitreg import (
+    ViTWithRegistersForDepthEstimation,
+    ViTWithRegistersForImageClassification,
+    ViTWithRegistersForMaskedImageModeling,
+    ViTWithRegistersForSemanticSegmentation,
+    ViTWithRegistersModel,
+)
 from modeling_vitreg.modeling_vitreg import AUTO_MODELS
 
 
@@ -78,6 +84,22 @@ def test_compiled_training_has_the_gradients_of_eager(tiny):
     for name, gradient in expected.items():
         actual = dict(model.named_parameters())[name].grad
         torch.testing.assert_close(actual, gradient, rtol=1e-4, atol=1e-4)
+
+
+HEADS = {
+    ViTWithRegistersForImageClassification: {"labels": torch.tensor([0, 2])},
+    ViTWithRegistersForMaskedImageModeling: {"bool_masked_pos": torch.arange(40).view(2, 20) % 3 == 0},
+    ViTWithRegistersForSemanticSegmentation: {"labels": torch.arange(2560).view(2, 40, 32) % 3},
+    ViTWithRegistersForDepthEstimation: {"labels": torch.arange(2560.0).view(2, 40, 32) / 500},
+}
+
+
+@pytest.mark.parametrize("cls", HEADS, ids=lambda cls: cls.__name__)
+def test_the_loss_of_every_head_compiles_as_a_full_graph(tiny, randomise, cls):
+    torch._dynamo.reset()
+    model, images = randomise(cls(tiny(num_labels=3, out_indices=[1]))), torch.randn(2, 3, 40, 32)
+    loss = torch.compile(model, fullgraph=True, backend="eager")(images, **HEADS[cls]).loss
+    torch.testing.assert_close(loss, model(images, **HEADS[cls]).loss)
 
 
 def test_an_exported_program_serves_every_image_size(model, dynamic_shapes):
