@@ -1,6 +1,7 @@
 .PHONY: style check test test-oldest test-slow test-transformers wheel
 
-TRANSFORMERS_SOURCE := build/transformers-5.23.0
+TRANSFORMERS_VERSION := $(shell python -c 'from importlib import metadata; print(metadata.version("transformers"))')
+TRANSFORMERS_SOURCE := build/transformers-$(TRANSFORMERS_VERSION)
 
 style:  ## format the code
 	ruff check --fix .

@@ -4,6 +4,7 @@
 the package or, through the library's loader of remote code, from the folders of saved models.
 """
 
+import copy
 import os
 import pathlib
 import unittest
@@ -100,8 +101,9 @@ class ArchitectureTest(ModelTesterMixin):
     def test_model_get_set_embeddings(self):
         """As in the library, but for a convolution over pixels in place of a table of words."""
         for model_class in self.all_model_classes:
-            model, patch_embeddings = model_class(self.model_tester.get_config()), torch.nn.Conv2d(1, 1, 1)
+            model = model_class(self.model_tester.get_config())
             self.assertIsInstance(model.get_input_embeddings(), torch.nn.Conv2d)
+            patch_embeddings = copy.deepcopy(model.get_input_embeddings())
             model.set_input_embeddings(patch_embeddings)
             self.assertIs(model.get_input_embeddings(), patch_embeddings)
             self.assertIsNone(model.get_output_embeddings())
