@@ -806,7 +806,7 @@ def read_image_processor(path: str | os.PathLike, *, num_channels: int | None = 
         if not is_number or not values or min(values) <= lowest or len(values) not in (1, num_channels or len(values)):
             kind = "finite number" if name == "image_mean" else "finite number above 0"
             channels = "" if name == "rescale_factor" else f", or one for each of {num_channels or 'the'} channels"
-            raise ValueError(f"{path} has the {name} {value!r}, expected a {kind}{channels}")
+            raise ValueError(f"{path} has {name} {value!r}, expected a {kind}{channels}")
         if num_channels and name != "rescale_factor" and len(values) < num_channels:
             settings[name] = values * num_channels
     return settings

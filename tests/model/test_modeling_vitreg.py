@@ -430,7 +430,7 @@ def test_numbers_of_an_image_processor_that_are_none_are_refused_by_name(tiny, t
     right = json.loads(path.read_text())
     path.write_text(json.dumps(right | wrong))
     model = ViTWithRegistersModel.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=rf"preprocessor_config.json has the {name} .*, expected a finite number"):
+    with pytest.raises(ValueError, match=rf"preprocessor_config.json has {name} .*, expected a finite number"):
         model.image_processor_settings()
     model.save_pretrained(tmp_path / "again")  # a trained model is not lost for it
     assert json.loads((tmp_path / "again" / path.name).read_text()) == right
