@@ -780,11 +780,11 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PROCESSOR_FILE = "preprocessor_config.json"
 
 
-def read_image_processor(path: str | os.PathLike, *, num_channels: int | None = None) -> dict:
+def read_image_processor(path: str | os.PathLike, *, num_channels: int) -> dict:
     """Read a `preprocessor_config.json` and check its mean, standard deviation and rescale factor.
 
     Args:
-        num_channels: how many means the images need, None if that is unknown; one number becomes one for each.
+        num_channels: channels of the images; a single mean or deviation is repeated for each of them.
 
     Raises:
         ValueError: the file is not a JSON object, or a value is not a finite number, or not one for each channel.
@@ -803,12 +803,12 @@ def read_image_processor(path: str | os.PathLike, *, num_channels: int | None = 
         values = value if isinstance(value, list) and name != "rescale_factor" else [value]
         is_number = all(type(each) in (int, float) and math.isfinite(each) for each in values)
         lowest = -math.inf if name == "image_mean" else 0
-        if not is_number or not values or min(values) <= lowest or len(values) not in (1, num_channels or len(values)):
+        if not is_number or not values or min(values) <= lowest or len(values) not in (1, num_channels):
             kind = "finite number" if name == "image_mean" else "finite number above 0"
-            channels = "" if name == "rescale_factor" else f", or one for each of {num_channels or 'the'} channels"
+            channels = "" if name == "rescale_factor" else f", or one for each of {num_channels} channels"
             raise ValueError(f"{path} has {name} {value!r}, expected a {kind}{channels}")
-        if num_channels and name != "rescale_factor" and len(values) < num_channels:
-            settings[name] = values * num_channels
+        if name != "rescale_factor":
+            settings[name] = values if len(values) == num_channels else values * num_channels
     return settings
 
 
