@@ -7,8 +7,6 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 
-from huggingface_hub import constants
-
 
 # Of the network libraries of all versions of the Hub's client: requests, httpx and httpx2.
 _NAMES = {"TransportError", "ConnectionError", "Timeout", "TimeoutException"}
@@ -16,6 +14,8 @@ _NAMES = {"TransportError", "ConnectionError", "Timeout", "TimeoutException"}
 
 def is_hub_known() -> bool:
     """Whether the address of the Hub can be looked up; without it, its clients retry for 20 seconds."""
+    from huggingface_hub import constants
+
     address = urllib.parse.urlsplit(constants.ENDPOINT)
     if constants.HF_HUB_OFFLINE or urllib.request.getproxies():  # nothing is asked, or another machine asks
         return True

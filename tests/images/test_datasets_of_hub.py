@@ -26,7 +26,7 @@ def numbers(images, count):
     rows = itertools.islice(images.examples(seed=0), count)
     return sorted(grey(decode_image(raw)) for raw, _ in rows)
 def summarise(data):
-    example = data.test.read(0)
+    example = data.test[0]
     answer = {"name": data.name, "revision": data.revision, "sizes": [len(data.train), len(data.test)]}
     maps = {"mask": example.mask, "depth": example.depth}
     return answer | {kind: float(values[0, 0]) for kind, values in maps.items() if values is not None}
