@@ -60,17 +60,24 @@ def retrofit(
         usual = {"num_images": num_images, "num_registers": num_registers, "force": force}
         chosen = make_settings(RetrofitSettings, usual | read_assignments(settings or ()), of="--set")
 
-        def open_source() -> object:
-            return open_images(images, split=split, scenes=range(chosen.num_images))
+        scene_settings, source_name = options.scene_settings(images, chosen.image_size or 224)
 
-        words = {"source_of_images": images, "command": command_line()}
+        def open_source() -> object:
+            return open_images(images, split=split, scenes=range(chosen.num_images), scene_settings=scene_settings)
+
+        words = {"source_of_images": source_name, "command": command_line()}
         made = run_retrofit(model, output, images=open_source(), settings=chosen, device=device, **words)
         record_expected_outputs(output)
         if report is not None:
             encoders = [load_encoder(model, device=device), load_encoder(output, device=device)]
             survey = SurveySettings(num_images=chosen.num_images, image_size=chosen.image_size)
             compare(
-                encoders, open_source, output_folder=report, settings=survey, source=images, command=words["command"]
+                encoders,
+                open_source,
+                output_folder=report,
+                settings=survey,
+                source=source_name,
+                command=words["command"],
             )
     tell_unreadable(made.images)
     typer.echo(made.verdict["sentence"])

@@ -120,17 +120,10 @@ def retrofit(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RetrofitError(f"{output} exists and is not empty: name another folder")
     with _as_folder(source) as folder:
-        model = _load(folder)
-        model.to(device or "cpu")
+        model = _load(folder).to(device or "cpu")
         tower = image_tower(model)
-        if tower.config.register_neurons and not settings.force:
-            count = sum(map(len, tower.config.register_neurons.values()))
-            layers = ", ".join(tower.config.register_neurons)
-            raise RetrofitError(
-                f"{source} was retrofitted already: {count} units of layers {layers} act on "
-                f"{tower.config.num_test_time_registers} test-time registers. Retrofit the original model, or add "
-                f"--force to search for more units"
-            )
+        if not settings.force:
+            _refuse_second(tower, source)
         encoder = load_encoder(tower, name=os.fspath(source))
         reader = SampleReader(images, limit=settings.num_images)
         batches, held_out, num_images = _prepare(encoder, reader, settings)
@@ -156,6 +149,17 @@ def retrofit(
             raise RetrofitError(f"{report.verdict['sentence']} Nothing was written; --force writes the model anyway")
         _write(repaired, folder, output, report)
     return report
+
+
+def _refuse_second(tower: nn.Module, source: str | os.PathLike) -> None:
+    config = tower.config
+    if config.register_neurons:
+        count, layers = sum(map(len, config.register_neurons.values())), ", ".join(config.register_neurons)
+        raise RetrofitError(
+            f"{source} was retrofitted already: {count} units of layers {layers} act on "
+            f"{config.num_test_time_registers} test-time registers. Retrofit the original model, or add --force to "
+            f"search for more units"
+        )
 
 
 def _search(
