@@ -237,6 +237,9 @@ class ViTWithRegistersDualEncoderModel(ViTWithRegistersMixin, PreTrainedModel):
         return {"AutoConfig": "dual_encoder_vitreg.ViTWithRegistersDualEncoderConfig", **models}
 
     def _save_image_processor(self, folder: str | os.PathLike) -> None:
+        # Up to 4.57 a loader of remote code copies only the files that this one names itself.
+        from .image_processing_vitreg import PROCESSORS  # noqa: F401
+
         self.vision_model._save_image_processor(folder)
 
     def _read_texts(self, input_ids: Tensor, **inputs) -> ModelOutput:

@@ -49,10 +49,14 @@ def layer_errors(ours: tuple, theirs: tuple, places: dict) -> dict:
     }
 
 
-def states_like(ours, theirs) -> tuple:
-    """Our hidden states for `layer_errors`. Some models of transformers 4 norm the last one."""
-    is_normed = torch.equal(theirs.hidden_states[-1], theirs.last_hidden_state)
-    return (*ours.hidden_states[:-1], ours.last_hidden_state if is_normed else ours.hidden_states[-1])
+def states_like(ours, theirs, *, is_normed: bool = True) -> tuple:
+    """Our hidden states for `layer_errors`. Some models of transformers 4 return the last one behind the final norm.
+
+    Args:
+        is_normed: whether the last hidden state of theirs is normed at all.
+    """
+    is_last = torch.equal(theirs.hidden_states[-1], theirs.last_hidden_state)
+    return (*ours.hidden_states[:-1], ours.last_hidden_state if is_last and is_normed else ours.hidden_states[-1])
 
 
 def assert_small(errors: dict, record_property) -> None:

@@ -285,7 +285,9 @@ def test_every_token_of_every_layer_is_that_of_transformers(name, make_pair, rec
         expected = theirs(images, output_hidden_states=True, **family.options)
         tokens = output if family.is_normed else output.pre_norm
         found = token_errors(tokens, expected.last_hidden_state, family.places)
-        found |= layer_errors(states_like(output, expected), expected.hidden_states, family.places)
+        found |= layer_errors(
+            states_like(output, expected, is_normed=family.is_normed), expected.hidden_states, family.places
+        )
         if expected.get("pooler_output") is not None:
             found["pooler_output"] = relative_error(output.pooler_output, expected.pooler_output)
         errors |= {(size, what): error for what, error in found.items()}

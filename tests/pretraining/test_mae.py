@@ -267,7 +267,7 @@ def test_a_few_steps_lower_the_loss_of_a_fixed_batch(make):
     batch["global_views"] = waves(3)
     optimizer = torch.optim.AdamW(objective.parameters(), lr=3e-3)
     losses = []
-    for step in range(30):
+    for step in range(60):  # initial weights differ between versions, and so do the first steps
         loss = objective(batch, step=step)["total"]
         optimizer.zero_grad()
         loss.backward()
