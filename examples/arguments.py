@@ -199,7 +199,7 @@ def choose_recipe(options: argparse.Namespace) -> Recipe:
     except ValueError as error:
         raise SystemExit(str(error)) from None
     if options.num_scenes > FIRST_TEST_SCENE:
-        raise SystemExit(f"--num-scenes: expected at most {FIRST_TEST_SCENE}, those after them are test images")
+        raise SystemExit(f"--num-scenes: expected at most {FIRST_TEST_SCENE}, because later scenes are test images")
     options.eval_every = options.eval_every or max(recipe.num_steps // 10, 1)
     options.save_every = options.save_every or min(max(recipe.num_steps // 10, 1), 1000)
     return recipe

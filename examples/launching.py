@@ -34,8 +34,8 @@ def make_accelerator(**settings) -> Accelerator:
     )
     if accelerator.num_processes != world_size:
         raise SystemExit(
-            f"the launcher started {world_size} processes and accelerate sees {accelerator.num_processes}: start them "
-            "with `accelerate launch` or `python -m torch.distributed.run`"
+            f"the launcher started {world_size} processes, but accelerate sees {accelerator.num_processes}: "
+            "start them with `accelerate launch` or `python -m torch.distributed.run`"
         )
     return accelerator
 
@@ -79,8 +79,8 @@ def ends_in_words(main: Callable) -> Callable:
                 ) from None
             if isinstance(error, torch.distributed.DistError) or any(word in text for word in _LOST):
                 raise SystemExit(
-                    f"process {rank}: another process of this run ended, so this one ends too. The message of that "
-                    "process, or its exit code (-9: killed, often for lack of memory), says why. The same command "
+                    f"process {rank}: another process of this run ended, so this one ends too. Look for the message "
+                    "or the exit code of that process (-9: killed, often for lack of memory). The same command "
                     "continues from the last state"
                 ) from None
             raise

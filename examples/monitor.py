@@ -186,7 +186,7 @@ class Monitor:
         }
         is_complete = self._first_step > step and not self.lacks_evaluation and self._is_finished()
         if is_complete:
-            print(f"all {step + 1} steps were done before")
+            print(f"all {step + 1} steps were complete already")
         else:
             write_text(folder / "training.json", json.dumps(summary, indent=2) + "\n")
         shown = f"{len(self.eval_images.shown)} {self.eval_images.origin}"

@@ -46,11 +46,15 @@ def parse_options() -> argparse.Namespace:
         "--set", action="append", default=[], metavar="NAME=VALUE", help="change a value of the recipe"
     )
     parser.add_argument("--processes", type=int, default=1, help="GPUs, all nodes together (default: 1)")
-    parser.add_argument("--micro-batch", type=int, help="images at once in a process (default: all, no accumulation)")
+    parser.add_argument(
+        "--micro-batch", type=int, help="images per forward pass and process (default: no accumulation)"
+    )
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="default: bf16")
-    parser.add_argument("--shard", action="store_true", help="spread the parameters over the processes")
-    parser.add_argument("--checkpoint-activations", action="store_true", help="a third slower, far less memory")
-    parser.add_argument("--json", action="store_true", help="every number, for a program")
+    parser.add_argument("--shard", action="store_true", help="shard the parameters over the processes (FSDP2)")
+    parser.add_argument(
+        "--checkpoint-activations", action="store_true", help="recompute activations: less memory, a third slower"
+    )
+    parser.add_argument("--json", action="store_true", help="print all numbers as JSON")
     return parser.parse_args()
 
 
@@ -69,7 +73,7 @@ def write_table(made: Estimate) -> str:
         "",
         "parameters",
         *(f"  {name:<14}{_million(count):>12}" for name, count in made.parameters.items()),
-        "memory of a process",
+        "memory per process",
         *(f"  {name:<14}{_size(size):>12}" for name, size in made.memory.items() if size),
         f"  {'total':<14}{_size(made.total_memory):>12}  and 1 to 2 GiB for the device's own libraries",
         "step",
@@ -80,7 +84,7 @@ def write_table(made: Estimate) -> str:
         f"  {'sent':<14}{_size(made.reduced_bytes):>12}  by each process",
         "state",
         f"  {'on disk':<14}{_size(made.state_bytes):>12}",
-        f"  {'host memory':<14}{_size(made.host_bytes):>12}  of the process that writes it",
+        f"  {'host memory':<14}{_size(made.host_bytes):>12}  in the process that writes it",
         "run",
         f"  {'steps':<14}{made.num_steps:>12,}",
         f"  {'operations':<14}{made.total_flops:>12.3g}",

@@ -280,7 +280,9 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self._is_asked = True
-        self._run.say(f"{signal.Signals(number).name}: saving after this step; once more stops at once")
+        self._run.say(
+            f"{signal.Signals(number).name}: a state is saved after this step; send the signal again to stop at once"
+        )
 
     def is_due(self, step: int) -> bool:
         """Whether any process was asked to stop; several processes compare this whenever they log."""

@@ -100,7 +100,7 @@ def check_torchvision() -> Iterator[Finding]:
         torch_version = torch.__version__.split("+")[0]
         yield Finding(
             "problem",
-            f"torchvision was built for another torch than {torch_version}, and cannot be imported: {error}",
+            f"torchvision cannot be imported, because it was built for another torch than {torch_version}: {error}",
             f'pip install --force-reinstall "torch=={torch_version}" torchvision',
         )
     else:
@@ -121,13 +121,11 @@ def check_hardware() -> Iterator[Finding]:
             "warning", f"there is a GPU, but torch, built for CUDA {torch.version.cuda}, cannot use it", "nvidia-smi"
         )
     else:
-        yield Finding("ok", "no accelerator: everything runs on the processor")
+        yield Finding("ok", "no accelerator: everything runs on the CPU")
     threads, cores = torch.get_num_threads(), _num_cores()
     yield Finding("ok", f"{_plural(threads, 'thread')} on {_plural(cores, 'core')}")
     if threads > cores:
-        yield Finding(
-            "warning", "more threads than cores stand in each other's way", f"export OMP_NUM_THREADS={cores}"
-        )
+        yield Finding("warning", "more threads than cores slow each other down", f"export OMP_NUM_THREADS={cores}")
 
 
 def check_cache() -> Iterator[Finding]:
@@ -142,11 +140,11 @@ def check_cache() -> Iterator[Finding]:
     if free < 2 * _GIB:
         yield Finding("warning", "the disk is nearly full", "hf cache prune")
     if constants.HF_HUB_OFFLINE:
-        yield Finding("warning", "offline mode: only what lies in the cache can be loaded", "unset HF_HUB_OFFLINE")
+        yield Finding("warning", "offline mode: only models in the cache can be loaded", "unset HF_HUB_OFFLINE")
     else:
         yield Finding("ok", f"online, with {constants.ENDPOINT}")
     if huggingface_hub.get_token() is None:
-        yield Finding("ok", "no token: loading public models and everything local works, publishing does not")
+        yield Finding("ok", "no token: public and local models can be loaded, but not published")
     else:
         yield Finding("ok", "there is a token for the Hub")
 
@@ -189,7 +187,7 @@ def _check_files(folder: pathlib.Path, settings: dict) -> Iterator[Finding]:
         found = ", ".join(missing) or "the auto_map of config.json"
         yield Finding("problem", f"{found} missing: it loads only where this package is installed", again)
     elif code:
-        yield Finding("ok", f"its code lies beside it: {', '.join(sorted(code))}")
+        yield Finding("ok", f"the code is in the folder: {', '.join(sorted(code))}")
     elif _class_of(settings) is None:
         yield Finding("problem", f"config.json names neither code nor a class of transformers: {_describe(settings)}")
     else:
@@ -202,7 +200,7 @@ def _check_files(folder: pathlib.Path, settings: dict) -> Iterator[Finding]:
         path = folder / "preprocessor_config.json"
         folders.read_json(path)
         read_image_processor(path, num_channels=settings.get("num_channels") or 3)
-        yield Finding("ok", "its image processor lies beside it")
+        yield Finding("ok", "the image processor is in the folder")
     except (ValueError, OSError) as error:
         yield Finding("problem", str(error), again)
 
@@ -236,13 +234,15 @@ def _check_tensors(folder: pathlib.Path, settings: dict) -> Generator[Finding, N
                     whole += [name] if not tensor.is_floating_point() and not is_count else []
                     registers = tensor.float() if "register_tokens" in name else registers
         except (SafetensorError, OSError) as error:
-            yield Finding("problem", f"{path.name} is damaged or not whole, so get or save it again: {error}")
+            yield Finding("problem", f"{path.name} is damaged or incomplete: download or save it again: {error}")
             return False
     if broken:
         found = f"values that are not finite in {_shorten(broken)}: training diverged; take an earlier state"
         yield Finding("problem", found)
     if whole:
-        yield Finding("problem", f"integers or booleans in place of weights in {_shorten(whole)}: get the model again")
+        yield Finding(
+            "problem", f"integers or booleans instead of weights in {_shorten(whole)}: download the model again"
+        )
     if not broken and not whole:
         yield Finding("ok", f"{num_tensors} tensors, all values finite")
     yield from _check_registers(registers, folder, settings)
@@ -274,8 +274,8 @@ def _check_names(folder: pathlib.Path, settings: dict) -> Iterator[Finding]:
     wrong = sorted(entry if isinstance(entry, str) else entry[0] for entry in facts["mismatched_keys"])
     others = sorted(facts["unexpected_keys"])
     if missing:
-        found = f"{len(missing)} tensors are missing, and would be random numbers: {_shorten(missing)}"
-        yield Finding("problem", f"{found}. Get or save the model again")
+        found = f"{len(missing)} tensors are missing, and would be random: {_shorten(missing)}"
+        yield Finding("problem", f"{found}. Download or save the model again")
     if wrong:
         yield Finding("problem", f"tensors of another shape than config.json says: {_shorten(wrong)}")
     if others:
@@ -336,8 +336,8 @@ def _check_registers(registers: torch.Tensor | None, folder: pathlib.Path, setti
     change = f"m.resize_register_tokens(1); m.resize_register_tokens({found})"
     yield Finding(
         "problem",
-        f"{'all' if are_all else 'some'} of its {found} registers are equal: they get equal gradients, so they "
-        "work as one register for ever. Before further training, give all but the first new values",
+        f"{'all' if are_all else 'some'} of its {found} registers are equal: they get equal gradients and stay equal, "
+        "so they work as one register. Before further training, give all but the first new values",
         _write_command(folder, settings, change, target=f"{folder}-distinct"),
     )
 

@@ -249,7 +249,7 @@ class ViTWithRegistersDualEncoderModel(ViTWithRegistersMixin, PreTrainedModel):
         if getattr(output, "pooler_output", None) is None:
             raise ValueError(
                 f"expected a text tower with a pooled vector, `pooler_output`, got {type(self.text_model).__name__}: "
-                "take another, such as CLIPTextModel or BertModel"
+                "use another one, such as CLIPTextModel or BertModel"
             )
         return output
 

@@ -114,7 +114,7 @@ def make_folder(path: str | os.PathLike) -> pathlib.Path:
     path = pathlib.Path(path)
     for place in (path, *path.parents):
         if place.exists() and not place.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, "Is a file where a folder is needed", str(place))
+            raise NotADirectoryError(errno.ENOTDIR, "Is a file, but a folder is needed", str(place))
     path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -195,7 +195,7 @@ def _errors_about(path: pathlib.Path) -> Iterator[None]:
         if number := re.search(r"\(os error (\d+)\)", text):
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
         if "PytorchStreamWriter" in text or "inline_container" in text:
-            raise OSError(errno.EIO, "Could not be written, is the disk full?", str(path)) from error
+            raise OSError(errno.EIO, "Could not be written; the disk may be full", str(path)) from error
         raise
 
 

@@ -34,7 +34,7 @@ class Accuracy(evaluate.Metric):
         number = datasets.Value("int64")
         ranked = datasets.Features({"predictions": datasets.Sequence(number), "references": number})
         single = datasets.Features({"predictions": number, "references": number})
-        return _info("Share of images whose class is predicted.", "one class number per image", [single, ranked])
+        return _info("Share of correctly classified images.", "one class number per image", [single, ranked])
 
     def _compute(self, predictions: list, references: list, top_k: tuple[int, ...] = ()) -> dict:
         predictions, references = np.asarray(predictions), np.asarray(references)
@@ -102,7 +102,11 @@ class CorLoc(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         box = datasets.Sequence(datasets.Value("float64"), length=4)
         features = datasets.Features({"predictions": box, "references": datasets.Sequence(box)})
-        return _info("Share of images whose box matches a true box.", "one box; the true boxes, per image", features)
+        return _info(
+            "Share of images whose predicted box matches an annotated box.",
+            "per image, one predicted box and all annotated boxes",
+            features,
+        )
 
     def _compute(self, predictions: list, references: list, iou_threshold: float = IOU_THRESHOLD) -> dict:
         return {"corloc": corloc(predictions, references, iou_threshold=iou_threshold)}

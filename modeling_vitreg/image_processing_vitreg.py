@@ -49,7 +49,8 @@ def to_picture(image, *, num_channels: int = 3):
         image = Image.fromarray(_to_8_bits(np.asarray(image)))
     elif is_deep_colour and np.asarray(image.convert("RGB")).max() < 2**6:  # Pillow keeps the upper 8 bits
         raise UnsupportedPixels(
-            "colour of 16 bits a channel that uses 14 of them or fewer would turn dark: convert it to 8 bits a channel"
+            "a colour image with 16 bits per channel that uses 14 or fewer would turn dark: convert it to 8 bits "
+            "per channel"
         )
     elif image.mode in ("P", "PA"):  # a palette with transparency goes through RGBA, or Pillow warns
         image = image.convert("RGBA")

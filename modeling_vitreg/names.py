@@ -33,7 +33,8 @@ def check_model_name(name: str) -> str:
         folder = next((place for place in (path, path / "model") if _holds_model(place)), None)
         if folder is None:
             raise ValueError(
-                f"{name}: expected a folder with a config.json, and it has none. Convert a checkpoint of another "
+                f"{name}: expected a folder with a config.json, but it has no config.json. Convert a checkpoint of "
+                f"another "
                 f"library first: vitreg convert {name} NEW_FOLDER"
             )
         return os.fspath(folder) if folder != pathlib.Path(name) else name

@@ -341,7 +341,7 @@ def read_report(path: str | os.PathLike, *, kind: type[Report] = ArtifactReport)
     if found[0] != kind.kind or found[1] not in range(1, kind.version + 1):
         raise ValueError(
             f"{path}: expected a report of kind {kind.kind!r}, version {kind.version} or earlier, got kind "
-            f"{found[0]!r}, version {found[1]!r}: make it again with the command that it names"
+            f"{found[0]!r}, version {found[1]!r}: make it again with the command in the report"
         )
     content = rename_old_keys(content)
     del content["kind"], content["version"]

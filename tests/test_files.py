@@ -97,7 +97,7 @@ def test_a_full_disk_is_an_error_of_the_disk_under_the_name_of_the_file(tmp_path
 
 def test_a_file_in_the_way_of_a_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(NotADirectoryError, match=r"a file where a folder is needed.*file'$"):
+    with pytest.raises(NotADirectoryError, match=r"a file, but a folder is needed.*file'$"):
         make_folder(tmp_path / "file" / "below" / "it")
     with pytest.raises(NotADirectoryError, match=r"file'$"):
         write_text(tmp_path / "file" / "report.json", "{}")

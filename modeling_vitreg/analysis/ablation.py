@@ -91,7 +91,7 @@ def _check(model: nn.Module, pixel_values: Tensor, from_layer: int) -> ViTWithRe
     if not isinstance(base, ViTWithRegistersModel):
         raise ValueError(f"expected a model of this package, got {type(model).__name__}: convert it first")
     if not base.config.num_register_tokens:
-        raise ValueError("expected a model with registers, got one without: there is nothing to ablate")
+        raise ValueError("expected a model with registers, got a model without registers")
     if len(pixel_values) < 2:
         raise ValueError(
             f"expected two images or more, got {len(pixel_values)}: registers are exchanged between images"

@@ -19,11 +19,11 @@ from .verdict import FEW_SHARE, MANY_SHARE, format_share
 
 
 CAPTIONS = {
-    "norms": "Norms of the patches after each layer, and of the layer that decides the verdict with all thresholds.",
+    "norms": "Norms of the patches after each layer. The histogram is of the layer that decides the verdict.",
     "shares": "Share of outliers in each layer, by the automatic threshold of that layer.",
     "outlier_positions": "Positions of outliers, and similarity of patches to their neighbours after the patch "
     "embedding. Outliers of the models in the paper are redundant patches with a similarity near 1.",
-    "norm_maps": "First images and the norms of their patches. The range above each column holds for the column.",
+    "norm_maps": "The first images and the norms of their patches. All maps in a column have the range above it.",
     "attention": "Attention of the class token and the registers in the last layer, mean over heads. Each map has its "
     "own scale; the text gives the share of attention on patches, and the peak over the mean.",
     "heads": "Attention of each head of the last layer, on the first image.",
@@ -132,7 +132,7 @@ def _attention_tables(attention: dict) -> dict:
     kinds = [kind for kind in shares[0] if any(row[kind] for row in shares)]
     tables["attention_heads"] = [
         "attention of", *(f"on {_TOKENS.get(kind, kind)}" for kind in kinds), "entropy (1: uniform)",
-        "on patch of largest norm", "times uniform",
+        "on the patch of largest norm", "times uniform",
     ]  # fmt: skip
     tables["attention_rows"] = [
         [_TOKENS.get(query, query), *(format_share(shares[place][kind]) for kind in kinds),
@@ -154,7 +154,13 @@ def _activation_table(activations: dict) -> dict:
         where = f"{_TOKENS.get(carrier, carrier)} ({format_share(layer['carriers'][carrier])})"
         numbers = [_number(layer["median"]), _number(layer["largest_over_median"])]
         rows.append([layer["layer"], *numbers, channels, where, *massive])
-    heads = ["layer", "median |x|", "largest / median", "top channels (largest |x|)", "token of the largest (images)"]
+    heads = [
+        "layer",
+        "median |x|",
+        "largest / median",
+        "top channels (largest |x|)",
+        "token with the largest (images)",
+    ]
     heads += [f"entries per image {words}" for words in activations["criteria"].values()]
     return {"activation_heads": heads, "activation_rows": rows}
 

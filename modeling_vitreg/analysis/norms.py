@@ -148,7 +148,8 @@ def _quantiles(norms: Tensor) -> dict:
     if not norms.numel() or not norms.isfinite().all():
         raise ValueError(
             f"expected finite norms of at least one patch, got shape {tuple(norms.shape)} with "
-            f"{(~norms.isfinite()).sum().item()} that are not finite: the model diverged, look at its loss first"
+            f"{(~norms.isfinite()).sum().item()} that are not finite: the model may have diverged; check its "
+            f"training loss"
         )
     # NumPy, for torch.quantile refuses more than 16 million numbers.
     values = np.quantile(norms.detach().double().cpu().numpy(), list(QUANTILES.values()))

@@ -56,7 +56,7 @@ def survey(
     stopped_by = run.read(reader)
     if not run.num_seen:
         raise ValueError(
-            f"expected at least one image, got {reader.num_unreadable} that cannot be read and no other"
+            f"expected at least one readable image, got {reader.num_unreadable} unreadable ones"
             + "".join(f"\n  {line}" for line in reader.unreadable[:3])
             + (f"\n  {stopped_by}" if stopped_by else "")
         )

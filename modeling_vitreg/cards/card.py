@@ -82,7 +82,8 @@ def render_card(facts: Facts, repo_id: str, *, licence: Licence | None = None) -
         return f"---\n{make_metadata(facts, repo_id, licence=licence).to_yaml()}\n---\n\n{body}"
     except (jinja2.UndefinedError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
         raise CardError(
-            f"a report lacks a fact of the card, or has it in another type ({error}): make the report again"
+            f"a value that the card needs is missing from a report, or has the wrong type ({error}): make the "
+            f"report again"
         ) from error
 
 

@@ -13,7 +13,7 @@ from modeling_vitreg.network import causes_of, is_of_network
 
 _AGAIN = (
     "No partial model is visible, because all files appear in one commit. Run the same command again: files that have "
-    "arrived are not sent twice"
+    "arrived are not sent again"
 )
 
 
@@ -39,11 +39,11 @@ def in_words(repo_id: str) -> Iterator[None]:
         yield
     except LocalTokenNotFoundError:
         raise PublishError(
-            "there is no token: make one that may write at "
-            f"{constants.ENDPOINT}/settings/tokens, then type `hf auth login`, or set HF_TOKEN"
+            f"there is no token: create a token with write access at {constants.ENDPOINT}/settings/tokens, then "
+            f"type `hf auth login`, or set HF_TOKEN"
         ) from None
     except OfflineModeIsEnabled:
-        raise PublishError("HF_HUB_OFFLINE is set, so nothing can be sent: unset it") from None
+        raise PublishError("HF_HUB_OFFLINE is set, so nothing can be uploaded: unset it") from None
     except HfHubHTTPError as error:
         raise PublishError(_describe_refusal(error, repo_id)) from error
     except PublishError:
@@ -62,13 +62,13 @@ def _describe_refusal(error: HfHubHTTPError, repo_id: str, *, words: str = "") -
     status = error.response.status_code
     if status == 401:
         return (
-            "the Hub refused the token: it is wrong, was withdrawn or has expired. Make one that may write at "
+            "the Hub refused the token: it is wrong, revoked or expired. Create a token with write access at "
             f"{constants.ENDPOINT}/settings/tokens, then type `hf auth login`, or set HF_TOKEN"
         )
     if status in (403, 404):
         return (
-            f"the token may not write to {repo_id}: the repository belongs to another user, or the token may only "
-            "read. Choose another name, or a token that may write"
+            f"the token may not write to {repo_id}: the repository belongs to another user, or the token is "
+            "read-only. Choose another name, or a token with write access"
         )
     said = " ".join((words or str(error)).split())
     return f"the Hub answered {status} ({said}). {_AGAIN}"

@@ -112,7 +112,7 @@ def collect_facts(folder: str | os.PathLike, *, reports: Sequence[str | os.PathL
     if len(weights) > 1:
         raise CardError(
             f"the evaluation reports are of {len(weights)} different models ({', '.join(sorted(map(str, weights)))}): "
-            "keep those of this one"
+            "keep only the reports of this model"
         )
     if conversion is not None and "conversion.json" not in model.files:
         files["conversion.json"] = found["conversion"][0]
@@ -177,7 +177,7 @@ def _check_same_model(sizes: dict, model: ModelFolder, path: pathlib.Path, *, na
         actual = architecture.get(name_of_size, measured)
         if measured not in (None, actual):
             raise CardError(
-                f"{path}: was measured on another model, {name}: its {name_of_size} is {measured}, that of "
+                f"{path}: is a report of another model, {name}: its {name_of_size} is {measured}, that of "
                 f"{model.path} is {actual}"
             )
 

@@ -136,7 +136,7 @@ def run_apart(folder: str | os.PathLike, model: ModelFolder, *, token: str | Non
     try:
         return json.loads(lines[-1])
     except ValueError:
-        raise CardError(f"{model.path}: its code printed {lines[-1][:80]!r} in place of the outputs") from None
+        raise CardError(f"{model.path}: its code printed {lines[-1][:80]!r} instead of the outputs") from None
 
 
 def _download(base: str, token: str | None) -> None:
@@ -167,8 +167,8 @@ def compare_outputs(taken: dict, recorded: dict, *, title: str) -> float:
         if not difference <= TOLERANCE:  # so that nan is too large
             raise CardError(
                 f"{title}: its output {name} differs by {difference:.1e} of its largest value from {EXPECTED_OUTPUTS} "
-                f"(limit {TOLERANCE:g}), because weights, configuration or code were changed later. If that was "
-                "meant, delete that file"
+                f"(limit {TOLERANCE:g}), because weights, configuration or code were changed later. If the change is "
+                "intended, delete that file"
             )
         largest = max(largest, difference)
     return largest

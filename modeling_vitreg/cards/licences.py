@@ -71,8 +71,8 @@ def decide_licence(
         if parent is None:
             return None
         raise CardError(
-            f"the weights were made from {parent}, whose licence is not on record: look it up and state it "
-            "(licence=..., --license), because the weights inherit it"
+            f"the weights were made from {parent}, whose licence is unknown to this package. The weights inherit it: "
+            "look it up and state it (licence=..., --license)"
         )
     known = _read_licences()
     if chosen in known["conditional"]:
@@ -81,11 +81,11 @@ def decide_licence(
         _check_identifier(chosen, known, parent=parent if inherited else None)
         details = {"license_name": name or "custom", "license_link": link or TEXT_FILE} if chosen == "other" else {}
         is_free = chosen in known["free"] or inherited is None
-        conditions = "" if is_free else "its conditions are not known to this package, so read them"
+        conditions = "" if is_free else "this package does not know its conditions, so read them"
         licence = Licence(chosen, {"license": chosen, **details}, conditions)
     if licence.conditions and accepted != chosen:
         raise CardError(
-            f"the weights are under the licence {chosen}: {licence.conditions}. To publish them under it, accept it "
+            f"the weights are under the licence {chosen}: {licence.conditions}. To publish them, accept the licence "
             f"by its name (accepts_licence={chosen!r}, --accept-license {chosen})"
         )
     return licence
@@ -100,7 +100,7 @@ def _check_identifier(identifier: str, licences: dict, *, parent: str | None) ->
     matches = [name for name in known if guess in (name, name.removesuffix(".0"))]
     matches = matches or difflib.get_close_matches(guess, known, n=1)
     hint = f"did you mean {matches[0]!r}?" if matches else f"common ones are {', '.join(free)}."
-    source = f", which is on record for {parent}" if parent else ""
+    source = f", the licence of {parent}" if parent else ""
     raise CardError(
         f"the Hub has no licence with the identifier {identifier!r}{source}: {hint} For a licence that it does not "
         "list, state other, with its name and a link to its text (--license other --license-name NAME --license-link "

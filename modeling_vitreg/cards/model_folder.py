@@ -95,8 +95,8 @@ def open_folder(path: str | os.PathLike) -> ModelFolder:
         _require(model, files, [*weights, "preprocessor_config.json", *_code(model, settings, files)])
         if "text_config" in settings and "tokenizer_config.json" not in files:
             raise CardError(
-                f"{model}: has no tokenizer (tokenizer_config.json), so the model cannot be given a text: save the "
-                "tokenizer there, too, by its own save_pretrained"
+                f"{model}: has no tokenizer (tokenizer_config.json), so the model cannot read text: save the "
+                "tokenizer in the same folder with tokenizer.save_pretrained"
             )
     _require(model, files, weights)
     shapes: dict[str, tuple[int, ...]] = {}
@@ -169,7 +169,7 @@ def _choose_files(model: pathlib.Path) -> tuple[dict[str, pathlib.Path], dict[st
         if entry.name.startswith(REPORTS):
             continue  # reports have a place of their own
         if entry.name == "README.md":
-            skipped[entry.name] = "the card is written anew from the reports"
+            skipped[entry.name] = "replaced by the card made from the reports"
         elif entry.is_dir():
             skipped[f"{entry.name}/"] = "a folder"
         elif entry.name.startswith(".") or (entry.suffix not in _SUFFIXES and entry.stem != "LICENSE"):
@@ -207,7 +207,7 @@ def _check_settings(model: pathlib.Path, settings: dict) -> None:
     try:
         ViTWithRegistersConfig.from_dict(vision)
     except Exception as error:  # whatever a class of transformers raises on values of another type
-        raise CardError(f"{path}: describes no model of this family: {error}") from None
+        raise CardError(f"{path}: is no valid configuration of this family: {error}") from None
 
 
 def _require(model: pathlib.Path, files: dict[str, pathlib.Path], names: Iterable[str]) -> None:
@@ -231,7 +231,8 @@ def _code(model: pathlib.Path, settings: dict, files: dict[str, pathlib.Path]) -
     names = list_code(settings)
     if not names:
         raise CardError(
-            f"{model / 'config.json'}: has no auto_map to code in the folder, so others cannot load it: save the "
+            f"{model / 'config.json'}: has no auto_map to code in the folder, so it cannot be loaded without this "
+            f"package: save the "
             "model with save_pretrained"
         )
     found: set[str] = set()

@@ -192,9 +192,9 @@ def check_plan(plan: UploadPlan, *, token: str | None = None, say: Callable[[str
         before = run_here(staged) if recorded is None else read_outputs(recorded)
     difference = compare_outputs(taken, before, title=title)
     if recorded is not None:
-        say(f"loads without the package, and gives the recorded outputs (largest difference {difference:.1e})")
+        say(f"loads without the package, with the recorded outputs (largest difference {difference:.1e})")
         return plan
-    say(f"loads without the package, with the same outputs; {EXPECTED_OUTPUTS} records them from now on")
+    say(f"loads without the package, with the same outputs, which were recorded in {EXPECTED_OUTPUTS}")
     return dataclasses.replace(plan, files={**plan.files, EXPECTED_OUTPUTS: describe_outputs(before).encode()})
 
 
@@ -204,7 +204,7 @@ def _check_name(repo_id: str) -> None:
     except HFValidationError as error:
         raise CardError(f"expected a name that the Hub allows, got {repo_id!r}: {error}") from None
     if repo_id.count("/") != 1:
-        raise CardError(f"expected USER/NAME, got {repo_id!r}: the card holds the whole name")
+        raise CardError(f"expected USER/NAME, got {repo_id!r}: the card contains the full name")
 
 
 def _check_text(licence: Licence | None, folder: ModelFolder) -> None:
@@ -212,8 +212,8 @@ def _check_text(licence: Licence | None, folder: ModelFolder) -> None:
     link = licence.metadata.get("license_link", "") if licence else ""
     if link and "://" not in link and link not in folder.files:
         raise CardError(
-            f"{folder.path}: the licence {licence.metadata['license_name']} needs its text: put it into the file "
-            f"{link} beside the weights, or give an address (licence_link=..., --license-link)"
+            f"{folder.path}: the licence {licence.metadata['license_name']} needs its text: save it as {link} beside "
+            f"the weights, or give an address (licence_link=..., --license-link)"
         )
 
 
@@ -257,7 +257,7 @@ def _check_owner(api: HfApi, repo_id: str) -> None:
     names = [me["name"], *(group["name"] for group in me.get("orgs", ()))]
     if owner not in names:
         raise PublishError(
-            f"{repo_id} belongs to {owner}, the token to {me['name']}: publish as {me['name']}/"
+            f"{repo_id} belongs to {owner}, but the token belongs to {me['name']}: publish as {me['name']}/"
             f"{repo_id.split('/')[1]}, or with a token of {owner}"
         )
 

@@ -19,13 +19,19 @@ _CODE = "Clone of the original repository, used to verify the outputs."
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="Checkpoint file or folder, or timm:NAME. With --to, our folder.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Checkpoint file or folder, or timm:NAME. With --to, the folder of a converted or trained model."
+        ),
+    ],
     output: Annotated[pathlib.Path, typer.Argument(help="Folder to write. With --to dinov2, a .pth file.")],
     family: Annotated[str | None, option(DATA, "Source format, if auto-detection is wrong.")] = None,
     checkpoint_key: Annotated[str | None, option(DATA, _KEY)] = None,
     head: Annotated[pathlib.Path | None, option(MODEL, "File of DINOv2's linear head for this backbone.")] = None,
     settings: Annotated[
-        list[str] | None, option(MODEL, "Field of the configuration (repeatable).", "--set", metavar="FIELD=VALUE")
+        list[str] | None,
+        option(MODEL, "Set a field of the configuration (repeatable).", "--set", metavar="FIELD=VALUE"),
     ] = None,
     code: Annotated[pathlib.Path | None, option(COMPUTE, _CODE)] = None,
     tolerance: Annotated[float, option(COMPUTE, "Maximum relative error of a token.", min=0.0, max=1.0)] = 1e-5,
@@ -42,7 +48,7 @@ def convert(
 
     The format and the sizes are read from the file. Formats: facebookresearch's dinov2, dino, deit, mae, dinov3 and
     capi; OpenCLIP and OpenAI's CLIP; timm; and ViT, DeiT, Dinov2, Dinov2WithRegisters, DINOv3ViT, CLIPVision, ViTMAE
-    and IJepa of transformers. Nothing is written if a tensor is left over or the outputs differ.
+    and IJepa of transformers. Nothing is written if a tensor has no rule or the outputs differ.
     """
     with plain_errors():
         check_source_name(source)

@@ -21,7 +21,7 @@ def discover(
     split: options.Split = "train",
     num_images: options.NumImages = 200,
     trust_remote_code: options.TrustRemoteCode = False,
-    sweep: Annotated[bool, option(COMPUTE, "Try LOST with every feature and bias, too.", "--sweep")] = False,
+    sweep: Annotated[bool, option(COMPUTE, "Also try LOST with every feature and bias.", "--sweep")] = False,
     device: options.Device = None,
     settings: options.Set = None,
     output: Annotated[pathlib.Path, option(OUTPUT, "Folder to write.")] = pathlib.Path("discovery"),
@@ -86,7 +86,7 @@ def _open(images, annotations, split, num_images, encoder, data):
         scene_settings=scene_settings,
     )
     if not isinstance(source, ImageSource):
-        raise ValueError(f"{images}: expected images that can be indexed, got a stream: save it as a dataset first")
+        raise ValueError(f"{images}: expected an indexed dataset, got a stream: save it as a dataset first")
     return source.select(range(min(num_images, len(source))))
 
 
@@ -101,7 +101,7 @@ def _save(figure, path: pathlib.Path) -> pathlib.Path:
 def _describe(report) -> str:
     published, best, num_images = report.as_published, report.best_of_sweep, report.images["num_images"]
     if published["corloc"] is None:
-        return f"{report.model}: found an object in each of {num_images} images; no true boxes to compare with"
+        return f"{report.model}: a box for each of {num_images} images; CorLoc needs annotated boxes"
     line = f"{report.model}: CorLoc {published['corloc']:.1%} as published, {num_images} images"
     if not best:
         return line

@@ -22,8 +22,8 @@ def doctor(
 
     * `vitreg doctor facebook/dinov2-small`
 
-    Checks versions, torchvision, accelerators, the cache of the Hub and the token; of a model its files, its code, its
-    tensors and its registers. Exits with 1 if there is a problem.
+    Checks versions, torchvision, accelerators, the cache of the Hub and the token. For a model, checks its
+    files, code, tensors and registers. Exits with 1 if there is a problem.
     """
     with plain_errors():
         from modeling_vitreg.doctor import diagnose, render_findings

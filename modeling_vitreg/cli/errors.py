@@ -48,7 +48,7 @@ def _describe(error: Exception) -> str:
     for cause in causes_of(error):
         if isinstance(cause, OSError) and cause.errno in _OF_DISKS:
             where = f"{cause.filename}: " if cause.filename else ""
-            return f"{where}{os.strerror(cause.errno)}. What was complete is kept: make room, or write elsewhere"
+            return f"{where}{os.strerror(cause.errno)}. Free some space, or choose another output; results are kept"
     if isinstance(error, _EXPECTED):
         return f"{type(error).__name__}: {error}"
     frames = traceback.extract_tb(error.__traceback__)
@@ -58,7 +58,7 @@ def _describe(error: Exception) -> str:
     library = _library_of(deepest.filename)
     return (
         f"{library} failed with {type(error).__name__}: {error}. A file of the model or of the data is probably "
-        f"damaged or of another kind: `vitreg doctor MODEL` checks a model. {TRACEBACK}=1 shows the traceback"
+        f"damaged or has an unexpected format: `vitreg doctor MODEL` checks a model. {TRACEBACK}=1 shows the traceback"
     )
 
 

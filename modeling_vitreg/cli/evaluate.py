@@ -15,7 +15,7 @@ from .tell import tell_unreadable
 
 
 _OUTPUT = pathlib.Path("evaluation")
-_COLUMNS = "Columns of the dataset: image, label, mask, depth, box, text. Of scenes: label=colours or label=label."
+_COLUMNS = "Columns of the dataset: image, label, mask, depth, box, text. For scenes: label=colours or label=label."
 _TASKS = "Tasks: knn, linear, logistic, segmentation, depth, zero_shot, discovery."
 _NUM_IMAGES = (2000, 500)  # to train on, to measure on
 _DISCOVERY_BATCH = 8  # images at full resolution
@@ -30,7 +30,10 @@ def evaluate(
     data: options.Images = "scenes:single",
     columns: Annotated[list[str] | None, _data(_COLUMNS, "KIND=COLUMN,...")] = None,
     annotations: options.Annotations = None,
-    split: Annotated[str, _data("Splits. TEST: test, else validation, else 30 % held out.", "TRAIN,TEST")] = "train",
+    split: Annotated[
+        str,
+        _data("Training and test split. TEST defaults to test, else validation, else 30 % held out.", "TRAIN,TEST"),
+    ] = "train",
     num_images: Annotated[str, _data("Maximum number of images of each split.", "TRAIN,TEST")] = "2000,500",
     compare: options.Compare = None,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -39,7 +42,9 @@ def evaluate(
     seed: options.Seed = 0,
     device: options.Device = None,
     settings: options.Set = None,
-    output: Annotated[pathlib.Path, option(OUTPUT, "Folder to write. Its results are not measured again.")] = _OUTPUT,
+    output: Annotated[
+        pathlib.Path, option(OUTPUT, "Folder to write. Results that it already has are kept.")
+    ] = _OUTPUT,
 ) -> None:
     """Measure frozen features by k-NN, probes, segmentation, depth and object discovery, each with an interval.
 
@@ -49,7 +54,7 @@ def evaluate(
 
     * `vitreg evaluate facebook/dinov2-small owner/rooms --tasks depth --columns depth=range --set data.max_depth=80`
 
-    Scenes have all annotations; a folder with a folder for each class has labels. Images are encoded once, and the
+    Scenes have all annotations; a folder with one subfolder per class has labels. Images are encoded once, and the
     same command continues after Ctrl-C. evaluation.json holds every number with its n, interval and seed. Settings for
     --set: `data.NAME`, `encoding.NAME` (such as `encoding.image_size=224`), `TASK.NAME` (such as
     `discovery.method=tokencut`).

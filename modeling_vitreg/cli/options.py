@@ -115,7 +115,7 @@ def check_output(path: pathlib.Path, *, is_file: bool = False) -> None:
     if is_file and place == path.absolute():
         place = place.parent
     if not place.is_dir():
-        raise ValueError(f"--output {path}: {place} is a file, so nothing can be written below it")
+        raise ValueError(f"--output {path}: {place} is a file, so no folder can be made in it")
     if not os.access(place, os.W_OK | os.X_OK):
         raise ValueError(f"--output {path}: {place} cannot be written to")
 

@@ -22,8 +22,10 @@ def publish(
     license_link: options.LicenseLink = None,
     accept_license: options.AcceptLicense = None,
     revision: Annotated[str | None, option(OUTPUT, "Branch to write to. Default: main.")] = None,
-    public: Annotated[bool, option(OUTPUT, "Make the repository public. A new one is private.", "--public")] = False,
-    dry_run: Annotated[bool, option(OUTPUT, "Check and show everything, send nothing.", "--dry-run")] = False,
+    public: Annotated[
+        bool, option(OUTPUT, "Make the repository public. Default: a new repository is private.", "--public")
+    ] = False,
+    dry_run: Annotated[bool, option(OUTPUT, "Check and show everything, upload nothing.", "--dry-run")] = False,
 ) -> None:
     """Publish a model on the Hub with a card made from its reports, after checking that it loads anywhere.
 
@@ -35,7 +37,7 @@ def publish(
 
     The folder is loaded in a process without this package and without your tokens, and its outputs are compared with
     the recorded ones. All files appear in one commit. Run the command again after a failure: files that have arrived
-    are not sent twice. The environment variable HF_ENDPOINT selects another Hub.
+    are not sent again. The environment variable HF_ENDPOINT selects another Hub.
     """
     with plain_errors():
         check_source_name(folder)

@@ -99,7 +99,7 @@ def plan_import(source: str | pathlib.Path | nn.Module, settings: ConversionSett
         left=opened.left,
         write=lambda folder: _write(folder, model, ledger, tensors, processor, title, settings.is_quiet),
         compare=compare,
-        notes=["the tokens were compared, the outputs of the head were not"] if head else [],
+        notes=["only the tokens were compared, not the outputs of the head"] if head else [],
     )
 
 
@@ -192,7 +192,7 @@ def _check_dropped(rules: list[Rule], tensors: Source, ledger: Ledger) -> None:
                 check_finite(name, found)
                 if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-4, atol=1e-5):
                     raise ConversionError(
-                        f"{name} is {rule.why}, but its values are others: this architecture cannot be represented"
+                        f"{name} is {rule.why}, but its values differ: this architecture cannot be represented"
                     )
 
 
@@ -210,7 +210,9 @@ def _processor(opened: Source, layout: Layout, info: CheckpointInfo, config: ViT
     }
     for name, value in known.items():
         if not _is_plausible(name, value):
-            raise ConversionError(f"{file}: {name} is {value!r:.80}, which no image processor takes: mend the file")
+            raise ConversionError(
+                f"{file}: {name} is {value!r:.80}, which is no valid setting of an image processor: correct the file"
+            )
     return {"do_center_crop": False, **known}  # processors that never crop do not say so
 
 

@@ -222,7 +222,8 @@ class LedgerBuilder:
             raise ConversionError(
                 f"{self.title}: the ledger does not balance.\n  "
                 + "\n  ".join(lines)
-                + "\n  If the file is of another family, say so with --family; if it is right, its layout is new."
+                + "\n  If the file is of another family, name it with --family. Otherwise this layout is not "
+                "supported yet."
             )
         return Ledger(tuple(self.made[name] for name in targets), self.dropped, self.filled)
 
@@ -243,7 +244,7 @@ def _sources_of(name: str, rules: list[Rule]) -> str:
         if groups is not None and not isinstance(rule, Fill):
             parts = rule.source if isinstance(rule, Join) else (rule.source,)
             return " and ".join(part.format(**groups) for part in parts)
-    return "nothing in this layout"
+    return "no tensor of this layout"
 
 
 def _join(*tensors: Tensor, is_present: tuple[bool, ...], absent: int) -> Tensor:

@@ -52,7 +52,9 @@ def download(address: str) -> pathlib.Path:
         try:
             torch.hub.download_url_to_file(address, str(path), hash_prefix=digest or None)
         except (OSError, RuntimeError) as error:
-            raise ConversionError(f"{address}: {error}: download it yourself to {path} and run this again") from error
+            raise ConversionError(
+                f"{address}: {error}: download it yourself to {path} and run this command again"
+            ) from error
     return path
 
 

@@ -79,7 +79,7 @@ def plan_export(source: str | pathlib.Path, to: str, file_name: str, settings: C
     opened = open_source(source)
     if (opened.settings or {}).get("model_type") != "vitreg":
         raise ConversionError(f"{source}: expected a folder of a model of this family, with its config.json")
-    with stage(f"{source}: is no valid model of this family", remedy="vitreg doctor FOLDER says what is wrong"):
+    with stage(f"{source}: is no valid model of this family", remedy="check it with vitreg doctor FOLDER"):
         config = ViTWithRegistersConfig.from_pretrained(source)
         kind = getattr(models, (config.architectures or ["ViTWithRegistersModel"])[0])
     tensors = opened.renamed({name: short(name) for name in opened.shapes})

@@ -41,7 +41,7 @@ def read_pickle(file: pathlib.Path) -> dict:
         ConversionError: the file is damaged, needs code to be read, or holds something else.
     """
     size = f"{file.stat().st_size:,} bytes"
-    with stage(f"{file}: {size}, damaged, truncated or no checkpoint of PyTorch", remedy="download it again"):
+    with stage(f"{file}: {size}, damaged, truncated or not a checkpoint of PyTorch", remedy="download it again"):
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
                 _check_archive(file, archive)
@@ -56,7 +56,9 @@ def read_pickle(file: pathlib.Path) -> dict:
                     f"{file}: refused, because reading it would run code ({name}): ask its author for a file of "
                     "tensors, or, if you trust it, load it yourself and torch.save its state_dict()"
                 ) from error
-            raise ConversionError(f"{file}: {size}, damaged or no checkpoint of PyTorch: download it again") from error
+            raise ConversionError(
+                f"{file}: {size}, damaged or not a checkpoint of PyTorch: download it again"
+            ) from error
     if not isinstance(state, dict):
         raise ConversionError(
             f"{file}: expected a dictionary of tensors, got {type(state).__name__}: torch.save the state_dict()"
@@ -87,7 +89,7 @@ def _check_archive(file: pathlib.Path, archive: zipfile.ZipFile) -> None:
     if claimed > file.stat().st_size + 2**20:
         raise ConversionError(
             f"{file}: claims {claimed:,} bytes in a file of {file.stat().st_size:,}: PyTorch does not compress "
-            "checkpoints, so this is none"
+            "checkpoints, so this is not one"
         )
     if not any(entry.CRC for entry in archive.infolist()):  # saved with set_crc32_options(False)
         return

@@ -84,7 +84,7 @@ def export(
         raise ConversionError(f"expected a layout out of {', '.join(TARGETS)}, got {to!r}")
     is_file = to == "dinov2"
     if is_file and output.suffix != ".pth":
-        raise ConversionError(f"{output}: the layout of dinov2 is a file: let its name end in .pth")
+        raise ConversionError(f"{output}: the layout of dinov2 is a file: choose a name that ends in .pth")
     plan = plan_export(source, to, output.name, settings)
     return run(plan, output, settings=settings, command=command, is_file=is_file)
 
@@ -137,7 +137,7 @@ def _verify(plan: ConversionPlan, written: object, settings: ConversionSettings)
     if settings.skip_verification:
         return {"is_verified": False, "why": "the verification was skipped on request"}
     remedy = "name a clone of its repository with --code, or skip the comparison with --no-verify"
-    with stage(f"{plan.title}: the original could not be run beside the result", remedy=remedy):
+    with stage(f"{plan.title}: the original model could not be run", remedy=remedy):
         model, reference = plan.compare(written)
         if isinstance(reference, str):
             return {"is_verified": False, "why": reference}
@@ -150,14 +150,14 @@ def _verify(plan: ConversionPlan, written: object, settings: ConversionSettings)
             f"positions were resized by the rule of the reference ({words}) on both sides, not by the family's"
         )
     if len(found["sizes"]) == 1:
-        notes.append("the reference takes images of one size")
+        notes.append("the reference takes images of one size only")
     return {"is_verified": True, **found, "tolerance": settings.tolerance, "notes": notes}
 
 
 def _check_output(output: str | pathlib.Path) -> pathlib.Path:
     output = pathlib.Path(output)
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise ConversionError(f"{output}: exists and is not empty: name another place, or remove it")
+        raise ConversionError(f"{output}: exists and is not empty: choose another output, or remove it")
     return output
 
 
@@ -165,7 +165,10 @@ def _check_room(output: pathlib.Path, num_bytes: int) -> None:
     parent = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
     free = shutil.disk_usage(parent).free
     if free < 1.05 * num_bytes:
-        raise ConversionError(f"{output}: needs {num_bytes:,} bytes, the disk has {free:,} left: name another place")
+        raise ConversionError(
+            f"{output}: needs {num_bytes:,} bytes, the disk has {free:,} left: free some space, "
+            f"or choose another output"
+        )
 
 
 __all__ = ["REPORT_FILE", "convert", "export", "run"]

@@ -144,7 +144,7 @@ def open_source(path: str | pathlib.Path, *, checkpoint_key: str | None = None) 
     for one in files:
         state, key, rest, said = _select(_open_file(one), checkpoint_key, one)
         if twice := next((name for name in state if name in parts), None):
-            raise ConversionError(f"{one}: {twice} stands in another shard too: keep one of them")
+            raise ConversionError(f"{one}: {twice} is in another shard too: keep one of them")
         parts |= _check_parts(state, one, rest)
         left |= rest
         notes += said
@@ -213,7 +213,9 @@ def _find_weights(folder: pathlib.Path) -> pathlib.Path:
         if (folder / name).is_file():
             return folder / name
     if (folder / "model" / "config.json").is_file():
-        raise ConversionError(f"{folder}: is a training run; its model is the folder {folder / 'model'}")
+        raise ConversionError(
+            f"{folder}: is the output folder of a training run: give the folder of its model, {folder / 'model'}"
+        )
     found = sorted(file for file in folder.iterdir() if file.suffix in _SUFFIXES and file.is_file())
     if len(found) == 1:
         return found[0]
@@ -236,7 +238,7 @@ def _open_file(file: pathlib.Path) -> dict:
     if not start:
         raise ConversionError(f"{file}: is empty: download it again")
     if start.startswith(b"version https://git-lfs"):
-        raise ConversionError(f"{file}: is a pointer of Git LFS, not the file itself: run git lfs pull")
+        raise ConversionError(f"{file}: is a Git LFS pointer, not the file itself: run git lfs pull")
     if start.lstrip()[:1] == b"<":
         raise ConversionError(f"{file}: is a web page, not a checkpoint: download the file itself")
     return _open_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file)
@@ -278,7 +280,7 @@ def _select(state: dict, key: str | None, file: pathlib.Path) -> tuple[dict, str
     else:
         raise ConversionError(f"{file}: dictionaries are nested deeper than {_MOST_LEVELS}: expected a state dict")
     if not is_found:
-        names = ", ".join(map(repr, nested)) or "none, it is flat"
+        names = ", ".join(map(repr, nested)) or "no key, because it holds tensors directly"
         raise ConversionError(f"{file}: has no state under {key!r}: expected one of {names}")
     left |= {str(name): "not a tensor" for name in state if name not in tensors}
     return tensors, "/".join(used) or None, left, notes
@@ -341,7 +343,7 @@ def _check_parts(state: dict, file: pathlib.Path, left: dict) -> dict[str, _Part
     for name, value in state.items():
         if not isinstance(name, str) or not name.isprintable() or len(name) > _LONGEST_NAME:
             raise ConversionError(f"{file}: expected names of tensors, got {name!r:.60} as a key: rename it")
-        with stage(f"{file}: {name} is no plain tensor", remedy="save it as a dense tensor on the CPU"):
+        with stage(f"{file}: {name} cannot be read", remedy="save it as a dense tensor on the CPU"):
             part = value if isinstance(value, _Part) else _wrap(value)
             if len(part.shape) > 8:
                 raise ValueError(f"{len(part.shape)} axes")
@@ -353,7 +355,7 @@ def _check_parts(state: dict, file: pathlib.Path, left: dict) -> dict[str, _Part
     if claimed > 4 * size + 2**20:
         raise ConversionError(
             f"{file}: its tensors claim {claimed:,} bytes in a file of {size:,}: they repeat the same values, or the "
-            "file is damaged; save each tensor with its own values (tensor.clone())"
+            "file is damaged; save each tensor as a copy (tensor.clone())"
         )
     return parts
 

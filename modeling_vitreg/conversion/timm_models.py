@@ -51,16 +51,16 @@ def build_folder(source: Source) -> nn.Module:
     timm, settings, file = _import_timm(), source.settings, source.path / "config.json"
     name, arguments = settings["architecture"], settings.get("model_args") or {}
     if not isinstance(arguments, dict):
-        raise ConversionError(f"{file}: expected model_args to be an object, got {arguments!r:.60}: mend the file")
+        raise ConversionError(f"{file}: expected model_args to be an object, got {arguments!r:.60}: correct the file")
     if not timm.is_model(name):
         near = ", ".join(timm.list_models(f"{name[:12]}*")[:3]) if name.isidentifier() else ""
         raise ConversionError(
             f"{file}: expected the name of a model that timm lists, got {name!r:.80}"
-            + (f"; did you mean {near}?" if near else ": write its name there, or convert the file of the weights")
+            + (f"; did you mean {near}?" if near else ": correct the name, or convert the file of the weights")
         )
     if "num_classes" in settings:
         arguments = {"num_classes": settings["num_classes"], **arguments}
-    with stage(f"{file}: timm cannot build {name}", remedy="mend model_args, or convert the file of the weights"):
+    with stage(f"{file}: timm cannot build {name}", remedy="correct model_args, or convert the file of the weights"):
         _check_arguments(arguments, source, file)
         with _ShapesOnly(), torch.device("meta"):
             empty = build(name, **arguments)
@@ -70,7 +70,7 @@ def build_folder(source: Source) -> nn.Module:
         if shapes != source.shapes:
             odd = sorted(key for key in {*shapes, *source.shapes} if shapes.get(key) != source.shapes.get(key))
             raise ConversionError(
-                f"{source.path}: {len(odd)} tensors do not fit {name}: {', '.join(odd[:5])}: config.json is of "
+                f"{source.path}: {len(odd)} tensors do not fit {name}: {', '.join(odd[:5])}: config.json belongs to "
                 "another model, or the file is incomplete"
             )
         module = build(name, **arguments)

@@ -121,7 +121,7 @@ def check_errors(found: dict, *, tolerance: float, title: str) -> None:
         shown = "\n  ".join(text for _, text in sorted(too_large, reverse=True)[:8])
         raise ConversionError(
             f"{title}: differs from {found['reference']} by more than {tolerance:g}, so nothing was saved:\n"
-            f"  {shown}\n  The family may be another (--family), or its settings (--set FIELD=VALUE)."
+            f"  {shown}\n  Perhaps the family (--family) or a setting (--set FIELD=VALUE) is wrong."
         )
 
 
@@ -143,12 +143,14 @@ def _compare(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, di
             if ours[kind].shape != expected.shape:
                 raise ConversionError(
                     f"{kind}: ours are {tuple(ours[kind].shape)}, those of the reference {tuple(expected.shape)}: the "
-                    "architecture was read wrongly; state it with --set FIELD=VALUE"
+                    "architecture was not recognised; set it with --set FIELD=VALUE"
                 )
             difference = (ours[kind].float() - expected.float()).abs().max().item()
             largest = expected.abs().max().item()
             if not largest and kind == "patch_tokens":
-                raise ConversionError("all patch tokens of the original are zero: its weights are zero, not trained")
+                raise ConversionError(
+                    "all patch tokens of the original are zero, so its weights are zero and not trained"
+                )
             errors[kind] = {"absolute": difference, "relative": difference / largest if largest else difference}
     return errors
 

@@ -40,7 +40,7 @@ def draw_discoveries(
             if len(shown) < num_images and (image := images[number]).name in by_name:
                 shown.append((image, by_name[image.name]))
     if not shown:
-        raise ValueError("expected the images that the report was made of, got none with a name that is in it")
+        raise ValueError("expected the images of the report, got none whose name is in it")
     num_columns = min(num_columns, len(shown))
     num_rows = math.ceil(len(shown) / num_columns)
     figure, axes = make_cells(num_rows, num_columns, side=2.8, top=0.1 * num_rows + 0.6)
@@ -59,7 +59,7 @@ def draw_sweep(report: DiscoveryReport) -> Figure:
         ValueError: a report without a sweep over annotated images.
     """
     if not report.best_of_sweep:
-        raise ValueError("expected the report of a sweep over annotated images, got one without")
+        raise ValueError("expected the report of a sweep over annotated images, got a report without a sweep")
     entries, best = report.sweep["entries"], report.best_of_sweep
     rows = list(dict.fromkeys((entry["layer"], entry["feature"]) for entry in entries))
     biases = sorted({entry["bias"] for entry in entries})

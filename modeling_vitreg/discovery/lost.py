@@ -185,7 +185,9 @@ def check_finite(values: Tensor) -> None:
     is_finite = values.isfinite().flatten(1).all(dim=1)
     if not is_finite.all():
         images = (~is_finite).nonzero().flatten().tolist()
-        raise ValueError(f"expected finite features, got NaN or infinity in images {images}: did the encoder diverge?")
+        raise ValueError(
+            f"expected finite features, got NaN or infinity in images {images}: the encoder may have diverged"
+        )
 
 
 __all__ = [

@@ -62,8 +62,8 @@ def discover(
     stopped_by = _pass_over(images, run)
     if not run.predictions:
         raise ValueError(
-            f"expected at least one image, got {len(run.unreadable)} that cannot be read, {len(run.nonfinite)} with "
-            "features that are not finite, and no other" + "".join(f"\n  {line}" for line in run.unreadable[:3])
+            f"expected at least one image, got {len(run.unreadable)} unreadable and {len(run.nonfinite)} with "
+            "features that are not finite" + "".join(f"\n  {line}" for line in run.unreadable[:3])
         )
     settings = {**dataclasses.asdict(run.settings), "layer": run.layer}
     entries, published = run.sweep_entries(), run.published.summarise()

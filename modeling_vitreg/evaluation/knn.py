@@ -83,7 +83,7 @@ def _check_numbers(num_neighbors: int, temperature: float, max_neighbors: int, c
     if not temperature > 0:
         raise ValueError(f"expected a temperature above 0, got {temperature}; the published one is 0.07")
     if chunk < 1:
-        raise ValueError(f"expected chunks of 1 or more rows, got {chunk}; chunk only bounds the memory")
+        raise ValueError(f"expected chunks of 1 or more rows, got {chunk}; chunk only limits the memory")
 
 
 def _check_rows(name: str, features: Tensor, labels: Tensor) -> None:
@@ -96,7 +96,9 @@ def _check_rows(name: str, features: Tensor, labels: Tensor) -> None:
     if labels.is_floating_point() or labels.is_complex():
         raise ValueError(f"expected labels of {name} as whole numbers, got {labels.dtype}: convert them by `.long()`")
     if not features.isfinite().all():
-        raise ValueError(f"expected finite {name}, got NaN or infinity: the encoder diverged, look at its loss first")
+        raise ValueError(
+            f"expected finite {name}, got NaN or infinity: the encoder may have diverged; check its training loss"
+        )
 
 
 __all__ = ["knn_accuracy"]

@@ -98,7 +98,7 @@ def measure_objects(found: Features, *, iou_threshold: float) -> tuple[list[Metr
     ious = found.load("ious")
     ious = ious[~ious.isnan()]
     if not len(ious):
-        raise ValueError("expected images with boxes, got none with any: is their column the right one?")
+        raise ValueError("expected images with boxes, got none: check the column of boxes (--columns box=NAME)")
     facts = {"mean_iou": float(ious.mean()), "num_degenerate": int(found.load("is_degenerate").sum())}
     return [share_of_images("corloc", ious >= iou_threshold)], facts
 

@@ -251,8 +251,8 @@ class _Run:
         report = read_report(path, kind=EvaluationReport)
         if report.architecture["weights_hash"] != self.weights_hash:
             raise ValueError(
-                f"{path}: expected an evaluation of this model, got one of {report.model} or of other weights: choose "
-                "another output folder, or remove this one"
+                f"{path}: expected an evaluation of this model, got an evaluation of {report.model} or of other "
+                "weights: choose another output folder, or remove this one"
             )
         return report.results, report.data
 

@@ -124,7 +124,8 @@ def _caption(rows: dict, labels: Sequence[str]) -> str:
     images = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
     return (
         f"{_name_sizes(rows, labels)}Test images: {images}. In brackets: intervals ({'; '.join(methods)}) over test "
-        "images, not over training images or seeds. Bold: better than every other model, without overlap of intervals."
+        "images, not over training images or seeds. Bold: better than every other model, without overlapping "
+        "intervals."
     )
 
 

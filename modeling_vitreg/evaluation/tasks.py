@@ -220,18 +220,18 @@ def _top(scores: Tensor, truth: Tensor, classes: Tensor) -> list[MetricValue]:
 
 def _no_masks(_: Encoder, data: LabelledData, __: Prompts) -> str | None:
     is_there = data.train.options.mask_column and data.test.options.mask_column
-    return None if is_there else "the images have no masks: name their column by --columns mask=NAME"
+    return None if is_there else "the images have no masks: name their column with --columns mask=NAME"
 
 
 def _no_depths(_: Encoder, data: LabelledData, __: Prompts) -> str | None:
     is_there = data.train.options.depth_column and data.test.options.depth_column
-    return None if is_there else "the images have no depth: name its column by --columns depth=NAME"
+    return None if is_there else "the images have no depth: name its column with --columns depth=NAME"
 
 
 def _no_boxes(_: Encoder, data: LabelledData, __: Prompts) -> str | None:
     if data.test.options.box_column:
         return None
-    return "the images have no boxes: name their column by --columns box=NAME, or their file by --annotations"
+    return "the images have no boxes: name their column with --columns box=NAME, or their file with --annotations"
 
 
 def _no_text(encoder: Encoder, data: LabelledData, prompts: Prompts) -> str | None:

@@ -225,7 +225,7 @@ class Encoder:
             stack.enter_context(contextlib.suppress(_Enough))
             self.tower(pixel_values, **keywords_of(self.family, pixel_values, self.patch_shape))
         if len(found) != num_expected:
-            raise RuntimeError(f"{self.name}: the model ran without calling all the modules that were expected of it")
+            raise RuntimeError(f"{self.name}: the model did not call all of its expected modules")
         return found
 
     def _check(self, pixel_values: Tensor) -> Tensor:
@@ -233,7 +233,7 @@ class Encoder:
         if pixel_values.ndim != 4 or pixel_values.shape[1] != channels or not len(pixel_values):
             raise ValueError(
                 f"expected images (batch, {channels}, height, width), got a tensor of shape "
-                f"{tuple(pixel_values.shape)}; `Encoder.prepare` makes one of PIL images"
+                f"{tuple(pixel_values.shape)}; `Encoder.prepare` converts PIL images"
             )
         check_image_size(tuple(pixel_values.shape[2:]), self.patch_shape)
         return pixel_values.to(self.device, self.dtype)

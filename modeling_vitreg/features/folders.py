@@ -135,7 +135,7 @@ def _unique(pairs: list[tuple]) -> dict:
     content = dict(pairs)
     if len(content) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r:.60} stands there twice")
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r:.60} occurs twice")
     return content
 
 

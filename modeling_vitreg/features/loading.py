@@ -105,7 +105,7 @@ def _check_folder(folder: pathlib.Path) -> None:
     if odd and "quantization_config" not in (settings or {}):
         raise ValueError(
             f"{folder}: {len(odd)} weights are not floating-point numbers ({odd[0]}: {types[odd[0]]}): the files are "
-            "damaged, or quantised without saying so"
+            "damaged, or quantised without a quantization_config"
         )
 
 

@@ -105,7 +105,7 @@ def extract_many(
     if not pairs:
         raise ValueError("expected one pair (layer, feature) or more, got none")
     if is_normed and any(feature != "token" for _, feature in pairs):
-        raise ValueError("is_normed=True needs feature 'token': the final norm is for tokens only")
+        raise ValueError("is_normed=True needs feature 'token': the final norm applies to tokens only")
 
     def hooks(keep: Callable) -> Iterator:
         for pair in set(pairs):
@@ -131,7 +131,7 @@ def _name_tokens(encoder: Encoder, tokens: Tensor, grid: tuple, pair: tuple, is_
     if tokens.shape[1] != sum(counts):
         raise RuntimeError(
             f"{encoder.name}: expected {sum(counts)} tokens (class, distillation, registers, patches: {counts}), got "
-            f"{tokens.shape[1]}; this model orders or drops its tokens in another way"
+            f"{tokens.shape[1]}; this model has another order or number of tokens"
         )
     cls, distillation, registers, patches = tokens.split(counts, dim=1)
     return TokenFeatures(

@@ -107,7 +107,7 @@ def _read_coco(path: pathlib.Path) -> tuple[list[_Entry], list[str]]:
             f"{path}: expected annotations with a bbox of four numbers and an image_id of images, got none"
         )
     if strays:
-        notes.append(f"{_share(strays, total, 'annotations')} have no image in {path.name}: image_id {_first(strays)}")
+        notes.append(f"{_share(strays, total, 'annotations')} name no image of {path.name}: image_id {_first(strays)}")
     if missing:
         notes.append(f"{_share(missing, total, 'annotations')} have no bbox of four numbers: id {_first(missing)}")
     if num_crowds := sum(sum(entry.crowds) for entry in entries.values()):
@@ -127,7 +127,7 @@ def _read_voc(folder: pathlib.Path, keep_difficult: bool) -> tuple[list[_Entry],
             broken.append(f"{path.name} ({type(error).__name__}: {error})")
     if not found:
         raise ValueError(f"{folder}: expected annotations of Pascal VOC, got none that can be read: {broken[0]}")
-    notes = [f"{_share(broken, len(paths), 'files')} are no annotation of Pascal VOC: {_first(broken)}"] * bool(broken)
+    notes = [f"{_share(broken, len(paths), 'files')} are not Pascal VOC annotations: {_first(broken)}"] * bool(broken)
     # VOC counts pixels from 1; many tools that write its format count from 0, and then some box touches 0.
     first = min((min(box[:2]) for entry in found for box in entry.boxes), default=1)
     if first < 1:
@@ -199,8 +199,8 @@ class _Files:
         near = near or self._by_name.get(stem.lower(), [])
         if leads_out or (is_absolute and not near):
             raise ValueError(
-                f"{source}: the image {name!r} leads out of its folder {str(self.folder)!r}: name images by "
-                "their path in this folder"
+                f"{source}: the image {name!r} points outside its folder {str(self.folder)!r}: name images by their "
+                "path in this folder"
             )
         if len(near) == 1:
             self._changed.append(f"{name} is {near[0].relative_to(self.folder)}")
@@ -213,7 +213,7 @@ class _Files:
         notes, doubles = [], [own[0].name for own in found.values() if len(own) > 1]
         if self._changed:
             share = _share(self._changed, num_entries, "names of images")
-            notes.append(f"{share} lack their suffix or have another folder: {_first(self._changed)}")
+            notes.append(f"{share} were found with another suffix or folder: {_first(self._changed)}")
         if self._missing:
             share = _share(self._missing, num_entries, "annotated images")
             notes.append(f"{share} do not exist in {self.folder}: {_first(self._missing)}")

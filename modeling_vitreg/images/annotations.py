@@ -31,10 +31,10 @@ _ORIENTATION = 0x0112  # EXIF tag
 _SLACK = 0.05  # share of the sides of an image by which a box may reach beyond it
 _SAME_ASPECT = 0.02  # relative difference of aspect ratios that rounding explains
 
-TURNED = "the annotation was made before the EXIF turn of the image, and was turned with it"
+TURNED = "the annotation was made before the EXIF rotation of the image, and was rotated with it"
 UNCLEAR = (
-    "the EXIF orientation turns the image, and sizes do not tell whether the annotation was made before; it was taken "
-    "as made after (otherwise: data.annotation_frame=stored)"
+    "the EXIF orientation rotates the image, and its size does not show whether the annotation was made before or "
+    "after; after was assumed (otherwise: data.annotation_frame=stored)"
 )
 RESIZED = "a map of another resolution was resized to its image"
 SCALED = "boxes of another resolution were scaled to their image"
@@ -177,7 +177,8 @@ class _Frame:
         elif tuple(stated) != tuple(target) and len(boxes):
             if not _has_aspect(stated, target):
                 raise Contradiction(
-                    f"the annotation is of an image of {stated[0]} x {stated[1]} pixels, the image has {self.size[0]} "
+                    f"the annotation is for an image of {stated[0]} x {stated[1]} pixels, the image has "
+                    f"{self.size[0]} "
                     f"x {self.size[1]}"
                 )
             notes.append(SCALED)
@@ -185,7 +186,7 @@ class _Frame:
         if reaches_out(boxes, target):
             raise Contradiction(
                 f"a box reaches from {boxes[:, :2].min(axis=0).tolist()} to {boxes[:, 2:].max(axis=0).tolist()} in an "
-                f"image of {target[0]} x {target[1]} pixels, outside of it: is data.box_format another one?"
+                f"image of {target[0]} x {target[1]} pixels, beyond its edges: data.box_format may be wrong"
             )
         return turn_boxes(boxes, self.stored_size, self.orientation) if is_stored else boxes
 

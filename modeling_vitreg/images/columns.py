@@ -90,7 +90,7 @@ def find_columns(opened: OpenedDataset, options: DataOptions) -> Columns:
         if name not in features:
             raise ValueError(f"open_images: there is no column {name!r}; the columns are {list_names(features)}.")
     if label and not holds_classes(features[label]):
-        raise ValueError(f"open_images: the column {label!r} holds no classes but {features[label]}.")
+        raise ValueError(f"open_images: the column {label!r} holds {features[label]}, not classes.")
     images = [name for name, kind in features.items() if isinstance(kind, ImageFeature) and name not in maps]
     if not images and not image:
         raise ValueError(

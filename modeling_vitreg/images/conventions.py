@@ -108,7 +108,7 @@ def _find_mask_format(stored: dict[str, np.ndarray], options: DataOptions, notes
     values = set(np.unique(np.concatenate(list(stored.values()))).tolist())
     if values == {0, UNKNOWN_CLASS} and options.num_classes in (0, 2) and not options.reduce_labels:
         notes.append(
-            f"the {len(stored)} masks looked at hold 0 and 255 only: they are read as two classes, 255 as class 1 "
+            f"the {len(stored)} sampled masks hold 0 and 255 only: they are read as two classes, 255 as class 1 "
             "(data.mask_format=classes: 255 is an unknown class)"
         )
         return replace(options, mask_format="binary")
@@ -126,19 +126,19 @@ def _check_classes(stored: dict[str, np.ndarray], options: DataOptions, notes: l
     if len(wrong) > _TOO_MANY * len(stored):
         name, error = next(iter(wrong.items()))
         raise ValueError(
-            f"{name}: the mask {error}. So do {len(wrong)} of {len(stored)} masks looked at: is the number of classes "
-            "(settings.num_classes, data.num_classes) or data.reduce_labels another one?"
+            f"{name}: the mask {error}. So do {len(wrong)} of {len(stored)} sampled masks: check the number of "
+            "classes (settings.num_classes, data.num_classes) and data.reduce_labels"
         )
     seen -= {UNKNOWN_CLASS}
     if not seen:
         raise ValueError(
-            f"{next(iter(stored))}: the mask has no pixel with a class, like all {len(stored)} masks looked at: 255 "
-            f"is an unknown class{', and so is 0 with data.reduce_labels' if options.reduce_labels else ''}"
+            f"{next(iter(stored))}: the mask has no pixel with a class, like all {len(stored)} sampled masks: 255 is "
+            f"an unknown class{', and so is 0 with data.reduce_labels' if options.reduce_labels else ''}"
         )
     num_classes = options.num_classes or max(seen) + 1
     if 2 * len(seen) < num_classes and len(seen) <= 8:
         found = ", ".join(map(str, sorted(seen)))
-        notes.append(f"the {len(stored)} masks looked at hold {len(seen)} of {num_classes} classes: {found}")
+        notes.append(f"the {len(stored)} sampled masks hold {len(seen)} of {num_classes} classes: {found}")
 
 
 def _is_jpeg(value: object) -> bool:
@@ -159,7 +159,7 @@ def _look_at_depth(raws: Sequence[dict], options: DataOptions, notes: list[str])
         return
     first, values = next(iter(depths)), np.concatenate(list(depths.values())) * options.depth_scale
     known = values[np.isfinite(values) & (values > 0)]
-    what = f"the {len(depths)} depth maps looked at"
+    what = f"the {len(depths)} sampled depth maps"
     if not len(known):
         raise ValueError(f"{first}: expected depths above 0, got none in {what}")
     if len(known) < (1 - _FEW) * len(values):
@@ -180,7 +180,7 @@ def _look_at_depth(raws: Sequence[dict], options: DataOptions, notes: list[str])
             f"{options.depth_scale:g} metres per stored unit, right{hint}? Otherwise raise max_depth"
         )
     if is_far > _FEW:
-        notes.append(f"{is_far:.1%} of the depths of {what} lie beyond {limit}, and do not count")
+        notes.append(f"{is_far:.1%} of the depths of {what} lie beyond {limit} and are ignored")
     if median < options.max_depth / 1000:
         notes.append(f"half of the depths of {what} are below {median:.3g} m: is depth_scale right?")
 
@@ -213,7 +213,9 @@ def _look_at_boxes(raws: Sequence[dict], options: DataOptions, notes: list[str])
     if options.box_units == "auto" and 0 < highest <= 1 and all(min(boxes.sizes[0]) > 2 for boxes in found):
         is_relative = True
         options = replace(options, box_units="relative")
-        notes.append("no coordinate of a box is above 1: boxes are read as shares of the sides (data.box_units)")
+        notes.append(
+            "no coordinate of a box is above 1: boxes are read as fractions of width and height (data.box_units)"
+        )
     total = sum(len(boxes.rows) for boxes in found)
     wrong = {
         name: sum(boxes.count_wrong(boxes.default if name == "auto" else name, is_relative) for boxes in found)
@@ -223,8 +225,8 @@ def _look_at_boxes(raws: Sequence[dict], options: DataOptions, notes: list[str])
         better = [name for name in BOX_FORMATS[1:] if not wrong[name]]
         if better:
             notes.append(
-                f"boxes are read as {better[0]}: as {found[0].default}, {wrong['auto']} of {total} boxes looked at "
-                "reach out of their image or have no area (data.box_format)"
+                f"boxes are read as {better[0]}: as {found[0].default}, {wrong['auto']} of {total} sampled boxes "
+                "leave their image or have no area (data.box_format)"
             )
             return replace(options, box_format=better[0])
     return options

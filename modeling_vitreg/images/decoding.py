@@ -97,7 +97,7 @@ def open_file(raw: dict):
             raise UnreadableImage(raw["name"], "the file is empty")
         return io.BytesIO(raw["bytes"])
     if raw["path"] is None:
-        raise UnreadableImage(raw["name"], "there is no image in this place")
+        raise UnreadableImage(raw["name"], "the dataset has no image in this row")
     if "://" not in raw["path"]:
         return raw["path"]
     from datasets.utils.file_utils import xopen

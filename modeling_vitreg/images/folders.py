@@ -68,7 +68,7 @@ def open_folder(folder: pathlib.Path, *, split: str, is_streaming: bool) -> Open
         )
     metadata = [path for paths in files.values() for path in paths if os.path.basename(path) in _METADATA]
     foreign = [path for path in metadata if not _names_images(path)]
-    notes += [f"{path} has no column file_name: it is not read" for path in foreign]
+    notes += [f"{path} has no column file_name and was not read" for path in foreign]
     parts = _find_splits(folder, images)
     if split not in parts:
         choose_split(parts, split, source=str(folder))
@@ -99,7 +99,7 @@ def _list_files(folder: pathlib.Path) -> tuple[dict[str, list[str]], list[str]]:
         if path.isprintable() or path.encode("utf-8", "replace").decode() == path:
             files[os.path.splitext(path)[1].lower()].append(path)
         else:
-            notes.append(f"{path!r} has a name that is no text in UTF-8: it is left out")
+            notes.append(f"{path!r} has a name that is not UTF-8 and is left out")
     return files, notes
 
 
@@ -163,8 +163,8 @@ def _find_splits(folder: pathlib.Path, images: list[str]) -> dict[str, list[path
     if named != tops:
         raise ValueError(
             f"open_images: {str(folder)!r} holds the splits {list_names(named)} and beside them "
-            f"{list_names(tops - named)}, so that it is not clear what is a split and what a class. Give one of these "
-            "folders, or move the rest away."
+            f"{list_names(tops - named)}, so splits and classes cannot be told apart. Give one of these folders, or "
+            "move the others away."
         )
     splits = collections.defaultdict(list)
     for name in sorted(named):
@@ -203,9 +203,9 @@ def _read_class_folders(splits: dict[str, list[pathlib.Path]], images: list[str]
     num_outside = names.count(None)
     origin, notes = "folders", {}
     if len(classes) < 2 or num_outside * 2 > len(names):
-        origin = "the images lie in no class folders"
+        origin = "the images are not in class folders"
         if classes and num_outside:
-            origin = f"{num_outside} of {len(names)} images lie in no class folder"
+            origin = f"{num_outside} of {len(names)} images are not in a class folder"
         content = {split: {"image": [path for path, _ in part]} for split, part in rows.items()}
         kinds = datasets.Features({"image": datasets.Image()})
     else:

@@ -44,13 +44,14 @@ def open_hub(source: str, *, split: str, is_streaming: bool) -> OpenedDataset:
     if not is_name or os.path.isdir(parts[0].split("/")[0]):
         if parts and parts[2] and os.path.isdir(parts[0]):  # a folder would win over the Hub, and has no revisions
             raise ValueError(
-                f"open_images: {parts[0]!r} is a folder here, and has no revision {parts[2]!r}: leave it out."
+                f"open_images: {parts[0]!r} is a local folder, which has no revision {parts[2]!r}: leave it out."
             )
         hint = " Datasets of the Hub are named owner/name." if parts and "/" not in parts[0] else ""
         raise ValueError(f"open_images: {EXPECTED}; got {source!r}, which does not exist.{suggest(source)}{hint}")
     if not (is_hub_known() or _is_cached(parts[0])):
         raise RuntimeError(
-            f"open_images: {source!r} is no path here, and the Hub did not answer: its address cannot be looked up."
+            f"open_images: {source!r} is not a local path, and the Hub did not answer: its address cannot be looked "
+            f"up."
             f"{suggest(source)} If it is a dataset of the Hub, check the connection."
         )
     try:
@@ -60,14 +61,14 @@ def open_hub(source: str, *, split: str, is_streaming: bool) -> OpenedDataset:
         splits = builder.as_streaming_dataset() if is_streaming else builder.as_dataset()
     except FileNotFoundError as error:
         is_missing = isinstance(error, DatasetNotFoundError)
-        what = "exists neither here nor on the Hub" if is_missing else "could not be opened"
+        what = "exists neither locally nor on the Hub" if is_missing else "could not be opened"
         words = f"{str(error).rstrip('.')}.{suggest(source)}"
         raise ValueError(f"open_images: {EXPECTED}; got {source!r}, which {what}: {words}") from error
     except Exception as error:
         if not (is_of_network(error) or isinstance(error, HfHubHTTPError)):
             raise
         raise RuntimeError(
-            f"open_images: {source!r} is no path here, and the Hub did not answer: {error}.{suggest(source)} "
+            f"open_images: {source!r} is not a local path, and the Hub did not answer: {error}.{suggest(source)} "
             "If it is a dataset of the Hub, check the connection and HF_HUB_OFFLINE."
         ) from error
     revision = builder.hash if _COMMIT.fullmatch(builder.hash or "") else None
@@ -90,7 +91,7 @@ def _find_builder(source: str) -> datasets.DatasetBuilder:
     if revision and is_cached and builder.hash != revision:
         raise RuntimeError(
             f"open_images: the Hub did not answer for {source!r}, and the cache holds {name!r} at {builder.hash}: "
-            "connect, or leave the revision out to take what the cache holds."
+            "connect, or leave out the revision to use the cached one."
         )
     return builder
 

@@ -104,7 +104,7 @@ def open_data(
     if is_scenes(source):
         columns = (options.image_column, options.mask_column, options.depth_column, options.box_column)
         if split != "train" or any((test_split, annotations, *columns)):
-            raise ValueError(f"{source!r} have their own splits, images, maps and boxes: leave these options out")
+            raise ValueError(f"{source!r} have their own splits, columns and annotations: leave out these options")
         return _open_scenes(source, image_size, (num_train, num_test), options.label_column)
     if annotations is not None:
         if test_split or any(getattr(options, name) for name in COLUMNS.values()):

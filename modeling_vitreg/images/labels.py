@@ -73,14 +73,14 @@ def find_labels(opened: OpenedDataset, column: str | None, *, features: datasets
             return Labels(column, None, None, origin)
         if is_asked:
             raise ValueError(
-                f"open_images: the column {column!r} holds {features[column].dtype}, and the words of a stream are "
+                f"open_images: the column {column!r} holds {features[column].dtype}, and the labels of a stream are "
                 "not known in advance: give a column of class numbers or of type ClassLabel, or do not stream"
             )
         return Labels(
             None,
             None,
             None,
-            f"{column!r} is no column of class numbers, and the values of a stream are not known in advance",
+            f"{column!r} is not a column of class numbers, and the values of a stream are not known in advance",
         )
     splits = [part for part in (opened.splits or {"": opened.dataset}).values() if column in part.column_names]
     try:
@@ -88,10 +88,10 @@ def find_labels(opened: OpenedDataset, column: str | None, *, features: datasets
     except ValueError:
         if is_asked:
             raise
-        return Labels(None, None, None, f"the column {column!r} holds numbers that are not whole")
+        return Labels(None, None, None, f"the column {column!r} holds fractions")
     is_words = any(isinstance(value, str) for value in values)
     if is_words and not is_asked and len(values) == sum(len(part) for part in splits) > 2:
-        return Labels(None, None, None, f"the column {column!r} holds {len(values)} texts, each once, and no classes")
+        return Labels(None, None, None, f"the column {column!r} holds {len(values)} different texts, not classes")
     ordered = sorted(values)
     if not is_words and ordered == list(range(len(ordered))):
         return Labels(column, None, None, origin)

@@ -103,7 +103,7 @@ def _read_voc_colours(colours: np.ndarray) -> np.ndarray:
     is_unknown = known[places] != codes
     if is_unknown.any():
         colour = tuple(colours[is_unknown][0][:3].tolist())
-        raise Contradiction(f"holds the colour {colour}, which is none of Pascal VOC")
+        raise Contradiction(f"holds the colour {colour}, which Pascal VOC does not use")
     return places
 
 

@@ -10,8 +10,8 @@ import pathlib
 EXPECTED = (
     'expected "scenes" or "scenes:single" (built in), a folder of images, WebDataset shards (.tar files: one, a '
     "folder, a glob or a brace list), "
-    "a folder of a dataset (parquet, arrow), or a name on the Hub (owner/name, with :configuration and "
-    "@revision where they are wanted)"
+    "a folder of a dataset (parquet, arrow), or a name on the Hub (owner/name, optionally with :configuration and "
+    "@revision)"
 )
 
 

@@ -71,7 +71,7 @@ def open_images(
 
 def _open_annotated(folder: str, annotations: str | os.PathLike, options: DataOptions) -> ImageSource:
     if is_scenes(folder) or any(getattr(options, name) for name in COLUMNS.values()):
-        raise ValueError("a file of annotations is for the images of a folder, and names them: leave out columns")
+        raise ValueError("a file of annotations names the images of a folder itself: leave out columns")
     dataset, notes = open_annotation_files(annotations, folder, keep_difficult=options.keep_difficult)
     return ImageSource(dataset, options=dataclasses.replace(options, box_column="boxes"), notes=notes)
 

@@ -69,7 +69,7 @@ def open_shards(shards: list[str], *, split: str) -> OpenedDataset:
     kinds |= {suffix: datasets.Value("int64") for suffix in suffixes if suffix in _NUMBERS}
     kinds |= {suffix: datasets.Value("string") for suffix in suffixes if suffix in _TEXTS}
     num_without = sum(not set(sample) & set(images) for sample in samples)
-    notes = [f"{num_without} of the first {len(samples)} samples of {shards[0]} hold no image: they are left out"]
+    notes = [f"{num_without} of the first {len(samples)} samples of {shards[0]} hold no image and are left out"]
     stream = datasets.IterableDataset.from_generator(
         _read_rows,
         features=datasets.Features(kinds),

@@ -226,7 +226,9 @@ class ImageStream(_Images):
         if block_size < 1:
             raise ValueError(f"ImageStream: block_size is a positive integer, got {block_size!r}.")
         if opened.dataset.features is None:
-            raise ValueError("ImageStream: expected a stream that knows the types of its columns; give it `features`.")
+            raise ValueError(
+                "ImageStream: expected a stream whose column types are known: pass `features` when you create it."
+            )
         self._columns = find_columns(opened, options or DataOptions())
         self._dataset = self._columns.select(opened.dataset)
         self._block_size = block_size
@@ -279,8 +281,8 @@ class ImageStream(_Images):
         found = {name: state.get(name) for name in owner}
         if found != owner:
             raise ValueError(
-                f"ImageStream: expected the state of {owner}, got one of {found}; a stream resumes with the seed, the "
-                "number of processes and in the process it was stopped with."
+                f"ImageStream: expected the state of {owner}, got one of {found}; a stream resumes only with the same "
+                "seed, number of processes and rank."
             )
         return self._read(split_dataset_by_node(self._dataset, rank=rank, world_size=num_processes), owner, state)
 

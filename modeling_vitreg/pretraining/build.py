@@ -136,7 +136,7 @@ def _check_channels(config: ViTWithRegistersConfig, *, of: str) -> None:
 def _model_keywords(recipe: Recipe) -> dict:
     """What `model` changes of the defaults; the configuration itself would accept any name."""
     if "num_register_tokens" in recipe.model:
-        raise ValueError("model: num_register_tokens is a value of the recipe itself: move it out of model")
+        raise ValueError("model: num_register_tokens belongs to the top level of the recipe: move it out of model")
     values = {name: value for name, value in recipe.model.items() if name != "preset"}
     return make_keywords(ViTWithRegistersConfig, values, of="model")
 
@@ -152,8 +152,8 @@ def _take_over(objective: Objective, weights: dict[str, torch.Tensor]) -> None:
     if wrong:
         raise ValueError(
             f"init: the run to start from has another objective or other sizes of heads; {len(wrong)} tensors do not "
-            f"fit, for example {', '.join(wrong[:3])}. Give the settings of that run, or its model folder, to start "
-            f"from its model alone"
+            f"fit, for example {', '.join(wrong[:3])}. Use the settings of that run, or start from its model alone: "
+            f"--init RUN/model"
         )
     objective.load_state_dict(weights)
 

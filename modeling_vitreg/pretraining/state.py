@@ -130,7 +130,7 @@ def last_state(folder: pathlib.Path, *, warn: Callable[[str], None] | None = Non
         return state
     if problems:
         raise RuntimeError(
-            f"no state in {folder} can be read: {'; '.join(problems)}. Restore one of them from a copy, or start "
+            f"no state in {folder} can be read: {'; '.join(problems)}. Restore one of them from a backup, or start "
             "again with another output folder"
         )
     return None
@@ -150,7 +150,7 @@ def check_state(state: pathlib.Path) -> None:
             if not path.exists():
                 raise DamagedState(f"{path} is missing")
             if expected and checksum(path) != expected.get(name):
-                raise DamagedState(f"{path} is damaged: its checksum is not that in {CHECKSUMS}")
+                raise DamagedState(f"{path} is damaged: its checksum differs from {CHECKSUMS}")
             if path.suffix == ".safetensors":
                 with safe_open(path, framework="pt"):
                     pass
@@ -248,7 +248,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise DamagedState(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise DamagedState(f"{path} is damaged: it holds a {type(content).__name__}, not an object with names")
+        raise DamagedState(f"{path} is damaged: it holds a {type(content).__name__}, not a JSON object")
     return content
 
 

@@ -201,7 +201,8 @@ def judge(result: dict, outliers: Outliers, *, num_units: int) -> dict:
     elif is_gone and is_same:
         sentence = f"Repaired: with {units} moved, outliers fall from {change}, and {kept}."
     elif not is_gone:
-        sentence = f"Not repaired: with {units} moved, outliers change from {change}; they must fall to a fifth."
+        sentence = f"Not repaired: with {units} moved, outliers change from {change}; they must fall to a fifth or "
+        "less."
     else:
         sentence = f"Not repaired: outliers fall from {change}, but {kept}, below {LEAST_COSINE}."
     return {"is_repaired": before > 0 and is_gone and is_same, "sentence": sentence}

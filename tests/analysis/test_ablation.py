@@ -111,7 +111,7 @@ def test_what_cannot_be_ablated_is_refused(model, tiny):
     without = ViTWithRegistersModel(tiny(num_register_tokens=0))
     for arguments, changes, words in (
         ((torch.nn.Linear(2, 2), images), {}, "a model of this package, got Linear"),
-        ((without, images), {}, "a model with registers, got one without"),
+        ((without, images), {}, "a model with registers, got a model without"),
         ((model, images[:1]), {}, "two images or more, got 1"),
         ((model, images), {"from_layer": 4}, r"from_layer in 1 ... 3, got 4"),
     ):

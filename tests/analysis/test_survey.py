@@ -139,7 +139,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_an_image_is_read(tmp_
 
 
 def test_no_image_is_refused_in_words():
-    with pytest.raises(ValueError, match="expected at least one image, got 0 that cannot be read and no other"):
+    with pytest.raises(ValueError, match="expected at least one readable image, got 0 unreadable ones"):
         _survey(plain_model(), [])
     with pytest.raises(ValueError, match=r"got 2 that cannot be read(.|\n)*image 0: expected a PIL image, got a str"):
         _survey(plain_model(), ["a", "b"])

@@ -180,7 +180,7 @@ def test_numbers_of_a_card_written_by_hand_do_not_get_in(folder):
     (folder / "README.md").write_text("---\nlicense: mit\n---\nAccuracy: 99.9 %")
     plan = make_plan(folder, "user/name")
     assert "99.9" not in plan.card and _metadata(plan.card).license is None
-    assert "skipped  'README.md': the card is written anew" in plan.describe()
+    assert "skipped  'README.md': replaced by the card made" in plan.describe()
 
 
 def test_every_number_of_a_bare_card_is_one_of_the_configuration(folder):
@@ -229,7 +229,7 @@ def test_artifacts_of_another_model_are_refused(folder):
 
 def test_results_of_another_model_are_refused(folder):
     evaluation_report(folder, num_registers=0)
-    with pytest.raises(CardError, match=r"was measured on another model, model: its num_register_tokens is 0"):
+    with pytest.raises(CardError, match=r"is a report of another model, model: its num_register_tokens is 0"):
         make_plan(folder, "user/name")
     evaluation_report(folder)
     evaluation_report(folder, name="evaluation-later.json", task="linear", weights_hash="beef")
@@ -259,7 +259,7 @@ def test_a_conditional_licence_needs_consent_by_its_name(folder):
     conversion_report(folder, licence="cc-by-nc-4.0")
     with pytest.raises(CardError, match=r"commercial use is not allowed.*--accept-license cc-by-nc-4.0"):
         make_plan(folder, "user/name")
-    with pytest.raises(CardError, match="accept it by its name"):
+    with pytest.raises(CardError, match="accept the licence by its name"):
         make_plan(folder, "user/name", accepts_licence="yes")
     card = make_plan(folder, "user/name", accepts_licence="cc-by-nc-4.0").card
     assert _metadata(card).license == "cc-by-nc-4.0" and "commercial use is not allowed" in card
@@ -277,7 +277,7 @@ def test_an_inherited_licence_cannot_be_changed_and_an_unknown_one_must_be_state
     with pytest.raises(CardError, match="cannot be published under mit"):
         make_plan(folder, "user/name", licence="mit")
     conversion_report(folder, licence=None)
-    with pytest.raises(CardError, match="not on record: look it up"):
+    with pytest.raises(CardError, match="The weights inherit it: look it up"):
         make_plan(folder, "user/name")
     assert _metadata(make_plan(folder, "user/name", licence="mit").card).license == "mit"
 
@@ -378,7 +378,7 @@ def test_weights_that_changed_since_the_fingerprint_are_refused(folder):
     plan = make_plan(folder, "user/name")
     said = []
     check_plan(plan, say=said.append)
-    assert "gives the recorded outputs (largest difference 0.0e+00)" in said[0]
+    assert "with the recorded outputs (largest difference 0.0e+00)" in said[0]
     tensors = load_file(folder / "model.safetensors")
     tensors["layernorm.weight"][3] *= 1.001
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -415,9 +415,7 @@ def test_a_dual_encoder_without_a_tokenizer_is_refused(tiny, tmp_path):
     ViTWithRegistersDualEncoderModel(ViTWithRegistersDualEncoderConfig(tiny(), TEXT_TOWERS["clip"])).save_pretrained(
         tmp_path
     )
-    with pytest.raises(
-        CardError, match=r"has no tokenizer .* so the model cannot be given a text: save the tokenizer there"
-    ):
+    with pytest.raises(CardError, match=r"has no tokenizer .* so the model cannot read text: save the tokenizer"):
         make_plan(tmp_path, "user/name")
 
 
@@ -536,7 +534,7 @@ def test_facts_of_another_type_end_in_words(folder, wrong):
         ({"architectures": "ViT"}, "expected architectures to be a list of class names"),
         ({"architectures": [3]}, "expected architectures to be a list of class names"),
         ({"hidden_size": "wide"}, "expected hidden_size to be an integer"),
-        ({"hidden_size": 33}, "describes no model of this family"),
+        ({"hidden_size": 33}, "is no valid configuration of this family"),
         ({"vision_config": 3, "text_config": {}}, "expected a model of this family"),
         ({"auto_map": 7}, "no auto_map to code in the folder"),
         ({"auto_map": {"AutoModel": "../../evil.Model"}}, "missing"),
@@ -586,11 +584,11 @@ def test_a_file_of_recorded_outputs_under_its_old_name_is_read(folder):
     (folder / "expected_outputs.json").unlink()
     plan, said = make_plan(folder, "user/name"), []
     assert "expected_outputs.json" in check_plan(plan, say=said.append).files and "fingerprint.json" not in plan.files
-    assert "gives the recorded outputs" in said[0]
+    assert "with the recorded outputs" in said[0]
 
 
 def test_a_licence_that_the_hub_does_not_list_needs_a_name_and_its_text(folder):
-    with pytest.raises(CardError, match="the licence custom needs its text: put it into the file LICENSE"):
+    with pytest.raises(CardError, match="the licence custom needs its text: save it as"):
         make_plan(folder, "user/name", licence="other")
     (folder / "LICENSE").write_text("All rights reserved.")
     plan = make_plan(folder, "user/name", licence="other", licence_name="house-rules")

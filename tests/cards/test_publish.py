@@ -120,7 +120,7 @@ def test_a_dry_run_checks_everything_and_sends_nothing(hub, publisher, folder):
 
 def test_what_is_published_gives_the_same_outputs_to_a_stranger(hub, publisher, folder, tmp_path):
     answer = publisher(folder, "user/name", check=True)
-    assert "gives the recorded outputs" in answer["said"][0]
+    assert "with the recorded outputs" in answer["said"][0]
     files = hub.files("user/name")
     assert set(files) - {".gitattributes"} == {
         "README.md",
@@ -219,7 +219,7 @@ def test_a_refused_token_is_said_with_what_to_type(hub, publisher, folder):
 
 def test_a_name_of_somebody_else_is_refused_before_anything_is_sent(hub, publisher, folder):
     answer = publisher(folder, "other/name")
-    assert "other/name belongs to other, the token to user: publish as user/name" in answer["words"]
+    assert "other/name belongs to other, but the token belongs to user: publish as user/name" in answer["words"]
     assert hub.requests == ["GET /api/whoami-v2"]
 
 

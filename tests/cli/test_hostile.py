@@ -89,7 +89,7 @@ def test_an_output_below_a_file_or_on_a_full_disk_ends_in_words(places, verb):
     (places["out"].parent / "file").write_text("mine")
     words = [word.format(**{**places, "out": places["out"].parent / "file" / "out"}) for word in VERBS[verb]]
     done = CliRunner().invoke(app, words)
-    assert done.exit_code == 1 and "file is a file, so nothing can be written below it" in done.output
+    assert done.exit_code == 1 and "file is a file, so no folder can be made in it" in done.output
     assert (places["out"].parent / "file").read_text() == "mine"
 
 

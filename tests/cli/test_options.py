@@ -123,7 +123,7 @@ def test_an_old_spelling_works_and_is_told_in_one_line(tmp_path):
         (["model", "photos2"], "Did you mean 'photos'?"),
         (["model", "photo.png"], "expected a folder of images or .tar shards, got a file"),
         (["model", "photos", "--output", "photo.png"], "expected a folder to write"),
-        (["model", "photos", "--output", "photo.png/below"], "photo.png is a file, so nothing can be written below"),
+        (["model", "photos", "--output", "photo.png/below"], "photo.png is a file, so no folder can be made in it"),
     ],
 )
 def test_what_cannot_exist_is_answered_without_loading_anything(tmp_path, monkeypatch, verb, arguments, words):

@@ -71,7 +71,7 @@ def test_scenes_have_exact_truth_and_test_images_that_lie_far_from_the_others():
     colours = open_data("scenes", image_size=32, num_train=3, num_test=2, options=DataOptions(label_column="colours"))
     assert colours.train[1].label != data.train[1].label
     assert colours.train.dataset_hash != data.train.dataset_hash
-    with pytest.raises(ValueError, match="their own splits, images, maps and boxes"):
+    with pytest.raises(ValueError, match="their own splits, columns and annotations"):
         open_data("scenes", options=DataOptions(mask_column="mask"))
 
 

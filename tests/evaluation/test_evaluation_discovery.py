@@ -223,7 +223,7 @@ def test_images_without_boxes_that_cannot_be_read_or_with_boxes_outside_are_left
     (result,) = report.results
     counts = report.data[result["dataset_hash"]]["test"]
     assert (result["n"], counts["num_images"], counts["num_unreadable"]) == (4, 4, 2)
-    assert "0.png" in counts["unreadable"][0] and "is data.box_format another one?" in counts["unreadable"][1]
+    assert "0.png" in counts["unreadable"][0] and "data.box_format may be wrong" in counts["unreadable"][1]
     with pytest.raises(ValueError, match="discovery: no image could be read"):
         for path in (folder / "images").iterdir():
             path.unlink()

@@ -202,7 +202,7 @@ def test_unknown_tasks_and_folders_of_other_models_are_refused(encoder, tiny, sc
         _run(encoder, scenes, tmp_path, tasks=["corloc"])
     _run(encoder, scenes, tmp_path, tasks=["knn"])
     other = load_encoder(ViTWithRegistersModel(tiny(num_register_tokens=0)), name="other")
-    with pytest.raises(ValueError, match="expected an evaluation of this model, got one of tiny"):
+    with pytest.raises(ValueError, match="expected an evaluation of this model, got an evaluation of tiny"):
         _run(other, scenes, tmp_path, tasks=["knn"])
 
 

@@ -282,7 +282,7 @@ def test_killed_at_any_rename_a_run_ends_with_the_same_files(folder, short):
 
 def test_a_finished_run_is_left_as_it_is(folder, short):
     files = {path: path.stat().st_mtime_ns for path in short[0].rglob("*.*") if path.suffix != ".jsonl"}
-    assert "all 2 steps were done before" in _run(folder, *SHORT, output="short")
+    assert "all 2 steps were complete already" in _run(folder, *SHORT, output="short")
     assert {path: path.stat().st_mtime_ns for path in short[0].rglob("*.*") if path.suffix != ".jsonl"} == files
 
 
@@ -333,7 +333,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(fol
     (folder / "file").write_text("")
     message = _refuse(folder, "--data", "no/such/data", output=output)
     assert f"the output folder {output} cannot be used" in message
-    assert "a file where a folder is needed: 'file'" in message
+    assert "a file, but a folder is needed: 'file'" in message
 
 
 # The commands of the pages, without any variable of the environment.

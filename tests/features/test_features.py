@@ -409,7 +409,7 @@ def test_errors_say_what_was_expected(tiny, tmp_path):
         encoder.prefix_attention(_pixels(), layers=-4)
     with pytest.raises(ValueError, match="feature out of token, query, key, value, mlp, got 'keys'"):
         extract_features(encoder, _pixels(), feature="keys")
-    with pytest.raises(ValueError, match="final norm is for tokens only"):
+    with pytest.raises(ValueError, match="final norm applies to tokens only"):
         extract_features(encoder, _pixels(), feature="key", is_normed=True)
     with pytest.raises(ValueError, match="one pair"):
         extract_many(encoder, _pixels(), wanted=[])

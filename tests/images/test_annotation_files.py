@@ -50,7 +50,7 @@ def test_names_without_suffix_or_with_another_folder_are_found_and_missing_image
     source = _open(folder, _coco(folder, images, [_box(number) for number in range(6)]))
     assert len(source) == 4 and len(source[0].boxes) == 2  # a.jpg twice, c.jpg twice
     text = "\n".join(source.notes)
-    assert "4 of 6 names of images (66.7%) lack their suffix or have another folder" in text
+    assert "4 of 6 names of images (66.7%) were found with another suffix or folder" in text
     assert "2 images have several entries, whose boxes were joined" in text
     assert "1 of 6 annotated images (16.7%) do not exist" in text and "'gone.jpg'" in text
     with pytest.raises(UnreadableImage, match=r"gone\.jpg"):
@@ -60,7 +60,7 @@ def test_names_without_suffix_or_with_another_folder_are_found_and_missing_image
 @pytest.mark.parametrize("name", ["../secret.png", "val/../../secret.png", "/etc/secret.png", "C:\\secret.png", ".."])
 def test_names_that_lead_out_of_the_folder_are_refused(folder, name):
     Image.new("RGB", (4, 4)).save(folder / "secret.png")
-    with pytest.raises(ValueError, match=r"boxes\.json: the image .* leads out of its folder"):
+    with pytest.raises(ValueError, match=r"boxes\.json: the image .* points outside its folder"):
         _open(folder, _coco(folder, [{"id": 1, "file_name": name}], [_box(1)]))
 
 
@@ -68,7 +68,7 @@ def test_annotations_without_image_or_box_are_counted(folder):
     boxes = [_box(1), _box(8), _box(1, None), _box(1, [1, 2, 3])]
     source = _open(folder, _coco(folder, [{"id": 1, "file_name": "a.jpg"}], boxes))
     assert len(source[0].boxes) == 1
-    assert source.notes[0] == "1 of 4 annotations (25.0%) have no image in boxes.json: image_id '8'"
+    assert source.notes[0] == "1 of 4 annotations (25.0%) name no image of boxes.json: image_id '8'"
     assert source.notes[1].startswith("2 of 4 annotations (50.0%) have no bbox of four numbers: id '7'")
     with pytest.raises(ValueError, match="expected annotations with a bbox of four numbers"):
         _open(folder, _coco(folder, [{"id": 1, "file_name": "a.jpg"}], [_box(8)]))
@@ -129,7 +129,7 @@ def test_voc_files_that_contradict_or_are_broken_are_named(folder):
     _voc(folder, "b.xml", (1, 1, 10, 20), size="<size><width>0</width><height>0</height></size>")
     (folder / "voc" / "c.xml").write_text("<annotation><object></object></annotation>")
     source = _open(folder, folder / "voc")
-    assert "1 of 3 files (33.3%) are no annotation of Pascal VOC" in source.notes[0] and "c.xml" in source.notes[0]
+    assert "1 of 3 files (33.3%) are not Pascal VOC annotations" in source.notes[0] and "c.xml" in source.notes[0]
     assert len(source[1].boxes) == 1
     with pytest.raises(UnreadableImage, match="of an image of 50 x 50 pixels"):
         source[0]

@@ -85,9 +85,11 @@ def test_another_resolution_is_brought_to_the_image_and_another_shape_is_a_contr
     assert half.notes == (RESIZED, SCALED)
     with pytest.raises(UnreadableImage, match=r"a\.png: mask of shape \(12, 6\) for an image of \(6, 12\) pixels"):
         read_annotated(_raw(mask=_file(_mask(12, 6))))
-    with pytest.raises(UnreadableImage, match=r"a\.png: the annotation is of an image of 9 x 9 pixels, .* has 12 x 6"):
+    with pytest.raises(
+        UnreadableImage, match=r"a\.png: the annotation is for an image of 9 x 9 pixels, .* has 12 x 6"
+    ):
         read_annotated(_raw(boxes=[[0, 0, 3, 3]], size=(9, 9)))
-    with pytest.raises(UnreadableImage, match=r"outside of it: is data\.box_format another one"):
+    with pytest.raises(UnreadableImage, match=r"beyond its edges: data\.box_format may be wrong"):
         read_annotated(_raw(boxes=[[0, 0, 40, 3]]))
 
 
@@ -144,7 +146,11 @@ def test_unknown_pixels_of_masks_are_marked_in_several_ways():
         (_mask() * np.int64(70_000), {}, "holds class 70000"),
         (_mask() * np.int64(-7), {}, "holds class -7"),
         (_file(np.stack([_mask() * 9, _mask(), _mask()], axis=2)), {}, "holds colours such as"),
-        (_file(np.stack([_mask() * 9, _mask(), _mask()], axis=2)), {"mask_format": "voc"}, "none of Pascal VOC"),
+        (
+            _file(np.stack([_mask() * 9, _mask(), _mask()], axis=2)),
+            {"mask_format": "voc"},
+            "which Pascal VOC does not use",
+        ),
         (None, {}, "is missing"),
         ({"bytes": b"no", "path": None}, {}, "UnidentifiedImageError"),
     ],

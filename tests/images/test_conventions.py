@@ -66,7 +66,7 @@ def test_masks_that_contradict_the_options_are_named(masks, options, words):
 
 
 def test_classes_that_hardly_occur_are_mentioned():
-    assert _look("mask", _masks(0, 128))[1] == ("the 4 masks looked at hold 2 of 129 classes: 0, 128",)
+    assert _look("mask", _masks(0, 128))[1] == ("the 4 sampled masks hold 2 of 129 classes: 0, 128",)
 
 
 def _depths(low, high, num_images=3):
@@ -86,7 +86,7 @@ def test_shares_of_depth_that_do_not_count_are_told():
     depths = _depths(1, 12)
     depths[0][:, :4] = np.nan
     unknown, far = _look("depth", depths)[1]
-    assert unknown == "8.3% of the pixels of the 3 depth maps looked at have no depth"
+    assert unknown == "8.3% of the pixels of the 3 sampled depth maps have no depth"
     assert "lie beyond max_depth, 10 m" in far
     with pytest.raises(ValueError, match="expected depths above 0"):
         _look("depth", [np.zeros((8, 16))])
@@ -110,7 +110,10 @@ def test_the_format_of_boxes_is_found_where_only_one_fits():
 
 def test_relative_boxes_are_found():
     options, notes = _look_at_boxes([[[0.1, 0.1, 0.5, 0.9]], [[0.2, 0.3, 1.0, 1.0]]])
-    assert (options.box_units, options.box_format) == ("relative", "auto") and "shares of the sides" in notes[0]
+    assert (options.box_units, options.box_format) == (
+        "relative",
+        "auto",
+    ) and "fractions of width and height" in notes[0]
     options, notes = _look_at_boxes([{"bbox": [[0.9, 0.9, 0.2, 0.2]]}] * 2)
     assert (options.box_units, options.box_format) == ("relative", "cxcywh") and len(notes) == 2
 

@@ -136,7 +136,7 @@ def test_maps_of_the_hub_are_read_with_the_commit_that_they_are_of(hub, read):
 
 def test_what_the_hub_does_not_have_is_named(hub, read, tmp_path):
     cases = {
-        "user/nothing": "got 'user/nothing', which exists neither here nor on the Hub: Dataset 'user/nothing'",
+        "user/nothing": "got 'user/nothing', which exists neither locally nor on the Hub: Dataset 'user/nothing'",
         "user/greys@v9": "Revision 'v9' doesn't exist for dataset 'user/greys'",
         "user/greys:rare": "'rare' not found. Available: ['default']",
     }
@@ -181,5 +181,5 @@ def test_a_folder_here_has_no_revision(tmp_path, monkeypatch):
 
     (tmp_path / "greys").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="'greys' is a folder here, and has no revision 'v1'"):
+    with pytest.raises(ValueError, match="'greys' is a local folder, which has no revision 'v1'"):
         open_images("greys@v1")

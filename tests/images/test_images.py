@@ -166,7 +166,7 @@ def _deep_colour(pixels: np.ndarray) -> bytes:
 def test_colour_of_16_bits_is_read_and_refused_where_it_would_turn_dark():
     pixels = np.random.default_rng(0).integers(0, 2**16, (8, 9, 3))
     assert (np.asarray(decode_image(_raw(_deep_colour(pixels)))) == pixels >> 8).all()
-    with pytest.raises(UnreadableImage, match="would turn dark: convert it to 8 bits a channel"):
+    with pytest.raises(UnreadableImage, match="would turn dark: convert it to 8 bits per channel"):
         decode_image(_raw(_deep_colour(pixels >> 4)))
 
 
@@ -197,7 +197,7 @@ def test_what_cannot_be_decoded_is_reported_with_its_name_and_a_reason(tmp_path,
         "OSError": _raw(png[: len(png) // 2]),
         "Error": _raw(bytes(damaged)),
         "No such file": _raw(None, str(tmp_path / "gone.png")),
-        "no image in this place": _raw(None),
+        "no image in this row": _raw(None),
     }
     for reason, raw in cases.items():
         with pytest.raises(UnreadableImage, match=rf"the image: .*{reason}"):
@@ -258,7 +258,7 @@ def test_names_of_splits_are_no_classes(tmp_path):
     for split, numbers in (("train", [0, 1]), ("validation", [2]), ("test", [3])):
         source = open_images(folder, split=split)
         assert (_numbers_of(source), source.class_names, set(source.labels)) == (numbers, None, {None})
-        assert source.describe_labels() == "labels: none; the images lie in no class folders"
+        assert source.describe_labels() == "labels: none; the images are not in class folders"
     stream = open_images(folder, is_streaming=True)
     assert sorted(_first_numbers(stream, 2, seed=0)) == [0, 1] and stream.class_names is None
 
@@ -278,7 +278,7 @@ def test_images_beside_class_folders_have_no_label_and_are_counted(tmp_path):
     assert source.labels == [0, 0, None, 1]
     assert "1 of 4 images have no label" in source.describe_labels()
     source = open_images(_write_folder(tmp_path / "flat", ["a.png", "b.png", "c.png", "x/d.png", "y/e.png"]))
-    assert source.labels == [None] * 5 and "3 of 5 images lie in no class folder" in source.describe_labels()
+    assert source.labels == [None] * 5 and "3 of 5 images are not in a class folder" in source.describe_labels()
 
 
 def test_a_class_that_a_split_lacks_keeps_its_number(tmp_path):
@@ -295,7 +295,7 @@ def test_class_folders_are_read_beside_foreign_metadata(tmp_path):
         (tmp_path / "set" / name).write_text(content)
         source = open_images(folder)
         assert source.labels == [0, 1]
-        assert f"{name} has no column file_name: it is not read" in source.describe_labels()
+        assert f"{name} has no column file_name and was not read" in source.describe_labels()
 
 
 def test_links_in_a_circle_odd_names_and_empty_files_do_no_harm(tmp_path):
@@ -307,7 +307,7 @@ def test_links_in_a_circle_odd_names_and_empty_files_do_no_harm(tmp_path):
     source = open_images(folder)
     assert source.labels == [0, 1, 1, 1]
     assert "links to a folder above it: it is left out" in source.describe_labels()
-    assert "no text in UTF-8: it is left out" in source.describe_labels()
+    assert "that is not UTF-8 and is left out" in source.describe_labels()
     assert source.describe_labels().count("\n") == 2
     for index in (2, 3):
         with pytest.raises(UnreadableImage, match=r"(broken|empty)\.png"):
@@ -328,7 +328,7 @@ def test_words_numbers_with_gaps_and_empty_cells_are_labels():
         ("float64", [1.0, 0.0, float("nan"), None], [1, 0, None, None], None, "2 of 4 images have no label"),
         ("bool", [True, False, None], [1, 0, None], ("False", "True"), "'False', 'True'"),
         ("string", ["all", "are", "different"], [None] * 3, None, "labels: none; the column 'label' holds 3 texts"),
-        ("float64", [0.5, 1.5], [None] * 2, None, "numbers that are not whole"),
+        ("float64", [0.5, 1.5], [None] * 2, None, "holds fractions"),
     ]
     for kind, values, labels, names, words in cases:
         source = ImageSource(_labelled(values, kind))
@@ -344,7 +344,7 @@ def test_words_are_the_same_numbers_in_every_split(tmp_path):
     assert open_images(str(tmp_path / "set")).labels == [1, 0, 0]
     assert open_images(str(tmp_path / "set"), split="test").labels == [1, 1]
     options = DataOptions(label_column="label")
-    with pytest.raises(ValueError, match="the words of a stream are not known in advance"):
+    with pytest.raises(ValueError, match="the labels of a stream are not known in advance"):
         open_images(str(tmp_path / "set"), is_streaming=True, options=options)
 
 
@@ -401,7 +401,7 @@ def test_columns_are_found_by_type_or_asked_for():
     assert len(ImageSource(two, options=DataOptions(image_column="mask"))) == 3
     with pytest.raises(ValueError, match="no column 'pixels'; the columns are 'caption', 'kind', 'label', 'picture'"):
         ImageSource(both, options=DataOptions(image_column="pixels"))
-    with pytest.raises(ValueError, match="'picture' holds no classes"):
+    with pytest.raises(ValueError, match="'picture' holds"):
         ImageSource(both, options=DataOptions(label_column="picture"))
     with pytest.raises(ValueError, match="expected a column of type Image, got 'caption'"):
         ImageSource(both.select_columns("caption"))
@@ -516,7 +516,7 @@ def test_shards_may_mix_suffixes_lack_classes_and_hold_other_files(tmp_path):
     assert [raw["label"] for raw in raws] == [1, None, None, 9]
     assert [raw["text"] for raw in raws] == ["one", "", "", ""]
     assert {_number_of(decode_image(raw)) for raw in raws} == {7}
-    assert "samples of" in stream.describe_labels() and "hold no image: they are left out" in stream.describe_labels()
+    assert "samples of" in stream.describe_labels() and "hold no image and are left out" in stream.describe_labels()
 
 
 def test_shards_that_cannot_be_read_are_named(tmp_path):
@@ -623,7 +623,7 @@ def test_a_source_that_does_not_exist_is_explained(tmp_path):
 
 
 def test_a_name_that_the_hub_does_not_answer_for_is_explained():
-    with pytest.raises(RuntimeError, match="'nobody/nothing' is no path here, and the Hub did not answer"):
+    with pytest.raises(RuntimeError, match="'nobody/nothing' is not a local path, and the Hub did not answer"):
         open_images("nobody/nothing")
 
 
@@ -641,7 +641,7 @@ def test_a_path_with_a_typo_is_never_asked_of_the_hub(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"got the file 'model\.pth'"):
         open_images("model.pth")
     monkeypatch.setattr("modeling_vitreg.images.hub.is_hub_known", lambda: False)
-    with pytest.raises(RuntimeError, match="'no/such' is no path here, and the Hub did not answer"):
+    with pytest.raises(RuntimeError, match="'no/such' is not a local path, and the Hub did not answer"):
         open_images("no/such")
 
 

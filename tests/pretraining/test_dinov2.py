@@ -592,7 +592,7 @@ def test_older_names_in_a_recipe_are_read_and_told(tmp_path, capsys):
     assert "recipe: clip was renamed to max_grad_norm" in capsys.readouterr().err
     make_recipe({"clip": 1.0})  # of a state: nothing to tell
     assert not capsys.readouterr().err
-    with pytest.raises(ValueError, match="clip is the older name of max_grad_norm"):
+    with pytest.raises(ValueError, match="clip is the old name of max_grad_norm"):
         make_recipe({"clip": 1.0, "max_grad_norm": 2.0})
 
 

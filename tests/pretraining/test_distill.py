@@ -309,11 +309,11 @@ def test_what_starts_from_a_model_without_registers_gets_an_average_that_does_no
 
 
 def test_a_teacher_that_does_not_fit_is_refused(recipe, tiny, tmp_path):
-    with pytest.raises(ValueError, match=r"teacher is the folder or the name on the Hub .* got none"):
+    with pytest.raises(ValueError, match=r"teacher is the folder or Hub name .* got none"):
         make_objective(recipe)
     with pytest.raises(ValueError, match="neither a folder of a model nor on the Hub"):
         make_objective(recipe.with_changes({"settings.teacher": str(tmp_path / "nowhere")}))
-    with pytest.raises(ValueError, match="hides no patch"):
+    with pytest.raises(ValueError, match="does not mask patches"):
         make_objective(recipe.with_changes({"masks.kind": "random", "masks.ratio": [0.5, 0.5], "masks.share": 1}))
 
     folder = tmp_path / "teacher"

@@ -309,7 +309,7 @@ def test_an_error_of_make_views_names_the_image(tmp_path, num_workers):
 def test_a_worker_that_dies_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)  # seconds it is waited for
     loader = _make_loader(_open_folder(tmp_path / "set"), make_views=_die, num_workers=1)
-    with pytest.raises(RuntimeError, match=r"a worker process died: .*take fewer workers or a smaller micro-batch"):
+    with pytest.raises(RuntimeError, match=r"a worker process died: .*use fewer workers or a smaller micro-batch"):
         _take(loader, 1)
 
 

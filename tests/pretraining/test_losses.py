@@ -167,7 +167,7 @@ def test_without_preference_the_loss_is_the_logarithm_of_the_number_of_prototype
 
 
 def test_one_view_alone_is_refused():
-    with pytest.raises(ValueError, match="cut more views"):
+    with pytest.raises(ValueError, match="two or more views"):
         cross_view_loss(torch.zeros(1, 2, 3), None, torch.full((1, 2, 3), 1 / 3))
 
 

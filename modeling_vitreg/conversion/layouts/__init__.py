@@ -75,7 +75,9 @@ def inner_model(source: Source, *, family: str | None = None) -> Source:
         return source
     inside = {name: name.removeprefix(found[0]) for name in members[found[0]]}
     outside = {name: f"outside of {found[0]!r}" for name in source.shapes if name not in inside}
-    note = f"took the model under {found[0]!r}" + (f", and left {len(outside)} tensors beside it" if outside else "")
+    note = f"took the model under {found[0]!r}" + (
+        f", and ignored {len(outside)} tensors outside it" if outside else ""
+    )
     return dataclasses.replace(source.renamed(inside), left=source.left | outside, notes=[*source.notes, note])
 
 
@@ -107,8 +109,8 @@ def _by_config(source: Source, family: str | None, module) -> Layout | None:
     model_type = settings.get("model_type")
     if model_type == "vitreg":
         raise ConversionError(
-            f"{source.path}: is a model of this family already: from_pretrained loads it; to write it in another "
-            "layout add --to dinov2, timm or transformers"
+            f"{source.path}: is a model of this family already, which from_pretrained loads. To export it, add --to "
+            "dinov2, timm or transformers"
         )
     if model_type in transformers.LAYOUTS:
         return transformers.LAYOUTS[model_type]
@@ -160,7 +162,7 @@ def _best_share(layouts: Iterable[Layout], names: Iterable[str]) -> float:
 def _unknown(source: Source) -> str:
     shares = {layout.name: layout.share(list(source.shapes)) for layout in BY_NAMES}
     nearest = max(shares, key=shares.get)
-    known = f"the nearest is {nearest}, which knows {shares[nearest]:.0%} of its names"
+    known = f"the nearest is {nearest}, which has {shares[nearest]:.0%} of its names"
     shown = ", ".join(list(source.shapes)[:6])
     return (
         f"{source.path}: no family fits; {known if shares[nearest] else 'none is near'}. Its tensors are {shown}, ... "

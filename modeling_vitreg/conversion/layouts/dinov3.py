@@ -48,7 +48,7 @@ def _rules(config: ViTWithRegistersConfig | None) -> list[Rule]:
     return [
         *rules,
         Drop("rope_embed.periods", why="computed from rope_theta", value=periods),
-        Drop("blocks.{i}.attn.qkv.bias_mask", why="says that keys have no bias", value=bias_mask),
+        Drop("blocks.{i}.attn.qkv.bias_mask", why="a mask that removes the bias of keys", value=bias_mask),
         Drop("local_cls_norm.{leaf}", why="norm of local crops, used in training only"),
     ]
 

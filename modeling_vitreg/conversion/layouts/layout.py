@@ -75,7 +75,7 @@ class CheckpointInfo:
         if not counts:
             near = difflib.get_close_matches(name, self.shapes, n=1)
             hint = f"; the nearest is {near[0]}" if near else ""
-            raise ConversionError(f"{self.file_name}: no tensor {name}, whose shape says what the model is{hint}")
+            raise ConversionError(f"{self.file_name}: no tensor {name}, whose shape gives the size of the model{hint}")
         return counts.most_common(1)[0][0]
 
     def _found(self, name: str) -> Iterator[re.Match]:

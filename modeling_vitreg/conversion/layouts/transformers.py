@@ -22,7 +22,7 @@ EMBEDDINGS: list[Rule] = [
     Rename("embeddings.register_tokens", "embeddings.register_tokens.weight", drop_axis, add_axis),
     Rename("embeddings.patch_embeddings.projection.{leaf}", "embeddings.patch_embeddings.{leaf}"),
     Rename("layernorm.{leaf}", "layernorm.{leaf}"),
-    Drop("pooler.dense.{leaf}", why="a layer behind the class token, which this family does not have"),
+    Drop("pooler.dense.{leaf}", why="a layer after the class token, which this family does not have"),
 ]
 POSITIONS: list[Rule] = [Rename("embeddings.position_embeddings", "embeddings.position_embeddings.weight")]
 LAYER = "encoder.layer.{i}"
@@ -83,7 +83,7 @@ CLIP_RULES: list[Rule] = [
     Rename("embeddings.class_embedding", "embeddings.cls_token", add_axes, drop_axes),
     Rename("embeddings.patch_embedding.weight", "embeddings.patch_embeddings.weight"),
     Rename("embeddings.position_embedding.weight", "embeddings.position_embeddings.weight", add_axis, drop_axis),
-    Drop("embeddings.position_ids", why="numbers from 0 on"),
+    Drop("embeddings.position_ids", why="the numbers of the positions"),
     Rename("pre_layrnorm.{leaf}", "pre_layernorm.{leaf}"),
     Join(tuple(f"{CLIP_LAYER}.self_attn.{part}_proj.{{leaf}}" for part in "qkv"), "layers.{i}.attention.qkv.{leaf}"),
     Rename(f"{CLIP_LAYER}.self_attn.out_proj.{{leaf}}", "layers.{i}.attention.proj.{leaf}"),
@@ -323,7 +323,7 @@ def _dinov2_rules(config: ViTWithRegistersConfig | None) -> list[Rule]:
     gated = [*GATED_MLP, *SPLIT_MLP]
     mlp = [*PLAIN_MLP, *gated] if config is None else gated if is_gated else PLAIN_MLP
     has_mask = config is None or config.has_mask_token
-    mask = FLAT_MASK if has_mask else Drop("embeddings.mask_token", why="a classifier has no use for it")
+    mask = FLAT_MASK if has_mask else Drop("embeddings.mask_token", why="a classifier does not use it")
     return [*EMBEDDINGS, *POSITIONS, *ATTENTION, *DINO_LAYER, *mlp, mask, *CLASSIFIER]
 
 

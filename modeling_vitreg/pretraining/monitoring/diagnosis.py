@@ -217,8 +217,8 @@ def _falling_rank(records: list[dict]) -> str | None:
         return None
     cure = "Raise the weight of KoLeo or lower" if _has(records, "koleo") else "Lower"
     return (
-        f"The effective rank of the features fell from {best:.4g} at step {best_step} to {now:.4g}: the features use "
-        f"fewer and fewer directions. {cure} the learning rate, and go back to the checkpoint of step {best_step}."
+        f"The effective rank of the features fell from {best:.4g} at step {best_step} to {now:.4g}: the features lose "
+        f"dimensions. {cure} the learning rate, and go back to the checkpoint of step {best_step}."
     )
 
 
@@ -228,7 +228,7 @@ def _falling_accuracy(records: list[dict]) -> str | None:
         return None
     cure = " or raise the momentum of the teacher" if _has(records, "momentum") else ""
     return (
-        f"The k-NN accuracy fell from {best:.1%} at step {best_step} to {now:.1%}: the features become worse. Keep "
+        f"The k-NN accuracy fell from {best:.1%} at step {best_step} to {now:.1%}: the features get worse. Keep "
         f"the checkpoint of step {best_step}, and lower the learning rate{cure}."
     )
 

@@ -98,7 +98,9 @@ def effective_rank(features: Tensor) -> float:
     """
     _check_matrix("features", features)
     if not features.isfinite().all():
-        raise ValueError("expected finite features, got NaN or infinity: the encoder diverged, look at its loss first")
+        raise ValueError(
+            "expected finite features, got NaN or infinity: the encoder may have diverged; check its training loss"
+        )
     # On the CPU, for not every accelerator has float64.
     singular = torch.linalg.svdvals(features.cpu().double())
     if not singular[0] > 0:

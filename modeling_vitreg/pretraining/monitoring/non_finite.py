@@ -45,8 +45,8 @@ class NonFiniteDetector:
             f"step {step}: {', '.join(names)} is not finite. "
             + (f"The last good state, {good}, is kept. " if good else "No state was saved before. ")
             + "The same command would fail again: lower learning_rate, raise warmup_ratio or lower max_grad_norm "
-            "(--set ...), or use bf16 or no mixed precision in place of fp16, and start in another output folder with "
-            "--init naming this one."
+            "(--set ...), or use bf16 or no mixed precision instead of fp16, and start from this run in another "
+            "output folder (--init, --output)."
         )
 
 

@@ -29,7 +29,8 @@ class AdaptationSettings:
     def __post_init__(self):
         if self.lora_rank < 0 or (self.lora_rank and self.freeze_backbone):
             raise ValueError(
-                f"settings: lora_rank is 0 or more, and contradicts freeze_backbone, got {self.lora_rank} and "
+                f"settings: lora_rank is 0 or more, and cannot be combined with freeze_backbone, got "
+                f"{self.lora_rank} and "
                 f"{self.freeze_backbone}"
             )
 

@@ -67,7 +67,10 @@ class ClassificationSettings(AdaptationSettings):
                 f"{self.loss!r} and {self.distillation!r}"
             )
         if self.loss == "binary" and self.smoothing:
-            raise ValueError(f"settings: the binary loss needs smoothing 0, got {self.smoothing}: all would be true")
+            raise ValueError(
+                f"settings: the binary loss needs smoothing 0, got {self.smoothing}: with smoothing, "
+                f"every class would be a target"
+            )
         if not (0 <= self.smoothing < 1 and self.mixup >= 0 and self.cutmix >= 0 and self.temperature > 0):
             raise ValueError(
                 "settings: expected smoothing in [0, 1), mixup and cutmix of 0 or more, a positive temperature, got "
@@ -78,7 +81,7 @@ class ClassificationSettings(AdaptationSettings):
         if (self.distillation != "none") != bool(self.teacher):
             raise ValueError(
                 f"settings: distillation {self.distillation!r} and teacher {self.teacher!r} contradict each other: "
-                "give both or neither"
+                "set both or neither"
             )
 
 

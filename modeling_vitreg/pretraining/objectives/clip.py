@@ -78,7 +78,7 @@ class CLIPSettings(AdaptationSettings):
     def __post_init__(self):
         super().__post_init__()
         if not (self.words or self.tokenizer):
-            raise ValueError("settings: expected words, which are found in captions, or a tokenizer, got neither")
+            raise ValueError("settings: expected words (taken from the captions) or a tokenizer, got neither")
         if "{}" not in self.prompt:
             raise ValueError(f"settings: prompt has {{}} where the name of a class goes, got {self.prompt!r}")
 

@@ -98,7 +98,7 @@ def cross_view_loss(
     num_local = 0 if local_logits is None else len(local_logits)
     num_pairs = num_global * (num_global - 1 + num_local)
     if num_pairs == 0:
-        raise ValueError("cross_view_loss: one global view and no local one leave nothing to compare; cut more views")
+        raise ValueError("cross_view_loss: expected two or more views, got one global view and no local view")
     of_all = targets.sum(dim=0)
     total = _cross_entropy(global_logits, of_all - targets, temperature).sum()
     if local_logits is not None:

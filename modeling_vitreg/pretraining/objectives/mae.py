@@ -45,8 +45,8 @@ class MAESettings:
                 raise ValueError(f"objective: {name} is a positive integer, got {getattr(self, name)!r}")
         if self.decoder_width % self.decoder_heads or self.decoder_width % 4:
             raise ValueError(
-                f"objective: decoder_width is a multiple of decoder_heads and, for the table of sines and cosines, of "
-                f"4, got {self.decoder_width} and {self.decoder_heads}"
+                f"objective: decoder_width is a multiple of decoder_heads and, because of the sine-cosine positions, "
+                f"of 4, got {self.decoder_width} and {self.decoder_heads}"
             )
 
 
@@ -265,14 +265,13 @@ def _check_masks(masks: MaskSettings) -> None:
 def _check_config(config: ViTWithRegistersConfig) -> None:
     if config.position_embedding_type == "none":
         raise ValueError(
-            "the MAE objective has to tell visible patches apart: position_embedding_type is 'learned', 'sincos' or "
-            "'rope', got 'none'"
+            "the MAE objective needs positions: position_embedding_type is 'learned', 'sincos' or 'rope', got 'none'"
         )
     is_subset = config.drop_path_mode == "batch_subset" and config.drop_path_rate > 0
     if is_subset and config.position_embedding_type == "rope":
         raise ValueError(
-            "in MAE every image has rotary tables of its own, which drop_path_mode='batch_subset' cannot choose from: "
-            "set drop_path_mode='sample' in the model"
+            "in MAE every image has its own rotary table, which drop_path_mode='batch_subset' does not support: set "
+            "drop_path_mode='sample' in the model"
         )
 
 

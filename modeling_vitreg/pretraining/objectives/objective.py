@@ -142,7 +142,7 @@ class Objective(nn.Module, abc.ABC):
             arguments["masks"] = recipe.masks
         elif recipe.masks != MaskSettings():
             raise ValueError(
-                f"masks: the objective {recipe.objective!r} hides no patch, got {recipe.masks}: remove them"
+                f"masks: the objective {recipe.objective!r} does not mask patches, got {recipe.masks}: remove masks"
             )
         if cls.settings_class is not None:
             arguments["settings"] = make_settings(cls.settings_class, recipe.settings, of="settings")

@@ -37,7 +37,7 @@ class SimMIM(Objective):
         ValueError: crops, masks or backbone do not fit the objective.
     """
 
-    description = "prediction of the pixels of patches that a mask token replaces (SimMIM)"
+    description = "prediction of the pixels of masked patches (SimMIM)"
     citation = "simmim"
     needs_mask_token = needs_normed_tokens = has_masks = has_single_view = True
 
@@ -92,7 +92,7 @@ class SimMIM(Objective):
 def _check_masks(masks: MaskSettings) -> None:
     if not (masks.share > 0 and masks.ratio[1] > 0):
         raise ValueError(
-            f"the SimMIM objective learns from masked patches alone: expected masks such as kind='random', "
+            f"the SimMIM objective is trained on masked patches only: expected masks such as kind='random', "
             f"ratio=(0.6, 0.6), share=1, got ratio={masks.ratio}, share={masks.share}"
         )
 

@@ -27,7 +27,7 @@ def load_teacher(name: str, recipe: Recipe) -> ViTWithRegistersModel:
         ValueError: no name, no model, another family, missing tensors, or other mean and std.
     """
     if not name:
-        raise ValueError("settings: teacher is the folder or the name on the Hub of the model to learn from, got none")
+        raise ValueError("settings: teacher is the folder or Hub name of the teacher model, got none")
     source = model_of_run(name)
     try:
         kind = PretrainedConfig.get_config_dict(source)[0].get("model_type")
@@ -65,12 +65,12 @@ def load_class_teacher(name: str, class_names: tuple[str, ...]) -> torch.nn.Modu
     try:
         teacher = AutoModelForImageClassification.from_pretrained(model_of_run(name), dtype=torch.float32)
     except (OSError, ValueError) as error:
-        raise ValueError(f"settings: teacher {name} is no classifier that can be loaded: {error}") from None
+        raise ValueError(f"settings: teacher {name} cannot be loaded as a classifier: {error}") from None
     known = tuple(teacher.config.id2label[number] for number in range(teacher.config.num_labels))
     if known != class_names:
         raise ValueError(
-            f"settings: teacher {name} knows {len(known)} classes, {', '.join(known[:3])} ..., the data has "
-            f"{len(class_names)}, {', '.join(class_names[:3])} ...: they have to be the same"
+            f"settings: teacher {name} has {len(known)} classes, {', '.join(known[:3])} ..., the data has "
+            f"{len(class_names)}, {', '.join(class_names[:3])} ...: they must be the same"
         )
     return teacher.requires_grad_(False).eval()
 

@@ -195,7 +195,7 @@ def _rename(values: dict[str, Any], *, tell: bool, path: str = "") -> dict[str, 
         name = _new_name(path + str(old), tell=tell)
         new = name.removeprefix(path)
         if new != old and new in values:
-            raise ValueError(f"recipe: {path}{old} is the older name of {name}: give one of them")
+            raise ValueError(f"recipe: {path}{old} is the old name of {name}: set only one of them")
         renamed[new] = _rename(value, tell=tell, path=f"{name}.") if isinstance(value, dict) else value
     return renamed
 

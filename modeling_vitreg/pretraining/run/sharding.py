@@ -37,7 +37,7 @@ def shard(objective: Objective, *, precision: str = "no") -> Objective:
         )
     scalars = [name for name, parameter in objective.named_parameters() if not parameter.ndim]
     if scalars:
-        raise ValueError(f"torch does not shard {', '.join(scalars)}, a single number: leave --shard out")
+        raise ValueError(f"torch cannot shard {', '.join(scalars)}, which is a single number: leave out --shard")
     device = next(objective.parameters()).device.type
     mesh = init_device_mesh(device, (distributed.get_world_size(),))
     kind = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

@@ -64,7 +64,9 @@ class CropSettings:
         for name in ("global_scale", "local_scale"):
             low, high = getattr(self, name)
             if not 0 < low <= high <= 1:
-                raise ValueError(f"crops: {name} is two shares of an area, 0 < low <= high <= 1, got {(low, high)}")
+                raise ValueError(
+                    f"crops: {name} is two fractions of the image area, 0 < low <= high <= 1, got {(low, high)}"
+                )
         if not 0 < self.zoom[0] <= self.zoom[1]:
             raise ValueError(f"crops: zoom is two factors, 0 < low <= high, got {self.zoom}")
         if self.num_global < 1 or self.num_local < 0:

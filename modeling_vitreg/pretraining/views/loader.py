@@ -178,7 +178,7 @@ class ViewLoader:
         if self._stream and step not in self._states:
             raise ValueError(
                 f"ViewLoader: expected a step whose state is known, {min(self._states)} ... {max(self._states)}, "
-                f"got {step!r}. Ask for it when all micro-batches of the step were taken."
+                f"got {step!r}. Ask for the state after all micro-batches of the step."
             )
         return {"step": step, **self._settings(), "stream": self._states[step] if self._stream else None}
 
@@ -300,7 +300,7 @@ class BatchBuilder:
                 problems.append(problem)
         raise RuntimeError(
             f"ViewLoader: none of {len(problems)} images in a row can be read; the first: {problems[0]}. "
-            "Check that the source is complete and that this process may read it."
+            "Check that the source is complete and readable."
         )
 
     def _candidates(self, keys: list, place: int) -> Iterator:
@@ -367,7 +367,7 @@ def _take(batches: Iterator[dict]) -> dict:
         if not any(words in str(error) for words in _DEAD_WORKER):
             raise
         raise RuntimeError(
-            f"ViewLoader: a worker process died: {error}. Most often memory or shared memory ran out: take fewer "
+            f"ViewLoader: a worker process died: {error}. Most often memory or shared memory ran out: use fewer "
             "workers or a smaller micro-batch. num_workers=0 shows errors of the decoding itself."
         ) from error
 
