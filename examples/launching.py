@@ -1,4 +1,4 @@
-"""How the processes of a training program start, and how they end when one of them is lost."""
+"""Start the processes of a training program, and end all of them when one is lost."""
 
 import errno
 import functools
@@ -56,7 +56,7 @@ def _start_the_others() -> None:
 
 
 def ends_in_words(main: Callable) -> Callable:
-    """A program in which a full disk, a full memory and a lost process end in a sentence that says what to do."""
+    """Report a full disk, exhausted memory or a lost process in one sentence that says what to do."""
 
     @functools.wraps(main)
     def run(**options) -> None:

@@ -1,4 +1,4 @@
-"""Problems of this installation or of a model, each with the command that mends it.
+"""Problems of this installation or of a model, each with the command that fixes it.
 
 Nothing is changed, and the network is not used.
 """

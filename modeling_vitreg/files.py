@@ -134,7 +134,7 @@ def check_writable(folder: str | os.PathLike) -> pathlib.Path:
 
 
 def checksum(path: str | os.PathLike) -> str:
-    """CRC-32 of a file, 8 hexadecimal digits: finds damage, not deceit."""
+    """CRC-32 of a file, 8 hexadecimal digits: detects damage, not manipulation."""
     value = 0
     with open(path, "rb") as file:
         while block := file.read(2**22):

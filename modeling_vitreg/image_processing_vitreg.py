@@ -1,4 +1,4 @@
-"""How an image file becomes a picture of 8 bits, and image processors that read it so. Travels with the weights.
+"""Image files to 8-bit images, and image processors that read files this way. Saved with the weights.
 
 The package's own reader (command line, training) calls `to_picture`, so that a file is one picture everywhere.
 """

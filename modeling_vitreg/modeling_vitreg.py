@@ -817,7 +817,7 @@ def _join(settings: dict) -> str:
 
 
 class ViTWithRegistersMixin:
-    """What the models and the dual encoder share: they save a folder that runs without the package."""
+    """Shared by the models and the dual encoder: saving a folder that runs without the package."""
 
     def save_pretrained(
         self,

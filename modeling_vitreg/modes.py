@@ -1,4 +1,4 @@
-"""Looking at a model that trains, without leaving a trace in it."""
+"""Evaluation of a model during training, without side effects."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Evaluate inside the block; every module then returns to the mode that it was in.
 
-    What was compiled runs eagerly meanwhile: an evaluation has other sizes and no gradient, and would compile anew.
+    Compiled modules run eagerly inside the block, because other sizes without gradients would be compiled anew.
     """
     # Module by module, for a part may be frozen in evaluation mode while the rest trains.
     modes = [(module, module.training) for module in model.modules()]

@@ -1,6 +1,6 @@
 """Names that a user types for a model or for images: a path on this machine, or a name on the Hub.
 
-Checked without importing a library and without asking the network, so that a typing error is answered at once.
+The checks import no library and use no network, so typing errors are reported at once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether the Hub can be asked, and whether an error comes from the network, whichever library was in between."""
+"""Whether the Hub can be reached, and whether an error comes from the network, whichever library raised it."""
 
 from __future__ import annotations
 

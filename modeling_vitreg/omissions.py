@@ -1,4 +1,4 @@
-"""What a report leaves out, and why: images that were not measured, and parts that failed."""
+"""Parts that a report leaves out, and the reasons: images that were not measured, and parts that failed."""
 
 from __future__ import annotations
 

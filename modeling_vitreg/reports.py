@@ -124,7 +124,7 @@ class ConversionReport:
             difference, `absolute` and `relative` to the largest value), `largest_relative_error`, `tolerance`,
             `notes`; or `why` there is none.
         command: that made the conversion.
-        made_with: versions of what made it.
+        made_with: versions of Python and packages, and the commit.
     """
 
     kind: ClassVar[str] = "conversion"
@@ -208,7 +208,7 @@ class DiscoveryReport:
 
 @dataclass(frozen=True)
 class RetrofitReport:
-    """How a finished model got registers, and what changed. Values are those of JSON: no tensor, no array.
+    """The repair of a finished model by test-time registers, and its effect. All values are plain JSON values.
 
     Args:
         model: the original.
@@ -221,7 +221,7 @@ class RetrofitReport:
         result: the same for the chosen units, with `time_ratio`, the time of a forward in units of the original's.
         verdict: `is_repaired`, and `sentence`.
         command: that made the report.
-        made_with: versions of what made it.
+        made_with: versions of Python and packages, and the commit.
     """
 
     kind: ClassVar[str] = "retrofit"

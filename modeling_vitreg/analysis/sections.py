@@ -69,7 +69,7 @@ class SurveySettings:
 
 @dataclass
 class Batch:
-    """Finite images of a batch, and what the model makes of them.
+    """Finite images of a batch, and the outputs of the model for them.
 
     Args:
         encoder: the model.

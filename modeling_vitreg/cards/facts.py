@@ -1,4 +1,4 @@
-"""Everything that a card may say, from files: the configuration, the reports beside it, the training run.
+"""All facts for a card, from files: the configuration, the reports beside it, the training run.
 
 Reports are found in the folder of the model, in that of its training run, and in their folders `reports`, `analysis`,
 `evaluation` and `training`; others may be named. On the Hub they lie in `reports/` and `training/`, where a downloaded

@@ -1,4 +1,4 @@
-"""Under which licence weights may be published: the licence of their parent, or else the choice of their author."""
+"""The licence under which weights are published: that of their parent model, or else the choice of their author."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model gives for one fixed input: the same text runs here and, as a program, where the package is not.
+"""Outputs of a model for one fixed input. The package imports this file, and it also runs alone as a program.
 
 `isolation.run_apart` sends this file to a new process, so it imports nothing of ours. The input is a formula and not
 random numbers, which differ between versions and devices.
@@ -48,8 +48,8 @@ def load(folder: str, *, classes: dict[str, type] | None = None) -> nn.Module:
 def take_outputs(model: nn.Module) -> dict:
     """Of each output its shape, largest absolute value, means and first values.
 
-    A dual encoder is given an image and a text, so that both towers are seen.
-    `mean` would not see two values that changed places, `weighted_mean` does: it is that of value times sin(i).
+    A dual encoder is given an image and a text, so that both towers run. `weighted_mean` is the mean of value times
+    sin(i): unlike `mean`, it changes when two values are swapped.
 
     Raises:
         ValueError: a value is not finite.
@@ -78,7 +78,7 @@ def probe_images(config) -> Tensor:
 
 
 def probe_text(config) -> Tensor:
-    """One text (1, 8 or fewer), of words spread over all, with its end behind them."""
+    """One text (1, at most 8 tokens), spread over the vocabulary, with the end token last."""
     num_tokens = min(8, getattr(config, "max_position_embeddings", 8))
     words = (7919 * torch.arange(1, num_tokens + 1)) % config.vocab_size
     if isinstance(getattr(config, "eos_token_id", None), int):

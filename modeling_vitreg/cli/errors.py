@@ -24,8 +24,8 @@ _EXPECTED = (ValueError, RuntimeError, OSError, MemoryError)  # errors that carr
 def plain_errors() -> Iterator[None]:
     """Print an error in one line and exit with 1, without a traceback.
 
-    An error of a library on somebody's files is named with the library. An error of another type that this package
-    raises itself is a bug, so it keeps its traceback.
+    An error that a library raises on the user's files is reported with the name of the library. An error of another
+    type that this package raises itself is a bug, so it keeps its traceback.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Arguments and options that several verbs share, each said once; what --set names, and checks before work begins."""
+"""Arguments and options that several commands share, the settings of --set, and checks before work begins."""
 
 from __future__ import annotations
 

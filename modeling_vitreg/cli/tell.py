@@ -1,4 +1,4 @@
-"""What several verbs print about their images."""
+"""Messages about images that were left out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The way in: from the checkpoint of another project to a folder of this family.
+"""Import: from the checkpoint of another project to a folder of this family.
 
 The folder holds `config.json`, `model.safetensors`, `preprocessor_config.json`, and the code of the family.
 """

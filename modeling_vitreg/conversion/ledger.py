@@ -44,7 +44,7 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Ledger:
-    """What becomes of every tensor.
+    """The plan for every tensor of a conversion.
 
     Args:
         entries: tensors to be written.
@@ -182,7 +182,7 @@ class LedgerBuilder:
         self._enter(Entry(target, (name,), rule.to_target), after)
 
     def join(self, targets: dict[str, tuple]) -> None:
-        """Enter what is made of several tensors."""
+        """Enter a tensor that is made of several."""
         for target, join in self._joins.items():
             parts, found = join["parts"], join["found"]
             lacking = [part for part in parts if part not in found]

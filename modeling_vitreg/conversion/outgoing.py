@@ -1,7 +1,7 @@
-"""The way out: from a folder of this family to a file of facebookresearch/dinov2, or a folder of timm or transformers.
+"""Export: from a folder of this family to a file of facebookresearch/dinov2, or a folder of timm or transformers.
 
-The tables of the way in are read backwards. What a layout cannot express is found by reading back what would be
-written, and comparing the architecture field by field.
+The tables of the import are used backwards. To find settings that a layout cannot express, the plan reads the result
+back and compares the architectures field by field.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ class _ScriptModule:
 
 
 class _ScriptReader(pickle.Unpickler):
-    """Reads the tensors of an archive of TorchScript; its code is not looked at."""
+    """Reads the tensors of an archive of TorchScript and ignores its code."""
 
     def __init__(self, file: pathlib.Path, archive: zipfile.ZipFile):
         self._file, self._archive = file, archive

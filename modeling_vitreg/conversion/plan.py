@@ -1,4 +1,4 @@
-"""What both directions of a conversion share: the settings, and a plan that `pipeline.run` carries out."""
+"""Shared by both directions of a conversion: the settings, and a plan that `pipeline.run` carries out."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class ConversionPlan:
 
 
 def make_empty(kind: type[PreTrainedModel], config: ViTWithRegistersConfig) -> ViTWithRegistersPreTrainedModel:
-    """A model of shapes without values."""
+    """A model on the meta device, with shapes but no values."""
     with torch.device("meta"):
         return kind(config)
 
@@ -112,7 +112,7 @@ def check_types(entries: tuple[Entry, ...], sources: Source, targets: dict[str, 
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Hide the progress bars and load reports of transformers, beside which ours would be lost."""
+    """Hide the progress bars and load reports of transformers, which would hide ours."""
     was_on, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()

@@ -1,6 +1,6 @@
 """Originals to compare with: transformers, timm and open_clip if they are installed, or a clone of a repository.
 
-Each loads the tensors of the source by its own code, so that no table of this package takes part. A clone is code, and
+Each one loads the tensors of the source with its own code, without the tables of this package. A clone is code, and
 it runs: only one that the caller names is used.
 """
 
@@ -35,7 +35,7 @@ _NOT_OF_ARCHITECTURE = ("architectures", "auto_map", "quantization_config", "_na
 
 
 def find_reference(layout: str, source: Source, config: ViTWithRegistersConfig, module=None) -> Reference | str:
-    """The original for a source, or in words why there is none.
+    """The original for a source, or the reason why there is none.
 
     Args:
         layout: name of the layout.

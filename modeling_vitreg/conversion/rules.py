@@ -27,7 +27,7 @@ class ConversionError(ValueError):
 
 @contextlib.contextmanager
 def stage(what: str, *, remedy: str) -> Iterator[None]:
-    """Turn whatever other people's data make a library raise into one `ConversionError`.
+    """Turn any error that a library raises on a user's files into one `ConversionError`.
 
     Args:
         what: names the file and what was done with it.
@@ -144,7 +144,7 @@ def matches(rule: Rule, name: str) -> bool:
 
 
 def match_source(rule: Rule, name: str) -> dict | None:
-    """What the placeholders of a rule stand for in the name of a tensor of the source; None if it does not match."""
+    """Values of the placeholders of a rule in the name of a source tensor; None if it does not match."""
     if isinstance(rule, Fill):
         return None
     for pattern in rule.source if isinstance(rule, Join) else (rule.source,):

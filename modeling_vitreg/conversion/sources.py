@@ -1,7 +1,7 @@
 """Checkpoints on a disk, opened without running their code and without reading all of them into memory.
 
 A source is a file (`.pth`, `.pt`, `.bin`, `.ckpt`, `.safetensors`), or a folder with one, in one piece or in shards,
-and perhaps with a `config.json`. Whatever is wrong with it ends in a `ConversionError` that names file and part.
+and perhaps with a `config.json`. Any problem is raised as a `ConversionError` that names file and part.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def build(name: str, **arguments) -> nn.Module:
 def build_folder(source: Source) -> nn.Module:
     """The model of a folder of timm, with the weights of the folder.
 
-    `config.json` is other people's: names that timm does not list, and arguments that are not those of the
+    `config.json` is not trusted: names that timm does not list, and arguments that are not those of the
     architecture (such as `checkpoint_path`, which some versions of timm unpickle), are refused. Sizes are compared
     with the tensors before the model takes any memory.
 
@@ -172,7 +172,7 @@ def _num_rows(tokens: Tensor | None) -> int:
 
 
 def sizes_of(module: nn.Module) -> list[tuple[int, int]] | None:
-    """A model of timm takes other sizes if it was told so before."""
+    """Arguments that let a model of timm take several image sizes."""
     if getattr(module, "dynamic_img_size", False) or module.patch_embed.img_size is None:
         return None
     module.dynamic_img_size = module.patch_embed.strict_img_size = False

@@ -1,4 +1,4 @@
-"""What the tasks read of features: one vector an image, the inputs of the linear probe, labels.
+"""Inputs of the tasks from features: one vector per image, the inputs of the linear probe, labels.
 
 Letters: I images, D width.
 """
@@ -22,7 +22,7 @@ def one_vector(features: Features) -> Tensor:
 
 
 def name_of_vector(features: Features) -> str:
-    """What `one_vector` takes."""
+    """Name of the vector that `one_vector` returns."""
     return "class token" if "class_tokens" in features.names else "mean of the patches"
 
 

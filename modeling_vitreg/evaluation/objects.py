@@ -42,7 +42,7 @@ def find_objects(
     shard_size: int = 256,
     has_progress_bar: bool = True,
 ) -> Features:
-    """Find an object in each image that can be read and has finite features; what is there is not done again.
+    """Find an object in each image that can be read and has finite features; objects on disk are not computed again.
 
     Args:
         encoder: from `modeling_vitreg.features.load_encoder`.

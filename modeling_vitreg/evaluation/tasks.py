@@ -31,7 +31,7 @@ from .zero_shot import embed_classes, similarities
 
 @dataclass(frozen=True)
 class Prompts:
-    """What zero-shot classification compares images with: prompts, which need a tokenizer, or embeddings.
+    """Classes of zero-shot classification, as prompts, which need a tokenizer, or as embeddings.
 
     Args:
         tokenizer: tokenizer of the text tower of a dual encoder.

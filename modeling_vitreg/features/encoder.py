@@ -1,4 +1,4 @@
-"""One contract between a model and everything that looks at it.
+"""One interface to the tokens and the attention of every supported model.
 
 Letters for shapes: B images, N tokens, P patches, R registers, Q prefix tokens, D width, H heads, L layers.
 """
@@ -187,7 +187,7 @@ class Encoder:
         return [found[number] for number in numbers]
 
     def norm_tokens(self, tokens: Tensor) -> Tensor:
-        """Apply the final norm to tokens (B, N, D); a model that norms the pooled vector in its place does nothing."""
+        """Apply the final norm to tokens (B, N, D), unless the model norms the pooled vector instead."""
         norm = getattr(self.tower, "norm_tokens", None) or find_part(self.tower, "norm")
         return norm(tokens)
 

@@ -1,4 +1,4 @@
-"""How each family of models is recognised, where its parts lie, and what it has to be told to see any image.
+"""Recognition of each family of models, its parts, and the arguments that it needs for images of any size.
 
 A family is known by the name of the class that holds embeddings, layers and final norm; names of the parts differ
 between families and versions, and the first one that exists counts.
@@ -111,7 +111,7 @@ def find_image_size(tower: nn.Module, patch_shape: tuple) -> tuple[int, int]:
 
 
 def keywords_of(family: str, pixel_values: Tensor, patch_shape: tuple) -> dict:
-    """What the model has to be told beside the images."""
+    """Keyword arguments of the model besides the images."""
     keywords = {"interpolate_pos_encoding": True} if family in _INTERPOLATE_ON_REQUEST else {}
     if family == "vit_mae":  # it sorts the patches by this noise, even where it masks none
         num_patches = math.prod(side // patch for side, patch in zip(pixel_values.shape[2:], patch_shape))
@@ -122,7 +122,7 @@ def keywords_of(family: str, pixel_values: Tensor, patch_shape: tuple) -> dict:
 
 @contextlib.contextmanager
 def any_image_size(tower: nn.Module, family: str, pixel_values: Tensor) -> Iterator[None]:
-    """Let timm interpolate positions, where it was told not to, and MAE see all patches."""
+    """Make timm interpolate positions, and MAE keep all patches."""
     if family == "vit_mae":
         with _changed([(tower.config, "mask_ratio", 0.0)]):
             yield
@@ -157,7 +157,7 @@ def _changed(changes: list[tuple]) -> Iterator[None]:
 
 
 def follow(module: object, path: str) -> object:
-    """What lies at a dotted path below a module, None where it ends early."""
+    """The object at a dotted path below a module, None if there is none."""
     for name in path.split("."):
         module = getattr(module, name, None)
     return module

@@ -1,7 +1,7 @@
 """Images from any source by one string: rendered scenes, a folder, WebDataset shards, a dataset of a disk or the Hub.
 
-What is opened holds images as they were stored; `decode_image` turns one into pixels, late, where a broken file can be
-reported and replaced. `ImageSource` can be indexed; `ImageStream` is read in order and remembers where it was.
+An opened source holds images as they were stored; `decode_image` turns one into pixels, late, where a broken file can
+be reported and replaced. `ImageSource` can be indexed; `ImageStream` is read in order and remembers where it was.
 
 A raw image is a dictionary: `bytes` (or None), `path` (or None), `label` (int or None) and `name` for messages; also
 `text`, `maps` and `boxes`, where a source was opened with their columns. `read_annotated` decodes it with its

@@ -1,7 +1,7 @@
-"""What holds for the annotations of a whole dataset: which values masks have, the unit of depth, the format of boxes.
+"""Conventions of the annotations of a dataset: the values of masks, the unit of depth, the format of boxes.
 
-Some images are looked at before any work starts. What they show beyond doubt completes the options and is said in a
-sentence; what contradicts the options stops with the name of a file and its values.
+A sample of the images is checked before work starts. Clear findings complete the options and are reported in a
+sentence; a contradiction is an error with the name of a file and its values.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def find_labels(opened: OpenedDataset, column: str | None, *, features: datasets
         return Labels(None, None, None, f"the column {column!r} holds fractions")
     is_words = any(isinstance(value, str) for value in values)
     if is_words and not is_asked and len(values) == sum(len(part) for part in splits) > 2:
-        return Labels(None, None, None, f"the column {column!r} holds {len(values)} different texts, not classes")
+        return Labels(None, None, None, f"the column {column!r} holds {len(values)} texts that all differ: no classes")
     ordered = sorted(values)
     if not is_words and ordered == list(range(len(ordered))):
         return Labels(column, None, None, origin)

@@ -1,4 +1,4 @@
-"""Which columns of a dataset are read, and how its annotations are stored: said once, for verbs and for training."""
+"""Options of data, shared by commands and training: which columns are read, and how annotations are stored."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ class DataOptions:
         mask_column: class number of each pixel, an image or an array, 255 where the class is unknown; None: not read.
         depth_column: depth of each pixel, an image or an array; None: not read.
         box_column: boxes of objects, see `modeling_vitreg.images.annotations`; None: not read.
-        num_classes: classes of masks; a larger class number contradicts; 0: as many as the masks show.
+        num_classes: classes of masks; a larger class number is an error; 0: as many as the masks show.
         mask_format: "classes", numbers; "binary", 0 and 255 are two classes; "voc", the colours of Pascal VOC; "auto":
             found from the data.
         reduce_labels: masks hold 0 where the class is unknown, and classes count from 1, as in ADE20k.
         depth_scale: metres per stored unit of depth, 0.001 for millimetres.
         max_depth: metres; larger depths are ignored.
         box_format: format of a box, one of `BOX_FORMATS`; "auto": found from the data.
-        box_units: "pixels" or "relative", shares of the sides of the image; "auto": found from the data.
+        box_units: "pixels" or "relative", fractions of width and height; "auto": found from the data.
         keep_difficult: keep objects that a Pascal VOC file marks as difficult or truncated.
-        annotation_frame: "upright" or "stored", whether annotations were made after or before the EXIF turn of an
+        annotation_frame: whether annotations were made after ("upright") or before ("stored") the EXIF rotation of an
             image; "auto": found from sizes.
 
     Raises:

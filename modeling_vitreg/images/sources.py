@@ -188,7 +188,7 @@ class ImageSource(_Images):
 
     @functools.cached_property
     def box_fingerprint(self) -> str | None:
-        """Sixteen letters that change with images, their order and any box; None without boxes."""
+        """16-character hash of images, their order and all boxes; None without boxes."""
         options = self.options
         if not options.box_column:
             return None

@@ -1,4 +1,4 @@
-"""Which images are held out, and which are left to learn from: the same ones for every model."""
+"""Division of images into held-out and training images, the same for every model."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def make_objective(
     _check_channels(backbone.config, of=f"init: {init}")
     objective = _wrap(backbone, recipe, processes)
     state = last_state(folder / "state") if folder.is_dir() else None
-    # These start from any model; the heads of what made it are of no use to them.
+    # These start from any model and do not use the heads of the run that trained it.
     is_same_kind = state is not None and (
         not objective_class(recipe.objective).has_head
         or read_metadata(state)["recipe"]["objective"] == recipe.objective

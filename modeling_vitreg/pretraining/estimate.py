@@ -98,11 +98,11 @@ class Estimate:
 
     @property
     def total_flops(self) -> int:
-        """Of the whole run."""
+        """Floating-point operations of the whole run."""
         return self.flops_per_step * self.num_steps
 
     def hours(self, *, flops_per_second: float = DEVICES["A100"], utilisation: float = UTILISATION) -> float:
-        """Length of the run if products alone decide it.
+        """Hours of the run if only the matrix products take time.
 
         Args:
             flops_per_second: of one device, as its data sheet says.

@@ -160,7 +160,7 @@ def check_state(state: pathlib.Path) -> None:
 
 
 def read_metadata(state: pathlib.Path) -> dict[str, Any]:
-    """What was saved beside the tensors.
+    """The metadata of a state.
 
     Raises:
         DamagedState: the file is no JSON, or not of a state.
@@ -204,7 +204,7 @@ def load_state(state: pathlib.Path, *, objective: nn.Module, optimizer: torch.op
 
 
 def load_objective(state: pathlib.Path) -> dict[str, torch.Tensor]:
-    """Parameters and buffers of everything that learned, by name, on the CPU.
+    """Parameters and buffers of all trained modules, by name, on the CPU.
 
     Raises:
         DamagedState: the file cannot be read.

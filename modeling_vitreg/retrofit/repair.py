@@ -1,4 +1,4 @@
-"""From any model that converts to a folder of the same model without artifacts.
+"""Repair of a model: from any model that can be converted to a folder of the same model without artifacts.
 
     OUTPUT/   config.json, model.safetensors, preprocessor_config.json, the code of the family, retrofit.json
 

@@ -1,4 +1,4 @@
-"""From the number of a scene to its image and its annotations."""
+"""Render a scene, given by its number, and its annotations."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""All layouts, and which of them a checkpoint has."""
+"""All layouts, and the recognition of the layout of a checkpoint."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def inner_model(source: Source, *, family: str | None = None) -> Source:
 def describe_checkpoint(
     source: Source, layout: Layout, *, module=None, config_overrides: dict | None = None
 ) -> CheckpointInfo:
-    """What a source shows, under the names of a layout."""
+    """Facts about a source, with its tensors under the names of a layout."""
     renamed = source.renamed(layout.canonical(list(source.shapes)))
     return CheckpointInfo(
         shapes=renamed.shapes,

@@ -80,7 +80,7 @@ LAYOUT = Layout(
 
 
 def configure_head(shapes: dict[str, tuple], config: ViTWithRegistersConfig, *, title: str) -> tuple[str, dict, list]:
-    """What a head in a file of its own makes of a backbone.
+    """Fields and rules that a head from a separate file adds to a backbone.
 
     Args:
         shapes: of the tensors of the head.

@@ -120,7 +120,7 @@ class Layout:
 
 
 def each(shorten: Callable[[str], str]) -> Callable[[Iterable[str]], dict[str, str]]:
-    """A `canonical` that looks at one name at a time."""
+    """A `canonical` that maps one name at a time."""
     return lambda names: {name: shorten(name) for name in names}
 
 

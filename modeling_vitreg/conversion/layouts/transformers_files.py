@@ -1,4 +1,4 @@
-"""What stands in the files of transformers: `config.json`, the class of a folder, and the names of its tensors."""
+"""Contents of the files of transformers: `config.json`, the class of a folder, and the names of its tensors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CLASSES = {
 
 
 def transformers_settings(layout: Layout, config: ViTWithRegistersConfig, *, is_classifier: bool) -> dict:
-    """The `config.json` of the class of transformers that the layout is of.
+    """The `config.json` of the class of transformers that a layout belongs to.
 
     Args:
         layout: one of `LAYOUTS`.
@@ -87,7 +87,7 @@ def _class_name(model_type: str, config: ViTWithRegistersConfig, is_classifier: 
 
 
 def transformers_class(settings: dict, names: Iterable[str]) -> str:
-    """The class of transformers that a folder is of: the one that it names, else one that has its tensors.
+    """The class of transformers of a folder: the one that `config.json` names, else one that has its tensors.
 
     Args:
         settings: of `config.json`, with a `model_type` of `LAYOUTS`.

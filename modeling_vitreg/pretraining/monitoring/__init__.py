@@ -1,1 +1,1 @@
-"""What is measured of a run while it trains, and how it is drawn and judged."""
+"""Measurements, figures and warnings of a running training."""

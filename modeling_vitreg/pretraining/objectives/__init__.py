@@ -1,1 +1,1 @@
-"""What a run learns from: losses, heads, and one module for each objective."""
+"""Training objectives: losses, heads, and one module for each objective."""

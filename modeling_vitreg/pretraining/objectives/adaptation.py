@@ -1,4 +1,4 @@
-"""How much of a backbone is trained under a head: all of it, nothing, or low-rank adapters (LoRA).
+"""Which part of a backbone is trained with a head: all of it, nothing, or low-rank adapters (LoRA).
 
 Source: Hu et al. 2021, arXiv 2106.09685 (LoRA), by peft.
 """

@@ -142,14 +142,14 @@ class CLIP(HeadObjective):
 
     @classmethod
     def settings_for_estimate(cls, settings: dict) -> dict:
-        """The 49,408 tokens of CLIP where the data would say the words."""
+        """The 49,408 tokens of CLIP in place of the words of the data."""
         if settings.get("words") or settings.get("tokenizer"):
             return settings
         return settings | {"words": [f"word{number}" for number in range(49408 - len(_SPECIAL))]}
 
     @property
     def trained(self) -> dict[str, nn.Module]:
-        """Image tower, text tower, and what joins them."""
+        """Image tower, text tower, their projections and the scale."""
         joints = nn.ModuleList([self.model.visual_projection, self.model.text_projection])
         scale = nn.ParameterList([self.model.logit_scale])
         return {"backbone": self.encoder, "text": self.model.text_model, "projections": joints, "scale": scale}

@@ -1,4 +1,4 @@
-"""The projection from tokens to prototypes that DINO, iBOT and DINOv2 compare student and teacher in."""
+"""The projection head from tokens to prototypes of DINO, iBOT and DINOv2."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The interface between an objective and the training loop.
 
-An objective describes itself in class attributes: what it learns from, what it logs, how a card names it. A new one is
+The class attributes of an objective declare its inputs, its metrics and its description on a card. A new one is
 a module in this folder and a line in `registry.py`.
 """
 
@@ -42,7 +42,7 @@ class Panel(NamedTuple):
 
 
 class DataSummary(NamedTuple):
-    """What training data say of themselves.
+    """Facts about the training data.
 
     Args:
         class_names: of the labels; empty if there are none.

@@ -37,7 +37,7 @@ def objective_class(name: str) -> type[Objective]:
 
 
 def describe_objective(name: object) -> str:
-    """What a model with this objective has learned, in words; an unknown name as it is."""
+    """Description of an objective for cards; an unknown name is returned unchanged."""
     return objective_class(name).description if _is_known(name) else str(name)
 
 

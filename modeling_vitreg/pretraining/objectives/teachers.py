@@ -1,4 +1,4 @@
-"""Teachers that a recipe names: models that are loaded, stay as they are, and are saved with no state."""
+"""Frozen teachers that a recipe names; they are not part of a saved state."""
 
 from __future__ import annotations
 

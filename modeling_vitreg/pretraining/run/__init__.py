@@ -1,1 +1,1 @@
-"""How a run is set and driven: recipe, schedules, optimiser, sharding."""
+"""Recipe, schedules, optimiser and sharding of a run."""

@@ -1,1 +1,1 @@
-"""What an objective sees of an image: crops, masks, batches of them."""
+"""Crops, masks and batches for the objectives."""

@@ -1,4 +1,4 @@
-"""Tokens of views of different sizes from one network: its last layer finishes those alone that a loss reads.
+"""Tokens of views of different sizes from one network: its last layer computes only tokens that a loss reads.
 
 Behind the attention of the last layer a token meets no other, so what no loss reads is left out there: most patches of
 global views, all of local ones, and the registers. Results are those of the whole network, up to the rounding of the
