@@ -320,7 +320,7 @@ class EvalImages:
                     raise SystemExit(str(error)) from None
             except (ValueError, RuntimeError) as error:
                 raise SystemExit(f"the split {split!r}: {error}") from None
-        return None, "other images of the training data"
+        return None, "held-out images of the training data"
 
     def _read(self, source, number: int) -> tuple[Tensor, dict[str, Tensor]]:
         if isinstance(source, ImageSource):

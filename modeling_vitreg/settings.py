@@ -47,7 +47,7 @@ def check_values(kind: type, values: dict[str, Any], *, of: str) -> dict[str, An
 
 
 def read_assignments(texts: Iterable[str]) -> dict[str, Any]:
-    """Nested dictionaries from texts such as "crops.num_local=4"; a later text goes before an earlier one.
+    """Nested dictionaries from texts such as "crops.num_local=4"; a later text replaces an earlier one.
 
     Args:
         texts: NAME=VALUE, where a dot leads into a mapping and the value is YAML; or the name of a YAML file.
@@ -77,7 +77,7 @@ def _merge(values: dict[str, Any], changes: dict[str, Any], *, of: str) -> None:
     for name, change in changes.items():
         if isinstance(change, dict) and name in values:
             if not isinstance(values[name], dict):
-                raise ValueError(f"--set {of}: {name} has no values of its own")
+                raise ValueError(f"--set {of}: {name} is a single value, not a group")
             _merge(values[name], change, of=of)
         else:
             values[name] = change

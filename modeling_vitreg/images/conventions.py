@@ -176,13 +176,13 @@ def _look_at_depth(raws: Sequence[dict], options: DataOptions, notes: list[str])
             "",
         )
         raise ValueError(
-            f"{first}: {is_far:.1%} of the depths of {what} lie beyond {limit}. Is depth_scale, "
-            f"{options.depth_scale:g} metres per stored unit, right{hint}? Otherwise raise max_depth"
+            f"{first}: {is_far:.1%} of the depths of {what} lie beyond {limit}: check depth_scale "
+            f"({options.depth_scale:g} metres per stored unit{hint}), or raise max_depth"
         )
     if is_far > _FEW:
         notes.append(f"{is_far:.1%} of the depths of {what} lie beyond {limit} and are ignored")
     if median < options.max_depth / 1000:
-        notes.append(f"half of the depths of {what} are below {median:.3g} m: is depth_scale right?")
+        notes.append(f"half of the depths of {what} are below {median:.3g} m: check depth_scale")
 
 
 # Boxes -------------------------------------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def test_stated_sizes_are_compared_with_the_image(folder):
     source = _open(folder, _coco(folder, images, [_box(1)]))
     assert source[0].boxes.tolist() == [[5, 5, 15, 15]] and source[0].notes
     images[0]["height"] = 160
-    with pytest.raises(UnreadableImage, match="of an image of 160 x 160 pixels, the image has 80 x 40"):
+    with pytest.raises(UnreadableImage, match="for an image of 160 x 160 pixels, the image has 80 x 40"):
         _open(folder, _coco(folder, images, [_box(1)]))[0]
 
 
@@ -131,7 +131,7 @@ def test_voc_files_that_contradict_or_are_broken_are_named(folder):
     source = _open(folder, folder / "voc")
     assert "1 of 3 files (33.3%) are not Pascal VOC annotations" in source.notes[0] and "c.xml" in source.notes[0]
     assert len(source[1].boxes) == 1
-    with pytest.raises(UnreadableImage, match="of an image of 50 x 50 pixels"):
+    with pytest.raises(UnreadableImage, match="for an image of 50 x 50 pixels"):
         source[0]
     for name in ("a.xml", "b.xml"):
         (folder / "voc" / name).write_text("<svg/>")

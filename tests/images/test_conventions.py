@@ -79,7 +79,7 @@ def test_depth_in_another_unit_is_refused_with_the_scale_to_type():
     with pytest.raises(ValueError, match=r"centimetres would be 0\.01"):
         _look("depth", _depths(100, 900))
     assert _look("depth", _depths(1000, 9000), depth_scale=0.001)[1] == ()
-    assert "is depth_scale right?" in _look("depth", _depths(1, 9), depth_scale=0.001)[1][0]
+    assert "check depth_scale" in _look("depth", _depths(1, 9), depth_scale=0.001)[1][0]
 
 
 def test_shares_of_depth_that_do_not_count_are_told():

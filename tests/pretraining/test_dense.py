@@ -341,7 +341,7 @@ def test_maps_of_a_dataset_on_the_disk_are_named_by_their_columns(folder, whole)
         "depth": ["--depth-column", "truth", "--depth-scale", "0.001"],
     }
     told = run(folder, "--data", "saved", *options[kind], output="saved-run")
-    assert "other images of the training data" in told
+    assert "held-out images of the training data" in told
     process = start(folder, "--data", "saved", *options[kind][2:], output="refused")
     _, err = process.communicate(timeout=300)
     assert process.returncode != 0 and "there is no column" in err and "'truth'" in err and "Traceback" not in err

@@ -555,7 +555,7 @@ def test_changes_reach_inner_values_and_leave_the_recipe_as_it_was(recipe):
         ({"num_step": 5}, "'num_step'; did you mean 'num_steps'"),
         ({"crops.num_lokal": 5}, "crops: .*did you mean 'num_local'"),
         ({"crop.num_local": 5}, "did you mean 'crops'"),
-        ({"seed.value": 5}, "seed has no values of its own"),
+        ({"seed.value": 5}, "seed is a single value"),
         ({"zzz": 5}, "expected one of"),
         ({"num_steps": "many"}, "num_steps is a number"),
         ({"num_steps": 1.5}, "num_steps is int"),

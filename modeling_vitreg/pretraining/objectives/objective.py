@@ -148,7 +148,7 @@ class Objective(nn.Module, abc.ABC):
             arguments["settings"] = make_settings(cls.settings_class, recipe.settings, of="settings")
         elif recipe.settings:
             raise ValueError(
-                f"settings: the objective {recipe.objective!r} has none, got {', '.join(recipe.settings)}: remove them"
+                f"settings: the objective {recipe.objective!r} takes none, got {', '.join(recipe.settings)}: remove"
             )
         return arguments
 

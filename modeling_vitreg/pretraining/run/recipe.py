@@ -133,7 +133,7 @@ class Recipe:
             for part in path:
                 inner = inner.get(part) if isinstance(inner, dict) else None
                 if not isinstance(inner, dict):
-                    raise ValueError(f"recipe: {name}: {part} has no values of its own; {suggest_name(part, values)}")
+                    raise ValueError(f"recipe: {name}: {part} is a single value; {suggest_name(part, values)}")
             if inner is values and last not in values:
                 raise ValueError(f"recipe: no value is called {last!r}; {suggest_name(last, values)}")
             inner[last] = value
