@@ -252,7 +252,7 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
         """Configuration of a standard size: "tiny", "small", "base", "large", "huge" or "giant", as in "base/14".
 
         Args:
-            name: a size, with the patch size behind a slash; without one the patch has 16 pixels.
+            name: a size, with the patch size after a slash; without one the patch has 16 pixels.
             overrides: any argument of the configuration.
 
         Raises:

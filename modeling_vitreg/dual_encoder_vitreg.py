@@ -99,8 +99,8 @@ class ViTWithRegistersDualEncoderOutput(ModelOutput):
         logits_per_text: (T, B), the transpose.
         text_embeds: (T, E), L2-normalised.
         image_embeds: (B, E), L2-normalised.
-        text_model_output: of the text tower.
-        vision_model_output: of the image tower, a `ViTWithRegistersModelOutput` with all tokens by name.
+        text_model_output: output of the text tower.
+        vision_model_output: output of the image tower, a `ViTWithRegistersModelOutput` with all tokens by name.
     """
 
     loss: Tensor | None = None
@@ -176,7 +176,7 @@ class ViTWithRegistersDualEncoderModel(ViTWithRegistersMixin, PreTrainedModel):
         Args:
             input_ids: (T, N), from the tokenizer.
             pixel_values: images (B, C, height, width).
-            attention_mask: (T, N), zero behind the end of a text.
+            attention_mask: (T, N), zero after the end of a text.
             position_ids, token_type_ids: (T, N), for text towers that have them.
             return_loss: return the contrastive loss; image i and text i are a pair.
             output_attentions, output_hidden_states: of both towers; transformers 5.0 records none of CLIP's text.

@@ -25,7 +25,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Write the path of the block; at its end the file replaces `path`, whose folder is made.
 
     Raises:
-        OSError: the file cannot be written; `path` is as it was, and nothing lies beside it.
+        OSError: the file cannot be written; `path` is as it was, and no temporary file is left.
     """
     path = pathlib.Path(path)
     with _errors_about(path):
@@ -47,7 +47,7 @@ def atomic_folder(path: str | os.PathLike, *, files: Sequence[str] | None = None
         files: names of the files of the folder that move beside `path`, in place of the folder.
 
     Raises:
-        OSError: the folder cannot be written; `path` is as it was, and nothing lies beside it.
+        OSError: the folder cannot be written; `path` is as it was, and no temporary file is left.
     """
     path = pathlib.Path(path)
     with _errors_about(path):

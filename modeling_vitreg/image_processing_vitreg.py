@@ -25,7 +25,7 @@ def to_picture(image, *, num_channels: int = 3):
 
     * It is turned as its EXIF orientation says. Of an animation the first frame is taken.
     * Grey integers of more than 8 bits are divided by a power of two: the smallest of 8, 10, 12, 14 and 16 bits that
-      holds the largest pixel becomes 8 bits. A file does not say how many of its 16 bits are used, so it is looked at.
+      holds the largest pixel becomes 8 bits. The file does not say how many bits are used.
     * Grey floats within 0 ... 1 are multiplied by 255; larger ones are taken as integers.
     * Alpha is dropped unless four channels are asked for; palettes, CMYK and so on are converted by Pillow.
 

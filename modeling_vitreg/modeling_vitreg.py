@@ -73,7 +73,7 @@ def set_initial(parameter: Tensor | None, initialise, *args, **kwargs) -> None:
 
 def without_reentrance(checkpoint: Callable) -> Callable:
     """Checkpointing of activations that keeps all gradients. Up to 4.57 the library defaults to reentrant
-    checkpointing, under which layers get no gradient if their input needs none, as behind frozen embeddings."""
+    checkpointing, under which layers get no gradient if their input needs none, as after frozen embeddings."""
     if isinstance(checkpoint, functools.partial) and checkpoint.keywords.get("use_reentrant"):
         return functools.partial(checkpoint, use_reentrant=False)
     return checkpoint
@@ -705,7 +705,7 @@ class ViTWithRegistersDropPath(nn.Module):
 
 
 class ViTWithRegistersLayer(GradientCheckpointingLayer):
-    """Attention and MLP, each behind a norm, with LayerScale and stochastic depth.
+    """Attention and MLP, each after a norm, with LayerScale and stochastic depth.
 
     The two branches have one signature each and no random number, so that they compile to one graph each.
     """

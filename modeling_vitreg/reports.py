@@ -123,7 +123,7 @@ class ConversionReport:
         verification: `is_verified`; then `reference`, `sizes`, `errors` (for each size and kind of tokens the largest
             difference, `absolute` and `relative` to the largest value), `largest_relative_error`, `tolerance`,
             `notes`; or `why` there is none.
-        command: that made the conversion.
+        command: command that made the conversion.
         made_with: versions of Python and packages, and the commit.
     """
 
@@ -220,7 +220,7 @@ class RetrofitReport:
         control: the same for a zero token without units; it is not neutral.
         result: the same for the chosen units, with `time_ratio`, the time of a forward in units of the original's.
         verdict: `is_repaired`, and `sentence`.
-        command: that made the report.
+        command: command that made the report.
         made_with: versions of Python and packages, and the commit.
     """
 

@@ -41,7 +41,7 @@ def make_cells(
     """A grid of images without axes.
 
     Args:
-        num_rows, num_columns: of the grid.
+        num_rows, num_columns: size of the grid.
         aspect: height of an image over its width.
         side: width of an image in inches.
         left, top: inches for labels.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 MASSIVE_VALUE = 100.0
 MASSIVE_RATIOS = {"language models": 1000.0, "vision": 100.0}  # to the median magnitude
-_SAMPLE = 4096  # entries of an image behind its median
+_SAMPLE = 4096  # entries of an image sampled for its median
 
 
 class MassiveActivations:

@@ -167,8 +167,8 @@ class Valley:
 def find_valley(counts: np.ndarray, *, images_above: np.ndarray) -> Valley | None:
     """Find the valley after the highest mode of a histogram over the logarithm of the norm, if there is one.
 
-    for each bin behind the highest peak of the smoothed histogram:
-        the other mode is the highest peak behind that bin
+    for each bin above the highest peak of the smoothed histogram:
+        the other mode is the highest peak above that bin
         depth = 1 - count of the bin / count of the other mode
     the deepest bin wins, provided that the modes are a factor 1.5 apart, that the other holds ten tokens or more of
     two images or more, but at most 30 % of all, and rises from the valley by four standard deviations of its count.

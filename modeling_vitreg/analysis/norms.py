@@ -75,7 +75,7 @@ def outlier_threshold(norms: Tensor, *, multiple: float = OUTLIER_MULTIPLE) -> f
 
     Args:
         norms: patch norms of one layer, any shape; the more images, the better the median.
-        multiple: of the median, above 1.
+        multiple: multiple of the median, above 1.
 
     Returns:
         Threshold in units of the residual stream; it is valid for this layer of this model only.

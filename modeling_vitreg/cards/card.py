@@ -72,7 +72,7 @@ def render_card(facts: Facts, repo_id: str, *, licence: Licence | None = None) -
     Args:
         facts: of `facts.collect_facts`.
         repo_id: USER/NAME that the model has or will have on the Hub.
-        licence: of `licences.decide_licence`.
+        licence: result of `licences.decide_licence`.
 
     Raises:
         CardError: a report lacks a fact, or has one of another type.

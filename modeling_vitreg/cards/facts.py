@@ -59,7 +59,7 @@ class Facts:
         folder: the model.
         parent: the model that it was made from, or None.
         conversion, artifacts: reports, or None.
-        results: of all evaluation reports, as `read_results` gives them.
+        results: results of all evaluation reports, as `read_results` gives them.
         training: record of the training run, or None.
         files: reports and figures, by their path on the Hub.
     """
@@ -89,7 +89,7 @@ def collect_facts(folder: str | os.PathLike, *, reports: Sequence[str | os.PathL
     """Read everything that is recorded about a model.
 
     Args:
-        folder: of a model, an adapter or a training run.
+        folder: folder of a model, an adapter or a training run.
         reports: files of reports, or folders that hold them, from elsewhere.
 
     Raises:
@@ -135,8 +135,8 @@ def read_results(path: pathlib.Path, *, model: ModelFolder) -> list[dict]:
     """Results of an `EvaluationReport`, each with everything that its number depends on.
 
     Args:
-        path: of the report.
-        model: that it must have been made from.
+        path: path of the report.
+        model: model that the report must belong to.
 
     Returns:
         One dictionary a number: `task`, `dataset`, `metric`, `value`, `interval`, `interval_method`, `n`, `seed`,

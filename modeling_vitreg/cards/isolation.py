@@ -151,7 +151,7 @@ def compare_outputs(taken: dict, recorded: dict, *, title: str) -> float:
 
     Args:
         taken, recorded: of `probe.take_outputs`.
-        title: of the model, for the message.
+        title: name of the model, for the message.
 
     Raises:
         CardError: an output is missing, has another shape, or differs by more than `TOLERANCE`.

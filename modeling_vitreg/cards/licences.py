@@ -23,7 +23,7 @@ class Licence:
     Args:
         name: what one types, and what a conversion records.
         metadata: fields of the card.
-        conditions: what whoever publishes or uses the weights must accept; empty where there are none.
+        conditions: conditions that every publisher or user of the weights must accept; empty where there are none.
         is_gated: whether readers must agree to it before they may download, as they had to at the source.
     """
 
@@ -49,7 +49,7 @@ def decide_licence(
         parent: name of that model, or None for weights trained from scratch.
         stated: identifier that the author chose, for weights of their own or where none was recorded.
         accepted: name of the conditional licence that the author agrees to.
-        name: of a licence that the Hub does not know, stated as "other"; None: "custom".
+        name: name of a licence that the Hub does not know, stated as "other"; None: "custom".
         link: to its text, an address or a file of the repository; None: the file LICENSE.
 
     Returns:

@@ -44,7 +44,7 @@ class ModelFolder:
         is_adapter: whether it holds an adapter.
         files: to upload, by name.
         skipped: files and folders that are not uploaded, each with the reason.
-        shapes: of all tensors, by name.
+        shapes: shapes of all tensors, by name.
     """
 
     path: pathlib.Path

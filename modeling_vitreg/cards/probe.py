@@ -26,7 +26,7 @@ def load(folder: str, *, classes: dict[str, type] | None = None) -> nn.Module:
 
     Args:
         folder: with `config.json` or `adapter_config.json`.
-        classes: of an installed package by name, in place of the code that lies in the folder.
+        classes: classes of an installed package by name, in place of the code that lies in the folder.
     """
     if not os.path.exists(f"{folder}/adapter_config.json"):
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=classes is None)

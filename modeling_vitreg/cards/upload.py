@@ -39,10 +39,10 @@ class UploadPlan:
 
     Args:
         repo_id: USER/NAME.
-        facts: behind the card.
+        facts: facts of the card.
         files: by their path on the Hub: a file, or the content itself.
         skipped_files: files that are not uploaded, with the reason.
-        licence: of the weights, or None.
+        licence: licence of the weights, or None.
     """
 
     repo_id: str
@@ -94,7 +94,7 @@ def publish(
     """Upload a model, an adapter or a training run to the Hub, with a card made from its reports.
 
     Args:
-        folder: of the model, the adapter or the run.
+        folder: folder of the model, the adapter or the run.
         repo_id: USER/NAME.
         revision: branch to write to, made if it does not exist; default main.
         is_public: make the repository public once everything is there; a new one is private.
@@ -133,11 +133,11 @@ def make_plan(
     """Everything that would be uploaded, with the card; nothing is loaded, written or sent.
 
     Args:
-        folder: of the model, the adapter or the run.
+        folder: folder of the model, the adapter or the run.
         repo_id: USER/NAME.
         reports: files of reports, or folders with them, outside of the folder.
         licence: identifier that the author chooses for weights that inherit none, or that was not on record.
-        licence_name, licence_link: of a licence "other"; see `licences.decide_licence`.
+        licence_name, licence_link: name and link of a licence "other"; see `licences.decide_licence`.
         accepts_licence: name of the inherited licence, if that has conditions.
 
     Raises:

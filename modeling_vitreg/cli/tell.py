@@ -11,7 +11,7 @@ def tell_unreadable(images: dict, *, part: str = "") -> None:
     Args:
         images: part of a report with `num_images` and, where some were left out, `num_unreadable`, `unreadable` and
             `num_nonfinite`.
-        part: of the data, such as "train".
+        part: part of the data, such as "train".
     """
     name = f"{part} images" if part else "images"
     lost, broken = images.get("num_unreadable") or 0, images.get("num_nonfinite") or 0

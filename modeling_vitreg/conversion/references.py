@@ -189,7 +189,7 @@ def repository_reference(
         layout: its name.
         code: a clone of the repository.
         source: the tensors, under the names of the layout.
-        config: configuration of ours, for the sizes.
+        config: our configuration, for the sizes.
 
     Raises:
         ConversionError: the family has no such repository, or the clone lacks a file or a package.

@@ -126,7 +126,7 @@ class Fill:
 
     Args:
         target: name.
-        value: of all its elements.
+        value: common value of all its elements.
         why: reason, for the report.
     """
 

@@ -92,7 +92,7 @@ def write_folder(report: DiscoveryReport, images: Sequence[AnnotatedImage], fold
 
     Args:
         report: of `discover`.
-        images: those that it was made of.
+        images: the images of the report.
         folder: folder to write; it is created.
     """
     from modeling_vitreg.style import save_figure  # matplotlib is not needed before

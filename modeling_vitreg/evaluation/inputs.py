@@ -32,7 +32,7 @@ def linear_inputs(
     """Inputs of DINOv2's linear probe: class tokens of the last layers, with and without the mean of the patches.
 
     Args:
-        features: of the kind "pooled".
+        features: features of the kind "pooled".
         num_layers: whose class tokens are joined; a model with fewer gives all that it has.
         device: for the inputs.
 

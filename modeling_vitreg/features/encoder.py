@@ -48,7 +48,7 @@ class Encoder:
         image_size: (rows, columns) that the model was trained at, in pixels.
         num_register_tokens, has_cls_token, has_distillation_token: the prefix.
         image_mean, image_std: one value a channel.
-        device, dtype: of the weights.
+        device, dtype: device and dtype of the weights.
 
     Raises:
         ValueError: a model of another family.
@@ -135,7 +135,7 @@ class Encoder:
         """Images to pixels: resized (bicubic) until the short side fits, cut in the centre, normalised.
 
         Args:
-            images: of any sizes.
+            images: images of any sizes.
             size: side of the square that is cut out; None: `image_size`.
 
         Returns:
@@ -163,7 +163,7 @@ class Encoder:
     def prefix_attention(self, pixel_values: Tensor, *, layers: int | Sequence[int]) -> list[Tensor]:
         """Attention probabilities of the prefix tokens over all tokens, under any attention back end.
 
-        Nothing of size N x N is built, and layers behind the last one asked for do not run.
+        Nothing of size N x N is built, and layers after the last one asked for do not run.
 
         Args:
             pixel_values: (B, C, height, width).
@@ -199,7 +199,7 @@ class Encoder:
         Args:
             pixel_values: (B, C, height, width).
             hooks: makes them; they call what it is given with a key and what they found.
-            num_expected: number of keys; behind the last one the model stops.
+            num_expected: number of keys; after the last one the model stops.
 
         Returns:
             What was found, by its key.
@@ -244,7 +244,7 @@ def layer_numbers(layers: int | Sequence[int], num_layers: int, *, first: int) -
 
     Args:
         layers: one or several; -1 is the last layer.
-        num_layers: of the model.
+        num_layers: number of layers of the model.
         first: smallest number that makes sense: 0, the input of the first layer, or 1.
 
     Raises:

@@ -49,8 +49,8 @@ def check_settings(settings: dict, path: str | os.PathLike, *, num_layers: int |
     """Refuse settings of a model that have the wrong type or are out of proportion.
 
     Args:
-        settings: of a `config.json`, with nested ones such as `vision_config`.
-        path: of the file, for messages.
+        settings: settings of a `config.json`, with nested ones such as `vision_config`.
+        path: path of the file, for messages.
         num_layers: most layers that the file of the weights can hold, if known.
 
     Raises:

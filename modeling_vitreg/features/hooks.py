@@ -21,7 +21,7 @@ def record_feature(layers: list[nn.Module], number: int, feature: str, keep: Cal
     """Hooks that keep a feature (B, N, D) of layer `number`; 0 is the input of the first layer.
 
     Args:
-        layers: of the model, in order.
+        layers: layers of the model, in order.
         number, feature: as in `tokens.extract_features`.
         keep: called with the feature.
     """

@@ -42,7 +42,7 @@ def load_encoder(
             "timm:NAME", which timm creates with its pretrained weights. An existing folder takes precedence.
         device: device of the weights; None leaves a module where it is, and loads onto the CPU.
         dtype: type of the weights; None keeps it.
-        trust_remote_code: run code that lies beside the weights. Folders of this package do not need it.
+        trust_remote_code: run the code in the folder of the weights. Folders of this package do not need it.
         name: name in reports; None takes the source, or the class of a module.
 
     Raises:

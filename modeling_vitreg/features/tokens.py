@@ -87,7 +87,7 @@ def extract_many(
 
     Every module returns to the mode that it was in, and no hook stays, whatever happens. Queries and keys are outputs
     of their projections: before a norm of queries and keys and before rotary positions. The final norm is applied to
-    all tokens; a model that norms the pooled vector in its place leaves them as they are.
+    all tokens; a model that norms the pooled vector instead leaves them unchanged.
 
     Args:
         encoder: from `load_encoder`.

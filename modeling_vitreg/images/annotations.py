@@ -252,7 +252,7 @@ def read_boxes(cell: dict | list, options: DataOptions, notes: list[str]) -> np.
     As in LOST, the corners of boxes with width and height in pixels are rounded to whole pixels.
 
     Args:
-        cell: of one image; see the table above.
+        cell: boxes of one image; see the table above.
         options: `box_format` and `box_units`.
         notes: grows.
 

@@ -39,7 +39,7 @@ def open_images(
     | .tar, a folder of them, "a-{000..012}.tar", "a-*.tar" | WebDataset shards: always a stream |
     | folder of a dataset | parquet or arrow files, or what `Dataset.save_to_disk` wrote |
     | "owner/name" or "owner/name:configuration" | a dataset of the Hub, as it is now |
-    | the same with "@revision" behind it | as it was at a commit, a tag or a branch |
+    | the same with "@revision" after it | as it was at a commit, a tag or a branch |
 
     What was opened says in `revision` which commit of the Hub it is; None where it is none of the Hub.
 

@@ -263,7 +263,7 @@ class ImageStream(_Images):
 
         Args:
             seed: 0 or a positive integer, the same in all processes.
-            rank: of this process.
+            rank: rank of this process.
             num_processes: among which the shards are split, or, if their number does not divide, the images.
             state: what came with an image of this process; the first image is the one after it. It can be stored as
                 JSON and holds no image.

@@ -49,7 +49,7 @@ def make_objective(
             depth and the number of registers hold, and positions are resized to the views of the recipe.
         init: a folder or a name on the Hub to start from, of a dual encoder its image tower; of the output folder of
             another run, heads and teacher are taken too.
-        processes: that share a batch.
+        processes: processes that share a batch.
 
     Raises:
         ValueError: the recipe contradicts itself, or `init` does not fit it.

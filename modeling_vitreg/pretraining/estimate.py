@@ -47,10 +47,10 @@ class Estimate:
         objective: its name.
         num_processes, micro_batch, precision, is_sharded, checkpoints_activations: as asked.
         num_accumulations: micro-batches of a process in a step.
-        num_steps: of the run.
+        num_steps: number of steps of the run.
         images_per_step: over all processes.
-        tokens_per_step: of all views that the student sees, over all processes, before any are left out.
-        parameters: of each trained part, and of `teacher`, everything that is not trained.
+        tokens_per_step: tokens of all views that the student sees, over all processes, before any are left out.
+        parameters: parameters of each trained part, and of `teacher`, everything that is not trained.
         memory: bytes of
             weights - trained parameters, float32; sharded: the share of this process
             gradients - of them
@@ -65,8 +65,8 @@ class Estimate:
         flops: of a step over all processes: `teacher`, `student` (forward; `heads` is the part of its heads) and
             `backward`, which includes what is computed again with checkpoints.
         reduced_bytes: what one process sends in a step, in rings; sums of a few vectors are not counted.
-        state_bytes: of a state on disk.
-        host_bytes: of the process that writes it, beyond its usual memory.
+        state_bytes: size of a state on disk.
+        host_bytes: memory of the process that writes it, beyond its usual memory.
     """
 
     objective: str
@@ -105,7 +105,7 @@ class Estimate:
         """Hours of the run if only the matrix products take time.
 
         Args:
-            flops_per_second: of one device, as its data sheet says.
+            flops_per_second: peak rate of one device, as its data sheet says.
             utilisation: share of it that the run reaches; an assumption, the data and the network permitting.
         """
         return self.total_flops / (flops_per_second * utilisation * self.num_processes) / 3600
@@ -125,8 +125,8 @@ def estimate(
     As on a GPU, views of different sizes are packed, and a flash kernel of attention keeps nothing of size N x N.
 
     Args:
-        recipe: of the run.
-        num_processes: that share a batch.
+        recipe: recipe of the run.
+        num_processes: number of processes that share a batch.
         micro_batch: images that go through the network at once, in one process.
         precision: "no", "bf16" or "fp16".
         is_sharded: as with `--shard`.

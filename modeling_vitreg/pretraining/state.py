@@ -65,7 +65,7 @@ def save_state(
     """Write the state of a run; all processes call it together, one writes.
 
     Args:
-        folder: that holds the states of the run.
+        folder: folder that holds the states of the run.
         objective: as it came from `accelerator.prepare`, sharded or not.
         optimizer: without accelerate's wrapper.
         metadata: JSON-able; `step` names the folder.
@@ -112,7 +112,7 @@ def last_state(folder: pathlib.Path, *, warn: Callable[[str], None] | None = Non
     """The newest state in a folder of states that is whole; None if there is no state.
 
     Args:
-        folder: that holds the states of a run.
+        folder: folder that holds the states of a run.
         warn: called with a sentence for each newer state that is damaged; None warns as Python does.
 
     Raises:

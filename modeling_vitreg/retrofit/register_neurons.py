@@ -123,7 +123,7 @@ def _deepest_valley(layers: list[dict], shares: list[float]) -> int:
 
 
 def _patch_norms(model: ViTWithRegistersModel, images: Tensor) -> Tensor:
-    """Norms (L, B, P) of the patches behind each layer, on the CPU."""
+    """Norms (L, B, P) of the patches after each layer, on the CPU."""
     states = model(images, output_hidden_states=True).hidden_states[1:]
     first = model.config.num_prefix_tokens
     return torch.stack([state[:, first:].float().norm(dim=-1) for state in states]).cpu()
@@ -137,7 +137,7 @@ def score_units(model: ViTWithRegistersModel, batches: Iterable[Tensor], outlier
         score[l, u] += mean over its outliers of |activation of unit u in layer l|
     divide by the number of these images
 
-    Layers behind `outliers.highest_layer` do not run.
+    Layers after `outliers.highest_layer` do not run.
     """
     depth, first = outliers.highest_layer, model.config.num_prefix_tokens
     scores = torch.zeros(depth, model.config.intermediate_size, dtype=torch.float64)
@@ -190,13 +190,13 @@ def group_units(pairs: Iterable[tuple[int, int]]) -> dict[int, list[int]]:
 
 
 def add_test_time_register(model: nn.Module, units: dict[int, list[int]], *, num_registers: int = 1) -> nn.Module:
-    """A copy of a model with zero registers behind its own, to which the activation of `units` moves.
+    """A copy of a model with zero registers after its own, to which the activation of `units` moves.
 
     Args:
         model: of this family, with any head, or a dual encoder of it. It is not changed. Units of an earlier retrofit
             stay, and act on the new registers too.
-        units: of each layer, from 1; empty for a zero token alone, the control.
-        num_registers: that are added.
+        units: units of each layer, from 1; empty for a zero token alone, the control.
+        num_registers: number of registers that are added.
 
     Raises:
         ValueError: a layer or unit that does not exist, or an architecture without room for such a register.

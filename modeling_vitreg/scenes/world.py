@@ -12,7 +12,7 @@ from .shading import TEXTURES, Texture
 
 
 class Camera(NamedTuple):
-    """A pinhole that sees 4 samples of each pixel."""
+    """A pinhole camera with 4 samples per pixel."""
 
     position: np.ndarray  # [3, 1]
     axes: np.ndarray  # [3, 3], columns: right, down, forward

@@ -101,7 +101,7 @@ def _look_at_boxes(cells, **options):
 def test_the_format_of_boxes_is_found_where_only_one_fits():
     wide = [[100, 50, 50, 20], [10, 10, 140, 60]]
     options, (note,) = _look_at_boxes([wide, wide])
-    assert options.box_format == "xywh" and "as xyxy, 2 of 4 boxes" in note
+    assert options.box_format == "xywh" and "as xyxy, 2 of 4 sampled boxes" in note
     plain = [[100, 50, 150, 70]]
     options, (note,) = _look_at_boxes([{"bbox": plain}] * 3)
     assert options.box_format == "xyxy" and "as xywh, 3 of 3 boxes" in note

@@ -83,9 +83,9 @@ def configure_head(shapes: dict[str, tuple], config: ViTWithRegistersConfig, *, 
     """Fields and rules that a head from a separate file adds to a backbone.
 
     Args:
-        shapes: of the tensors of the head.
-        config: of the backbone.
-        title: of the file, for messages.
+        shapes: shapes of the tensors of the head.
+        config: configuration of the backbone.
+        title: name of the file, for messages.
 
     Returns:
         Word for the class of the model ("classification", "segmentation", "depth"), fields of the configuration, and

@@ -28,7 +28,7 @@ def transformers_settings(layout: Layout, config: ViTWithRegistersConfig, *, is_
 
     Args:
         layout: one of `LAYOUTS`.
-        config: of ours.
+        config: our configuration.
         is_classifier: whether there is a classifier.
     """
     model_type = next(name for name, known in LAYOUTS.items() if known is layout)
@@ -90,8 +90,8 @@ def transformers_class(settings: dict, names: Iterable[str]) -> str:
     """The class of transformers of a folder: the one that `config.json` names, else one that has its tensors.
 
     Args:
-        settings: of `config.json`, with a `model_type` of `LAYOUTS`.
-        names: of the tensors.
+        settings: settings of `config.json`, with a `model_type` of `LAYOUTS`.
+        names: names of the tensors.
     """
     names, base = list(names), _CLASSES.get(settings["model_type"], "CLIP")
     has = {part: any(part in name for name in names) for part in ("text_model.", "visual_projection", "decoder")}

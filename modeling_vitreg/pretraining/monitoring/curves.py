@@ -32,7 +32,7 @@ from .instruments import collapse_line
 
 
 KNN = Panel("k-NN accuracy", {"knn": "k-NN"}, unit="%")
-# Panels of all objectives, behind those of their own.
+# Panels of all objectives, after their own panels.
 COMMON_PANELS = (
     KNN,
     Panel("Effective rank of the features", {"rank": "rank"}),
@@ -57,7 +57,7 @@ def draw_curves(
     Args:
         records: as for `diagnosis.diagnose`; values that no record has are left out.
         path: file to write; the suffix chooses the format, PNG without one.
-        panels: of the objective; `COMMON_PANELS` are added.
+        panels: panels of the objective; `COMMON_PANELS` are added.
         num_prototypes: K of the class-token head; None leaves the dashed line out.
 
     Returns:

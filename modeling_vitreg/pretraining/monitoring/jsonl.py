@@ -15,7 +15,7 @@ class JsonlLogger:
     """Append records to a file of JSON lines.
 
     Args:
-        path: of the file.
+        path: path of the file.
         keeps: which records of an existing file stay, such as those up to the state that a run continues from;
             None keeps none.
         is_writer: whether this process writes; the others read.

@@ -41,7 +41,7 @@ def draw_attention(
         model: with or without a head, a class token, registers; what it lacks has no column.
         images: (B, 3, height, width), normalised by `mean` and `std`.
         path: file to write; the suffix chooses the format, PNG without one.
-        mean, std: of each channel, to show the images as they were.
+        mean, std: mean and standard deviation of each channel, to show the images as they were.
 
     Returns:
         The file written.
@@ -114,8 +114,8 @@ def draw_maps(
         images: (B, 3, height, width), normalised by `mean` and `std`.
         truth, predicted: (B, height, width), class numbers or metres; unknown pixels of the truth are white.
         path: file to write; the suffix chooses the format, PNG without one.
-        mean, std: of each channel, to show the images as they were.
-        num_classes: of class numbers; None: depths.
+        mean, std: mean and standard deviation of each channel, to show the images as they were.
+        num_classes: number of classes; None: depths.
 
     Returns:
         The file written.

@@ -36,16 +36,16 @@ class ClassificationSettings(AdaptationSettings):
     """Settings of classification. Defaults are those of fine-tuning in DeiT-III.
 
     Args:
-        class_names: of the labels 0, 1, ...; found in the data where none are given.
+        class_names: names of the labels 0, 1, ...; found in the data where none are given.
         loss: "softmax", or "binary", one decision for each class (DeiT-III from scratch).
-        smoothing: of the labels; 0 with the binary loss, which would make every class true.
+        smoothing: smoothing of the labels; 0 with the binary loss, which would make every class true.
         mixup, cutmix: parameters of the distributions of shares; 0 for none. With both, either with probability 1/2.
         ema_decay: of an exponential moving average of the weights, which is then evaluated and saved; 0 for none.
             DeiT's script keeps one of 0.99996 beside the weights, and reports the accuracy of the weights.
         distillation: "hard" (the teacher's class) or "soft" (its probabilities) through the distillation token.
         teacher: folder or Hub name of the classifier that is learned from.
         distillation_weight: share of the teacher in the loss.
-        temperature: of soft distillation.
+        temperature: temperature of soft distillation.
     """
 
     class_names: tuple[str, ...] = ()
@@ -90,7 +90,7 @@ class Classification(HeadObjective):
 
     Args:
         backbone: with a distillation token if there is a teacher.
-        settings: of the objective.
+        settings: settings of the objective.
         crops: one global view.
         teacher: images (B, 3, h, w) to logits (B, C), without gradient; None without distillation.
         num_steps, processes: see `Objective`.
@@ -249,7 +249,7 @@ def distillation_loss(logits: Tensor, taught: Tensor, *, settings: Classificatio
     soft:  t^2 * mean over images of  sum_c p[c] (log p[c] - log softmax(logits / t)[c]),  p = softmax(taught / t)
 
     Args:
-        logits: of the distillation token, (B, C).
+        logits: logits of the distillation token, (B, C).
         taught: (B, C).
         settings: `distillation` and `temperature` are read.
     """

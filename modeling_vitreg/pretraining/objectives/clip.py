@@ -1,6 +1,6 @@
 """CLIP: images and captions are matched within a batch.
 
-The image tower is ours, with registers behind the positions and before the first norm; the text tower is that of
+The image tower is ours, with registers after the positions and before the first norm; the text tower is that of
 transformers. Both are saved as one `ViTWithRegistersDualEncoderModel`, with code, tokenizer and image processor. Only
 the pooled vector enters the loss, never a register.
 
@@ -52,14 +52,14 @@ class CLIPSettings(AdaptationSettings):
     """Settings of CLIP. Defaults are those of OpenCLIP's ViT-B/16.
 
     Args:
-        words: of the captions, each a token; found in the data where neither they nor a tokenizer are given.
+        words: words of the captions, each a token; found in the data where neither they nor a tokenizer are given.
         tokenizer: folder or Hub name of a tokenizer, in the place of words.
         text_model: folder or Hub name of a CLIP text tower to start from; empty for a new one of the sizes below.
-        text_width, num_text_layers, num_text_heads: of a new text tower.
-        num_tokens: of a caption, its end included; longer ones are cut.
+        text_width, num_text_layers, num_text_heads: sizes of a new text tower.
+        num_tokens: length of a caption, its end included; longer ones are cut.
         projection_size: E.
         logit_scale: the logarithm of the inverse temperature, at first; never above log 100.
-        class_names: of the labels that zero-shot accuracy is measured with; found in the data.
+        class_names: names of the labels that zero-shot accuracy is measured with; found in the data.
         prompt: what a class is called to the text tower, with {} for its name.
     """
 
@@ -88,7 +88,7 @@ class CLIP(HeadObjective):
 
     Args:
         backbone: the image tower.
-        settings: of the objective.
+        settings: settings of the objective.
         crops: one global view.
         num_steps, processes: see `Objective`.
 
@@ -172,7 +172,7 @@ class CLIP(HeadObjective):
         """The contrastive loss, as `total`; with the `scale`.
 
         Args:
-            batch: `global_views` (1, B, 3, h, w) and `texts` (B, N) with -1 behind the end.
+            batch: `global_views` (1, B, 3, h, w) and `texts` (B, N) with -1 after the end.
             step: number of the step.
         """
         images = embed_images(self.model, batch["global_views"].flatten(0, 1))
@@ -181,7 +181,7 @@ class CLIP(HeadObjective):
         return {"total": contrastive_loss(images, texts, scale, processes=self.processes), "scale": scale.detach()}
 
     def embed_texts(self, model: ViTWithRegistersDualEncoderModel, tokens: Tensor) -> Tensor:
-        """(B, N) with -1 behind the end -> (B, E), of length one."""
+        """(B, N) with -1 after the end -> (B, E), of length one."""
         padding = self.make_text.tokenizer.pad_token_id
         texts = model.get_text_features(tokens.masked_fill(tokens < 0, padding), (tokens >= 0).long())
         return F.normalize(texts, dim=-1)
@@ -209,7 +209,7 @@ def embed_images(model: ViTWithRegistersDualEncoderModel, images: Tensor) -> Ten
 
 
 class CaptionTokens:
-    """Captions to tokens (N,), with -1 behind the end; what the workers of a loader call."""
+    """Captions to tokens (N,), with -1 after the end; what the workers of a loader call."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, num_tokens: int):
         self.tokenizer, self.num_tokens = tokenizer, num_tokens
@@ -263,7 +263,7 @@ def contrastive_loss(
 
     Args:
         images, texts: (B, E) of this process, of length one.
-        scale: of the products.
+        scale: scale of the products.
         processes: whose pairs compete.
     """
     images, texts = processes.all_gather(images.float()), processes.all_gather(texts.float())

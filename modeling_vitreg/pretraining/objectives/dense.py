@@ -38,7 +38,7 @@ class SegmentationSettings(AdaptationSettings):
     """Settings of segmentation.
 
     Args:
-        class_names: of the classes 0, 1, ... of a mask; 255 is no class and does not count.
+        class_names: names of the classes 0, 1, ... of a mask; 255 is no class and does not count.
         num_classes: where the classes have no names.
         num_layers: last layers whose patches the head reads, side by side.
     """
@@ -68,7 +68,7 @@ class DepthSettings(AdaptationSettings):
     Args:
         min_depth, max_depth: metres, the range of the bins; true depths outside of it do not count.
         num_bins: whose expected depth is the answer.
-        num_layers: that the head reads, spread over the depth, the last among them.
+        num_layers: number of layers that the head reads, spread over the depth, the last among them.
     """
 
     min_depth: float = 1e-3
@@ -90,7 +90,7 @@ class DensePrediction(HeadObjective):
 
     Args:
         backbone: without a mask token.
-        settings: of the objective.
+        settings: settings of the objective.
         crops: one global view.
         num_steps, processes: see `Objective`.
 

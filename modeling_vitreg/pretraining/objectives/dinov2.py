@@ -31,15 +31,15 @@ class DINOv2Settings:
     """Settings of DINOv2. Defaults are those of its ViT-L/16 recipe.
 
     Args:
-        num_prototypes: of the head for class tokens.
-        num_patch_prototypes: of a head of its own for patches; None shares one head.
-        hidden_width, bottleneck_width, patch_bottleneck_width: of the heads.
+        num_prototypes: number of prototypes of the head for class tokens.
+        num_patch_prototypes: size of a head of its own for patches; None shares one head.
+        hidden_width, bottleneck_width, patch_bottleneck_width: widths of the heads.
         centering: "sinkhorn" or "moving_mean".
-        student_temperature: of the student.
+        student_temperature: temperature of the student.
         teacher_temperature: first and last value, over `temperature_warmup` of the run.
         temperature_warmup: share of the steps.
-        momentum: of the teacher, first and last value, along half a cosine.
-        dino_weight, ibot_weight, koleo_weight: of the terms; KoLeo is summed over the global views.
+        momentum: momentum of the teacher, first and last value, along half a cosine.
+        dino_weight, ibot_weight, koleo_weight: weights of the terms; KoLeo is summed over the global views.
         is_packed: send global and local views through the linear layers of the student together; None decides by
             the device.
     """
@@ -78,9 +78,9 @@ class DINOv2(Objective):
 
     Args:
         backbone: the student's, with class token and mask token.
-        settings: of the objective.
+        settings: settings of the objective.
         crops: at least two global views, or one and local ones.
-        masks: of the student's global views.
+        masks: masks of the student's global views.
         num_steps, processes: see `Objective`.
 
     Raises:

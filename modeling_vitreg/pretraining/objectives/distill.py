@@ -43,8 +43,8 @@ class DistillationSettings:
 
     Args:
         teacher: folder or name on the Hub of the model to learn from, of this family.
-        momentum: of the moving average of the student, first and last value, along half a cosine.
-        class_weight, patch_weight: of the terms.
+        momentum: momentum of the moving average of the student, first and last value, along half a cosine.
+        class_weight, patch_weight: weights of the terms.
         is_packed: as in `DINOv2Settings`.
     """
 
@@ -74,7 +74,7 @@ class Distillation(Objective):
     Args:
         backbone: the student's, with a class token and without a mask token.
         teacher: with a class token; it is made to evaluate and to need no gradient.
-        settings: of the objective.
+        settings: settings of the objective.
         crops: any number of views; the patches of both models divide the global ones.
         num_steps, processes: see `Objective`.
 

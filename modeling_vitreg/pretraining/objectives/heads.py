@@ -16,8 +16,8 @@ class PrototypeHead(nn.Module):
     Args:
         width: D of the tokens.
         num_prototypes: K.
-        hidden_width: of the two hidden layers.
-        bottleneck_width: of the unit vector.
+        hidden_width: width of the two hidden layers.
+        bottleneck_width: width of the unit vector.
 
     Source: Caron et al. 2021, arXiv 2104.14294, section 3.1 and appendix C.
     """

@@ -25,7 +25,7 @@ def sinkhorn(
 
     Args:
         logits: (rows, K); the number of rows may differ between processes, and may be 0.
-        temperature: of the teacher.
+        temperature: temperature of the teacher.
         num_iterations: 3 in SwAV, DINOv2 and DINOv3.
         processes: rows of all of them are assigned together.
 
@@ -56,7 +56,7 @@ class EmaCenter(nn.Module):
 
     Args:
         num_prototypes: K.
-        momentum: of the mean; 0.9 in DINO.
+        momentum: momentum of the mean; 0.9 in DINO.
 
     Source: Caron et al. 2021, arXiv 2104.14294, equation 4.
     """
@@ -87,10 +87,10 @@ def cross_view_loss(
     divide by the number of pairs of views and by the number of images
 
     Args:
-        global_logits: of the student, (G, B, K).
-        local_logits: of the student, (V, B, K), or None.
-        targets: of the teacher, (G, B, K), rows sum to one.
-        temperature: of the student.
+        global_logits: logits of the student, (G, B, K).
+        local_logits: logits of the student, (V, B, K), or None.
+        targets: targets of the teacher, (G, B, K), rows sum to one.
+        temperature: temperature of the student.
 
     Source: Caron et al. 2021, arXiv 2104.14294, equation 3.
     """
@@ -116,11 +116,11 @@ def masked_patch_loss(
     divide by `num_views`
 
     Args:
-        logits: of the student, (M, K); M may be 0.
-        targets: of the teacher, (M, K), rows sum to one.
+        logits: logits of the student, (M, K); M may be 0.
+        targets: targets of the teacher, (M, K), rows sum to one.
         weights: one over the number of masked patches in the view of each patch, (M,).
         num_views: views of this process, masked or not.
-        temperature: of the student.
+        temperature: temperature of the student.
 
     Source: Zhou et al. 2021, arXiv 2111.07832, equation 2; divided as in DINOv2.
     """

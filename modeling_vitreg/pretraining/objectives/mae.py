@@ -28,7 +28,7 @@ class MAESettings:
     """Settings of MAE. Defaults are those of the paper.
 
     Args:
-        decoder_width, decoder_layers, decoder_heads: of the decoder, which is not saved.
+        decoder_width, decoder_layers, decoder_heads: sizes of the decoder, which is not saved.
         has_normed_pixels: the target is each patch with mean 0 and variance 1, not its pixels as they are.
         sees_registers: whether the decoder gets the registers beside class token and patches.
     """
@@ -55,7 +55,7 @@ class MAE(Objective):
 
     Args:
         backbone: the encoder, without a mask token.
-        settings: of the objective.
+        settings: settings of the objective.
         crops: one global view.
         masks: "random", so that each image hides the same number of patches.
         num_steps, processes: see `Objective`.
@@ -176,9 +176,9 @@ class MAEDecoder(nn.Module):
     """Tokens of visible patches to pixels of all patches, with mask tokens in the gaps and fixed positions.
 
     Args:
-        config: of the encoder.
+        config: configuration of the encoder.
         grid: rows and columns of the patches.
-        settings: of the objective.
+        settings: settings of the objective.
     """
 
     def __init__(self, config: ViTWithRegistersConfig, *, grid: tuple, settings: MAESettings):
@@ -210,7 +210,7 @@ class MAEDecoder(nn.Module):
         """Reconstruct all patches.
 
         Args:
-            tokens: of the encoder, prefix and visible patches, (B, n, D).
+            tokens: tokens of the encoder, prefix and visible patches, (B, n, D).
             visible: which patches the last tokens are; what stands in front of them is prefix, (B, n - prefix).
             num_patches: P.
 

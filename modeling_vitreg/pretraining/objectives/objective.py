@@ -45,8 +45,8 @@ class DataSummary(NamedTuple):
     """Facts about the training data.
 
     Args:
-        class_names: of the labels; empty if there are none.
-        mask_names: of the classes of masks; empty if unknown.
+        class_names: names of the labels; empty if there are none.
+        mask_names: names of the classes of masks; empty if unknown.
         texts: all captions; None for a stream.
     """
 
@@ -70,7 +70,7 @@ class Objective(nn.Module, abc.ABC):
         settings_class: dataclass of `settings` in a recipe, if there are any.
         annotation: what it learns from beside images, a key of `TARGETS`.
         metrics: what `evaluate` measures, the most informative last; names of `modeling_vitreg.metrics`, or any other.
-        panels: of `curves.png`; panels that all objectives share are added.
+        panels: panels of `curves.png`; panels that all objectives share are added.
         needs_cls_token, needs_mask_token, needs_normed_tokens: of the backbone. A mask token that is not needed is
             refused, because it would not be trained.
         has_masks: `masks` of the recipe are used.

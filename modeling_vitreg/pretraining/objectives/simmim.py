@@ -30,7 +30,7 @@ class SimMIM(Objective):
     Args:
         backbone: the encoder, with a mask token.
         crops: one global view.
-        masks: of that view; SimMIM hides squares of 32 pixels at random, 60 % of all.
+        masks: masks of that view; SimMIM hides squares of 32 pixels at random, 60 % of all.
         num_steps, processes: see `Objective`.
 
     Raises:

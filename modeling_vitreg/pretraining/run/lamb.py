@@ -20,7 +20,7 @@ class Lamb(torch.optim.Optimizer):
     Args:
         params: parameters, or groups as `parameter_groups` makes them.
         lr: learning rate.
-        betas: of the moments.
+        betas: betas of the moments.
         eps: in the denominator.
         weight_decay: decoupled.
     """

@@ -46,8 +46,8 @@ class Recipe:
         num_register_tokens: registers of the model.
         crops: `CropSettings`.
         masks: `MaskSettings`.
-        settings: of the objective, for example `DINOv2Settings`.
-        mean, std: of the pixels in [0, 1], saved with the model.
+        settings: settings of the objective, for example `DINOv2Settings`.
+        mean, std: mean and standard deviation of the pixels in [0, 1], saved with the model.
         num_steps: steps of the optimiser.
         batch_size: images per step, over all processes and accumulations.
         repeated_augmentation: how many times an image is in a step, each time with other crops (3 in DeiT).
@@ -61,10 +61,10 @@ class Recipe:
         layer_decay: factor of the learning rate from a layer to the one before it.
         patch_multiplier: factor of the learning rate of the patch embedding.
         optimizer: "adamw" or "lamb".
-        betas: of the optimiser.
+        betas: betas of the optimiser.
         max_grad_norm: largest norm of the gradient of each part; 0 does not clip.
         freeze_last_layer: share of the steps in which the prototypes are not trained.
-        seed: of all random numbers.
+        seed: seed of all random numbers.
     """
 
     objective: str = "dinov2"

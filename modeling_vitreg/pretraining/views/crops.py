@@ -139,7 +139,7 @@ class MapCrop:
         """A view, and the same part of its maps.
 
         Args:
-            image: of height x width pixels.
+            image: PIL image of height x width pixels.
             mask: class numbers, int32 (height, width).
             depth: metres, float32 (height, width).
 

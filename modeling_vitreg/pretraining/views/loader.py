@@ -72,11 +72,11 @@ class ViewLoader:
         micro_batch_size: B.
         num_accumulations: micro-batches of a step.
         num_repeats: how often an image is in a step, each time cut anew (repeated augmentation, Hoffer et al. 2020).
-        rank: of this process.
-        num_processes: that share the images.
+        rank: rank of this process.
+        num_processes: number of processes that share the images.
         seed: 0 or a positive integer, the same in all processes.
         num_workers: processes that decode; 0: this one.
-        first_step: of the first batch.
+        first_step: number of the first batch.
         state: what `state_after(first_step - 1)` returned in this process; needed to resume a stream, and for other
             sources a check that the data and the settings are the same.
         max_unreadable_share: of the images seen, at least 200 of them; above it the loader stops. 0: it stops at the

@@ -1,6 +1,6 @@
 """Tokens of views of different sizes from one network: its last layer computes only tokens that a loss reads.
 
-Behind the attention of the last layer a token meets no other, so what no loss reads is left out there: most patches of
+After the attention of the last layer a token meets no other, so what no loss reads is left out there: most patches of
 global views, all of local ones, and the registers. Results are those of the whole network, up to the rounding of the
 products, and the step is the faster the fewer layers there are.
 
@@ -34,7 +34,7 @@ def encode_views(
     Args:
         model: the network; it has a class token.
         groups: images (B, 3, h, w) and their mask (B, P) or None; sizes differ between groups.
-        patches: of each group, indices (M,) into (B P) of those to read; None reads none.
+        patches: indices of each group, indices (M,) into (B P) of those to read; None reads none.
         is_packed: None packs where the many small kernels of a group leave the device waiting, on a GPU.
     """
     if model.config.register_neurons:  # they move activations between all tokens of an image
