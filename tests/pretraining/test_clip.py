@@ -198,7 +198,7 @@ def test_other_objectives_start_from_the_image_tower_of_a_saved_model(make, tmp_
     ("settings", "message"),
     [
         ({"words": ()}, "expected words .* or a tokenizer, got neither"),
-        ({"prompt": "a picture"}, "where the name of a"),
+        ({"prompt": "a picture"}, "in place of the class name"),
     ],
 )
 def test_settings_out_of_range_are_refused(make, settings, message):

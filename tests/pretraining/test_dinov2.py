@@ -502,7 +502,7 @@ def test_registers_and_positions_of_a_run_are_resized_too(recipe, tmp_path):
 def test_a_run_with_other_heads_is_refused_and_its_model_folder_is_not(recipe, tmp_path):
     _save_run(recipe, tmp_path)
     other = recipe.with_changes({"settings.num_prototypes": 48})
-    with pytest.raises(ValueError, match=r"other sizes of heads; 4 tensors do not fit.*its model folder"):
+    with pytest.raises(ValueError, match=r"other sizes of heads; 4 tensors do not fit.*its model alone"):
         make_objective(other, init=tmp_path)
     with pytest.raises(ValueError, match="another objective"):
         make_objective(recipe.with_changes({"settings.centering": "moving_mean"}), init=tmp_path)
@@ -525,7 +525,7 @@ def test_a_state_that_is_not_whole_is_not_started_from(recipe, tmp_path):
         ({"model.has_cls_token": False, "model.pooling": "mean"}, "has_cls_token=True"),
         ({"model.hidden_sise": 64}, "model: .*'hidden_sise'.*did you mean 'hidden_size'"),
         ({"model.layer_scale_init_value": "tiny"}, "layer_scale_init_value is a number"),
-        ({"model.num_register_tokens": 8}, "of the recipe itself"),
+        ({"model.num_register_tokens": 8}, "top level of the recipe"),
     ],
 )
 def test_an_objective_that_contradicts_its_recipe_is_refused(recipe, changes, message):
