@@ -104,7 +104,7 @@ def test_the_format_of_boxes_is_found_where_only_one_fits():
     assert options.box_format == "xywh" and "as xyxy, 2 of 4 sampled boxes" in note
     plain = [[100, 50, 150, 70]]
     options, (note,) = _look_at_boxes([{"bbox": plain}] * 3)
-    assert options.box_format == "xyxy" and "as xywh, 3 of 3 boxes" in note
+    assert options.box_format == "xyxy" and "as xywh, 3 of 3 sampled boxes" in note
     assert _look_at_boxes([plain])[1] == () and _look_at_boxes([wide], box_format="xyxy")[0].box_format == "xyxy"
 
 
