@@ -106,6 +106,7 @@ def test_evaluate_compares_models_on_the_same_scenes_and_goes_on(model, tiny, tm
     ViTWithRegistersModel(tiny(num_register_tokens=0)).save_pretrained(tmp_path / "without" / "model")
     other = tmp_path / "without" / "model"
     usual = ["--compare", other, "--output", tmp_path / "out", "--num-images", "60,30"]
+    monkeypatch.setattr("sys.argv", ["vitreg", "evaluate"])  # of the test runner otherwise
     done = run("evaluate", model, "scenes", "--tasks", "knn", *usual)
     assert done.exit_code == 0, done.output
     assert "| knn |" in done.output and (tmp_path / "out" / "table.md").exists()

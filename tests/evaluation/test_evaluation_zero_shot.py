@@ -81,11 +81,11 @@ def test_prompts_of_the_class_names_are_compared_with_every_test_image(clip, tmp
     settings = EvaluationSettings(encoding=EncodingSettings(has_progress_bar=False, batch_size=5))
     options = {"tasks": ["zero_shot"], "data": data, "settings": settings, "output_folder": tmp_path / "out"}
     top1, top5 = evaluate(encoder, tokenizer=tokenizer, **options).results
-    examples = [data.test.read(number) for number in range(12)]
-    pixels = encoder.prepare([example.image for example in examples])
+    images, labels = zip(*(data.test.read(number) for number in range(12)))
+    pixels = encoder.prepare(images)
     classes = embed_classes(clip, tokenizer, data.test.class_names, templates=settings.zero_shot.templates)
     order = similarities(embed_images(encoder, pixels), classes).argsort(dim=1, descending=True)
-    ranks = [row.tolist().index(example.label) for row, example in zip(order, examples)]
+    ranks = [row.tolist().index(label) for row, label in zip(order, labels)]
     assert top1["value"] == sum(rank == 0 for rank in ranks) / 12
     assert top5["value"] == sum(rank < 5 for rank in ranks) / 12
     assert top1["settings"]["templates"] == list(settings.zero_shot.templates) and top1["n"] == 12
