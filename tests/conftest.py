@@ -5,6 +5,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported, which reads it once
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each worker; the programs that it starts inherit this
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
