@@ -320,7 +320,7 @@ def test_what_is_missing_is_said_with_what_to_do(make, tiny):
         model(texts, PAIRS["pixel_values"], return_loss=True)
     bare = DistilBertConfig(vocab_size=10, dim=24, hidden_dim=48, n_layers=1, n_heads=2, max_position_embeddings=12)
     model = ViTWithRegistersDualEncoderModel(ViTWithRegistersDualEncoderConfig(tiny(), bare))
-    with pytest.raises(ValueError, match="pooled vector, `pooler_output`, got DistilBertModel: take another"):
+    with pytest.raises(ValueError, match="pooled vector, `pooler_output`, got DistilBertModel: use another one"):
         model.get_text_features(texts)
     with pytest.raises(ValueError, match="nothing_known"):
         ViTWithRegistersDualEncoderConfig(tiny(), {"model_type": "nothing_known"})
