@@ -6,12 +6,13 @@ The package's own reader (command line, training) calls `to_picture`, so that a 
 from __future__ import annotations
 
 import numpy as np
-from transformers import BitImageProcessor, DPTImageProcessor, SegformerImageProcessor
+from transformers import BitImageProcessor, DPTImageProcessor, SegformerImageProcessor, __version__
 
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # of Pillow, by number of channels
 _DEPTHS = (8, 10, 12, 14, 16)  # bits that a camera or a scanner delivers
 _ORIENTATION = 0x0112  # tag of EXIF
+_IS_OLD = __version__.startswith("4.")  # its processors guess where the channels are, and know 1 and 3 only
 _SLACK = 0.01  # by which floats may leave 0 ... 1, after resampling
 _LOWEST_BRIGHT = 32  # floats whose maximum lies between 1 and this are on no known scale
 
@@ -85,6 +86,10 @@ class _PictureReader:
 
     def preprocess(self, images, *args, **kwargs):
         """As in the class below it, for pictures of any mode and orientation."""
+        num_channels = len(self.image_mean) if isinstance(self.image_mean, (list, tuple)) else 3
+        first = images[0] if isinstance(images, (list, tuple)) and images else images
+        if _IS_OLD and num_channels not in (1, 3) and hasattr(first, "getexif"):
+            kwargs.setdefault("input_data_format", "channels_last")
         return super().preprocess(self._read(images), *args, **kwargs)
 
     def to_dict(self) -> dict:

@@ -75,7 +75,10 @@ def transformers_reference(source: Source, config: ViTWithRegistersConfig) -> Re
         None, config=theirs, state_dict=state, dtype=torch.float32, output_loading_info=True
     )
     if missing := [name for name in report["missing_keys"] if "mask_token" not in name and "pooler" not in name]:
-        raise ConversionError(f"{source.path}: {len(missing)} tensors are missing: {', '.join(sorted(missing)[:5])}")
+        raise ConversionError(
+            f"{source.path}: {len(missing)} tensors are missing: {', '.join(sorted(missing)[:5])}; another version of "
+            f"transformers may use other names (installed: {transformers.__version__})"
+        )
     rule = {"interpolate_antialias": settings["model_type"] == "dinov2_with_registers", "interpolate_offset": 0.0}
     is_table = config.position_embedding_type in ("learned", "sincos")
     positions = {name: value for name, value in rule.items() if is_table and getattr(config, name) != value}

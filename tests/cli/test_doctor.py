@@ -178,7 +178,7 @@ def test_parts_that_a_base_model_lacks_are_no_problem(tiny, tmp_path):
 
 def test_integers_in_place_of_weights_are_found(folder):
     _change(folder, "layers.1.mlp.fc2.weight", lambda tensor: tensor.to(torch.int32))
-    (finding,) = _problems(folder)
+    finding, *_ = _problems(folder)  # transformers 4 does not load them either
     assert "integers or booleans instead of weights in layers.1.mlp.fc2.weight" in finding.what
 
 

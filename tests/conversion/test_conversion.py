@@ -278,6 +278,10 @@ def test_a_folder_of_transformers_comes_in_with_both_sets_of_names_and_goes_out_
     assert_bytes_return(tmp_path / "in", tmp_path / "memory", tmp_path / "again")
     if name in ONE_WAY:
         return
+    if name == "CLIPVisionModel" and transformers.__version__.startswith("4."):
+        with pytest.raises(ConversionError, match="another version of transformers may use other names"):
+            export(tmp_path / "in", tmp_path / "out", to="transformers", settings=settle())
+        return
     report = export(tmp_path / "in", tmp_path / "out", to="transformers", settings=settle())
     assert report.verification["is_verified"]
     written, original = (

@@ -11,6 +11,7 @@ import zlib
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 
@@ -107,6 +108,9 @@ def run(name: str, folder: pathlib.Path) -> dict:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_converter_makes_what_it_made(name, tmp_path):
+    is_renamed = name in ("transformers CLIPVisionModel", "transformers ViTMAEForPreTraining")
+    if is_renamed and transformers.__version__.startswith("4."):
+        pytest.skip("transformers 4 gives tensors of this model other names than the ones that were recorded")
     assert json.loads(json.dumps(run(name, tmp_path))) == json.loads(GOLDEN.read_text())[name]
 
 

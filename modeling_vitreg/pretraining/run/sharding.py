@@ -45,7 +45,12 @@ def shard(objective: Objective, *, precision: str = "no") -> Objective:
     for module in list(objective.modules()):
         if isinstance(module, (ViTWithRegistersLayer, PrototypeHead)):
             fully_shard(module, mesh=mesh, mp_policy=policy)
-    return fully_shard(objective, mesh=mesh, mp_policy=policy)
+    fully_shard(objective, mesh=mesh, mp_policy=policy)
+    if device == "cpu":  # in torch 2.8 gloo adds where it is asked for a mean: let FSDP add, and divide itself
+        for module in objective.modules():
+            if isinstance(module, FSDPModule):
+                module.set_force_sum_reduction_for_comms(True)
+    return objective
 
 
 def gather_model(objective: Objective) -> PreTrainedModel:
