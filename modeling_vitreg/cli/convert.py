@@ -44,7 +44,7 @@ def convert(
 
     * `vitreg convert timm:vit_small_patch16_dinov3 dinov3-small`
 
-    * `vitreg convert outputs/demo-cpu/model demo.pth --to dinov2`
+    * `vitreg convert outputs/demo-cpu/model demo-timm --to timm`
 
     The format and the sizes are read from the file. Formats: facebookresearch's dinov2, dino, deit, mae, dinov3 and
     capi; OpenCLIP and OpenAI's CLIP; timm; and ViT, DeiT, Dinov2, Dinov2WithRegisters, DINOv3ViT, CLIPVision, ViTMAE
