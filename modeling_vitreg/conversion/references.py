@@ -22,6 +22,7 @@ import transformers
 from torch import Tensor, nn
 
 from modeling_vitreg import ViTWithRegistersConfig
+from modeling_vitreg.reports import versions
 
 from .layouts.transformers_files import transformers_class
 from .rules import ConversionError
@@ -77,7 +78,7 @@ def transformers_reference(source: Source, config: ViTWithRegistersConfig) -> Re
     if missing := [name for name in report["missing_keys"] if "mask_token" not in name and "pooler" not in name]:
         raise ConversionError(
             f"{source.path}: {len(missing)} tensors are missing: {', '.join(sorted(missing)[:5])}; another version of "
-            f"transformers may use other names (installed: {transformers.__version__})"
+            f"transformers may use other names (installed: {versions('transformers')['transformers']})"
         )
     rule = {"interpolate_antialias": settings["model_type"] == "dinov2_with_registers", "interpolate_offset": 0.0}
     is_table = config.position_embedding_type in ("learned", "sincos")
