@@ -97,7 +97,7 @@ def encode(
         images: images to encode.
         kinds: kinds of features, from `KINDS`.
         folder: parent folder of the shards; it is created.
-        weights_hash: from `model_hash.hash_weights`.
+        weights_hash: from `hash_weights`.
         settings: image size, batches and shards.
         title: title of the progress bar.
 

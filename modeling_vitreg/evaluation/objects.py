@@ -48,7 +48,7 @@ def find_objects(
         encoder: from `modeling_vitreg.features.load_encoder`.
         images: with a column of boxes.
         folder: see above; it is made.
-        weights_hash: of `model_hash.hash_weights`.
+        weights_hash: of `hash_weights`.
         settings: method, features and batches.
         shard_size: images a file, which is what an interruption can cost.
         has_progress_bar: show one.

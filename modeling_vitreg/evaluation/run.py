@@ -20,13 +20,13 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from modeling_vitreg.features import Encoder
+from modeling_vitreg.features.model_hash import describe_model, hash_weights
 from modeling_vitreg.files import check_writable
 from modeling_vitreg.images import LabelledData
 from modeling_vitreg.omissions import Failures
 from modeling_vitreg.reports import EvaluationReport, read_report, short_hash, write_report
 
 from .encoding import encode
-from .model_hash import describe_model, hash_weights
 from .objects import OBJECTS, find_objects
 from .settings import EvaluationSettings
 from .shards import Features

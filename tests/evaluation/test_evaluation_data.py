@@ -10,8 +10,8 @@ from modeling_vitreg import ViTWithRegistersModel
 from modeling_vitreg.evaluation import EncodingSettings, open_data
 from modeling_vitreg.evaluation.encoding import encode, fit_map
 from modeling_vitreg.evaluation.inputs import count_mask_classes, linear_inputs
-from modeling_vitreg.evaluation.model_hash import hash_weights
 from modeling_vitreg.features import extract_features, load_encoder
+from modeling_vitreg.features.model_hash import hash_weights
 from modeling_vitreg.images import DataOptions, ImageSource, UnreadableImage
 from modeling_vitreg.images.labelled import FIRST_TEST_SCENE
 from modeling_vitreg.scenes import SEMANTIC_NAMES, SceneSettings, render_scene

@@ -6,8 +6,9 @@ import hashlib
 
 import torch
 
-from modeling_vitreg.features import Encoder
 from modeling_vitreg.reports import short_hash
+
+from .encoder import Encoder
 
 
 # Fields of a configuration that do not change the outputs.
