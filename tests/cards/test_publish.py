@@ -130,6 +130,7 @@ def test_what_is_published_gives_the_same_outputs_to_a_stranger(hub, publisher, 
         "image_processing_vitreg.py",
         "model.safetensors",
         "modeling_vitreg.py",
+        "positions_vitreg.py",
         "preprocessor_config.json",
     }
     assert hub.repos["user/name"]["private"]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from reference_models import assert_small, relative_error
 
 from modeling_vitreg import ViTWithRegistersModel
-from modeling_vitreg.modeling_vitreg import resize_position_table, sincos_position_table
+from modeling_vitreg.positions_vitreg import resize_position_table, sincos_position_table
 
 
 # Tables of one patch, one row, one column, of the native sizes of the field, and oblong ones.

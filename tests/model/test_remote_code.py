@@ -134,6 +134,7 @@ def test_a_folder_is_flat_complete_and_lists_every_auto_class(folders):
             "image_processing_vitreg.py",
             "model.safetensors",
             "modeling_vitreg.py",
+            "positions_vitreg.py",
             "preprocessor_config.json",
         }
         auto_map = json.loads((folder / "config.json").read_text())["auto_map"]

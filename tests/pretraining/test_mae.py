@@ -9,7 +9,7 @@ from reference_models import LIMIT, concatenate, randomise, relative_error, rena
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from modeling_vitreg import ViTWithRegistersModel
-from modeling_vitreg.modeling_vitreg import sincos_position_table
+from modeling_vitreg.positions_vitreg import sincos_position_table
 from modeling_vitreg.pretraining.build import make_objective
 from modeling_vitreg.pretraining.objectives.mae import (
     MAE,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from modeling_vitreg import ViTWithRegistersConfig
-from modeling_vitreg.modeling_vitreg import capi_frequencies
+from modeling_vitreg.positions_vitreg import capi_frequencies
 
 from ..rules import Drop, Fill, Join, Rename, Rule, add_axis, drop_axis
 from .layout import IMAGENET, CheckpointInfo, Layout, each, heads_of, prepare_crop

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from modeling_vitreg import ViTWithRegistersConfig
-from modeling_vitreg.modeling_vitreg import sincos_position_table
+from modeling_vitreg.positions_vitreg import sincos_position_table
 
 from ..rules import Drop, Rename, Rule
 from .blocks import HEAD, LAYERS, MLP, POSITIONS, STEM, read_sizes

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from modeling_vitreg.configuration_vitreg import ViTWithRegistersConfig
 from modeling_vitreg.distributed import SINGLE_PROCESS, DistributedContext
-from modeling_vitreg.modeling_vitreg import ViTWithRegistersLayer, ViTWithRegistersModel, sincos_position_table
+from modeling_vitreg.modeling_vitreg import ViTWithRegistersLayer, ViTWithRegistersModel
+from modeling_vitreg.positions_vitreg import sincos_position_table
 
 from ..views.crops import CropSettings
 from ..views.masking import MaskSettings
