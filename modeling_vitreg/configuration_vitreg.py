@@ -55,6 +55,9 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
         patch_size: pixels, a side or (rows, columns); must divide `image_size`.
         num_channels: channels of an image.
         num_register_tokens: registers R, 0 or more.
+        num_gated_registers: last registers, in front of the test-time ones, whose keys pass a learned gate: in the
+            softmax of a head a key counts as often as its gate says, 1 for an ordinary register, 0 for none. Gates
+            start closed, so that appended registers leave the outputs of a finished model unchanged.
         num_test_time_registers: last registers that take the activation of `register_neurons`; they start at zero
             and are not trained (Jiang et al. 2025, arXiv 2506.08010). 0 for models that were not retrofitted.
         register_neurons: hidden units of MLPs whose activation moves from all other tokens to the test-time
@@ -131,6 +134,7 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
         patch_size=16,
         num_channels=3,
         num_register_tokens=4,
+        num_gated_registers=0,
         num_test_time_registers=0,
         register_neurons=None,
         has_cls_token=True,
@@ -189,6 +193,7 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
         self.patch_size = list(patch_size) if isinstance(patch_size, (tuple, list)) else patch_size
         self.num_channels = num_channels
         self.num_register_tokens = num_register_tokens
+        self.num_gated_registers = num_gated_registers
         self.num_test_time_registers = num_test_time_registers
         # Strings as keys, as JSON gives them back.
         register_neurons = register_neurons or {}
@@ -332,7 +337,7 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
     def _validate(self):
         self._validate_sizes()
         self._validate_tokens()
-        self._validate_register_neurons()
+        self._validate_added_registers()
         self._validate_positions()
         for name, allowed in (
             ("hidden_act", ACTIVATIONS),
@@ -434,19 +439,25 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
             f"'cls_mean', got {self.pooling!r}",
         )
 
-    def _validate_register_neurons(self):
-        count = self.num_test_time_registers
+    def _validate_added_registers(self):
+        count, gated = self.num_test_time_registers, self.num_gated_registers
         _require(
             _is_count(count) and 0 <= count <= self.num_register_tokens,
             f"num_test_time_registers lies in 0 ... num_register_tokens ({self.num_register_tokens}), got {count!r}",
+        )
+        _require(
+            _is_count(gated) and 0 <= gated <= self.num_register_tokens - count,
+            f"num_gated_registers lies in 0 ... {self.num_register_tokens - count}, the registers without test-time "
+            f"registers, got {gated!r}",
         )
         _require(
             count > 0 or not self.register_neurons,
             "register_neurons need a register to move to: set num_test_time_registers=1",
         )
         _require(
-            count == 0 or self.rope_style != "capi",
-            "rope_style='capi' gives every register a position, and a test-time register has none",
+            count + gated == 0 or self.rope_style != "capi",
+            "rope_style='capi' gives every register a position, and a register that is added to a finished model has "
+            "none",
         )
         for layer, units in self.register_neurons.items():
             _require(

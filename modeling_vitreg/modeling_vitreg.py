@@ -299,6 +299,11 @@ def eager_attention_forward(
     return output.transpose(1, 2).contiguous(), probabilities
 
 
+CLOSED_GATE = 1e-8  # of an appended register; its share of the attention is below the rounding of float32
+LEAST_GATE = 1e-12  # whose logarithm is finite
+GATE_CHANNELS = 8  # of which one is used; kernels like multiples of 8
+
+
 def make_norm(config: ViTWithRegistersConfig) -> nn.Module:
     """The norm of tokens."""
     # CODEPATH: CAPI; else all others.
@@ -326,7 +331,12 @@ def _apply_with_partial_bias(layer: nn.Linear, has_bias: tuple, hidden_states: T
 
 
 class ViTWithRegistersAttention(AttentionBackend):
-    """Multi-head self-attention with the attention implementation of the configuration."""
+    """Multi-head self-attention with the attention implementation of the configuration.
+
+    With gated registers, key j of head h counts w[h, j] times in the softmax: |gate| for a gated register, else 1.
+    This is a bias log(w) of the scores. Only the eager implementation takes one for each head, so queries and keys get
+    further channels, whose product is the bias.
+    """
 
     def __init__(self, config: ViTWithRegistersConfig):
         super().__init__()
@@ -337,6 +347,10 @@ class ViTWithRegistersAttention(AttentionBackend):
         self.qkv = make_query_key_value(config)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.register_gates = None
+        # CODEPATH: models to which `retrofit` appended registers.
+        if config.num_gated_registers:
+            self.register_gates = nn.Parameter(torch.empty(config.num_attention_heads, config.num_gated_registers))
 
     def forward(self, hidden_states: Tensor, rotary: tuple | None = None, groups: tuple | None = None) -> Tensor:
         """Attend among the tokens of an image.
@@ -369,25 +383,45 @@ class ViTWithRegistersAttention(AttentionBackend):
             query, key = rotate(query, rotary), rotate(key, rotary)
         return query, key, value
 
+    def apply_gates(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, H, N, d) to (B, H, N, d + 8), whose scores include the biases of the gates."""
+        stop = self.config.token_slices["registers"].stop - self.config.num_test_time_registers
+        start = stop - self.config.num_gated_registers
+        # The gradient of |gate| never vanishes, so a gate may reach 0 and open again.
+        bias = self.register_gates.float().abs().clamp(min=LEAST_GATE).log() / self.scaling  # [H, G]
+        bias = F.pad(bias, (start, key.shape[2] - stop))[None, :, :, None]  # [1, H, N, 1]
+        bias = bias.expand(key.shape[0], -1, -1, -1).to(key.dtype)
+        query = F.pad(F.pad(query, (0, 1), value=1.0), (0, GATE_CHANNELS - 1))
+        key = F.pad(torch.cat([key, bias], dim=-1), (0, GATE_CHANNELS - 1))
+        return query, key, F.pad(value, (0, GATE_CHANNELS))  # back ends want one width for all three
+
     def attend(
         self, packed: Tensor, rotary: tuple | None = None, output_attentions: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Concatenated heads (B, N, D) from queries, keys and values (B, N, 3 D); and probabilities if requested."""
         # Only the eager function has probabilities to return, whatever the back end of the model.
         attend = eager_attention_forward if output_attentions else self.get_attention_function()
+        parts = self.split_heads(packed, rotary)
+        width = parts[2].shape[-1]
+        # CODEPATH: models to which `retrofit` appended registers.
+        if self.register_gates is not None:
+            parts = self.apply_gates(*parts)
         output, probabilities = attend(
             self,
-            *self.split_heads(packed, rotary),
+            *parts,
             None,
             scaling=self.scaling,
             dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
             is_causal=False,
         )
+        if self.register_gates is not None:
+            output = output[..., :width]
         return output.flatten(2), probabilities if output_attentions else None  # [B, N, H, d] -> [B, N, D]
 
     def prefix_attention(self, hidden_states: Tensor, rotary: tuple | None, num_queries: int) -> Tensor:
         """Probabilities (B, H, Q, N), in float32, of the first Q tokens over all; nothing of size N x N is built."""
-        query, key, _ = self.split_heads(self.qkv(hidden_states), rotary)
+        parts = self.split_heads(self.qkv(hidden_states), rotary)
+        query, key, _ = parts if self.register_gates is None else self.apply_gates(*parts)
         return (query[:, :, :num_queries].float() @ key.float().transpose(-2, -1) * self.scaling).softmax(dim=-1)
 
 
@@ -692,6 +726,8 @@ class ViTWithRegistersPreTrainedModel(ViTWithRegistersMixin, PreTrainedModel):
         elif isinstance(module, ViTWithRegistersRegisterTokens):
             # Registers have no position: equal ones would get equal gradients and stay equal.
             set_initial(module.weight, nn.init.trunc_normal_, std=std)
+        elif isinstance(module, ViTWithRegistersAttention):
+            set_initial(module.register_gates, nn.init.constant_, CLOSED_GATE)
         elif isinstance(module, ViTWithRegistersRegisterNeuronMLP):
             set_initial(module.units, lambda units: units.copy_(torch.tensor(module.initial_units)))
         elif isinstance(module, ViTWithRegistersPositionEmbeddings):
@@ -739,9 +775,10 @@ class ViTWithRegistersPreTrainedModel(ViTWithRegistersMixin, PreTrainedModel):
         """Refuse a number of channels that other parts of this model do not allow."""
 
     def no_weight_decay(self) -> set:
-        """Names of all token and position parameters, registers included, to be exempt from weight decay."""
-        kinds = ("cls_token", "distillation_token", "register_tokens", "mask_token", "position_embeddings")
-        return {name for name, _ in self.named_parameters() if any(kind in name.split(".") for kind in kinds)}
+        """Names of all token and position parameters, registers and gates included, to be exempt from weight decay."""
+        kinds = {"cls_token", "distillation_token", "register_tokens", "mask_token"}
+        kinds |= {"position_embeddings", "register_gates"}
+        return {name for name, _ in self.named_parameters() if kinds & set(name.split("."))}
 
     def resize_register_tokens(self, num_register_tokens: int) -> None:
         """Change the number of registers in place. The first ones are kept, new ones start distinct.
@@ -754,12 +791,14 @@ class ViTWithRegistersPreTrainedModel(ViTWithRegistersMixin, PreTrainedModel):
         Raises:
             ValueError: a number that the configuration does not allow.
         """
-        num_registers, num_test_time = self.config.num_register_tokens, self.config.num_test_time_registers
-        if num_test_time and num_register_tokens != num_registers:
-            raise ValueError(
-                f"{num_test_time} of the {num_registers} registers are test-time registers, which stay the last ones: "
-                f"keep {num_registers} registers, or resize those of the original model, then retrofit it again"
-            )
+        num_registers = self.config.num_register_tokens
+        kinds = {"test-time": self.config.num_test_time_registers, "gated": self.config.num_gated_registers}
+        for kind, count in kinds.items():
+            if count and num_register_tokens != num_registers:
+                raise ValueError(
+                    f"{count} of the {num_registers} registers are {kind} registers, which stay the last ones: keep "
+                    f"{num_registers} registers, or resize those of the original model, then retrofit it again"
+                )
         self._change_config(num_register_tokens=num_register_tokens)
         embeddings = self.base_model.embeddings
         old, weight = embeddings.register_tokens, embeddings.patch_embeddings.weight

@@ -23,6 +23,7 @@ ARCHITECTURES = {
     "sincos": {"position_embedding_type": "sincos", "has_cls_token": False, "pooling": "mean"},
     "rope": {"position_embedding_type": "rope", "hidden_act": "swiglu", "has_key_bias": False},
     "none": {"position_embedding_type": "none", "num_register_tokens": 0},
+    "gated registers": {"num_gated_registers": 2},
 }
 # The second has the size of the position table; a square one first would tie height and width together.
 SHAPES = [(2, 3, 48, 40), (3, 3, 32, 32), (4, 3, 24, 80)]

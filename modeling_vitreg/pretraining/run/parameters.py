@@ -23,11 +23,11 @@ def learning_rate_multiplier(name: str, *, num_layers: int, layer_decay: float, 
 
 
 def is_decayed(name: str, *, decays_tokens: bool) -> bool:
-    """Whether weight decay applies: never to biases, norms and LayerScale; to tokens and positions as asked.
+    """Whether weight decay applies: never to biases, gates, norms and LayerScale; to tokens and positions as asked.
 
     DINOv2 decays class token, registers, mask token and positions; DINO, DeiT and MAE do not.
     """
-    if name.endswith(".bias") or "norm" in name or "layer_scale" in name:
+    if name.endswith(".bias") or any(kind in name for kind in ("norm", "layer_scale", "register_gates")):
         return False
     kinds = {"cls_token", "distillation_token", "register_tokens", "mask_token", "position_embeddings"}
     return decays_tokens or not kinds & set(name.split("."))
