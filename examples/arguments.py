@@ -193,7 +193,6 @@ def choose_recipe(options: argparse.Namespace) -> Recipe:
         raise SystemExit(str(error)) from None
     options.output = options.output or pathlib.Path("outputs") / path.stem
     options.data = options.data or ("scenes" if annotation_of(recipe) in MAPS else "scenes:single")
-    check_channels(recipe.model.get("num_channels", 3))
     try:
         is_scenes(options.data)
     except ValueError as error:
@@ -233,15 +232,6 @@ def open_split(options: argparse.Namespace, recipe: Recipe, split: str, data_opt
         scenes=scenes,
         scene_settings=settings,
     )
-
-
-def check_channels(num_channels: int) -> None:
-    """Refuse models that do not read colour images: views are cut and changed in three channels."""
-    if num_channels != 3:
-        raise SystemExit(
-            f"training reads images of 3 channels (RGB), and the model has num_channels {num_channels}: set "
-            "model.num_channels=3, or start from a model of 3 channels"
-        )
 
 
 def name_data(options: argparse.Namespace, recipe: Recipe) -> str:

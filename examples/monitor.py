@@ -49,7 +49,7 @@ class Monitor:
 
         self.logger = JsonlLogger(run.folder / "log.jsonl", keeps=keeps, is_writer=run.is_main)
         self.norms = JsonlLogger(run.folder / "norms.jsonl", keeps=keeps, is_writer=run.is_main)
-        self.eval_images = EvalImages(run, source) if run.is_main else None
+        self.eval_images = EvalImages(run, source, objective.encoder.config.num_channels) if run.is_main else None
         self._metrics = ("knn", *objective.metrics)
         self._first_step, self._non_finite, self._named = last_step + 1, NonFiniteDetector(), set()
         self._headline, self._value, self._init = None, None, metadata["init"]
@@ -248,7 +248,7 @@ class Monitor:
             )
             draw_norms(self.norms.records, folder / "norms.png")
             shown = data.shown[:6].to(device)
-            pixels = {"mean": run.recipe.mean, "std": run.recipe.std}
+            pixels = run.recipe.statistics(encoder.config.num_channels)
             draw_attention(encoder, shown, folder / "attention.png", **pixels)
             if self.objective.annotation in MAPS:
                 targets = data.targets[TARGETS[self.objective.annotation]][:6]
@@ -269,7 +269,7 @@ class EvalImages:
     images of the training data; no label or map of them is used for training.
 
     Attributes:
-        train_images, train_labels: training images, normalised (N, 3, h, w), and their labels (N,).
+        train_images, train_labels: training images, normalised (N, C, h, w), and their labels (N,).
         num_classes: number of labels; below 2 there is no k-NN accuracy.
         images: evaluation images, normalised; None without annotations.
         targets: their annotations; see `Objective.evaluate`.
@@ -277,16 +277,16 @@ class EvalImages:
         shown: images for pictures.
     """
 
-    def __init__(self, run: Run, source):
+    def __init__(self, run: Run, source, num_channels: int):
         recipe, number = run.recipe, run.options.num_eval_images
         sides = recipe.crops.global_size
         resize = v2.Resize(sides, interpolation=InterpolationMode.BICUBIC)
-        self._cut = v2.Compose([resize, v2.CenterCrop(sides)])
+        self._cut, self._num_channels = v2.Compose([resize, v2.CenterCrop(sides)]), num_channels
         self._normalise = v2.Compose(
             [
                 v2.PILToTensor(),
                 v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(list(recipe.mean), list(recipe.std)),
+                v2.Normalize(**recipe.statistics(num_channels)),
             ]
         )
         self._are_scenes = is_scenes(run.options.data)
@@ -333,7 +333,7 @@ class EvalImages:
         images, targets = [], collections.defaultdict(list)
         for raw in tqdm(raws, total=number, desc="evaluation images", leave=False, delay=2):
             with contextlib.suppress(UnreadableImage):
-                found = read_annotated(raw)
+                found = read_annotated(raw, num_channels=self._num_channels)
                 maps = {name: torch.from_numpy(values) for name, values in found.maps.items()}
                 image, *maps_cut = self._cut([found.image, *map(tv_tensors.Mask, maps.values())])
                 images.append(self._normalise(image))

@@ -26,7 +26,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait for wor
 import torch
 import transformers
 import yaml
-from arguments import Run, check_channels, choose_recipe, name_classes, name_init, open_source, parse_options, versions
+from arguments import Run, choose_recipe, name_classes, name_init, open_source, parse_options, versions
 from launching import ends_in_words, make_accelerator
 from monitor import Monitor
 from torch import Tensor
@@ -75,7 +75,7 @@ def main(*, description: str = __doc__, default_recipe: str = "demo-cpu") -> Non
         objective = make_objective(recipe, init=None if last else options.init, processes=run.processes)
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None
-    check_channels(objective.encoder.config.num_channels)
+    pixels = recipe.statistics(objective.encoder.config.num_channels)
     if options.checkpoint_activations:
         objective.trained["backbone"].gradient_checkpointing_enable()
     if options.compile:
@@ -111,7 +111,7 @@ def main(*, description: str = __doc__, default_recipe: str = "demo-cpu") -> Non
             batch = next(batches)
             monitor.report_unreadable(batch)
             try:
-                batch = objective.to_device(batch, device=accelerator.device, mean=recipe.mean, std=recipe.std)
+                batch = objective.to_device(batch, device=accelerator.device, **pixels)
             except ValueError as error:  # the data are not what the recipe says
                 raise SystemExit(str(error)) from None
             # Whatever is drawn in a step is seeded by it: there is no random state to save.
@@ -217,6 +217,7 @@ def make_loader(run: Run, source, objective: Objective, metadata: dict) -> ViewL
     try:
         return ViewLoader(
             source,
+            num_channels=objective.encoder.config.num_channels,
             make_views=objective.make_views,
             make_masks=make_masks,
             make_text=objective.make_text,
@@ -321,7 +322,8 @@ def save_model(run: Run, objective: Objective, *, step: int) -> None:
             with atomic_folder(folder) as part:
                 objective.write(model, part)
                 processor = part / "preprocessor_config.json"
-                statistics = {"image_mean": list(run.recipe.mean), "image_std": list(run.recipe.std)}
+                pixels = run.recipe.statistics(objective.encoder.config.num_channels)
+                statistics = {f"image_{name}": list(values) for name, values in pixels.items()}
                 processor.write_text(json.dumps(json.loads(processor.read_text()) | statistics, indent=2) + "\n")
             record_model(run.folder, step)
         except OSError as error:

@@ -48,7 +48,7 @@ class AnnotatedImage:
 
     Args:
         name: for messages and reports.
-        image: RGB, upright.
+        image: upright; RGB unless other channels are asked for.
         label: class number.
         mask: class numbers, int32 (height, width), 255 where the class is unknown.
         depth: metres, float32 (height, width), 0 where the depth is unknown.
@@ -70,17 +70,18 @@ class AnnotatedImage:
         return {kind: value for kind in ("mask", "depth") if (value := getattr(self, kind)) is not None}
 
 
-def read_annotated(raw: dict) -> AnnotatedImage:
+def read_annotated(raw: dict, *, num_channels: int = 3) -> AnnotatedImage:
     """Decode a raw image and its annotations.
 
     Args:
         raw: from a source that was opened with columns of annotations; without them there is only a label.
+        num_channels: of the decoded image, 1 (grey), 3 (RGB) or 4 (RGBA).
 
     Raises:
         UnreadableImage: the image or a map is broken, or an annotation contradicts the image.
         ValueError: the column of boxes holds something else.
     """
-    image, name = decode_image(raw), raw["name"]
+    image, name = decode_image(raw, num_channels=num_channels), raw["name"]
     if not raw.get("maps") and raw.get("boxes") is None:
         return AnnotatedImage(name, image, raw["label"])
     options, notes = raw["options"], []

@@ -12,6 +12,7 @@ from modeling_vitreg.configuration_vitreg import ViTWithRegistersConfig
 from modeling_vitreg.distributed import SINGLE_PROCESS, DistributedContext
 from modeling_vitreg.dual_encoder_vitreg import ViTWithRegistersDualEncoderConfig, ViTWithRegistersDualEncoderModel
 from modeling_vitreg.features.folders import conversion_command, is_hub_name
+from modeling_vitreg.images import check_channels
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersModel
 from modeling_vitreg.settings import make_keywords
 
@@ -35,7 +36,8 @@ def make_config(recipe: Recipe) -> ViTWithRegistersConfig:
         config = ViTWithRegistersConfig.from_preset(recipe.model["preset"], **keywords)
     else:
         config = ViTWithRegistersConfig(**keywords)
-    _check_channels(config, of="model.num_channels")
+    check_channels(config.num_channels, reader="recipe: the model")
+    recipe.statistics(config.num_channels)
     return config
 
 
@@ -61,7 +63,6 @@ def make_objective(
     kept = {name: value for name, value in _model_keywords(recipe).items() if name.startswith("drop_path")}
     kept["has_mask_token"] = objective_class(recipe.objective).needs_mask_token
     backbone = _load_backbone(model_of_run(init), kept)
-    _check_channels(backbone.config, of=f"init: {init}")
     objective = _wrap(backbone, recipe, processes)
     state = last_state(folder / "state") if folder.is_dir() else None
     # These start from any model and do not use the heads of the run that trained it.
@@ -123,14 +124,6 @@ def _check_family(source: str | pathlib.Path) -> None:
         if kind in kinds:
             return
     raise ValueError(f"init: {conversion_command(source)}")
-
-
-def _check_channels(config: ViTWithRegistersConfig, *, of: str) -> None:
-    if config.num_channels != 3:
-        raise ValueError(
-            f"{of}: the model has {config.num_channels} channels, and training reads images with 3 (RGB): "
-            "give it a model with num_channels 3"
-        )
 
 
 def _model_keywords(recipe: Recipe) -> dict:

@@ -267,7 +267,7 @@ def _fill(objective: Objective, kind: torch.dtype) -> None:
 
 def _make_batch(recipe: Recipe, objective: Objective, micro_batch: int, num_masked: int) -> dict[str, Tensor]:
     """What `to_device` returns."""
-    crops, shape = recipe.crops, (micro_batch, 3)
+    crops, shape = recipe.crops, (micro_batch, objective.encoder.config.num_channels)
     batch = {"global_views": torch.empty(crops.num_global, *shape, crops.global_size, crops.global_size)}
     if crops.num_local:
         batch["local_views"] = torch.empty(crops.num_local, *shape, crops.local_size, crops.local_size)

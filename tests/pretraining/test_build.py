@@ -1,7 +1,6 @@
 """What a run may start from, and what it says of everything else."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Dinov2Config, Dinov2Model, SwinConfig, SwinModel
 
 from modeling_vitreg import ViTWithRegistersForImageClassification, ViTWithRegistersModel
-from modeling_vitreg.pretraining.build import make_config, make_objective
+from modeling_vitreg.pretraining.build import make_objective
 from modeling_vitreg.pretraining.run.recipe import make_recipe
 
 
@@ -111,13 +110,3 @@ def test_sizes_that_contradict_the_configuration_are_named(recipe, saved, tmp_pa
 def test_a_new_mask_token_is_not_missed(saved):
     simmim = make_recipe({**RECIPE, "objective": "simmim", "settings": {}})
     assert make_objective(simmim, init=saved).encoder.config.has_mask_token
-
-
-@pytest.mark.parametrize("count", [1, 4])
-def test_other_than_three_channels_are_refused_in_words(recipe, tiny, tmp_path, count):
-    with pytest.raises(ValueError, match=rf"num_channels: the model has {count} channels.*images with 3 \(RGB\)"):
-        make_config(recipe.with_changes({"model.num_channels": count}))
-    shutil.rmtree(tmp_path / "grey", ignore_errors=True)
-    ViTWithRegistersModel(tiny(num_channels=count)).save_pretrained(tmp_path / "grey")
-    with pytest.raises(ValueError, match=rf"init: .*grey: the model has {count} channels"):
-        make_objective(recipe, init=tmp_path / "grey")

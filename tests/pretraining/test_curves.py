@@ -255,7 +255,7 @@ def test_modes_return_and_the_random_state_is_left_alone(drawn, tmp_path, tiny):
 
 def test_images_and_statistics_of_other_channels_are_refused(tmp_path, tiny):
     model = ViTWithRegistersModel(tiny())
-    with pytest.raises(ValueError, match=r"3 means and deviations, got \(1, 1, 32, 32\), 3 and 3"):
+    with pytest.raises(ValueError, match=r"deviation for each channel, got \(1, 1, 32, 32\), 3 and 3"):
         draw_attention(model, torch.rand(1, 1, 32, 32), tmp_path / "a.png", **STATISTICS)
     with pytest.raises(ValueError, match="3 and 1"):
         draw_attention(model, torch.rand(1, 3, 32, 32), tmp_path / "a.png", mean=[0.5] * 3, std=[0.5])

@@ -39,7 +39,7 @@ def draw_attention(
 
     Args:
         model: with or without a head, a class token, registers; what it lacks has no column.
-        images: (B, 3, height, width), normalised by `mean` and `std`.
+        images: (B, C, height, width), grey, RGB or RGBA, normalised by `mean` and `std`.
         path: file to write; the suffix chooses the format, PNG without one.
         mean, std: mean and standard deviation of each channel, to show the images as they were.
 
@@ -47,12 +47,14 @@ def draw_attention(
         The file written.
 
     Raises:
-        ValueError: images or statistics that are not of three channels, or images that do not fit the model.
+        ValueError: images or statistics of other channels than 1, 3 and 4, or images that do not fit the model.
     """
-    if images.ndim != 4 or images.shape[1] != 3 or not len(images) or len(mean) != 3 or len(std) != 3:
+    channels = images.shape[1] if images.ndim == 4 else 0
+    if channels not in (1, 3, 4) or not len(images) or not len(mean) == len(std) == channels:
         raise ValueError(
-            f"expected images (batch, 3, height, width) and 3 means and deviations, got {tuple(images.shape)}, "
-            f"{len(mean)} and {len(std)}: take the statistics from the image processor of the model"
+            "expected images (batch, 1, 3 or 4 channels, height, width) and a mean and deviation for each channel, "
+            f"got {tuple(images.shape)}, {len(mean)} and {len(std)}: take the statistics from the image processor of "
+            "the model"
         )
     images = images.to(model.device)
     with eval_mode(model):
@@ -111,7 +113,7 @@ def draw_maps(
     """Draw one row for each image: image, ground truth and prediction.
 
     Args:
-        images: (B, 3, height, width), normalised by `mean` and `std`.
+        images: (B, C, height, width), grey, RGB or RGBA, normalised by `mean` and `std`.
         truth, predicted: (B, height, width), class numbers or metres; unknown pixels of the truth are white.
         path: file to write; the suffix chooses the format, PNG without one.
         mean, std: mean and standard deviation of each channel, to show the images as they were.
@@ -145,8 +147,9 @@ def draw_maps(
 
 
 def _unnormalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    mean, std = (torch.tensor(values, dtype=torch.float32).view(3, 1, 1) for values in (mean, std))
-    pixels = (images.float().cpu() * std + mean).clamp(0, 1)
+    mean, std = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
+    pixels = (images.float().cpu() * std + mean).clamp(0, 1)[:, :3]  # alpha is not shown
+    pixels = pixels.expand(-1, 3, -1, -1)
     return pixels.permute(0, 2, 3, 1).numpy()  # [B, 3, height, width] -> [B, height, width, 3]
 
 

@@ -25,7 +25,7 @@ from .adaptation import AdaptationSettings
 from .ema import make_ema_model, update_ema
 from .head_objective import HeadObjective, name_classes
 from .objective import DataSummary, Objective, Panel
-from .teachers import load_class_teacher
+from .teachers import check_teacher_channels, load_class_teacher
 
 
 LOSSES, DISTILLATIONS = ("softmax", "binary"), ("none", "hard", "soft")
@@ -118,6 +118,8 @@ class Classification(HeadObjective):
     ):
         super().__init__(backbone, crops, num_steps=num_steps, processes=processes)
         self.settings = settings
+        if teacher is not None:
+            check_teacher_channels(teacher, backbone)
         num_classes = len(settings.class_names)
         if num_classes < 2:
             raise ValueError(f"settings: class_names are two or more, got {num_classes}: the data needs labels")

@@ -123,7 +123,7 @@ class DensePrediction(HeadObjective):
     @property
     def make_views(self) -> MapCrop:
         """See `Objective`; maps are cut with their image."""
-        return MapCrop(self.crops)
+        return MapCrop(self.crops, num_channels=self.encoder.config.num_channels)
 
     def forward(self, batch: dict[str, Tensor], *, step: int) -> dict[str, Tensor]:
         """The loss of the pixels, as `total`.

@@ -31,7 +31,7 @@ from ..views.crops import CropSettings
 from ..views.packing import encode_views
 from .ema import make_ema_model, update_ema
 from .objective import Objective, Panel, compile_layers
-from .teachers import load_teacher
+from .teachers import check_teacher_channels, load_teacher
 
 
 COSINE_SHARE, ABSOLUTE_SHARE = 0.9, 0.1  # of the distance of patches
@@ -244,6 +244,7 @@ def resize_patches(patches: Tensor, *, grid: tuple) -> Tensor:
 
 
 def _check_networks(backbone: ViTWithRegistersModel, teacher: ViTWithRegistersModel, crops: CropSettings) -> None:
+    check_teacher_channels(teacher, backbone)
     for name, network in (("student", backbone), ("teacher", teacher)):
         config = network.config
         if not config.has_cls_token:

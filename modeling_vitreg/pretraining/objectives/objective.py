@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modeling_vitreg.distributed import SINGLE_PROCESS, DistributedContext
+from modeling_vitreg.images import check_channels
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersLayer, ViTWithRegistersModel
 from modeling_vitreg.settings import make_settings
 
@@ -109,6 +110,12 @@ class Objective(nn.Module, abc.ABC):
 
     def _check(self, backbone: ViTWithRegistersModel, crops: CropSettings) -> None:
         config, name = backbone.config, type(self).__name__
+        check_channels(config.num_channels, reader="the model")
+        if config.num_channels == 4 and crops.color_augmentation == "random":
+            raise ValueError(
+                "crops: color_augmentation=random also moves pixels, which alpha would not follow: for a model of 4 "
+                "channels expected dino, three or none"
+            )
         if self.has_single_view and (crops.num_global, crops.num_local) != (1, 0):
             raise ValueError(
                 f"the {name} objective takes one view of an image: expected num_global=1 and num_local=0 in crops, "
@@ -182,7 +189,7 @@ class Objective(nn.Module, abc.ABC):
     @property
     def make_views(self) -> Callable[..., dict[str, Tensor]]:
         """Function that cuts the views of an image, for `ViewLoader`."""
-        return MultiCrop(self.crops)
+        return MultiCrop(self.crops, num_channels=self.encoder.config.num_channels)
 
     @property
     def saved(self) -> PreTrainedModel:

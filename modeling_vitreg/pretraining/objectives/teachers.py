@@ -47,7 +47,7 @@ def load_teacher(name: str, recipe: Recipe) -> ViTWithRegistersModel:
             f"{min(report['missing_keys'])}, which would be random"
         )
     pixels = teacher.image_processor_settings()
-    for key, own in (("image_mean", recipe.mean), ("image_std", recipe.std)):
+    for key, own in zip(("image_mean", "image_std"), recipe.statistics(teacher.config.num_channels).values()):
         if any(abs(theirs - ours) > 1e-3 for theirs, ours in zip(pixels[key], own)):
             raise ValueError(
                 f"recipe: student and teacher see the same pixels, but {key} of {name} is {pixels[key]} and that of "
@@ -75,4 +75,19 @@ def load_class_teacher(name: str, class_names: tuple[str, ...]) -> torch.nn.Modu
     return teacher.requires_grad_(False).eval()
 
 
-__all__ = ["load_class_teacher", "load_teacher", "model_of_run"]
+def check_teacher_channels(teacher: torch.nn.Module, student: ViTWithRegistersModel) -> None:
+    """Check that a teacher reads the views of its student.
+
+    Raises:
+        ValueError: it has another number of channels.
+    """
+    own = student.config.num_channels
+    theirs = getattr(getattr(teacher, "config", None), "num_channels", own)
+    if theirs != own:
+        raise ValueError(
+            f"settings: expected a teacher with num_channels {own}, that of the student, got {theirs}: set "
+            f"model.num_channels={theirs}, or choose another teacher"
+        )
+
+
+__all__ = ["check_teacher_channels", "load_class_teacher", "load_teacher", "model_of_run"]

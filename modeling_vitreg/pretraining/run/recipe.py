@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pathlib
 import sys
 from typing import Any
@@ -47,7 +48,8 @@ class Recipe:
         crops: `CropSettings`.
         masks: `MaskSettings`.
         settings: settings of the objective, for example `DINOv2Settings`.
-        mean, std: mean and standard deviation of the pixels in [0, 1], saved with the model.
+        mean, std: mean and standard deviation of the pixels in [0, 1], one for all channels or one for each; saved
+            with the model. A grey model takes the average of three values, and a model of RGBA takes it for alpha.
         num_steps: steps of the optimiser.
         batch_size: images per step, over all processes and accumulations.
         repeated_augmentation: how many times an image is in a step, each time with other crops (3 in DeiT).
@@ -73,8 +75,8 @@ class Recipe:
     crops: CropSettings = dataclasses.field(default_factory=CropSettings)
     masks: MaskSettings = dataclasses.field(default_factory=MaskSettings)
     settings: dict = dataclasses.field(default_factory=dict)
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
     num_steps: int = 125_000
     batch_size: int = 1024
     repeated_augmentation: int = 1
@@ -112,6 +114,14 @@ class Recipe:
     def peak_learning_rate(self) -> float:
         """Learning rate after the warm-up."""
         return scale_learning_rate(self.learning_rate, batch_size=self.batch_size, rule=self.learning_rate_rule)
+
+    def statistics(self, num_channels: int) -> dict[str, tuple[float, ...]]:
+        """`mean` and `std` with a value for each channel.
+
+        Raises:
+            ValueError: they have another number of values.
+        """
+        return {name: _for_channels(getattr(self, name), num_channels, name) for name in ("mean", "std")}
 
     def as_dict(self) -> dict[str, Any]:
         """Nested dictionaries and lists, for YAML and JSON."""
@@ -186,7 +196,28 @@ def make_recipe(values: dict[str, Any], *, tell: bool = False) -> Recipe:
     for name, kind in (("crops", CropSettings), ("masks", MaskSettings)):
         if isinstance(values.get(name), dict):
             values[name] = make_settings(kind, values[name], of=name)
-    return make_settings(Recipe, values, of="recipe")
+    statistics = {name: values.pop(name) for name in ("mean", "std") if name in values}
+    for name, found in statistics.items():
+        numbers = found if isinstance(found, (list, tuple)) else [found]
+        if not numbers or any(type(number) not in (int, float) or not math.isfinite(number) for number in numbers):
+            raise ValueError(
+                f"recipe: {name}: expected finite numbers such as [0.5] or [0.5, 0.5, 0.5], got {found!r}"
+            )
+        statistics[name] = tuple(map(float, numbers))
+    return dataclasses.replace(make_settings(Recipe, values, of="recipe"), **statistics)
+
+
+def _for_channels(values: tuple[float, ...], num_channels: int, name: str) -> tuple[float, ...]:
+    average = sum(values) / len(values)
+    known = {1: (average,) * num_channels, num_channels: values}
+    if len(values) == 3:
+        known[3] = values if num_channels == 3 else (average,) if num_channels == 1 else (*values, average)
+    if len(values) not in known:
+        raise ValueError(
+            f"recipe: {name}: expected one value, or one for each of the {num_channels} channels of the model, got "
+            f"{list(values)}"
+        )
+    return known[len(values)]
 
 
 def _rename(values: dict[str, Any], *, tell: bool, path: str = "") -> dict[str, Any]:

@@ -16,9 +16,12 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
+from modeling_vitreg.image_processing_vitreg import MODES
+
 
 CUTS, COLOURS = ("resized", "simple", "zoomed"), ("dino", "three", "random", "none")
-IGNORED, NO_DEPTH, GREY = 255, 0, (124, 116, 104)  # what pads a mask, a depth and an image
+IGNORED, NO_DEPTH = 255, 0  # what pads a mask and a depth
+GREY = {1: (116,), 3: (124, 116, 104), 4: (124, 116, 104, 0)}  # what pads an image, by number of channels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,12 +96,19 @@ class CropSettings:
 
 
 class MultiCrop:
-    """Cut the views of one image; draws from torch's global generator, as torchvision does."""
+    """Cut the views of one image; draws from torch's global generator, as torchvision does.
 
-    def __init__(self, settings: CropSettings):
-        self.settings = settings
+    Args:
+        settings: sizes and augmentation.
+        num_channels: C, 1 (grey), 3 (RGB) or 4 (RGBA). Colours of grey and RGBA views change as those of RGB do, and
+            alpha stays.
+    """
+
+    def __init__(self, settings: CropSettings, *, num_channels: int = 3):
+        self.settings, self._mode = settings, MODES[num_channels]
         blur_first, blur_others, blur_local = settings.blur
-        cut = (_cutter(settings.global_size, settings), _cutter(settings.local_size, settings, is_local=True))
+        sizes = ((settings.global_size, False), (settings.local_size, True))
+        cut = [_cutter(size, settings, num_channels, is_local=is_local) for size, is_local in sizes]
         first = (cut[0], _painter(settings, blur=blur_first, solarize=0.0))
         others = (cut[0], _painter(settings, blur=blur_others, solarize=settings.solarize))
         local = (cut[1], _painter(settings, blur=blur_local, solarize=0.0))
@@ -109,12 +119,12 @@ class MultiCrop:
         """Views of an image.
 
         Returns:
-            `global_views`, uint8 (V, 3, global_size, global_size), and, if there are any, `local_views`.
+            `global_views`, uint8 (V, C, global_size, global_size), and, if there are any, `local_views`.
         """
-        pixels = v2.functional.pil_to_tensor(image.convert("RGB"))
-        views = {"global_views": torch.stack([paint(cut(pixels)) for cut, paint in self._global])}
+        pixels = v2.functional.pil_to_tensor(image.convert(self._mode))
+        views = {"global_views": torch.stack([_recolour(cut(pixels), paint) for cut, paint in self._global])}
         if self._local:
-            views["local_views"] = torch.stack([paint(cut(pixels)) for cut, paint in self._local])
+            views["local_views"] = torch.stack([_recolour(cut(pixels), paint) for cut, paint in self._local])
         return views
 
 
@@ -129,8 +139,9 @@ class _Depth(tv_tensors.Mask):
 class MapCrop:
     """Cut one view of an image and of its maps together; draws as `MultiCrop` does."""
 
-    def __init__(self, settings: CropSettings):
-        self._cut = _cutter(settings.global_size, settings)
+    def __init__(self, settings: CropSettings, *, num_channels: int = 3):
+        self._mode = MODES[num_channels]
+        self._cut = _cutter(settings.global_size, settings, num_channels)
         self._paint = _painter(settings, blur=settings.blur[0], solarize=0.0)
 
     def __call__(
@@ -144,19 +155,28 @@ class MapCrop:
             depth: metres, float32 (height, width).
 
         Returns:
-            `global_views`, uint8 (1, 3, global_size, global_size); `semantic_masks`, int32 (1, global_size,
+            `global_views`, uint8 (1, C, global_size, global_size); `semantic_masks`, int32 (1, global_size,
             global_size), 255 where the view leaves the image; `depths`, float32, the same, 0 there.
         """
-        parts = {"global_views": tv_tensors.Image(v2.functional.pil_to_tensor(image.convert("RGB")))}
+        parts = {"global_views": tv_tensors.Image(v2.functional.pil_to_tensor(image.convert(self._mode)))}
         if mask is not None:
             parts["semantic_masks"] = _Mask(torch.from_numpy(mask)[None])
         if depth is not None:
             parts["depths"] = _Depth(torch.from_numpy(depth)[None])
         cut = {name: part.as_subclass(Tensor) for name, part in self._cut(parts).items()}
-        return {**cut, "global_views": self._paint(cut["global_views"])[None]}
+        return {**cut, "global_views": _recolour(cut["global_views"], self._paint)[None]}
 
 
-def _cutter(size: int, settings: CropSettings, *, is_local: bool = False) -> v2.Transform:
+def _recolour(pixels: Tensor, paint: v2.Transform) -> Tensor:
+    """Apply a change of RGB colours to a view (C, h, w): to three equal channels where it is grey, without alpha."""
+    if len(pixels) == 3:
+        return paint(pixels)
+    if len(pixels) == 1:
+        return paint(pixels.expand(3, -1, -1))[:1]
+    return torch.cat([paint(pixels[:3]), pixels[3:]])
+
+
+def _cutter(size: int, settings: CropSettings, num_channels: int, *, is_local: bool = False) -> v2.Transform:
     scale = settings.local_scale if is_local else settings.global_scale
     if settings.cut == "simple" and not is_local:
         resize = v2.Resize(size, interpolation=InterpolationMode.BICUBIC, antialias=True)
@@ -165,7 +185,8 @@ def _cutter(size: int, settings: CropSettings, *, is_local: bool = False) -> v2.
     if settings.cut == "zoomed" and not is_local:
         sides = range(round(size * settings.zoom[0]), round(size * settings.zoom[1]) + 1)
         resize = v2.RandomShortestSize(list(sides), interpolation=InterpolationMode.BICUBIC, antialias=True)
-        fill = {tv_tensors.Image: GREY, _Mask: IGNORED, _Depth: NO_DEPTH, torch.Tensor: GREY}
+        grey = GREY[num_channels]
+        fill = {tv_tensors.Image: grey, _Mask: IGNORED, _Depth: NO_DEPTH, torch.Tensor: grey}
         crop = v2.RandomCrop(size, pad_if_needed=True, fill=fill)
         return v2.Compose([resize, crop, v2.RandomHorizontalFlip(settings.flip)])
     # On a tensor of bytes: three to four times as fast as on a PIL image.

@@ -64,7 +64,8 @@ class ViewLoader:
 
     Args:
         source: what `open_images` returns.
-        make_views: cuts an RGB image into tensors (V, ...), by name, of the same shapes for all images; the maps of a
+        num_channels: of the decoded images, 1 (grey), 3 (RGB) or 4 (RGBA).
+        make_views: cuts an image into tensors (V, ...), by name, of the same shapes for all images; the maps of a
             source that has some, arrays (height, width), come as keywords. It draws from torch's global generator
             only. With workers that are not forked it has to be picklable.
         make_text: makes a tensor (N,) of the caption of an image, whose source was opened with a text column; or None.
@@ -91,6 +92,7 @@ class ViewLoader:
         self,
         source: ImageSource | ImageStream,
         *,
+        num_channels: int = 3,
         make_views: Callable[..., dict[str, Tensor]],
         make_masks: Callable[..., Tensor] | None,
         make_text: Callable[[str], Tensor] | None = None,
@@ -118,6 +120,7 @@ class ViewLoader:
         self._source = source
         self._builder = BatchBuilder(
             source=None if self._stream else source,
+            num_channels=num_channels,
             make_views=make_views,
             make_masks=make_masks,
             make_text=make_text,
@@ -127,10 +130,8 @@ class ViewLoader:
             seed=seed,
         )
         self._num_accumulations, self._num_repeats = num_accumulations, num_repeats
-        self._num_workers = num_workers
-        self._first_step = first_step
-        self._max_unreadable_share = max_unreadable_share
-        self._pin_memory = pin_memory
+        self._num_workers, self._pin_memory = num_workers, pin_memory
+        self._first_step, self._max_unreadable_share = first_step, max_unreadable_share
         self._first_state = self._check(state)
         self._states = {first_step - 1: self._first_state}
 
@@ -257,6 +258,7 @@ class BatchBuilder:
     """Makes a batch from its specification, in a worker."""
 
     source: ImageSource | None
+    num_channels: int
     make_views: Callable[..., dict[str, Tensor]]
     make_masks: Callable[..., Tensor] | None
     make_text: Callable[[str], Tensor] | None
@@ -295,7 +297,7 @@ class BatchBuilder:
         for key in self._candidates(keys, place):
             raw = key if self.source is None else self.source.raw(key)
             try:
-                return raw, read_annotated(raw), problems
+                return raw, read_annotated(raw, num_channels=self.num_channels), problems
             except UnreadableImage as problem:
                 problems.append(problem)
         raise RuntimeError(
