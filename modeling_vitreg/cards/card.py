@@ -51,6 +51,7 @@ _PAPERS = {
     "deit": ["touvron2021deit", "touvron2022deit3"],
     "mae": ["he2022mae"],
     "simmim": ["xie2022simmim"],
+    "lejepa": ["balestriero2025lejepa"],
     "clip": ["radford2021clip"],
     "capi": ["darcet2025capi"],
 }

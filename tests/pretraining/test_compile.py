@@ -34,6 +34,7 @@ def _make(name):
         ("dinov2 moving mean, two heads, packed", 4),  # stochastic depth on a subset
         ("mae", 4),  # encoder and decoder
         ("simmim", 2),
+        ("lejepa", 2),
         ("classify binary", 2),
     ],
 )

@@ -51,6 +51,12 @@ RECIPES = {
         "masks": {"kind": "random", "ratio": [0.5, 0.5], "share": 1.0},
         "settings": {},
     },
+    "lejepa": DINOV2
+    | {
+        "objective": "lejepa",
+        "masks": {},
+        "settings": {"num_directions": 16, "hidden_width": 32, "projection_width": 8},
+    },
     "segment": DINOV2 | {"objective": "segment", "crops": ONE_VIEW, "settings": {"num_classes": 5}},
     "depth, a probe": DINOV2 | {"objective": "depth", "crops": ONE_VIEW, "settings": {"freeze_backbone": True}},
 }

@@ -1,10 +1,12 @@
-"""The projection head from tokens to prototypes of DINO, iBOT and DINOv2."""
+"""Projection heads: from tokens to prototypes (DINO, iBOT, DINOv2), and the norm of projectors (LeJEPA)."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from modeling_vitreg.distributed import SINGLE_PROCESS, DistributedContext
 
 
 class PrototypeHead(nn.Module):
@@ -60,4 +62,32 @@ class PrototypeLayer(nn.Module):
         return f"width={self.direction.shape[1]}, num_prototypes={self.direction.shape[0]}"
 
 
-__all__ = ["PrototypeHead", "PrototypeLayer"]
+class SyncedBatchNorm(nn.Module):
+    """Rows (N, D) minus their mean, by their deviation, over the rows of all processes; then scale and bias.
+
+    `torch.nn.SyncBatchNorm` needs GPUs. There are no running statistics: projectors are used in training only.
+
+    Args:
+        width: D.
+        processes: processes that share a batch.
+        eps: added to the variance.
+    """
+
+    def __init__(self, width: int, *, processes: DistributedContext = SINGLE_PROCESS, eps: float = 1e-5):
+        super().__init__()
+        self.processes, self.eps = processes, eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        rows = rows.float()
+        mean = self._mean(rows)
+        variance = self._mean((rows - mean).square())
+        return (rows - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias
+
+    def _mean(self, rows: Tensor) -> Tensor:
+        """Over the rows of all processes, each of which has the same number."""
+        return self.processes.all_gather(rows.mean(dim=0, keepdim=True)).mean(dim=0)
+
+
+__all__ = ["PrototypeHead", "PrototypeLayer", "SyncedBatchNorm"]

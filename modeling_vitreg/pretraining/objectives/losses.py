@@ -1,10 +1,12 @@
-"""Targets and losses of DINO, iBOT and DINOv2. Everything is computed in float32, whatever the precision around it.
+"""Targets and losses of DINO, iBOT, DINOv2 and LeJEPA, computed in float32, whatever the precision around them.
 
 Letters: B images, G global views, V local views, K prototypes, M masked patches of this process, D width.
 Sums over processes come in as `processes`; means of equal parts agree with the mean of the whole.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -156,6 +158,56 @@ def koleo_loss(features: Tensor, *, processes: DistributedContext = SINGLE_PROCE
     return -(distances + 1e-8).log().mean()
 
 
+def characteristic_function(values: Tensor, num_frequencies: int, max_frequency: float) -> Tensor:
+    """Sums of cos(t x) and of sin(t x) over values x, at frequencies t of linspace(0, max_frequency, num_frequencies).
+
+    Args:
+        values: (V, B, K), float32; the sum is over B.
+        num_frequencies: T, at least 2.
+        max_frequency: the last frequency.
+
+    Returns:
+        (2, T, V, K). Only `values` are kept for the backward pass, not T times as many cosines.
+    """
+    return _CharacteristicFunction.apply(values, num_frequencies, max_frequency / (num_frequencies - 1))
+
+
+class _CharacteristicFunction(torch.autograd.Function):
+    # The frequencies are multiples of one: cosines and sines follow from those of the first by rotation.
+
+    @staticmethod
+    def forward(ctx, values: Tensor, num_frequencies: int, spacing: float) -> Tensor:
+        ctx.save_for_backward(values)
+        ctx.spacing = spacing
+        sums = values.new_zeros(2, num_frequencies, values.shape[0], values.shape[2])
+        for number, (cosine, sine) in enumerate(_rotations(values * spacing, num_frequencies)):
+            sums[0, number], sums[1, number] = cosine.sum(dim=1), sine.sum(dim=1)
+        return sums
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor):
+        (values,) = ctx.saved_tensors
+        total = torch.zeros_like(values)
+        num_frequencies = gradient.shape[1]
+        gradient = gradient.unsqueeze(3)  # [2, T, V, K] -> [2, T, V, 1, K]
+        for number, (cosine, sine) in enumerate(_rotations(values * ctx.spacing, num_frequencies)):
+            frequency = number * ctx.spacing
+            total.addcmul_(gradient[1, number], cosine, value=frequency)
+            total.addcmul_(gradient[0, number], sine, value=-frequency)
+        return total, None, None
+
+
+def _rotations(angles: Tensor, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cosines and sines of 0, 1, ... count - 1 times some angles."""
+    first_cosine, first_sine = angles.cos(), angles.sin()
+    cosine, sine = torch.ones_like(angles), torch.zeros_like(angles)
+    for number in range(count):
+        if number:
+            cosine, sine = cosine * first_cosine - sine * first_sine, sine * first_cosine + cosine * first_sine
+        yield cosine, sine
+
+
 def _without_autocast(values: Tensor):
     """Products in float32: autocast would round them to 8 bits."""
     return torch.autocast(values.device.type, enabled=False)
@@ -188,4 +240,4 @@ class _CrossEntropy(torch.autograd.Function):
         return difference.mul_(gradient.unsqueeze(-1) / ctx.temperature).to(ctx.dtype), None, None
 
 
-__all__ = ["EmaCenter", "cross_view_loss", "koleo_loss", "masked_patch_loss", "sinkhorn"]
+__all__ = ["EmaCenter", "characteristic_function", "cross_view_loss", "koleo_loss", "masked_patch_loss", "sinkhorn"]

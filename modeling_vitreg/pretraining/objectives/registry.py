@@ -13,6 +13,7 @@ from .objective import Objective
 OBJECTIVES = {
     "dinov2": f"{__package__}.dinov2:DINOv2",
     "mae": f"{__package__}.mae:MAE",
+    "lejepa": f"{__package__}.lejepa:LeJEPA",
     "simmim": f"{__package__}.simmim:SimMIM",
     "distill": f"{__package__}.distill:Distillation",
     "classify": f"{__package__}.classify:Classification",
