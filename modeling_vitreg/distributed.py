@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import pickle
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +54,53 @@ def distributed_context() -> DistributedContext:
     )
 
 
+def gather_to_first(value: Any, context: DistributedContext, *, local: dict[str, Any] | None = None) -> list | None:
+    """The values of all processes in order of rank, in the first process; None in the others.
+
+    Args:
+        value: anything that pickles.
+        context: the processes.
+        local: objects by name that stay where they are: one inside of a value becomes that of the receiver.
+
+    Raises:
+        RuntimeError: a process died.
+    """
+    if context.size == 1:
+        return [value]
+    parts = [None] * context.size if context.rank == 0 else None
+    try:
+        torch.distributed.gather_object(_pack(value, local or {}), parts)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"another of the {context.size} processes died before it was done: run the same command again. {error}"
+        ) from error
+    return parts and [value, *(_Unpickler(io.BytesIO(part), local or {}).load() for part in parts[1:])]
+
+
+class _Pickler(pickle.Pickler):
+    def __init__(self, buffer: io.BytesIO, local: dict[str, Any]):
+        super().__init__(buffer, protocol=pickle.HIGHEST_PROTOCOL)
+        self._names = {id(kept): name for name, kept in local.items()}
+
+    def persistent_id(self, part: Any) -> str | None:
+        return self._names.get(id(part))
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, buffer: io.BytesIO, local: dict[str, Any]):
+        super().__init__(buffer)
+        self._local = local
+
+    def persistent_load(self, name: str) -> Any:
+        return self._local[name]
+
+
+def _pack(value: Any, local: dict[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    _Pickler(buffer, local).dump(value)
+    return buffer.getvalue()
+
+
 def _reduce(values: Tensor, operation) -> Tensor:
     values = values.detach().clone()
     torch.distributed.all_reduce(values, op=operation)
@@ -63,4 +113,4 @@ def _all_gather(rows: Tensor) -> Tensor:
     return torch.cat(all_gather(rows.contiguous()))
 
 
-__all__ = ["SINGLE_PROCESS", "DistributedContext", "distributed_context"]
+__all__ = ["SINGLE_PROCESS", "DistributedContext", "distributed_context", "gather_to_first"]

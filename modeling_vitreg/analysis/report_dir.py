@@ -47,7 +47,7 @@ def analyze(
 
     Args:
         encoder: from `modeling_vitreg.features.load_encoder`.
-        images: anything that `samples.SampleReader` reads.
+        images: anything that `encoding.ImageReader` reads.
         output_folder: folder to write, see above; it is created, and files of these names are replaced.
         settings: how much is measured.
         source: name of the images, for the report.

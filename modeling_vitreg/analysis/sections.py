@@ -5,14 +5,15 @@ Letters for shapes: L layers, B images, N tokens, P patches, Q prefix tokens, R 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from modeling_vitreg.features import Encoder, TokenFeatures, extract_many
+from modeling_vitreg.encoding import Consumer, Crop, EncodedBatch, Needs
+from modeling_vitreg.features import Encoder, TokenFeatures
 from modeling_vitreg.omissions import Failures
 
 from .ablation import ablate_registers
@@ -69,12 +70,10 @@ class SurveySettings:
 
 @dataclass
 class Batch:
-    """Finite images of a batch, and the outputs of the model for them.
+    """A batch, and what several sections measure of it.
 
     Args:
-        encoder: the model.
-        pixels: (B, C, height, width).
-        labels: B class numbers or None.
+        encoded: images, and the outputs of the model for them.
         layers: tokens of layers 1 ... L.
         norms: (L, B, P) of the patches of these layers.
         input_norms: (1, B, P) of the patches of layer 0.
@@ -82,14 +81,22 @@ class Batch:
         similarity: (B, P) of patches to their neighbours.
     """
 
-    encoder: Encoder
-    pixels: Tensor
-    labels: list
+    encoded: EncodedBatch
     layers: list[TokenFeatures]
     norms: Tensor
     input_norms: Tensor
     bins: Tensor
     similarity: Tensor
+
+    @property
+    def encoder(self) -> Encoder:
+        """The model."""
+        return self.encoded.encoder
+
+    @property
+    def pixels(self) -> Tensor:
+        """(B, C, height, width)."""
+        return self.encoded.pixels
 
     @property
     def kinds(self) -> dict[str, int]:
@@ -99,28 +106,16 @@ class Batch:
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches."""
-        return tuple(self.layers[0].grid)
+        return self.encoded.grid
 
 
-def encode_batch(encoder: Encoder, pixels: Tensor, labels: list) -> tuple[Batch | None, Tensor]:
-    """Run the model; returns the finite images, None if there are none, and which images (B,) they are.
-
-    Raises:
-        ValueError: the images do not fit the model.
-    """
-    embedded, *layers = extract_many(encoder, pixels, wanted=[(n, "token") for n in range(encoder.num_layers + 1)])
+def _measure_batch(encoded: EncodedBatch) -> Batch:
+    numbers = range(encoded.encoder.num_layers + 1)
+    embedded, *layers = (encoded.tokens(number) for number in numbers)
     norms = torch.stack([layer.patch_tokens.float().norm(dim=-1) for layer in layers])  # [L, B, P]
     input_norms = embedded.patch_tokens.float().norm(dim=-1)[None]  # [1, B, P]
-    is_finite = torch.stack([_is_finite(layer) for layer in layers]).all(dim=0) & norms.isfinite().all(2).all(0)
-    is_finite &= input_norms[0].isfinite().all(1)
-    if not is_finite.any():
-        return None, is_finite
-    if not is_finite.all():
-        labels = [label for label, kept in zip(labels, is_finite.tolist()) if kept]
-        layers = [_select(layer, is_finite) for layer in layers]
-        norms, input_norms, pixels = norms[:, is_finite], input_norms[:, is_finite], pixels[is_finite]
-    similarity = neighbour_similarity(encoder.embed_patches(pixels), grid=tuple(layers[0].grid))
-    return Batch(encoder, pixels, labels, layers, norms, input_norms, bin_numbers(norms), similarity), is_finite
+    similarity = neighbour_similarity(encoded.encoder.embed_patches(encoded.pixels), grid=encoded.grid)
+    return Batch(encoded, layers, norms, input_norms, bin_numbers(norms), similarity)
 
 
 class NormSection:
@@ -181,7 +176,7 @@ class AttentionSection:
             return
         try:
             layers = list(range(1, batch.encoder.num_layers + 1))
-            probabilities = batch.encoder.prefix_attention(batch.pixels[:missing], layers=layers)
+            probabilities = batch.encoded.attend(layers, first=missing)
         except Exception as error:  # a layer whose attention cannot be read; the other sections can be measured
             reason = self._failures.note("attention", error)
             self._problem = f"the attention of this model cannot be read, so there are no attention maps: {reason}"
@@ -246,7 +241,7 @@ class ProbeSection:
 
     def update(self, batch: Batch) -> None:
         """Add a batch."""
-        self._reservoir.add(batch.layers[-1], batch.norms[-1], pixel_values=batch.pixels, labels=batch.labels)
+        self._reservoir.add(batch.layers[-1], batch.norms[-1], pixel_values=batch.pixels, labels=batch.encoded.labels)
 
     def compute(self, threshold: float) -> dict:
         """`probes` of the report; patches of the last layer above `threshold` are outliers.
@@ -293,21 +288,25 @@ class Examples:
     failures: Failures = field(default_factory=Failures)
 
 
-class Sections:
+class Sections(Consumer):
     """All sections of a report, and the examples.
 
     Args:
+        encoder: the model.
         settings: how much is measured.
     """
 
     PARTS: ClassVar = ("outlier_positions", "massive_activations", "attention", "ablation", "probes")
 
-    def __init__(self, settings: SurveySettings):
+    def __init__(self, encoder: Encoder, settings: SurveySettings):
+        features = tuple((number, "token") for number in range(encoder.num_layers + 1))
+        self.needs = Needs(features=features, transform=Crop(settings.image_size))
         self.settings, self.failures, self.num_images = settings, Failures(is_strict=settings.is_strict), 0
         self.examples = Examples(failures=self.failures)
 
-    def update(self, batch: Batch) -> None:
+    def update(self, encoded: EncodedBatch) -> None:
         """Add a batch."""
+        batch = _measure_batch(encoded)
         if not self.num_images:
             self._begin(batch)
         self._norms.update(batch)
@@ -369,21 +368,10 @@ def _parts(tokens: TokenFeatures) -> list[Tensor]:
     return [*single, registers, tokens.patch_tokens]
 
 
-def _is_finite(tokens: TokenFeatures) -> Tensor:
-    """Which images (B,) have finite prefix tokens; patches are checked by their norms."""
-    return torch.cat(_parts(tokens)[:-1], dim=1).isfinite().flatten(1).all(dim=1)
-
-
-def _select(tokens: TokenFeatures, kept: Tensor) -> TokenFeatures:
-    names = ("patch_tokens", "cls_token", "distillation_token", "register_tokens")
-    parts = {name: getattr(tokens, name) for name in names}
-    return replace(tokens, **{name: part if part is None else part[kept] for name, part in parts.items()})
-
-
 def _denormalise(pixels: Tensor, encoder: Encoder) -> np.ndarray:
     statistics = (encoder.image_mean, encoder.image_std)
     mean, std = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in statistics)
     return (pixels.float().cpu() * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
 
-__all__ = ["Batch", "Examples", "Sections", "SurveySettings", "encode_batch"]
+__all__ = ["Batch", "Examples", "Sections", "SurveySettings"]

@@ -10,25 +10,13 @@ stopped. A section that cannot be measured states the reason, and the others are
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import signal
-import threading
-from collections.abc import Iterator
-
-import tqdm
-
+from modeling_vitreg.encoding import PassSettings, run_pass
 from modeling_vitreg.features import Encoder
-from modeling_vitreg.images import check_channels
 from modeling_vitreg.reports import ArtifactReport
 
 from .histograms import EDGES
-from .samples import SampleReader
-from .sections import Examples, Sections, SurveySettings, encode_batch
+from .sections import Examples, Sections, SurveySettings
 from .verdict import RULES
-
-
-_NUM_NAMED = 20  # images with features that are not finite whose names are kept
 
 
 def survey(
@@ -38,7 +26,7 @@ def survey(
 
     Args:
         encoder: from `modeling_vitreg.features.load_encoder`.
-        images: anything that `SampleReader` reads.
+        images: anything that `ImageReader` reads.
         settings: how much is measured.
         source: name of the images, for the report.
         command: command that makes the report, for the report.
@@ -50,28 +38,20 @@ def survey(
         ValueError: no image can be read, or the images do not fit the model.
     """
     settings = settings or SurveySettings()
-    check_channels(encoder.num_channels, reader=encoder.name)
-    reader = SampleReader(images, limit=settings.num_images, num_channels=encoder.num_channels)
-    run = _Pass(encoder, settings)
-    stopped_by = run.read(reader)
-    if not run.num_seen:
+    sections = Sections(encoder, settings)
+    how = PassSettings(
+        batch_size=settings.batch_size, limit=settings.num_images, has_progress_bar=settings.has_progress_bar
+    )
+    counts = run_pass(encoder, images, [sections], how, failures=sections.failures)
+    if not counts.num_seen:
         raise ValueError(
-            f"expected at least one readable image, got {reader.num_unreadable} unreadable ones"
-            + "".join(f"\n  {line}" for line in reader.unreadable[:3])
-            + (f"\n  {stopped_by}" if stopped_by else "")
+            f"expected at least one readable image, got {len(counts.unreadable)} unreadable ones"
+            + "".join(f"\n  {line}" for line in list(counts.unreadable.values())[:3])
+            + (f"\n  {counts.stopped_by}" if counts.stopped_by else "")
         )
-    details = {
-        "source": source,
-        "num_images": run.sections.num_images,
-        "num_unreadable": reader.num_unreadable,
-        "unreadable": reader.unreadable,
-        "num_nonfinite": run.num_seen - run.sections.num_images,
-        "nonfinite": run.nonfinite,
-        "size": list(run.size),
-        "grid": list(run.grid),
-        "is_complete": stopped_by is None,
-        "stopped_by": stopped_by,
-    }
+    (size,) = counts.sizes
+    grid = [side // patch for side, patch in zip(size, encoder.patch_shape)]
+    details = {"source": source, **counts.describe(), "size": list(size), "grid": grid}
     report = ArtifactReport(
         model=encoder.name,
         architecture=encoder.describe(),
@@ -79,71 +59,9 @@ def survey(
         bins={"edges": [float(edge) for edge in EDGES], "rules": RULES},
         command=command,
         made_with=encoder.made_with(),
-        **run.sections.compute(run.num_seen),
+        **sections.compute(counts.num_seen),
     )
-    return report, run.sections.examples
-
-
-class _Pass:
-    """One pass over the images."""
-
-    def __init__(self, encoder: Encoder, settings: SurveySettings):
-        self.encoder, self.settings, self.sections = encoder, settings, Sections(settings)
-        self.num_seen, self.nonfinite, self.size, self.grid = 0, [], (), ()
-
-    def read(self, reader: SampleReader) -> str | None:
-        """Measure all images; returns why the pass stopped early, None if it did not."""
-        is_hidden = not self.settings.has_progress_bar
-        bar = tqdm.tqdm(total=reader.total, unit="image", disable=is_hidden, desc=self.encoder.name)
-        try:
-            with bar, _deferred_interrupt() as pressed:
-                samples = iter(reader)
-                while batch := list(itertools.islice(samples, self.settings.batch_size)):
-                    self._measure(*zip(*batch))
-                    bar.update(len(batch))
-                    if pressed:
-                        raise KeyboardInterrupt
-        except KeyboardInterrupt:
-            return f"stopped by hand after {self.num_seen} images"
-        except Exception as error:  # what was measured until then is kept
-            if not self.num_seen or self.settings.is_strict:
-                raise
-            return f"{type(error).__name__} after {self.num_seen} images: {error}"
-        return None
-
-    def _measure(self, images: tuple, labels: tuple, names: tuple) -> None:
-        pixels = self.encoder.prepare(list(images), size=self.settings.image_size).to(self.encoder.device)
-        patch_shape = self.encoder.patch_shape
-        grid = tuple(side // patch for side, patch in zip(pixels.shape[2:], patch_shape))
-        if self.grid and grid != self.grid:
-            raise ValueError(f"expected images of one size, got a grid of {grid} after one of {self.grid}")
-        batch, is_finite = encode_batch(self.encoder, pixels, list(labels))
-        self.size, self.grid = tuple(pixels.shape[2:]), grid
-        self.num_seen += len(images)
-        self.nonfinite += [name for name, kept in zip(names, is_finite.tolist()) if not kept]
-        self.nonfinite = self.nonfinite[:_NUM_NAMED]
-        if batch is not None:
-            self.sections.update(batch)
-
-
-@contextlib.contextmanager
-def _deferred_interrupt() -> Iterator[list]:
-    """Inside the block, the first Ctrl-C fills a list, so that a batch is counted whole; a second one interrupts."""
-    pressed = []
-
-    def note(*_) -> None:
-        if pressed:
-            raise KeyboardInterrupt
-        pressed.append(True)
-
-    if threading.current_thread() is not threading.main_thread():  # only the main thread receives signals
-        yield pressed
-        return
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
+    return report, sections.examples
 
 
 __all__ = ["Examples", "SurveySettings", "survey"]

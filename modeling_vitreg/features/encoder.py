@@ -30,6 +30,7 @@ from .families import (
     keywords_of,
 )
 from .hooks import record_attention
+from .pixels import crop_image, normalise
 
 
 class Encoder:
@@ -149,10 +150,12 @@ class Encoder:
         sides = self.image_size if size is None else (size, size)
         check_image_size(sides, self.patch_shape)
         mode = self.image_mode
-        pixels = np.stack([_fit(image.convert(mode), sides) for image in images])  # [B, rows, columns(, C)]
-        pixels = pixels.reshape(*pixels.shape[:3], -1).astype(np.float32) / 255
-        pixels = (pixels - np.float32(self.image_mean)) / np.float32(self.image_std)
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+        pixels = np.stack([crop_image(image.convert(mode), sides) for image in images])  # [B, C, rows, columns]
+        return self.normalise(torch.from_numpy(pixels))
+
+    def normalise(self, pixels: Tensor, *, sizes: Sequence[tuple[int, int]] | None = None) -> Tensor:
+        """Bytes (B, C, rows, columns) as the model reads them, in float32; see `pixels.normalise`."""
+        return normalise(pixels, mean=self.image_mean, std=self.image_std, sizes=sizes)
 
     @torch.no_grad()
     def embed_patches(self, pixel_values: Tensor) -> Tensor:
@@ -267,15 +270,6 @@ def _for_channels(values: Sequence[float], num_channels: int) -> tuple[float, ..
 
 class _Enough(Exception):
     """Everything that was asked for is there: the rest of the model need not run."""
-
-
-def _fit(image: Image.Image, sides: tuple[int, int]) -> np.ndarray:
-    rows, columns = sides
-    scale = max(rows / image.height, columns / image.width)
-    width, height = max(round(image.width * scale), columns), max(round(image.height * scale), rows)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - columns) // 2, (height - rows) // 2
-    return np.asarray(image.crop((left, top, left + columns, top + rows)))
 
 
 __all__ = ["Encoder", "layer_numbers"]

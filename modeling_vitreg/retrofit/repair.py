@@ -23,8 +23,8 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 import modeling_vitreg
-from modeling_vitreg.analysis.samples import SampleReader
 from modeling_vitreg.conversion import convert
+from modeling_vitreg.encoding import Crop, PassSettings, read_all
 from modeling_vitreg.features import Encoder, load_encoder
 from modeling_vitreg.files import atomic_folder
 from modeling_vitreg.modeling_vitreg import PROCESSOR_FILE
@@ -125,8 +125,7 @@ def retrofit(
         if not settings.force:
             _refuse_second(tower, source)
         encoder = load_encoder(tower, name=os.fspath(source))
-        reader = SampleReader(images, limit=settings.num_images)
-        batches, held_out, num_images = _prepare(encoder, reader, settings)
+        batches, held_out, counts = _prepare(encoder, images, settings)
         found, report = _search(tower, batches, held_out, settings)
         repaired = add_test_time_register(model, found, num_registers=settings.num_registers)
         report = RetrofitReport(
@@ -134,10 +133,7 @@ def retrofit(
             method="test-time",
             images={
                 "source": source_of_images,
-                "num_images": num_images,
-                "num_held_out": sum(map(len, held_out)),
-                "num_unreadable": reader.num_unreadable,
-                "unreadable": reader.unreadable,
+                **counts,
                 "size": list(held_out[0].shape[2:]),
             },
             register_neurons={str(layer): units for layer, units in found.items()},
@@ -232,19 +228,20 @@ def _load(folder: pathlib.Path) -> nn.Module:
     return getattr(modeling_vitreg, name).from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def _prepare(
-    encoder: Encoder, reader: SampleReader, settings: RetrofitSettings
-) -> tuple[list[Tensor], list[Tensor], int]:
-    """Batches to search on and batches that are held out, and the number of images of the first."""
-    pixels = [encoder.prepare([image], size=settings.image_size) for image, *_ in reader]
-    if len(pixels) < LEAST_IMAGES:
+def _prepare(encoder: Encoder, images: object, settings: RetrofitSettings) -> tuple[list[Tensor], list[Tensor], dict]:
+    """Batches to search on and batches that are held out, and counts for the report."""
+    reading = PassSettings(batch_size=settings.batch_size, limit=settings.num_images, title="images")
+    group, counts = read_all(images, Crop(settings.image_size).make(encoder), reading)
+    if counts.num_seen < LEAST_IMAGES:
         raise RetrofitError(
-            f"expected {LEAST_IMAGES} images or more, got {len(pixels)} ({reader.num_unreadable} cannot be read)"
+            f"expected {LEAST_IMAGES} images or more, got {counts.num_seen} ({len(counts.unreadable)} cannot be read)"
         )
-    held_out = [each for number, each in enumerate(pixels) if number % HELD_OUT == HELD_OUT - 1]
-    search = [each for number, each in enumerate(pixels) if number % HELD_OUT != HELD_OUT - 1]
-    batches = [list(torch.cat(part).to(encoder.device).split(settings.batch_size)) for part in (search, held_out)]
-    return *batches, len(search)
+    is_held_out = torch.arange(counts.num_seen) % HELD_OUT == HELD_OUT - 1
+    parts = [encoder.normalise(group.pixels[part]).to(encoder.device) for part in (~is_held_out, is_held_out)]
+    found = counts.describe()
+    numbers = {"num_images": len(parts[0]), "num_held_out": len(parts[1])}
+    numbers |= {name: found[name] for name in ("num_unreadable", "unreadable")}
+    return *(list(part.split(settings.batch_size)) for part in parts), numbers
 
 
 @torch.no_grad()

@@ -41,6 +41,7 @@ LAYERS = {
     "style": 1,
     "scenes": 1,
     "distributed": 1,
+    "encoding": 1,
     "features": 1,
     "reports": 1,
     "settings": 1,

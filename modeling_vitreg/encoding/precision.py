@@ -1,0 +1,43 @@
+"""In which precision the matrix products of a model run. The residual stream of weights in float32 stays float32."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+from modeling_vitreg.features import Encoder
+
+
+def choose_precision(encoder: Encoder, wanted: str | None) -> str:
+    """The precision of a pass.
+
+    Args:
+        encoder: the model, on its device.
+        wanted: "float32", "bfloat16" or "float16"; None: bfloat16 for weights in float32 on a GPU that has it, else
+            the precision of the weights.
+
+    Raises:
+        ValueError: the weights are in another half precision than the one that is wanted.
+    """
+    own = str(encoder.dtype).removeprefix("torch.")
+    if own != "float32":
+        if wanted not in (None, own):
+            raise ValueError(
+                f"{encoder.name}: expected weights in float32 for the precision {wanted}, got weights in {own}: load "
+                "them in float32, or leave out the precision"
+            )
+        return own
+    if wanted is None and encoder.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bfloat16"
+    return wanted or "float32"
+
+
+def run_in(precision: str, encoder: Encoder) -> contextlib.AbstractContextManager:
+    """A context in which the encoder runs in a precision. An outer one keeps the converted weights for inner ones."""
+    if precision == "float32" or encoder.dtype != torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(encoder.device.type, dtype=getattr(torch, precision))
+
+
+__all__ = ["choose_precision", "run_in"]

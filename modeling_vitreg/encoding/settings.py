@@ -1,0 +1,105 @@
+"""Settings of a pass, and what it counted."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from modeling_vitreg.images.annotations import NoteCounter
+
+
+PRECISIONS = ("float32", "bfloat16", "float16")
+NUM_NAMED = 20  # images that are left out whose names a report keeps
+
+
+@dataclasses.dataclass(frozen=True)
+class PassSettings:
+    """How a pass reads and encodes.
+
+    Args:
+        batch_size: images per forward pass.
+        workers: processes that read and cut images; 0: this process; None: chosen by the cores of the machine. Only a
+            source or a stream of `open_images` is read by workers.
+        precision: one of `PRECISIONS`, in which the matrix products run; None: bfloat16 on a GPU that has it, else
+            that of the weights.
+        compile: compile the layers of the model.
+        limit: maximum number of images to read, including unreadable ones; None for all.
+        shard_size: images that consumers store and resume together; None: they do not.
+        has_progress_bar: show a progress bar.
+        title: of the progress bar; None: the name of the encoder.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    batch_size: int = 32
+    workers: int | None = 0
+    precision: str | None = None
+    compile: bool = False
+    limit: int | None = None
+    shard_size: int | None = None
+    has_progress_bar: bool = True
+    title: str | None = None
+
+    def __post_init__(self):
+        for name, least in {"batch_size": 1, "workers": 0, "limit": 1, "shard_size": 1}.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"expected {name} of {least} or more, got {value}")
+        if self.precision is not None and self.precision not in PRECISIONS:
+            raise ValueError(f"expected a precision out of {', '.join(PRECISIONS)}, got {self.precision!r}")
+
+
+@dataclasses.dataclass
+class PassCounts:
+    """What a pass read, and what it left out.
+
+    Args:
+        num_seen: images that were read and encoded, finite or not.
+        unreadable: by the place of an image in the source, its name and the reason.
+        nonfinite: by the place, the name of an image with a feature that is not finite.
+        notes: what was done to bring images and annotations together.
+        sizes: (rows, columns) in pixels of the batches, in order of first appearance.
+        stopped_by: why the pass ended early; None: it did not.
+        precision: in which the matrix products ran.
+    """
+
+    num_seen: int = 0
+    unreadable: dict[int, str] = dataclasses.field(default_factory=dict)
+    nonfinite: dict[int, str] = dataclasses.field(default_factory=dict)
+    notes: NoteCounter = dataclasses.field(default_factory=NoteCounter)
+    sizes: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    stopped_by: str | None = None
+    precision: str = "float32"
+
+    @property
+    def num_images(self) -> int:
+        """Images that consumers saw."""
+        return self.num_seen - len(self.nonfinite)
+
+    def merge(self, other: PassCounts) -> None:
+        """Add what another process counted."""
+        self.num_seen += other.num_seen
+        self.unreadable |= other.unreadable
+        self.nonfinite |= other.nonfinite
+        self.notes.merge(other.notes.counts)
+        self.sizes = list(dict.fromkeys([*self.sizes, *other.sizes]))
+        self.stopped_by = self.stopped_by or other.stopped_by
+
+    def describe(self) -> dict:
+        """The counts as reports write them: numbers, the first names and reasons, and whether the pass is complete."""
+        unreadable, nonfinite = (
+            [text for _, text in sorted(found.items())][:NUM_NAMED] for found in (self.unreadable, self.nonfinite)
+        )
+        return {
+            "num_images": self.num_images,
+            "num_unreadable": len(self.unreadable),
+            "unreadable": unreadable,
+            "num_nonfinite": len(self.nonfinite),
+            "nonfinite": nonfinite,
+            "notes": self.notes.lines(self.num_seen + len(self.unreadable)),
+            "is_complete": self.stopped_by is None,
+            "stopped_by": self.stopped_by,
+        }
+
+
+__all__ = ["NUM_NAMED", "PRECISIONS", "PassCounts", "PassSettings"]

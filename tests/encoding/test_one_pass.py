@@ -1,0 +1,192 @@
+"""The pass: every image reaches every consumer once, whatever the batches, transforms, shards and broken files."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from planted_models import pictures, plain_model
+
+from modeling_vitreg.encoding import Consumer, Crop, Needs, Pad, PassSettings, read_all, run_pass
+from modeling_vitreg.features import extract_features, load_encoder
+from modeling_vitreg.images import open_images
+from modeling_vitreg.omissions import Failures
+
+
+class Kept(Consumer):
+    """Keeps the class tokens of the last layer by the number of the image."""
+
+    def __init__(self, *, done=(), **needs):
+        self.needs = Needs(**{"features": ((-1, "token"),), **needs})
+        self.done, self.tokens, self.facts, self.batches, self.shards = done, {}, {}, [], []
+
+    def update(self, batch):
+        self.batches.append(len(batch))
+        for image, token in zip(batch.images, batch.tokens().cls_token):
+            self.tokens[image.number], self.facts[image.number] = token, image
+
+    def has_shard(self, index):
+        return index in self.done
+
+    def end_shard(self, shard):
+        self.shards.append(shard)
+
+
+def _run(images, *consumers, model=None, failures=None, **settings):
+    encoder = load_encoder(model or plain_model(), name="model")
+    how = PassSettings(**{"batch_size": 4, "has_progress_bar": False, **settings})
+    return encoder, run_pass(encoder, images, consumers, how, failures=failures)
+
+
+def _folder(path, images):
+    for number, image in enumerate(images):
+        image.save(path / f"{number:02}.png")
+    return str(path)
+
+
+def test_a_consumer_sees_each_image_once_as_the_encoder_would_prepare_it():
+    images, kept = pictures(10)[0], Kept()
+    encoder, counts = _run(images, kept)
+    assert kept.batches == [4, 4, 2] and counts.num_images == 10 and counts.stopped_by is None
+    expected = extract_features(encoder, encoder.prepare(images))[0].cls_token
+    torch.testing.assert_close(torch.stack([kept.tokens[n] for n in range(10)]), expected, rtol=0, atol=1e-6)
+
+
+def test_bytes_that_are_normalised_later_are_the_pixels_of_the_encoder_bit_for_bit(photograph):
+    encoder = load_encoder(plain_model())
+    images = [photograph, photograph.crop((0, 0, 211, 97)), Image.new("L", (3, 5), 7)]
+    group, counts = read_all(images, Crop().make(encoder), PassSettings())
+    sides = np.array(encoder.image_size)
+    for image, pixels in zip(images, encoder.normalise(group.pixels)):
+        rgb = image.convert("RGB")
+        scale = max(sides / (rgb.height, rgb.width))
+        size = [max(round(side * scale), own) for side, own in zip(rgb.size, sides[::-1])]
+        resized = np.asarray(rgb.resize(size, Image.Resampling.BICUBIC), np.float32) / 255
+        top, left = (np.array(resized.shape[:2]) - sides) // 2
+        slow = resized[top : top + sides[0], left : left + sides[1]] - np.float32(encoder.image_mean)
+        np.testing.assert_array_equal(pixels.permute(1, 2, 0).numpy(), slow / np.float32(encoder.image_std))
+    assert counts.num_seen == 3 and group.pixels.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("is_streaming", [False, True])
+def test_workers_and_streams_give_the_same_features(tmp_path, workers, is_streaming):
+    images = pictures(9)[0]
+    source = open_images(_folder(tmp_path, images), is_streaming=is_streaming)
+    kept, other = Kept(), Kept()
+    _run(source, kept, workers=workers)
+    _run(images, other)
+    assert list(kept.tokens) == list(range(9))
+    found = {kept.facts[n].name.rpartition("/")[2]: token for n, token in kept.tokens.items()}
+    assert all(torch.equal(found[f"{n:02}.png"], other.tokens[n]) for n in range(9))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_that_cannot_be_read_are_named_in_order_and_batches_are_filled_up(tmp_path, workers):
+    folder = _folder(tmp_path, pictures(8)[0])
+    for name in ("00a.png", "03a.png"):
+        (tmp_path / name).write_bytes(b"no picture")
+    kept = Kept()
+    _, counts = _run(open_images(folder), kept, workers=workers)
+    assert kept.batches == [4, 4] and list(kept.tokens) == [0, 2, 3, 4, 6, 7, 8, 9]
+    assert list(counts.unreadable) == [1, 5] and "00a.png" in counts.unreadable[1]
+    assert counts.describe()["num_unreadable"] == 2 and counts.describe()["num_images"] == 8
+
+
+def test_the_limit_counts_images_that_cannot_be_read():
+    kept = Kept()
+    _, counts = _run(itertools.chain(["no image"], pictures(8)[0]), kept, limit=6)
+    assert len(kept.tokens) == 5 and counts.unreadable == {0: "image 0: expected a PIL image, got a str"}
+
+
+def test_consumers_with_different_transforms_share_one_pass(photograph):
+    images = [photograph.crop((0, 0, 50, 70)), photograph.crop((0, 0, 64, 40)), photograph.crop((9, 9, 59, 79))]
+    cropped, padded = Kept(), Kept(transform=Pad())
+    encoder, counts = _run(images, cropped, padded)
+    assert counts.num_seen == 3 and cropped.batches == [3] and padded.batches == [2, 1]
+    assert padded.facts[0].size == (70, 50) and cropped.facts[0].original_size == (70, 50)
+    pixels = encoder.normalise(torch.from_numpy(np.asarray(images[1]).copy()).permute(2, 0, 1)[None])
+    expected = extract_features(encoder, pixels)[0].cls_token[0]
+    torch.testing.assert_close(padded.tokens[1], expected)
+    whole = torch.zeros(1, 3, 72, 56)
+    whole[:, :, :70, :50] = encoder.normalise(torch.from_numpy(np.asarray(images[0]).copy()).permute(2, 0, 1)[None])
+    torch.testing.assert_close(padded.tokens[0], extract_features(encoder, whole)[0].cls_token[0])
+
+
+def test_a_shard_ends_after_all_of_its_images_and_is_not_read_again():
+    images = ["no image", *pictures(9)[0]]
+    first = Kept()
+    _run(images, first, shard_size=6)
+    assert first.batches == [4, 1, 4]  # no batch reaches over the end of a shard
+    assert [(shard.index, shard.numbers) for shard in first.shards] == [(0, range(6)), (1, range(6, 10))]
+    assert (
+        first.shards[0].unreadable == ["image 0: expected a PIL image, got a str"] and not first.shards[1].unreadable
+    )
+    again, other = Kept(done={0}), Kept()
+    _run(images, again, shard_size=6)
+    assert list(again.tokens) == [6, 7, 8, 9] and [shard.index for shard in again.shards] == [1]
+    again = Kept(done={0})
+    _run(images, again, other, shard_size=6)
+    assert len(other.tokens) == 9 and list(again.tokens) == [6, 7, 8, 9]
+
+
+def test_images_with_features_that_are_not_finite_reach_no_consumer():
+    model, images = plain_model(), pictures(5)[0]
+    model.layers[1] = _NotFinite(model.layers[1])
+    kept = Kept()
+    _, counts = _run([*images, Image.new("RGB", (32, 32))], kept, model=model, shard_size=4)
+    assert list(kept.tokens) == list(range(5)) and counts.nonfinite == {5: "image 5"}
+    assert kept.shards[1].nonfinite == ["image 5"] and counts.num_images == 5 and counts.num_seen == 6
+
+
+class _NotFinite(torch.nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, state, *arguments):
+        return torch.where(
+            (state[:, -16:, 0] < -1).any(dim=1)[:, None, None], torch.nan, self.layer(state, *arguments)
+        )
+
+
+def test_a_consumer_that_fails_is_dropped_and_the_others_go_on(tmp_path):
+    class Broken(Kept):
+        name = "broken"
+
+        def update(self, batch):
+            self.batches.append(len(batch))
+            [][0]
+
+    kept, broken, failures = Kept(), Broken(), Failures()
+    _, counts = _run(pictures(8)[0], broken, kept, failures=failures)
+    assert len(kept.tokens) == 8 and broken.batches == [4] and counts.stopped_by is None
+    assert "IndexError" in broken.skipped and "IndexError" in failures.tracebacks["broken"]
+    with pytest.raises(IndexError):
+        _run(pictures(8)[0], Broken(), kept)
+
+
+def test_what_does_not_exist_is_refused_before_an_image_is_read():
+    images = iter(pictures(2)[0])
+    for needs, words in (
+        ({"features": ((9, "token"),)}, "layers from 0 to 4"),
+        ({"attention": (0,)}, "layers from 1 to 4"),
+        ({"transform": Crop(33)}, "33"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            _run(images, Kept(**needs))
+    assert len(list(images)) == 2
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"batch_size": -1}, "expected batch_size of 1 or more, got -1"),
+        ({"workers": -1}, "expected workers of 0 or more, got -1"),
+        ({"precision": "bf16"}, "expected a precision out of float32, bfloat16, float16, got 'bf16'"),
+    ],
+)
+def test_settings_out_of_range_are_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        PassSettings(**changes)
