@@ -14,17 +14,22 @@ Letters for shapes: B images, N tokens, P patches, R registers, Q prefix tokens 
 registers, in this order in all families), D width, H heads, L layers.
 """
 
+from .components import principal_colours
 from .encoder import Encoder, layer_numbers
 from .loading import load_encoder
 from .tokens import FEATURES, TokenFeatures, extract_features, extract_many
+from .updates import class_token_updates, register_share
 
 
 __all__ = [
     "FEATURES",
     "Encoder",
     "TokenFeatures",
+    "class_token_updates",
     "extract_features",
     "extract_many",
     "layer_numbers",
     "load_encoder",
+    "principal_colours",
+    "register_share",
 ]

@@ -55,13 +55,28 @@ _PARTS = {
     "distillation": ("embeddings.distillation_token", "dist_token"),
     "registers": ("embeddings.register_tokens", "register_tokens", "reg_token"),
     "attention": ("attention.attention", "attention", "self_attn", "attn"),
+    "projection": (
+        "attention.output.dense",
+        "attention.o_proj",
+        "attention.out_proj",
+        "attention.proj",
+        "self_attn.out_proj",
+        "self_attn.o_proj",
+        "attn.proj",
+    ),
+    "scale": ("layer_scale1", "ls1"),
     "mlp": ("mlp.fc2", "mlp.down_proj", "mlp.weights_out", "mlp.w3", "output.dense"),
 }
 
 
 def find_part(module: nn.Module, part: str) -> object:
-    """A part of a tower ("patches", "layers", "norm", "cls", "distillation", "registers") or of a layer ("attention",
-    "mlp", which is the second linear layer of the MLP); None where there is none."""
+    """A part of a tower or of a layer; None where there is none.
+
+    Args:
+        module: a tower or a layer.
+        part: of a tower "patches", "layers", "norm", "cls", "distillation" or "registers"; of a layer "attention",
+            "projection" (its last linear layer), "scale" (of what it adds) or "mlp" (its second linear layer).
+    """
     for path in _PARTS[part]:
         if (found := follow(module, path)) is not None:
             return found

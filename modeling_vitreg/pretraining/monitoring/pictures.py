@@ -13,9 +13,10 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.colors import ListedColormap
-from torch import Tensor, nn
+from torch import Tensor
 
 from modeling_vitreg import ViTWithRegistersPreTrainedModel
+from modeling_vitreg.features import principal_colours
 from modeling_vitreg.modes import eval_mode
 from modeling_vitreg.style import make_cells, save_figure, show_image, show_titles
 
@@ -64,7 +65,7 @@ def draw_attention(
     for number in range(maps.registers.shape[2]):
         attention[f"register {number + 1}"] = maps.registers[:, 0, number]
     norms = tokens.pre_norm.patch_grid.float().norm(dim=-1).cpu()  # [B, rows, columns, D] -> [B, rows, columns]
-    colours = _principal_colours(tokens.patch_grid).numpy()
+    colours = principal_colours(tokens.patch_grid).numpy()
     pictures = _unnormalise(images, mean, std)
 
     num_columns = len(attention) + 3
@@ -81,23 +82,6 @@ def draw_attention(
     titles = ["image", *attention, f"norms {norms.min():.3g} to {norms.max():.3g}", "components"]
     show_titles(axes[0], titles, size=9)
     return save_figure(figure, path, dpi=130)
-
-
-def _principal_colours(patch_grid: Tensor) -> Tensor:
-    """First three principal components of all patches as colours from 0 to 1, (B, rows, columns, 3)."""
-    rows = patch_grid.flatten(0, 2).cpu().double()  # [B, rows, columns, D] -> [B P, D]
-    rows = rows - rows.mean(dim=0)
-    _, vectors = torch.linalg.eigh(rows.T @ rows)  # ascending
-    vectors = vectors[:, -3:].flip(1)
-    # The sign of a component is arbitrary; fixed, colours do not flip from one step of a run to the next.
-    largest = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
-    components = rows @ (vectors * largest.sign())  # [B P, D] -> [B P, 3]
-    low, high = np.quantile(components.numpy(), [0.01, 0.99], axis=0)  # a few outliers must not grey out the rest
-    low, high = torch.from_numpy(low), torch.from_numpy(high)
-    colours = ((components - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
-    missing = 3 - colours.shape[1]
-    colours = nn.functional.pad(colours, (0, missing), value=0.5)
-    return colours.unflatten(0, patch_grid.shape[:3]).float()
 
 
 def draw_maps(
