@@ -10,6 +10,7 @@ from .convert import convert
 from .discover import discover
 from .doctor import doctor
 from .evaluate import evaluate
+from .look import look
 from .publish import publish
 from .renamed import RenamingGroup
 from .retrofit import retrofit
@@ -18,13 +19,13 @@ from .retrofit import retrofit
 app = typer.Typer(
     cls=RenamingGroup,
     name="vitreg",
-    help="Vision Transformers with registers: convert, repair, analyze, evaluate and publish models.",
+    help="Vision Transformers with registers: look, convert, repair, analyze, evaluate and publish models.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     add_completion=False,
 )
-for _verb in (convert, retrofit, analyze, discover, evaluate, card, publish):
+for _verb in (look, convert, retrofit, analyze, discover, evaluate, card, publish):
     app.command(no_args_is_help=True)(_verb)
 app.command()(doctor)
 

@@ -17,6 +17,7 @@ from modeling_vitreg.cli.renamed import RENAMED, rewrite
 ROOT = pathlib.Path(__file__).parents[2]
 # A new knob is a field of a settings dataclass, reached by --set. This list changes on purpose only.
 OPTIONS = {
+    "look": "--model --trust-remote-code --device --output",
     "convert": "--family --checkpoint-key --head --set --code --tolerance --no-verify --to",
     "retrofit": "--images --split --num-images --num-registers --device --set --report --force",
     "analyze": "--split --num-images --compare --trust-remote-code --probes --batch-size --seed --device --set "

@@ -51,6 +51,7 @@ LAYERS = {
     "evaluation": 2,
     "pretraining": 2,
     "cards": 3,
+    "look": 3,
     "retrofit": 3,
     "doctor": 3,
     "cli": 4,
