@@ -76,6 +76,8 @@ def _batch(recipe: Recipe, objective: torch.nn.Module, num_images: int) -> dict:
     if objective.annotation in ("mask", "depth"):
         maps = torch.randint(1, 5, (1, num_images, crops.global_size, crops.global_size))
         return batch | {TARGETS[objective.annotation]: maps.to(objective.target_dtype)}
+    if objective.masks is None:
+        return batch
     grid = (crops.global_size // 8,) * 2
     draw = {"num_views": crops.num_global, "grid": grid, "settings": objective.masks}
     generator = torch.Generator().manual_seed(0)

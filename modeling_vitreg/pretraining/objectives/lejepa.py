@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 
 import torch
 from torch import Tensor, nn
@@ -188,8 +189,11 @@ def sigreg_loss(
 
 def sigreg_of_gaussian(num_frequencies: int, max_frequency: float) -> float:
     """The expected `sigreg_loss` of embeddings that are drawn from an isotropic Gaussian, of any number of images."""
-    weights, gaussian = _quadrature(num_frequencies, max_frequency)
-    return float((weights * (1 - gaussian.square())).sum())  # variance of the empirical characteristic function
+    spacing = max_frequency / (num_frequencies - 1)
+    gaussian = [math.exp(-((number * spacing) ** 2) / 2) for number in range(num_frequencies)]
+    # The variance of the empirical characteristic function, integrated as in the loss.
+    values = [2 * spacing * value * (1 - value**2) for value in gaussian]
+    return sum(values) - (values[0] + values[-1]) / 2
 
 
 def draw_directions(settings: LeJEPASettings, *, step: int, device: torch.device) -> Tensor:
