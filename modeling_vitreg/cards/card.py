@@ -54,6 +54,8 @@ _PAPERS = {
     "lejepa": ["balestriero2025lejepa"],
     "clip": ["radford2021clip"],
     "capi": ["darcet2025capi"],
+    "phreg": ["chen2025phreg"],
+    "unirefiner": ["qiu2026unirefiner"],
 }
 _WORDS = {"unreadable": "images that could not be read"}
 _NOT_ROWS = ("recipe", "data", "init", "versions", "untrained_chance")

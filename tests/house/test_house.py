@@ -82,6 +82,7 @@ ALLOWED_IN_FILE = {
     "hf_metrics.py": {"evaluate"},
     "features/loading.py": {"timm"},
     "pretraining/objectives/classify.py": {"torchvision"},
+    "pretraining/objectives/refine_registers.py": {"torchvision"},
     "pretraining/objectives/clip.py": {"tokenizers"},
     "pretraining/views/crops.py": {"torchvision"},
     "pretraining/monitoring/curves.py": {"matplotlib"},

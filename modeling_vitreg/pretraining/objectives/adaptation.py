@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -45,14 +46,44 @@ def freeze_or_lora(backbone: ViTWithRegistersModel, settings: AdaptationSettings
         backbone.requires_grad_(False)
     if not settings.lora_rank:
         return
+    add_lora(backbone, settings.lora_rank, targets=["qkv", "proj"])
+    if backbone.embeddings.register_tokens is not None:
+        backbone.embeddings.register_tokens.requires_grad_(True)
+
+
+def add_lora(
+    backbone: ViTWithRegistersModel,
+    rank: int,
+    *,
+    targets: list[str],
+    layers: Iterable[int] | None = None,
+    dropout: float = 0.0,
+) -> list[nn.Parameter]:
+    """Add adapters beside linear layers, in place, and return their parameters, which are all that peft trains.
+
+    Args:
+        backbone: the model.
+        rank: of the adapters; their scale is 2.
+        targets: names of the linear layers.
+        layers: layers of the backbone with adapters, from 0; None for all.
+        dropout: of the input of an adapter.
+
+    Raises:
+        ValueError: peft is not installed.
+    """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ValueError("settings: lora_rank needs peft, which is not installed: pip install peft") from error
-    rank = settings.lora_rank
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["qkv", "proj"]), backbone)
-    if backbone.embeddings.register_tokens is not None:
-        backbone.embeddings.register_tokens.requires_grad_(True)
+    places = {} if layers is None else {"layers_to_transform": list(layers), "layers_pattern": "layers"}
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=targets, **places)
+    trained = {name for name, parameter in backbone.named_parameters() if parameter.requires_grad}
+    inject_adapter_in_model(config, backbone)
+    added = [parameter for name, parameter in backbone.named_parameters() if "lora_" in name]
+    for name, parameter in backbone.named_parameters():  # peft freezes all that it does not add
+        if name in trained:
+            parameter.requires_grad_(True)
+    return added
 
 
 def merge_lora(model: nn.Module) -> nn.Module:
@@ -66,4 +97,4 @@ def merge_lora(model: nn.Module) -> nn.Module:
     return model
 
 
-__all__ = ["AdaptationSettings", "freeze_or_lora", "merge_lora"]
+__all__ = ["AdaptationSettings", "add_lora", "freeze_or_lora", "merge_lora"]

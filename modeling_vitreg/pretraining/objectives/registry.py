@@ -20,6 +20,9 @@ OBJECTIVES = {
     "clip": f"{__package__}.clip:CLIP",
     "segment": f"{__package__}.dense:Segmentation",
     "depth": f"{__package__}.dense:DepthEstimation",
+    "append_registers": f"{__package__}.append_registers:AppendRegisters",
+    "distill_registers": f"{__package__}.distill_registers:DistillRegisters",
+    "refine_registers": f"{__package__}.refine_registers:RefineRegisters",
 }
 
 
