@@ -74,7 +74,7 @@ class RetrofitObjective(Objective):
         backbone: the original with added registers.
         teacher: the original.
         settings: settings of the objective.
-        white: colour (3,) of white, normalised as the images are.
+        white: values of white, one for each channel, normalised as the images are.
         crops: one global view.
         num_steps, processes: see `Objective`.
 
@@ -98,7 +98,7 @@ class RetrofitObjective(Objective):
         processes: DistributedContext = SINGLE_PROCESS,
     ):
         super().__init__(backbone, crops, num_steps=num_steps, processes=processes)
-        for name in ("hidden_size", "num_hidden_layers", "patch_shape", "has_cls_token"):
+        for name in ("hidden_size", "num_hidden_layers", "patch_shape", "has_cls_token", "num_channels"):
             own, its = getattr(backbone.config, name), getattr(teacher.config, name)
             if own != its:
                 raise ValueError(
@@ -122,8 +122,10 @@ class RetrofitObjective(Objective):
     def arguments_of(cls, recipe: Recipe) -> dict:
         """See `Objective`; the original is loaded."""
         arguments = super().arguments_of(recipe)
-        white = tuple((1 - mean) / std for mean, std in zip(recipe.mean, recipe.std))
-        return arguments | {"teacher": load_teacher(arguments["settings"].teacher, recipe), "white": white}
+        teacher = load_teacher(arguments["settings"].teacher, recipe)
+        pixels = recipe.statistics(teacher.config.num_channels)
+        white = tuple((1 - mean) / std for mean, std in zip(pixels["mean"], pixels["std"]))
+        return arguments | {"teacher": teacher, "white": white}
 
     @property
     def encoder(self) -> ViTWithRegistersModel:

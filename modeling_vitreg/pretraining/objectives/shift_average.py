@@ -55,7 +55,7 @@ def shift_images(images: Tensor, shift: tuple[int, int], *, fill: Tensor) -> Ten
     Args:
         images: of any normalisation.
         shift: pixels; negative numbers move down and to the right.
-        fill: colour (3,) of what comes in from outside.
+        fill: values, one for each channel, of what comes in from outside.
     """
     moved = fill.to(images).view(1, -1, 1, 1).expand_as(images).clone()
     kept, place = _overlap(images.shape[2], shift[0]), _overlap(images.shape[3], shift[1])
@@ -83,7 +83,7 @@ def average_patches(
         shifts: of each copy, in patches. The first is (0, 0), so that every patch is visible once.
         flips: of each copy.
         patch_shape: pixels of a patch (rows, columns).
-        fill: colour (3,) of what comes in from outside, normalised as the images are.
+        fill: values, one for each channel, of what comes in from outside, normalised as the images are.
     """
     total = count = None
     for shift, flip in zip(shifts, flips):
