@@ -220,12 +220,15 @@ class RetrofitReport:
         control: the same for a zero token without units; it is not neutral.
         result: the same for the chosen units, with `time_ratio`, the time of a forward in units of the original's.
         verdict: `is_repaired`, and `sentence`.
+        comparison: of original and result on held-out images: `layers` and `attention`, each with `before` and
+            `after`; `tasks`, each with `task`, `metric`, `n`, `before`, `after` and their intervals; `skipped`, tasks
+            without result and the reasons. Empty without a page.
         command: command that made the report.
         made_with: versions of Python and packages, and the commit.
     """
 
     kind: ClassVar[str] = "retrofit"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     model: str
     method: str
@@ -237,6 +240,7 @@ class RetrofitReport:
     result: dict
     verdict: dict
     command: str
+    comparison: dict = field(default_factory=dict)
     made_with: dict = field(default_factory=dict)
 
 
@@ -346,10 +350,13 @@ def read_report(path: str | os.PathLike, *, kind: type[Report] = ArtifactReport)
     content = rename_old_keys(content)
     del content["kind"], content["version"]
     names = {entry.name for entry in dataclasses.fields(kind)}
-    if set(content) != names:
+    missing = names - set(content)
+    if kind is RetrofitReport:
+        missing -= {"comparison"}  # version 1 has none
+    if missing or set(content) - names:
         raise ValueError(
-            f"{path}: expected the fields {', '.join(sorted(names))}; missing {sorted(names - set(content))}, "
-            f"unknown {sorted(set(content) - names)}"
+            f"{path}: expected the fields {', '.join(sorted(names))}; missing {sorted(missing)}, unknown "
+            f"{sorted(set(content) - names)}"
         )
     return kind(**content)
 

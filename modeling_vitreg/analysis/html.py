@@ -1,18 +1,12 @@
-"""Self-contained HTML pages of one or several reports, from the templates in `templates/`.
-
-Figures are embedded, so a page is one file and loads nothing from a network. Everything that comes from a report is
-escaped by the templates.
-"""
+"""Self-contained HTML pages of one or several reports, from the templates in `templates/`; see `pages.py`."""
 
 from __future__ import annotations
 
-import base64
 import pathlib
 from collections.abc import Sequence
 
-import jinja2
-
 from modeling_vitreg.omissions import list_left_out
+from modeling_vitreg.pages import format_number, render_template
 from modeling_vitreg.reports import ArtifactReport
 
 from .verdict import FEW_SHARE, MANY_SHARE, format_share
@@ -66,22 +60,15 @@ def render_comparison(reports: Sequence[ArtifactReport], figures: dict[str, path
 
 
 def _render(template: str, figures: dict[str, pathlib.Path], **content: object) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,  # a missing fact is an error, not an empty place
-        trim_blocks=True,
-        lstrip_blocks=True,
+    return render_template(
+        pathlib.Path(__file__).parent / "templates" / template,
+        figures=figures,
+        captions=CAPTIONS,
+        wide=_WIDE,
+        filters={"share": format_share},
+        functions={"warnings": _warnings},
+        **content,
     )
-    environment.filters |= {"share": format_share, "number": _number}
-    environment.globals |= {
-        "figures": {name: base64.b64encode(path.read_bytes()).decode("ascii") for name, path in figures.items()},
-        "captions": CAPTIONS,
-        "wide": _WIDE,
-        "warnings": _warnings,
-    }
-    page = environment.get_template(template).render(**content).rstrip() + "\n"
-    return page.encode("utf-8", "backslashreplace").decode("utf-8")  # file names may hold bytes that are no text
 
 
 def _warnings(report: ArtifactReport) -> list[str]:
@@ -104,7 +91,7 @@ def _rule_rows(report: ArtifactReport) -> list[list]:
         return []
     rules = report.layers[report.verdict["layer"] - 1]["rules"]
     return [
-        [report.bins["rules"][rule], _number(entry["threshold"]), format_share(entry["share"]), _interval(entry),
+        [report.bins["rules"][rule], format_number(entry["threshold"]), format_share(entry["share"]), _interval(entry),
          entry["num_above"], entry["num_images_above"]]
         for rule, entry in rules.items()
     ]  # fmt: skip
@@ -112,10 +99,10 @@ def _rule_rows(report: ArtifactReport) -> list[list]:
 
 def _layer_row(layer: dict) -> list:
     automatic = layer["rules"]["automatic"]
-    numbers = map(_number, (layer[key] for key in ("median", "q99", "max", "max_over_median", "valley_depth")))
-    outliers = [_number(automatic["threshold"]), format_share(automatic["share"]), _interval(automatic)]
-    registers = ", ".join(map(_number, layer["registers"])) or "-"
-    return [layer["layer"], *numbers, layer["automatic_rule"], *outliers, _number(layer["cls"]), registers]
+    numbers = map(format_number, (layer[key] for key in ("median", "q99", "max", "max_over_median", "valley_depth")))
+    outliers = [format_number(automatic["threshold"]), format_share(automatic["share"]), _interval(automatic)]
+    registers = ", ".join(map(format_number, layer["registers"])) or "-"
+    return [layer["layer"], *numbers, layer["automatic_rule"], *outliers, format_number(layer["cls"]), registers]
 
 
 def _attention_tables(attention: dict) -> dict:
@@ -123,7 +110,7 @@ def _attention_tables(attention: dict) -> dict:
     names = [f"register {number}" for number in range(1, len(similarity) + 1)] if len(similarity) > 1 else []
     tables = {
         "similarity_heads": ["", *names],
-        "similarity_rows": [[name, *map(_number, row)] for name, row in zip(names, similarity)],
+        "similarity_rows": [[name, *map(format_number, row)] for name, row in zip(names, similarity)],
     }
     if "skipped" in attention:
         return tables
@@ -136,7 +123,7 @@ def _attention_tables(attention: dict) -> dict:
     ]  # fmt: skip
     tables["attention_rows"] = [
         [_TOKENS.get(query, query), *(format_share(shares[place][kind]) for kind in kinds),
-         _number(last["entropy"][place]), format_share(last["top_patch_share"][place]),
+         format_number(last["entropy"][place]), format_share(last["top_patch_share"][place]),
          f"{last['top_patch_ratio'][place]:.1f}"]
         for place, query in enumerate(attention["queries"])
     ]  # fmt: skip
@@ -150,9 +137,9 @@ def _activation_table(activations: dict) -> dict:
     for layer in activations["layers"]:
         channels = ", ".join(f"{channel} ({value:.3g})" for channel, value in layer["top_channels"])
         carrier = max(layer["carriers"], key=layer["carriers"].get)
-        massive = [_number(sum(layer["massive"][name].values())) for name in activations["criteria"]]
+        massive = [format_number(sum(layer["massive"][name].values())) for name in activations["criteria"]]
         where = f"{_TOKENS.get(carrier, carrier)} ({format_share(layer['carriers'][carrier])})"
-        numbers = [_number(layer["median"]), _number(layer["largest_over_median"])]
+        numbers = [format_number(layer["median"]), format_number(layer["largest_over_median"])]
         rows.append([layer["layer"], *numbers, channels, where, *massive])
     heads = [
         "layer",
@@ -181,8 +168,8 @@ def _patch_probe_rows(probes: dict) -> list[list]:
     if "normal" not in position or "normal" not in pixels:
         return []
     return [
-        [kind, position[kind]["num_test"], _percent(position[kind]["accuracy"]), _number(position[kind]["distance"]),
-         _number(pixels[kind]["error"])]
+        [kind, position[kind]["num_test"], _percent(position[kind]["accuracy"]),
+         *map(format_number, (position[kind]["distance"], pixels[kind]["error"]))]
         for kind in ("normal", "outlier")
     ]  # fmt: skip
 
@@ -207,18 +194,12 @@ def _comparison_row(report: ArtifactReport) -> list:
     if "cls" in attention.get("queries", ()):
         on_patches = format_share(attention["layers"][-1]["attention_share"][0]["patches"])
     largest = max(entry["largest"] for entry in report.massive_activations["layers"])
-    numbers = map(_number, (verdict["from_layer"], layer["max_over_median"], largest))
+    numbers = map(format_number, (verdict["from_layer"], layer["max_over_median"], largest))
     return [*row, format_share(verdict["share"]), _interval(verdict), *numbers, on_patches]
 
 
 def _interval(entry: dict) -> str:
     return "-" if entry["low"] is None else f"{format_share(entry['low'])} to {format_share(entry['high'])}"
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
 def _percent(value: float | None) -> str:

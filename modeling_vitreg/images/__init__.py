@@ -19,11 +19,12 @@ from .hub import split_hub_name
 from .labelled import LabelledData, open_data
 from .messages import MissingSplit
 from .open import OpenedDataset, open_dataset, open_images
-from .options import DataOptions, parse_columns
+from .options import SCENE_COLUMNS, DataOptions, parse_columns
 from .sources import ImageSource, ImageStream, derive_seed
 
 
 __all__ = [
+    "SCENE_COLUMNS",
     "AnnotatedImage",
     "DataOptions",
     "ImageSource",

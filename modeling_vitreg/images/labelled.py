@@ -31,7 +31,7 @@ from modeling_vitreg.scenes import (
 from .conventions import check_annotations
 from .messages import MissingSplit
 from .open import open_dataset, open_images
-from .options import COLUMNS, DataOptions
+from .options import COLUMNS, SCENE_COLUMNS, DataOptions
 from .sources import ImageSource
 from .splits import hold_out
 
@@ -126,13 +126,7 @@ def _open_scenes(
     preset: str, image_size: int | tuple[int, int], counts: tuple, label_column: str | None
 ) -> LabelledData:
     settings, parts = SceneSettings(image_size=image_size, **PRESETS[preset]), []
-    options = DataOptions(
-        image_column="image",
-        label_column=label_column or "label",
-        mask_column="semantic_mask",
-        depth_column="depth",
-        box_column="boxes",
-    )
+    options = DataOptions(label_column=label_column or "label", **SCENE_COLUMNS)
     for number, default, start in zip(counts, NUM_SCENES, (0, FIRST_TEST_SCENE)):
         dataset = make_scenes_dataset(default if number is None else number, settings=settings, start=start)
         parts.append(ImageSource(dataset, options=options).select(np.arange(len(dataset))))

@@ -74,6 +74,13 @@ class DataOptions:
         return {kind: column for kind, column in kinds.items() if column}
 
 
+# Annotations of rendered scenes, beside the label.
+SCENE_COLUMNS = {
+    "image_column": "image",
+    "mask_column": "semantic_mask",
+    "depth_column": "depth",
+    "box_column": "boxes",
+}
 COLUMNS = {field.name.removesuffix("_column"): field.name for field in dataclasses.fields(DataOptions)[:6]}
 
 
@@ -96,4 +103,4 @@ def parse_columns(texts: Iterable[str]) -> dict[str, str]:
     return found
 
 
-__all__ = ["BOX_FORMATS", "COLUMNS", "DataOptions", "parse_columns"]
+__all__ = ["BOX_FORMATS", "COLUMNS", "SCENE_COLUMNS", "DataOptions", "parse_columns"]

@@ -102,7 +102,8 @@ def find_outliers(
     share = sum(mask.sum().item() for mask in masks) / sum(mask.numel() for mask in masks)
     if share == 0:
         raise NothingToRepair(
-            f"no patch of layer {layer} has a norm above {threshold:.4g} in {histograms.num_images} images"
+            f"nothing to repair: no patch of layer {layer} has a norm above {threshold:.4g} in "
+            f"{histograms.num_images} images"
         )
     if highest_layer is None:
         highest_layer = next(
@@ -116,8 +117,8 @@ def _deepest_valley(layers: list[dict], shares: list[float]) -> int:
     candidates = [n for n, share in enumerate(shares) if share >= FEW_SHARE]
     if not candidates:
         raise NothingToRepair(
-            f"no layer has outliers: the largest share is {max(shares):.2g} of the patches, in layer "
-            f"{shares.index(max(shares)) + 1}"
+            f"nothing to repair: no layer has outliers; the largest share is {max(shares):.2g} of the patches, in "
+            f"layer {shares.index(max(shares)) + 1}"
         )
     return max(candidates, key=lambda n: (round(layers[n]["valley_depth"], 3), shares[n] * (1 + 1e-6 * n))) + 1
 
@@ -248,9 +249,9 @@ def measure_repair(
     """Compare a repaired model with its original on some images.
 
     Returns:
-        `share_before`, `share`, of patches above the threshold at the detection layer; `largest_norm_before`,
-        `largest_norm` there; `cosine`, the mean cosine of the class tokens (of mean patches, for a model without one);
-        `num_images`.
+        `share_before`, `share`, of patches above the threshold at the detection layer, with `interval_before` and
+        `interval` of 95 % over images (None for one image); `largest_norm_before`, `largest_norm` there; `cosine`, the
+        mean cosine of the class tokens (of mean patches, for a model without one); `num_images`.
     """
     norms: dict[str, list[Tensor]] = {"before": [], "after": []}
     cosines = []
@@ -263,14 +264,27 @@ def measure_repair(
             outputs.append(output.patch_tokens.mean(dim=1) if output.cls_token is None else output.cls_token)
         cosines.append(torch.cosine_similarity(*(output.double() for output in outputs), dim=-1).cpu())
     before, after = (torch.cat(norms[name]) for name in ("before", "after"))
+    shares = [(each >= outliers.threshold).double().mean(dim=1) for each in (before, after)]  # [B, P] -> [B]
     return {
-        "share_before": (before >= outliers.threshold).double().mean().item(),
-        "share": (after >= outliers.threshold).double().mean().item(),
+        "share_before": shares[0].mean().item(),
+        "interval_before": _interval(shares[0]),
+        "share": shares[1].mean().item(),
+        "interval": _interval(shares[1]),
         "largest_norm_before": before.max().item(),
         "largest_norm": after.max().item(),
         "cosine": torch.cat(cosines).mean().item(),
         "num_images": len(before),
     }
+
+
+def _interval(shares: Tensor) -> list[float] | None:
+    """95 % interval of the mean of shares (B,), as that of `NormHistograms.share_above`; None for one image."""
+    num_images = len(shares)
+    if num_images < 2:
+        return None
+    reach, mean = 1.96 * shares.std().item() / num_images**0.5, shares.mean().item()
+    high = 1 - 0.05 ** (1 / num_images) if not mean else min(mean + reach, 1.0)
+    return [max(mean - reach, 0.0), high]
 
 
 def choose_num_units(

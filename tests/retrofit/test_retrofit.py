@@ -4,15 +4,21 @@ import json
 
 import pytest
 import torch
-from planted_models import pictures, plain_model, planted_model
-from transformers import AutoModel
+from planted_models import SIDE, pictures, plain_model, planted_model
+from test_dual_encoder import TEXT_TOWERS, write_tokenizer
+from transformers import AutoModel, AutoTokenizer, CLIPTextModel
 from typer.testing import CliRunner
 
-from modeling_vitreg import ViTWithRegistersForImageClassification
+from modeling_vitreg import (
+    ViTWithRegistersDualEncoderConfig,
+    ViTWithRegistersDualEncoderModel,
+    ViTWithRegistersForImageClassification,
+)
 from modeling_vitreg.analysis.survey import SurveySettings, survey
 from modeling_vitreg.cards.model_folder import EXPECTED_OUTPUTS
 from modeling_vitreg.cli import app
 from modeling_vitreg.features import load_encoder
+from modeling_vitreg.images import SCENE_COLUMNS, DataOptions, open_images
 from modeling_vitreg.reports import RetrofitReport, read_report
 from modeling_vitreg.retrofit import NothingToRepair, RetrofitError, RetrofitSettings, retrofit
 from modeling_vitreg.retrofit.register_neurons import (
@@ -23,6 +29,7 @@ from modeling_vitreg.retrofit.register_neurons import (
     rank_units,
     score_units,
 )
+from modeling_vitreg.scenes import SceneSettings
 
 
 FAMILIES = {
@@ -90,15 +97,24 @@ def test_a_clean_model_is_left_alone(tmp_path):
     with pytest.raises(NothingToRepair, match="no layer has outliers"):
         retrofit(tmp_path / "model", tmp_path / "repaired", images=IMAGES)
     assert not (tmp_path / "repaired").exists()
+    forced = retrofit(tmp_path / "model", tmp_path / "same", images=IMAGES, settings=RetrofitSettings(force=True))
+    assert forced.verdict["sentence"].startswith("Written unchanged, because of --force: nothing to repair: no layer")
+    same = AutoModel.from_pretrained(tmp_path / "same")
+    assert same.config.num_test_time_registers == 0 and not same.config.register_neurons
+    assert read_report(tmp_path / "same" / "retrofit.json", kind=RetrofitReport) == forced
 
 
 def test_a_repair_that_harms_is_not_written(tmp_path, monkeypatch):
     planted_model(layer=2, magnitude=60.0).save_pretrained(tmp_path / "model")
     worse = {"share_before": 0.1, "share": 0.0, "largest_norm_before": 9.0, "largest_norm": 1.0, "cosine": 0.9}
+    worse |= {"interval_before": [0.05, 0.15], "interval": [0.0, 0.3], "num_images": 8}
     monkeypatch.setattr("modeling_vitreg.retrofit.repair.measure_repair", lambda *_: dict(worse))
     with pytest.raises(RetrofitError, match=r"cosine of 0\.9000 .* below 0\.99.*Nothing was written; --force"):
         retrofit(tmp_path / "model", tmp_path / "repaired", images=IMAGES)
     assert not (tmp_path / "repaired").exists()
+    with pytest.raises(RetrofitError, match=r"No model was written, .*index\.html shows why; --force"):
+        retrofit(tmp_path / "model", tmp_path / "repaired", images=IMAGES, report_folder=tmp_path / "page")
+    assert not (tmp_path / "repaired").exists() and "Not repaired" in (tmp_path / "page" / "index.html").read_text()
     report = retrofit(tmp_path / "model", tmp_path / "repaired", images=IMAGES, settings=RetrofitSettings(force=True))
     assert not report.verdict["is_repaired"] and (tmp_path / "repaired" / "config.json").exists()
 
@@ -189,4 +205,68 @@ def test_the_verb_repairs_and_compares(tmp_path, monkeypatch):
     assert "layer 2: units 0" in done.output and (tmp_path / "repaired" / EXPECTED_OUTPUTS).exists()
     words = [read_report(tmp_path / "page" / number / "artifacts.json").verdict["level"] for number in ("1", "2")]
     assert words == ["many", "none"] and (tmp_path / "page" / "index.html").exists()
+    report = read_report(tmp_path / "page" / "retrofit.json", kind=RetrofitReport)
+    assert report == read_report(tmp_path / "repaired" / "retrofit.json", kind=RetrofitReport)
+    assert [layer["share"] > 0 for layer in report.comparison["layers"]["before"]] == [False, True, True, True]
+    assert not any(layer["share"] for layer in report.comparison["layers"]["after"])
+    queries = [[entry["query"] for entry in report.comparison["attention"][side]] for side in ("before", "after")]
+    assert queries == [["cls", "register 1", "register 2"], ["cls", "register 1", "register 2", "register 3"]]
+    assert report.comparison["tasks"] == []  # a folder without classes
+    reason = "segmentation: the images have no masks"
+    assert reason in report.comparison["skipped"]["tasks"]
     assert again.exit_code == 1 and "repaired exists and is not empty" in again.output
+
+
+def test_the_page_has_every_task_that_the_annotations_allow(tmp_path):
+    torch.manual_seed(0)
+    text = CLIPTextModel(TEXT_TOWERS["clip"])
+    planted = planted_model(layer=2, magnitude=60.0)
+    config = ViTWithRegistersDualEncoderConfig(planted.config, text.config, projection_dim=16)
+    ViTWithRegistersDualEncoderModel(config, vision_model=planted, text_model=text).save_pretrained(tmp_path / "model")
+    write_tokenizer(tmp_path / "model")
+    settings = SceneSettings(image_size=SIDE)
+    options = DataOptions(label_column="label", **SCENE_COLUMNS)
+    images = open_images("scenes", scenes=range(32), scene_settings=settings, options=options)
+    report = retrofit(
+        tmp_path / "model",
+        tmp_path / "repaired",
+        images=images,
+        report_folder=tmp_path / "page",
+        settings=RetrofitSettings(force=True),
+    )
+    found = {task["task"]: task for task in report.comparison["tasks"]}
+    assert set(found) == {"knn", "segmentation", "discovery", "zero_shot"} and not report.comparison["skipped"]
+    assert {task["n"] for task in found.values()} == {8} == {report.images["num_held_out"]}
+    page = (tmp_path / "page" / "index.html").read_text()
+    for row in ("segmentation: mean IoU", "discovery: CorLoc", "knn: top-1 accuracy", "zero-shot: top-1 accuracy"):
+        assert row in page
+    assert "time of a forward" in page and "cosine of the class token" in page and page.count("data:image/png") == 6
+    names = {path.name for path in (tmp_path / "repaired").iterdir()}
+    assert {path.name for path in (tmp_path / "model").iterdir()} <= names  # the tokenizer too
+    AutoTokenizer.from_pretrained(tmp_path / "repaired")
+
+
+def test_held_out_images_are_those_of_the_judgement(tmp_path):
+    planted_model(layer=2, magnitude=60.0).save_pretrained(tmp_path / "model")
+    held_out = [image for number, image in enumerate(IMAGES) if number % 4 == 3]
+    report = retrofit(tmp_path / "model", tmp_path / "out", images=IMAGES, report_folder=tmp_path / "page")
+    before = read_report(tmp_path / "page" / "1" / "artifacts.json")
+    again = survey(
+        load_encoder(planted_model(layer=2, magnitude=60.0)), held_out, settings=SurveySettings(has_progress_bar=False)
+    )[0]
+    assert before.verdict == again.verdict and before.images["num_images"] == 8
+    (low, high), share = report.result["interval_before"], report.result["share_before"]
+    assert (low, share, high) == (
+        pytest.approx(before.verdict["low"]),
+        before.verdict["share"],
+        before.verdict["high"],
+    )
+
+
+def test_a_report_of_the_first_version_is_read(tmp_path):
+    planted_model(layer=2, magnitude=60.0).save_pretrained(tmp_path / "model")
+    report = retrofit(tmp_path / "model", tmp_path / "out", images=IMAGES)
+    content = json.loads((tmp_path / "out" / "retrofit.json").read_text())
+    del content["comparison"]
+    (tmp_path / "old.json").write_text(json.dumps(content | {"version": 1}))
+    assert read_report(tmp_path / "old.json", kind=RetrofitReport) == report
