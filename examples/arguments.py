@@ -147,6 +147,8 @@ def parse_options(description: str, default_recipe: str) -> argparse.Namespace:
     for name in ("log_every", "eval_every", "save_every", "num_eval_images", "micro_batch", "num_scenes"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is 1 or more, got {getattr(options, name)}")
+    if options.workers is not None and options.workers < 0:
+        parser.error(f"--workers is 0 or more, got {options.workers}")
     if options.workers is None:
         options.workers = min(os.cpu_count() or 1, 8)
     return options

@@ -3,14 +3,13 @@
 import errno
 import functools
 import os
-import sys
 from collections.abc import Callable
 
-import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedDataParallelKwargs
+
+from modeling_vitreg.cli.processes import start_the_others
 
 
 # What torch says, by back end and version, when another process is gone.
@@ -24,7 +23,7 @@ def make_accelerator(**settings) -> Accelerator:
 
     Without `cpu`, accelerate takes processes that torch's launcher started on a machine without GPU for single ones.
     """
-    _start_the_others()
+    start_the_others()
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     accelerator = Accelerator(
@@ -38,21 +37,6 @@ def make_accelerator(**settings) -> Accelerator:
             "start them with `accelerate launch` or `python -m torch.distributed.run`"
         )
     return accelerator
-
-
-def _start_the_others() -> None:
-    """Replace this process by torch's launcher where `accelerate launch --num_processes N` started only one.
-
-    That is what it does on CPUs, without a word.
-    """
-    parent = psutil.Process().parent()
-    command = parent.cmdline() if parent else []
-    if "WORLD_SIZE" in os.environ or torch.accelerator.is_available() or "launch" not in command[:3]:
-        return
-    told, _ = launch_command_parser().parse_known_args(command[command.index("launch") + 1 :])
-    if (told.num_processes or 1) > 1 and (told.num_machines or 1) == 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(told.num_processes)]
-        os.execv(sys.executable, [sys.executable, *launcher, *sys.argv])
 
 
 def ends_in_words(main: Callable) -> Callable:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import datetime
 import io
+import os
 import pickle
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -36,6 +40,8 @@ class DistributedContext:
     all_gather: Callable[[Tensor], Tensor] = _same
 
 
+_PATIENCE = datetime.timedelta(days=1)  # that a process waits for the slowest; a dead one is noticed at once
+
 SINGLE_PROCESS = DistributedContext()
 
 
@@ -52,6 +58,46 @@ def distributed_context() -> DistributedContext:
         all_reduce_max=lambda values: _reduce(values, distributed.ReduceOp.MAX),
         all_gather=_all_gather,
     )
+
+
+@contextlib.contextmanager
+def joined_processes() -> Iterator[DistributedContext]:
+    """The processes that `torchrun` or `accelerate launch` started together with this one, joined inside the block.
+
+    They exchange results in the memory of the machine, whatever their devices are.
+
+    Raises:
+        RuntimeError: this process was asked to stop, because another one died.
+    """
+    from torch import distributed
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
+        yield distributed_context()
+        return
+    before = signal.signal(signal.SIGTERM, _stop)
+    distributed.init_process_group("gloo", timeout=_PATIENCE)
+    try:
+        yield distributed_context()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        distributed.destroy_process_group()
+
+
+def _stop(*_) -> None:
+    raise RuntimeError(
+        "this process was asked to stop (SIGTERM), most often because another process of the command died; the same "
+        "command goes on with what is stored"
+    )
+
+
+@contextlib.contextmanager
+def first_process_first(context: DistributedContext) -> Iterator[None]:
+    """The block runs in the first process, then in the others: files that it prepares are then there."""
+    if context.rank and context.size > 1:
+        torch.distributed.barrier()
+    yield
+    if not context.rank and context.size > 1:
+        torch.distributed.barrier()
 
 
 def gather_to_first(value: Any, context: DistributedContext, *, local: dict[str, Any] | None = None) -> list | None:
@@ -75,6 +121,14 @@ def gather_to_first(value: Any, context: DistributedContext, *, local: dict[str,
             f"another of the {context.size} processes died before it was done: run the same command again. {error}"
         ) from error
     return parts and [value, *(_Unpickler(io.BytesIO(part), local or {}).load() for part in parts[1:])]
+
+
+def tell_others(value: Any, context: DistributedContext) -> Any:
+    """The value of the first process, in all of them; it pickles."""
+    values = [value]
+    if context.size > 1:
+        torch.distributed.broadcast_object_list(values)
+    return values[0]
 
 
 class _Pickler(pickle.Pickler):
@@ -113,4 +167,12 @@ def _all_gather(rows: Tensor) -> Tensor:
     return torch.cat(all_gather(rows.contiguous()))
 
 
-__all__ = ["SINGLE_PROCESS", "DistributedContext", "distributed_context", "gather_to_first"]
+__all__ = [
+    "SINGLE_PROCESS",
+    "DistributedContext",
+    "distributed_context",
+    "first_process_first",
+    "gather_to_first",
+    "joined_processes",
+    "tell_others",
+]

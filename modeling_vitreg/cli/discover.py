@@ -22,6 +22,9 @@ def discover(
     num_images: options.NumImages = 200,
     trust_remote_code: options.TrustRemoteCode = False,
     sweep: Annotated[bool, option(COMPUTE, "Also try LOST with every feature and bias.", "--sweep")] = False,
+    precision: options.Precision = None,
+    workers: options.Workers = None,
+    compile: options.Compile = False,
     device: options.Device = None,
     settings: options.Set = None,
     output: Annotated[pathlib.Path, option(OUTPUT, "Folder to write.")] = pathlib.Path("discovery"),
@@ -35,34 +38,40 @@ def discover(
     * `vitreg discover outputs/demo-cpu/model my_photos --set discovery.method=tokencut --set discovery.layer=-2`
 
     Writes pictures with boxes and discovery.json, which keeps the published settings apart from the best of a sweep.
-    Ctrl-C keeps what was measured. Settings for --set: `discovery.NAME`, `data.NAME`.
+    Ctrl-C keeps what was measured, and the same command continues. Settings for --set: `discovery.NAME`, `data.NAME`.
     """
     with plain_errors():
         options.check_output(output)
         (name,), device = options.check_inputs([model], images, device)
-        from modeling_vitreg.discovery import DiscoverySettings, Sweep, figures
-        from modeling_vitreg.discovery import discover as run_discovery
+        from modeling_vitreg import discovery
+        from modeling_vitreg.distributed import first_process_first, joined_processes
         from modeling_vitreg.features import load_encoder
         from modeling_vitreg.images import DataOptions
-        from modeling_vitreg.reports import command_line, write_report
+        from modeling_vitreg.reports import command_line
 
-        found = options.read_settings(settings, {"discovery": DiscoverySettings, "data": DataOptions})
-        DiscoverySettings(**found["discovery"])  # refuses values before the model is loaded
-        encoder = load_encoder(name, device=device, trust_remote_code=trust_remote_code)
-        chosen = DiscoverySettings(**({"head": min(4, encoder.num_heads - 1)} | found["discovery"]))
-        annotated = _open(images, annotations, split, num_images, encoder, DataOptions(**found["data"]))
-        report = run_discovery(
-            encoder,
-            annotated,
-            settings=chosen,
-            sweep=Sweep(layers=(chosen.layer,)) if sweep else None,
-            source=options.scene_settings(images, max(encoder.image_size))[1],
-            command=command_line(),
-        )
-        written = [write_report(report, output / "discovery.json")]
-        written.append(_save(figures.draw_discoveries(annotated, report), output / "boxes.png"))
-        if report.best_of_sweep:
-            written.append(_save(figures.draw_sweep(report), output / "sweep.png"))
+        kind = discovery.DiscoverySettings
+        found = options.read_settings(settings, {"discovery": kind, "data": DataOptions})
+        reading = {"workers": workers, "precision": precision, "compile": compile}
+        reading = kind(**found["discovery"]).for_pass(**reading)  # refuses values before work starts
+        loading = {"device": device, "dtype": options.weights_dtype(precision), "trust_remote_code": trust_remote_code}
+        encoder = load_encoder(name, **loading)
+        chosen = kind(**({"head": min(4, encoder.num_heads - 1)} | found["discovery"]))
+        with joined_processes() as context:
+            with first_process_first(context):
+                annotated = _open(images, annotations, split, num_images, encoder, DataOptions(**found["data"]))
+            report = discovery.discover(
+                encoder,
+                annotated,
+                settings=chosen,
+                sweep=discovery.Sweep(layers=(chosen.layer,)) if sweep else None,
+                reading=reading,
+                folder=output / "objects",
+                source=options.scene_settings(images, max(encoder.image_size))[1],
+                command=command_line(),
+            )
+        if context.rank:
+            return
+        written = discovery.write_folder(report, annotated, output)
     for note in report.images["notes"]:
         typer.echo(note, err=True)
     tell_unreadable(report.images)
@@ -88,14 +97,6 @@ def _open(images, annotations, split, num_images, encoder, data):
     if not isinstance(source, ImageSource):
         raise ValueError(f"{images}: expected an indexed dataset, got a stream: save it as a dataset first")
     return source.select(range(min(num_images, len(source))))
-
-
-def _save(figure, path: pathlib.Path) -> pathlib.Path:
-    from modeling_vitreg.files import atomic_write
-
-    with atomic_write(path) as part:
-        figure.savefig(part, format="png", dpi=120)
-    return path
 
 
 def _describe(report) -> str:

@@ -39,6 +39,9 @@ def evaluate(
     trust_remote_code: options.TrustRemoteCode = False,
     tasks: Annotated[str, option(COMPUTE, _TASKS, metavar="TASK,...")] = "knn,linear",
     batch_size: options.BatchSize = 32,
+    precision: options.Precision = None,
+    workers: options.Workers = None,
+    compile: options.Compile = False,
     seed: options.Seed = 0,
     device: options.Device = None,
     settings: options.Set = None,
@@ -64,44 +67,47 @@ def evaluate(
         names, device = options.check_inputs([model, *(compare or [])], data, device)
         counts = _read_counts(num_images)
         from modeling_vitreg import evaluation
+        from modeling_vitreg.distributed import first_process_first, joined_processes
         from modeling_vitreg.features import load_encoder
         from modeling_vitreg.files import write_text
         from modeling_vitreg.scenes import is_scenes
 
         wanted = _read_tasks(tasks, evaluation.TASKS)
-        chosen, data_options = _read_settings(settings, columns, batch_size, seed, is_scenes=is_scenes(data))
-        encoders = [load_encoder(name, device=device, trust_remote_code=trust_remote_code) for name in names]
+        usual = {"batch_size": batch_size, "workers": workers, "precision": precision, "compile": compile}
+        chosen, data_options = _read_settings(settings, columns, usual, seed, is_scenes=is_scenes(data))
+        loading = {"device": device, "dtype": options.weights_dtype(precision), "trust_remote_code": trust_remote_code}
+        encoders = [load_encoder(name, **loading) for name in names]
         side = chosen.encoding.image_size or max(max(encoder.image_size) for encoder in encoders)
-        scene_settings, _ = options.scene_settings(data, side)
-        train_split, _, test_split = split.partition(",")
-        opened = evaluation.open_data(
-            data,
-            image_size=scene_settings.image_size if scene_settings else side,
-            split=train_split or "train",
-            test_split=test_split or None,
-            num_train=counts[0],
-            num_test=counts[1],
-            annotations=annotations,
-            seed=seed,
-            options=data_options,
-        )
-        if not annotations:
-            typer.echo(opened.train.describe_labels(), err=True)
+        opening = {**_read_splits(split), **counts, "annotations": annotations, "seed": seed, "options": data_options}
         folders = [output / str(number) for number in range(1, len(names) + 1)] if len(names) > 1 else [output]
-        found = [_measure(encoder, wanted, opened, folder, chosen) for encoder, folder in zip(encoders, folders)]
+        with joined_processes() as context:
+            with first_process_first(context):
+                opened = evaluation.open_data(data, image_size=_scene_size(data, side), **opening)
+            if not annotations and not context.rank:
+                typer.echo(opened.train.describe_labels(), err=True)
+            found = [_measure(encoder, wanted, opened, folder, chosen) for encoder, folder in zip(encoders, folders)]
+        if context.rank:
+            return
         measured = [report for report in found if report.results]
         for note in dict.fromkeys(note for report in found for note in evaluation.notes_of(report)):
             typer.echo(note, err=True)
         table = evaluation.compare(measured) if measured else "stopped before anything was measured"
         write_text(output / "table.md", table)
-    for part in ("train", "test"):
-        facts = next(iter(found[0].data.values()), {}).get(part) or {}
-        tell_unreadable(facts, part=part)
+    _tell_omissions(found[0].data)
     typer.echo(table)
     for report in found:
+        if report.stopped_by:
+            typer.echo(f"{report.model}: {report.stopped_by}; the same command continues", err=True)
         for task, reason in report.skipped.items():
             typer.echo(f"{report.model}: {task} skipped: {reason}")
     typer.echo(f"wrote {output}")
+
+
+def _tell_omissions(data: dict) -> None:
+    """Name the images that were left out; tasks may have read the same ones with other annotations."""
+    parts = [(part, facts[part]) for facts in data.values() for part in ("train", "test") if part in facts]
+    for part, facts in {(part, *facts.get("unreadable", ())): (part, facts) for part, facts in parts}.values():
+        tell_unreadable(facts, part=part)
 
 
 def _measure(encoder, tasks: list[str], data, folder: pathlib.Path, settings):
@@ -123,13 +129,23 @@ def _measure(encoder, tasks: list[str], data, folder: pathlib.Path, settings):
     )
 
 
-def _read_counts(text: str) -> tuple[int, int]:
+def _scene_size(data: str, side: int) -> int | tuple[int, int]:
+    scene_settings, _ = options.scene_settings(data, side)
+    return scene_settings.image_size if scene_settings else side
+
+
+def _read_splits(text: str) -> dict[str, str | None]:
+    train, _, test = text.partition(",")
+    return {"split": train or "train", "test_split": test or None}
+
+
+def _read_counts(text: str) -> dict[str, int]:
     """Numbers of images to train on and to measure on; one that is left out has its default."""
     parts = [part.strip() for part in text.split(",")]
     if len(parts) > 2 or not all(part.isdecimal() or not part for part in parts) or "0" in parts:
         raise ValueError(f"--num-images: expected TRAIN,TEST such as 2000,500, got {text!r}")
     train, test = [int(part) if part else usual for part, usual in zip([*parts, ""], _NUM_IMAGES)]
-    return train, test
+    return {"num_train": train, "num_test": test}
 
 
 def _read_tasks(text: str, known: dict[str, Any]) -> list[str]:
@@ -144,7 +160,7 @@ def _read_tasks(text: str, known: dict[str, Any]) -> list[str]:
     return names
 
 
-def _read_settings(texts, columns, batch_size: int, seed: int, *, is_scenes: bool):
+def _read_settings(texts, columns, encoding: dict, seed: int, *, is_scenes: bool):
     """Settings of the evaluation and of its data, from --set, --columns and other options."""
     from modeling_vitreg.evaluation import EvaluationSettings
     from modeling_vitreg.images import DataOptions, parse_columns
@@ -154,7 +170,7 @@ def _read_settings(texts, columns, batch_size: int, seed: int, *, is_scenes: boo
     found = options.read_settings(texts, {"data": DataOptions, **kinds})
     usual_columns = {"label_column": "colours"} if is_scenes else {}
     data = DataOptions(**(usual_columns | found.pop("data") | parse_columns(columns or ())))
-    usual = {"encoding": {"batch_size": batch_size}, "discovery": {"batch_size": min(_DISCOVERY_BATCH, batch_size)}}
+    usual = {"encoding": encoding, "discovery": {"batch_size": min(_DISCOVERY_BATCH, encoding["batch_size"])}}
     groups = {name: kinds[name](**(usual.get(name, {}) | values)) for name, values in found.items()}
     return EvaluationSettings(**groups, seed=seed), data
 

@@ -39,6 +39,14 @@ Compare = Annotated[list[str] | None, option(MODEL, "Another model, measured on 
 TrustRemoteCode = Annotated[bool, option(MODEL, "Run the code that comes with the model.", "--trust-remote-code")]
 
 BatchSize = Annotated[int, option(COMPUTE, "Batch size.", min=1)]
+Precision = Annotated[
+    str | None,
+    option(COMPUTE, "float32, bfloat16 or float16. Default: bfloat16 on a GPU that has it, else that of the weights."),
+]
+Workers = Annotated[
+    int | None, option(COMPUTE, "Processes that read images. Default: by the number of cores.", min=0, max=1024)
+]
+Compile = Annotated[bool, option(COMPUTE, "Compile the layers of the model: slow to start, then faster.", "--compile")]
 Device = Annotated[str | None, option(COMPUTE, "Device, such as cuda:1. Default: a GPU if there is one.")]
 Seed = Annotated[int, option(COMPUTE, "Random seed.", min=0, max=_SEEDS)]
 Set = Annotated[
@@ -75,7 +83,10 @@ def choose_device(name: str | None) -> str:
     import torch
 
     if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        if not torch.cuda.is_available():
+            return "cpu"
+        own = int(os.environ.get("LOCAL_RANK", "-1"))  # of a process that torchrun or accelerate launch started
+        return "cuda" if own < 0 else f"cuda:{own % torch.cuda.device_count()}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -86,6 +97,14 @@ def choose_device(name: str | None) -> str:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: there are {torch.cuda.device_count()} GPUs here, counted from 0")
     return name
+
+
+def weights_dtype(precision: str | None) -> Any:
+    """The dtype to load weights in: float32 where a precision is asked for, which casts in its products alone; None
+    leaves them as they were saved."""
+    import torch
+
+    return None if precision is None else torch.float32
 
 
 def scene_settings(source: str, side: int) -> tuple[Any, str]:
@@ -152,6 +171,7 @@ __all__ = [
     "Annotations",
     "BatchSize",
     "Compare",
+    "Compile",
     "Device",
     "Images",
     "License",
@@ -159,6 +179,7 @@ __all__ = [
     "LicenseName",
     "Model",
     "NumImages",
+    "Precision",
     "RepoId",
     "Reports",
     "Run",
@@ -166,10 +187,12 @@ __all__ = [
     "Set",
     "Split",
     "TrustRemoteCode",
+    "Workers",
     "check_inputs",
     "check_output",
     "choose_device",
     "option",
     "read_settings",
     "scene_settings",
+    "weights_dtype",
 ]

@@ -8,6 +8,7 @@ Images are read at full resolution, normalised for the model, and padded with ze
 multiple of the patch. Images of equal padded size form a batch.
 
     discovery.json  boxes.png  sweep.png   of `write_folder`
+    objects/                               rows of images, from which the same command resumes; it may be deleted
 """
 
 from __future__ import annotations
@@ -17,16 +18,20 @@ import os
 import pathlib
 from collections.abc import Sequence
 
-import tqdm
-
+from modeling_vitreg.distributed import distributed_context
+from modeling_vitreg.encoding import PassCounts, PassSettings, run_pass
+from modeling_vitreg.encoding.precision import choose_precision
 from modeling_vitreg.features import Encoder
+from modeling_vitreg.features.model_hash import hash_weights
 from modeling_vitreg.images import AnnotatedImage
-from modeling_vitreg.reports import DiscoveryReport, write_report
+from modeling_vitreg.omissions import Failures
+from modeling_vitreg.reports import DiscoveryReport, short_hash, write_report
 
-from .measurement import Measurement
+from .finder import ObjectFinder
 from .settings import DiscoverySettings, Sweep
 
 
+_SHARD_SIZE = 64  # images, the most that an interruption loses
 OPTIMISTIC = "chosen on the images that it was measured on: use it to compare settings, not models"
 
 
@@ -36,6 +41,8 @@ def discover(
     *,
     settings: DiscoverySettings | None = None,
     sweep: Sweep | None = None,
+    reading: PassSettings | None = None,
+    folder: str | os.PathLike | None = None,
     source: str = "",
     command: str = "",
 ) -> DiscoveryReport:
@@ -49,42 +56,79 @@ def discover(
         images: images with or without boxes: a list, or a source of `modeling_vitreg.images.open_images`.
         settings: the published settings.
         sweep: further settings of LOST; None for no sweep.
+        reading: workers and precision; None: batches as in `settings`, without workers.
+        folder: keeps the rows of a source, so that the next call resumes; None: they are not kept.
         source: name of the images, for the report.
         command: command that makes the report, for the report.
 
     Returns:
-        The report; `write_folder` writes it.
+        The report; `write_folder` writes it. With several processes that of the first one has all images.
 
     Raises:
         ValueError: no image could be measured, or settings that do not fit the model.
     """
-    run = Measurement(encoder, settings or DiscoverySettings(), sweep)
-    stopped_by = _pass_over(images, run)
-    if not run.predictions:
+    settings, context = settings or DiscoverySettings(), distributed_context()
+    reading = reading or settings.for_pass()
+    swept = sweep.settings(settings, num_layers=encoder.num_layers) if sweep else []
+    if folder is not None:
+        reading = dataclasses.replace(reading, shard_size=reading.shard_size or _SHARD_SIZE)
+        facts = [hash_weights(encoder), choose_precision(encoder, reading.precision), reading.shard_size]
+        facts += [images.box_fingerprint or images.dataset_hash, [each.asked_for() for each in (settings, *swept)]]
+        folder = pathlib.Path(folder) / short_hash(facts)
+    finder = ObjectFinder(encoder, [settings, *swept], folder=folder)
+    counts = run_pass(encoder, images, [finder], reading, context=context, failures=Failures())
+    counts = PassCounts.join([counts, *finder.resumed.values()])
+    counts.stopped_by = counts.stopped_by or finder.skipped
+    if not finder.rows and context.rank == 0:
+        reasons = [*counts.unreadable.values()][:3] + [counts.stopped_by] * bool(counts.stopped_by)
         raise ValueError(
-            f"expected at least one image, got {len(run.unreadable)} unreadable and {len(run.nonfinite)} with "
-            "features that are not finite" + "".join(f"\n  {line}" for line in run.unreadable[:3])
+            f"expected at least one image, got {len(counts.unreadable)} unreadable and {len(counts.nonfinite)} with "
+            "features that are not finite" + "".join(f"\n  {reason}" for reason in reasons)
         )
-    settings = {**dataclasses.asdict(run.settings), "layer": run.layer}
-    entries, published = run.sweep_entries(), run.published.summarise()
-    best = max(entries, key=lambda entry: entry["num_hits"], default={})
+    facts, details = _summarise(finder, sweep), counts.describe()
+    details["notes"] = [*getattr(images, "notes", ()), *details["notes"]]
     return DiscoveryReport(
         model=encoder.name,
         architecture=encoder.describe(),
-        images={
-            "source": source,
-            **_with_notes(images, run),
-            "is_complete": stopped_by is None,
-            "stopped_by": stopped_by,
+        images={"source": source, **details, **facts.pop("images")},
+        **facts,
+        command=command,
+        made_with={**encoder.made_with(), "precision": counts.precision},
+    )
+
+
+def _summarise(finder: ObjectFinder, sweep: Sweep | None) -> dict:
+    """The parts of a report that come from the rows of images."""
+    rows = [finder.rows[number] for number in sorted(finder.rows)]
+    published, *others = finder.compute()
+    names = ("feature", "layer", "bias")
+    swept = [{name: getattr(each, name) for name in names} for each in finder.settings[1:]]
+    entries = [{**own, **found} for own, found in zip(swept, others)]
+    best = max(entries, key=lambda entry: entry["num_hits"], default={})
+    return {
+        "images": {
+            "num_annotated": len(finder.ious()),
+            "num_without_boxes": sum(row["boxes"] == [] for row in rows),
         },
         # Programs that read reports know the mean IoU by its old name too, for one release.
-        as_published={"settings": settings, **published, "mean_overlap": published["mean_iou"]},
-        sweep={"settings": dataclasses.asdict(sweep), "entries": entries} if sweep else {},
-        best_of_sweep={**best, "note": OPTIMISTIC} if best and best["corloc"] is not None else {},
-        predictions=[run.predictions[number] for number in sorted(run.predictions)],
-        command=command,
-        made_with=encoder.made_with(),
-    )
+        "as_published": {
+            "settings": dataclasses.asdict(finder.settings[0]),
+            **published,
+            "mean_overlap": published["mean_iou"],
+        },
+        "sweep": {"settings": dataclasses.asdict(sweep), "entries": entries} if sweep else {},
+        "best_of_sweep": {**best, "note": OPTIMISTIC} if best and best["corloc"] is not None else {},
+        "predictions": [
+            {
+                "name": row["name"],
+                "box": row["box"],
+                "iou": row["ious"][0],
+                "is_degenerate": row["is_degenerate"][0],
+                "boxes": row["boxes"],
+            }
+            for row in rows
+        ],
+    }
 
 
 def write_folder(report: DiscoveryReport, images: Sequence[AnnotatedImage], folder: str | os.PathLike) -> list:
@@ -105,26 +149,6 @@ def write_folder(report: DiscoveryReport, images: Sequence[AnnotatedImage], fold
     if report.best_of_sweep:
         files.append(save_figure(draw_sweep(report), folder / "sweep.png"))
     return files
-
-
-def _with_notes(images: Sequence[AnnotatedImage], run: Measurement) -> dict:
-    counts = run.counts()
-    return {**counts, "notes": [*getattr(images, "notes", ()), *counts["notes"]]}
-
-
-def _pass_over(images: Sequence[AnnotatedImage], run: Measurement) -> str | None:
-    """Measure all images; returns why the pass stopped early, None if it did not."""
-    bar = tqdm.tqdm(total=len(images), unit="image", desc=run.encoder.name, disable=not run.settings.has_progress_bar)
-    try:
-        with bar:
-            run.pass_over(images, range(len(images)), tell=bar.update)
-    except KeyboardInterrupt:
-        return f"stopped by hand after {len(run.predictions)} images"
-    except Exception as error:  # what was measured until then is kept
-        if not run.predictions:
-            raise
-        return f"{type(error).__name__} after {len(run.predictions)} images: {error}"
-    return None
 
 
 __all__ = ["OPTIMISTIC", "DiscoveryReport", "discover", "write_folder"]

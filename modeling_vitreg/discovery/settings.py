@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from modeling_vitreg.features import FEATURES
+from modeling_vitreg.encoding import PassSettings
+from modeling_vitreg.features import FEATURES, layer_numbers
 from modeling_vitreg.metrics import IOU_THRESHOLD
 
 from .dino_seg import ATTENTION_SHARE
@@ -74,6 +77,10 @@ class DiscoverySettings:
                 f"{self.batch_size}, {self.longest_side} and {self.iou_threshold}"
             )
 
+    def for_pass(self, **changes: object) -> PassSettings:
+        """Settings of a pass with these batches."""
+        return PassSettings(batch_size=self.batch_size, has_progress_bar=self.has_progress_bar, **changes)
+
     def asked_for(self) -> dict:
         """The settings that the boxes of this method depend on."""
         read = {
@@ -102,6 +109,15 @@ class Sweep:
     biases: Sequence[float] = (0.0, -0.1, -0.2, -0.3, -0.4, -0.5, -0.6, -0.7, -0.8)
     is_centered: bool = False
     is_normalized: bool = True
+
+    def settings(self, published: DiscoverySettings, *, num_layers: int) -> list[DiscoverySettings]:
+        """The settings of the sweep, for a model of so many layers; what it does not vary is as published."""
+        options = {"method": "lost", "is_centered": self.is_centered, "is_normalized": self.is_normalized}
+        axes = (layer_numbers(self.layers, num_layers, first=1), self.features, self.biases)
+        return [
+            dataclasses.replace(published, **options, layer=layer, feature=feature, bias=bias)
+            for layer, feature, bias in itertools.product(*map(dict.fromkeys, axes))
+        ]
 
     def __post_init__(self):
         for name, kind in (("features", str), ("layers", int), ("biases", float)):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from modeling_vitreg.features import Encoder, TokenFeatures
 
+from .settings import PassCounts
 from .transforms import Crop, Pad
 
 
@@ -127,16 +128,12 @@ class Shard:
     Args:
         index: number of the shard, from 0.
         numbers: places of its images in the source, with those that were left out.
-        unreadable: for each image that could not be read, its name and the reason.
-        nonfinite: names of the images whose features are not finite.
-        notes: what was done to bring images and annotations together; see `NoteCounter.counts`.
+        counts: what was read of it, and what was left out.
     """
 
     index: int
     numbers: range
-    unreadable: list[str]
-    nonfinite: list[str]
-    notes: dict[str, list]
+    counts: PassCounts
 
 
 class Consumer:

@@ -241,7 +241,7 @@ class _Decoder:
             notes.add(found.name, found.notes)
             for transform, by_shape in zip(self.transforms, cut):
                 pixels, size = transform(found.image)
-                maps = {name: transform.cut_map(values) for name, values in found.maps.items()}
+                maps = transform.cut_maps(found.maps)
                 facts = ImageFacts(number, found.name, found.label, found.image.size[::-1], size, found.boxes)
                 by_shape[pixels.shape].append((facts, pixels, maps))
         groups = [[_stack(images) for images in by_shape.values()] for by_shape in cut]
@@ -266,25 +266,31 @@ class _Decoder:
 
 
 def read_all(
-    images: object, cut: Cut, settings: PassSettings, *, annotations: Sequence[str] = ()
+    images: object,
+    cut: Cut,
+    settings: PassSettings,
+    *,
+    annotations: Sequence[str] = (),
+    context: DistributedContext = SINGLE_PROCESS,
 ) -> tuple[Group | None, PassCounts]:
-    """All images in memory as bytes, for a program that keeps them; None if none can be read.
+    """All images of this process in memory as bytes, for a program that keeps them; None if none can be read.
 
     Args:
         images: anything that `ImageReader` reads.
         cut: from `Crop(...).make(encoder)`, so that all have one shape.
         settings: batch size, workers, limit and progress bar.
         annotations: which of "mask" and "depth" are read.
+        context: processes that share the images.
     """
     reader = ImageReader(images, num_channels=_NUM_CHANNELS[cut.mode], annotations=annotations)
     total, is_hidden = reader.total(settings.limit), not settings.has_progress_bar
     counts, groups = PassCounts(), []
     with tqdm.tqdm(total=total, unit="image", desc=settings.title, disable=is_hidden, leave=False, delay=2) as bar:
-        for chunk in reader.read([cut], settings):
+        for chunk in reader.read([cut], settings, context=context):
             groups += chunk.groups[0]
             counts.unreadable |= chunk.unreadable
             counts.notes.merge(chunk.notes.counts)
-            bar.update(len(chunk.numbers))
+            bar.update(len(chunk.numbers) * context.size)
     counts.num_seen = sum(len(group.images) for group in groups)
     return (Group.join(groups) if groups else None), counts
 

@@ -11,6 +11,7 @@ Letters for shapes: B images of a batch.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import signal
@@ -21,10 +22,9 @@ import torch
 import tqdm
 from torch import Tensor
 
-from modeling_vitreg.distributed import SINGLE_PROCESS, DistributedContext, gather_to_first
+from modeling_vitreg.distributed import SINGLE_PROCESS, DistributedContext, gather_to_first, tell_others
 from modeling_vitreg.features import Encoder, TokenFeatures, extract_many, layer_numbers
 from modeling_vitreg.images import check_channels
-from modeling_vitreg.images.annotations import NoteCounter
 from modeling_vitreg.omissions import Failures
 
 from .consumer import Consumer, EncodedBatch, Needs, Shard
@@ -111,7 +111,7 @@ class _Pass:
                 for chunk in reader.read(cuts, settings, **words):
                     self._take(chunk)
                     bar.update(len(chunk.numbers) * self.context.size)
-                    if pressed:
+                    if pressed or all(consumer.skipped for consumer in self.consumers):
                         break
                 self._flush()
                 if pressed:
@@ -127,8 +127,11 @@ class _Pass:
     def merge(self) -> None:
         """Bring everything together in the first process."""
         parts = gather_to_first((self.counts, self.consumers), self.context, local={"encoder": self.encoder})
-        if not parts:
-            return
+        if parts:
+            self._join(parts)
+        self.counts.stopped_by = tell_others(self.counts.stopped_by, self.context)
+
+    def _join(self, parts: list[tuple]) -> None:
         counts, consumers = zip(*parts[1:])
         for other in counts:
             self.counts.merge(other)
@@ -147,7 +150,7 @@ class _Pass:
             self._flush()
             self._end_shard()
             self._active = [consumer for consumer in self.consumers if not consumer.has_shard(chunk.shard)]
-            self._shard = _OpenShard(chunk.shard, chunk.numbers.start)
+            self._shard = _OpenShard(chunk.shard, chunk.numbers.start, self.counts.precision)
         self.counts.unreadable |= chunk.unreadable
         self.counts.notes.merge(chunk.notes.counts)
         if self._shard is not None:
@@ -155,15 +158,20 @@ class _Pass:
         for place, groups in enumerate(chunk.groups):
             for group in groups:
                 self._collect(place, group)
+        if self.settings.shard_size and chunk.numbers.stop == (chunk.shard + 1) * self.settings.shard_size:
+            self._flush()
+            self._end_shard()
 
     def _collect(self, place: int, group: Group) -> None:
         """Fill batches; images that do not fill one wait for others of their shape."""
         waiting, shape = self._waiting[place], tuple(group.pixels.shape[1:])
         if shape in waiting and waiting[shape].images:
             group = Group.join([waiting[shape], group])
-        while len(group.images) >= self.settings.batch_size:
-            full, group = group.split(self.settings.batch_size)
-            self._encode(self._transforms[place], full)
+        transform = self._transforms[place]
+        size = min(self.settings.batch_size, getattr(transform, "batch_size", None) or self.settings.batch_size)
+        while len(group.images) >= size:
+            full, group = group.split(size)
+            self._encode(transform, full)
         waiting[shape] = group
 
     def _flush(self) -> None:
@@ -193,7 +201,7 @@ class _Pass:
             lost = {image.number: image.name for image in group.images if image.number not in finite}
             self.counts.nonfinite |= lost
             if self._shard is not None:
-                self._shard.nonfinite.setdefault(transform, []).extend(lost.values())
+                self._shard.nonfinite[transform] |= lost
         if tuple(pixels.shape[2:]) not in self.counts.sizes:
             self.counts.sizes.append(tuple(pixels.shape[2:]))
         if len(batch):
@@ -213,22 +221,23 @@ class _Pass:
 
 
 class _OpenShard:
-    """What was left out of a shard so far."""
+    """A shard that is being read."""
 
-    def __init__(self, index: int, start: int):
-        self.index, self.start, self.stop = index, start, start
-        self.unreadable, self.nonfinite, self.notes = [], {}, NoteCounter()
+    def __init__(self, index: int, start: int, precision: str):
+        self.index, self.numbers, self.counts = index, range(start, start), PassCounts(precision=precision)
+        self.nonfinite: dict[Crop | Pad, dict[int, str]] = collections.defaultdict(dict)
 
     def add(self, chunk: Chunk) -> None:
         """Add a chunk."""
-        self.stop = chunk.numbers.stop
-        self.unreadable += chunk.unreadable.values()
-        self.notes.merge(chunk.notes.counts)
+        self.numbers = range(self.numbers.start, chunk.numbers.stop)
+        self.counts.unreadable |= chunk.unreadable
+        self.counts.notes.merge(chunk.notes.counts)
 
     def close(self, transform: Crop | Pad) -> Shard:
         """The shard as consumers of a transform see it."""
-        numbers, nonfinite = range(self.start, self.stop), self.nonfinite.get(transform, [])
-        return Shard(self.index, numbers, list(self.unreadable), list(nonfinite), dict(self.notes.counts))
+        num_seen = len(self.numbers) - len(self.counts.unreadable)
+        counts = dataclasses.replace(self.counts, num_seen=num_seen, nonfinite=self.nonfinite[transform])
+        return Shard(self.index, self.numbers, counts)
 
 
 @torch.no_grad()

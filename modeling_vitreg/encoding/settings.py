@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+from collections.abc import Iterable
 
 from modeling_vitreg.images.annotations import NoteCounter
 
@@ -84,6 +86,28 @@ class PassCounts:
         self.notes.merge(other.notes.counts)
         self.sizes = list(dict.fromkeys([*self.sizes, *other.sizes]))
         self.stopped_by = self.stopped_by or other.stopped_by
+
+    @classmethod
+    def join(cls, parts: Iterable[PassCounts]) -> PassCounts:
+        """What several passes, or shards, counted together."""
+        first, *others = [*parts] or [cls()]
+        joined = copy.deepcopy(first)
+        for other in others:
+            joined.merge(other)
+        return joined
+
+    def to_json(self) -> dict:
+        """All of it for JSON."""
+        return {**vars(self), "notes": self.notes.counts}
+
+    @classmethod
+    def from_json(cls, values: dict) -> PassCounts:
+        """From what `to_json` returned and JSON stored."""
+        found = cls(**{**values, "notes": NoteCounter(), "sizes": [tuple(size) for size in values["sizes"]]})
+        for name in ("unreadable", "nonfinite"):
+            setattr(found, name, {int(place): text for place, text in values[name].items()})
+        found.notes.merge(values["notes"])
+        return found
 
     def describe(self) -> dict:
         """The counts as reports write them: numbers, the first names and reasons, and whether the pass is complete."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -39,15 +40,9 @@ class Cut:
         image = shrink_image(image, self.longest_side)
         return pad_image(image.convert(self.mode), self.patch_shape), (image.height, image.width)
 
-    def cut_map(self, values: np.ndarray) -> np.ndarray:
-        """A mask or depth (height, width) of the image, cut in the same way.
-
-        Raises:
-            ValueError: the transform pads; maps are cut only.
-        """
-        if self.sides is None:
-            raise ValueError("maps of padded images are not supported: use the transform Crop")
-        return crop_map(values, self.sides)
+    def cut_maps(self, maps: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Mask and depth (height, width) of the image, cut in the same way; a padded image has none."""
+        return {} if self.sides is None else {name: crop_map(values, self.sides) for name, values in maps.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +72,11 @@ class Pad:
 
     Args:
         longest_side: longer images are resized (bicubic) to it; None: all are read at full resolution.
+        batch_size: most images per forward pass, because they may be large; None: as many as in the pass.
     """
 
     longest_side: int | None = None
+    batch_size: int | None = None
 
     def make(self, encoder: Encoder) -> Cut:
         """The transform for an encoder.

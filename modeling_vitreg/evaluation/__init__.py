@@ -16,13 +16,12 @@ from modeling_vitreg.images import LabelledData, open_data
 from modeling_vitreg.reports import EvaluationReport
 
 from .depth import DepthSettings
-from .encoding import EncodingSettings
 from .knn import knn_accuracy
 from .linear import LinearSettings
 from .logistic import LogisticSettings
 from .run import evaluate, notes_of
 from .segmentation import SegmentationSettings
-from .settings import EvaluationSettings, KnnSettings
+from .settings import EncodingSettings, EvaluationSettings, KnnSettings
 from .table import compare
 from .tasks import TASKS
 from .zero_shot import ZeroShotSettings, load_tokenizer

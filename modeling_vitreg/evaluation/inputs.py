@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .shards import Features
+from .cache import Features
 
 
 ROWS_AT_ONCE = 16  # images whose maps are in memory together

@@ -6,13 +6,51 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from modeling_vitreg.discovery import DiscoverySettings
+from modeling_vitreg.encoding import PassSettings
 
 from .depth import DepthSettings
-from .encoding import EncodingSettings
 from .linear import LinearSettings
 from .logistic import LogisticSettings
 from .segmentation import SegmentationSettings
 from .zero_shot import ZeroShotSettings
+
+
+@dataclass(frozen=True)
+class EncodingSettings:
+    """How images are encoded.
+
+    Args:
+        image_size: side of the square crop in pixels; None: that of the encoder.
+        batch_size, workers, precision, compile, has_progress_bar: see `PassSettings`.
+        shard_size: images per file, the most that an interruption loses.
+        patch_precision: precision of patches on disk, "float16" or "float32".
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    RENAMED: ClassVar = {"num_threads": "workers"}  # accepted for one release
+
+    image_size: int | None = None
+    batch_size: int = 64
+    shard_size: int = 256
+    patch_precision: str = "float16"
+    workers: int | None = None
+    precision: str | None = None
+    compile: bool = False
+    has_progress_bar: bool = True
+
+    def __post_init__(self):
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"expected image_size of 1 or more, got {self.image_size}")
+        if self.patch_precision not in ("float16", "float32"):
+            raise ValueError(f"expected patch_precision float16 or float32, got {self.patch_precision!r}")
+        self.for_pass()
+
+    def for_pass(self, **changes: object) -> PassSettings:
+        """Settings of a pass that stores shards."""
+        names = ("batch_size", "shard_size", "workers", "precision", "compile", "has_progress_bar")
+        return PassSettings(**{name: getattr(self, name) for name in names} | changes)
 
 
 @dataclass(frozen=True)
@@ -52,4 +90,4 @@ class EvaluationSettings:
     seed: int = 0
 
 
-__all__ = ["EvaluationSettings", "KnnSettings"]
+__all__ = ["EncodingSettings", "EvaluationSettings", "KnnSettings"]

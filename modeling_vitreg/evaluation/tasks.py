@@ -11,22 +11,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modeling_vitreg.features import Encoder, layer_numbers
+from modeling_vitreg.discovery.finder import ObjectFinder
+from modeling_vitreg.features import Encoder
 from modeling_vitreg.images import LabelledData
 from modeling_vitreg.images.splits import require_classes
 from modeling_vitreg.metrics import depth_errors, measure_areas
 
+from .cache import Features
 from .depth import fit_depth, join_class_token, measure_depth
 from .inputs import ROWS_AT_ONCE, count_mask_classes, linear_inputs, name_of_vector, one_vector, with_labels
 from .intervals import MetricValue, share_of_counts
 from .knn import knn_accuracy
 from .linear import fit_linear
 from .logistic import fit_logistic
-from .objects import OBJECTS, measure_objects
 from .segmentation import fit_segmentation, measure_segmentation
-from .shards import Features
 from .top_k import best_counts, rank_classes
 from .zero_shot import embed_classes, similarities
+
+
+OBJECTS = "objects"  # found by `ObjectFinder`; all other kinds of features are those of `cache`
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ class TaskInputs:
     Args:
         encoder: model whose features are measured; heads are trained on its device.
         data: images of the features.
-        train, test: features of the kind that the task needs; `train` is None if it needs no training images.
+        train, test: features of the kind that the task needs, or objects; `train` is None if it needs no training
+            images.
         settings: settings of the task.
         seed: random seed of heads, order of images and draws.
         has_progress_bar: show a progress bar.
@@ -59,7 +63,7 @@ class TaskInputs:
     encoder: Encoder
     data: LabelledData
     train: Features | None
-    test: Features
+    test: Features | ObjectFinder
     settings: object
     seed: int
     has_progress_bar: bool
@@ -71,7 +75,7 @@ class Task:
     """A task.
 
     Args:
-        kind: kind of features; see `encoding` and `objects`.
+        kind: kind of features; see `cache`.
         measure: function of the inputs that returns the numbers, and facts about them.
         reads_train: whether training images are encoded.
         unavailable_reason: function of encoder, data and prompts; returns why the task does not apply, None if it
@@ -199,10 +203,12 @@ def measure_zero_shot(inputs: TaskInputs) -> tuple[list[MetricValue], dict]:
 
 
 def measure_discovery(inputs: TaskInputs) -> tuple[list[MetricValue], dict]:
-    """CorLoc of the object found in each image."""
-    (layer,) = layer_numbers(inputs.settings.layer, inputs.encoder.num_layers, first=1)
-    measured, facts = measure_objects(inputs.test, iou_threshold=inputs.settings.iou_threshold)
-    return measured, {"layer": layer, **facts}
+    """CorLoc: share of annotated images whose object has an IoU of `iou_threshold` or more with a true box."""
+    ((settings,), (found,)) = inputs.test.settings, inputs.test.compute()
+    if not (ious := inputs.test.ious()):
+        raise ValueError("expected images with boxes, got none: check the column of boxes (--columns box=NAME)")
+    facts = {"layer": settings.layer, "mean_iou": found["mean_iou"], "num_degenerate": found["num_degenerate"]}
+    return [share_of_counts("corloc", found["num_hits"], len(ious))], facts
 
 
 def _top(scores: Tensor, truth: Tensor, classes: Tensor) -> list[MetricValue]:

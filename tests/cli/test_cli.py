@@ -75,7 +75,12 @@ def test_discover_measures_boxes_where_they_are_known_and_draws_them(model, phot
     done = run("discover", model, "--output", tmp_path / "scenes", "--num-images", 6, "--sweep")
     assert done.exit_code == 0, done.output
     assert "CorLoc" in done.output and "best of the sweep" in done.output
-    assert {path.name for path in (tmp_path / "scenes").iterdir()} == {"boxes.png", "discovery.json", "sweep.png"}
+    assert {path.name for path in (tmp_path / "scenes").iterdir()} == {
+        "boxes.png",
+        "discovery.json",
+        "objects",
+        "sweep.png",
+    }
     assert Image.open(tmp_path / "scenes" / "boxes.png").width > 300
     done = run("discover", model, photographs, "--output", tmp_path / "plain")
     assert done.exit_code == 0 and "CorLoc needs annotated boxes" in done.output

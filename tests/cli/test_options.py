@@ -23,9 +23,10 @@ OPTIONS = {
     "--force",
     "analyze": "--split --num-images --compare --trust-remote-code --probes --batch-size --seed --device --set "
     "--output",
-    "discover": "--annotations --split --num-images --trust-remote-code --sweep --device --set --output",
+    "discover": "--annotations --split --num-images --trust-remote-code --sweep --precision --workers --compile "
+    "--device --set --output",
     "evaluate": "--columns --annotations --split --num-images --compare --trust-remote-code --tasks --batch-size "
-    "--seed --device --set --output",
+    "--precision --workers --compile --seed --device --set --output",
     "card": "--reports --license --license-name --license-link --accept-license --output",
     "publish": "--reports --license --license-name --license-link --accept-license --revision --public --dry-run",
     "doctor": "",
@@ -53,7 +54,7 @@ def test_the_options_of_every_verb_are_a_list_that_changes_on_purpose():
     assert [command.callback.__name__ for command in cli.app.registered_commands] == list(OPTIONS)
     for verb, expected in OPTIONS.items():
         assert [name for name, _ in _options(verb)] == expected.split(), verb
-        assert len(expected.split()) <= 14
+        assert len(expected.split()) <= 15
 
 
 def test_panels_stand_in_one_order():
@@ -143,7 +144,10 @@ def test_what_cannot_exist_is_answered_without_loading_anything(tmp_path, monkey
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--batch-size", 0], "Invalid value for '--batch-size'"),
+        (["--batch-size", -1], "Invalid value for '--batch-size'"),
+        (["--workers", -1], "Invalid value for '--workers'"),
+        (["--precision", "bf16"], "expected a precision out of float32, bfloat16, float16, got 'bf16'"),
+        (["--device", "cuda:99"], "--device cuda:99"),
         (["--seed", -1], "Invalid value for '--seed'"),
         (["--device", "gpu"], "expected cpu, cuda"),
         (["--device", "meta:x"], "--device"),

@@ -120,9 +120,9 @@ def test_a_shard_ends_after_all_of_its_images_and_is_not_read_again():
     _run(images, first, shard_size=6)
     assert first.batches == [4, 1, 4]  # no batch reaches over the end of a shard
     assert [(shard.index, shard.numbers) for shard in first.shards] == [(0, range(6)), (1, range(6, 10))]
-    assert (
-        first.shards[0].unreadable == ["image 0: expected a PIL image, got a str"] and not first.shards[1].unreadable
-    )
+    lost, none = (shard.counts for shard in first.shards)
+    assert lost.unreadable == {0: "image 0: expected a PIL image, got a str"} and lost.num_images == 5
+    assert not none.unreadable and none.num_images == 4
     again, other = Kept(done={0}), Kept()
     _run(images, again, shard_size=6)
     assert list(again.tokens) == [6, 7, 8, 9] and [shard.index for shard in again.shards] == [1]
@@ -137,7 +137,7 @@ def test_images_with_features_that_are_not_finite_reach_no_consumer():
     kept = Kept()
     _, counts = _run([*images, Image.new("RGB", (32, 32))], kept, model=model, shard_size=4)
     assert list(kept.tokens) == list(range(5)) and counts.nonfinite == {5: "image 5"}
-    assert kept.shards[1].nonfinite == ["image 5"] and counts.num_images == 5 and counts.num_seen == 6
+    assert kept.shards[1].counts.nonfinite == {5: "image 5"} and counts.num_images == 5 and counts.num_seen == 6
 
 
 class _NotFinite(torch.nn.Module):

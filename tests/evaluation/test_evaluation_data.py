@@ -7,18 +7,20 @@ import torch
 from PIL import Image
 
 from modeling_vitreg import ViTWithRegistersModel
+from modeling_vitreg.encoding import run_pass
 from modeling_vitreg.evaluation import EncodingSettings, open_data
-from modeling_vitreg.evaluation.encoding import encode, fit_map
+from modeling_vitreg.evaluation.cache import FeatureCache
 from modeling_vitreg.evaluation.inputs import count_mask_classes, linear_inputs
 from modeling_vitreg.features import extract_features, load_encoder
 from modeling_vitreg.features.model_hash import hash_weights
+from modeling_vitreg.features.pixels import crop_map
 from modeling_vitreg.images import DataOptions, ImageSource, UnreadableImage
 from modeling_vitreg.images.labelled import FIRST_TEST_SCENE
 from modeling_vitreg.scenes import SEMANTIC_NAMES, SceneSettings, render_scene
 
 
 KINDS = ("pooled", "normed_patches", "raw_patches")
-QUIET = {"has_progress_bar": False, "num_threads": 2, "patch_precision": "float32"}
+QUIET = {"has_progress_bar": False, "workers": 0, "patch_precision": "float32"}
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +58,9 @@ def _labelled(dataset):
 
 def _encode(encoder, images, folder, *, kinds=KINDS, **settings):
     settings = EncodingSettings(**{**QUIET, **settings})
-    return encode(encoder, images, kinds=kinds, folder=folder, weights_hash="m", settings=settings)
+    cache = FeatureCache(encoder, folder, kinds=kinds, settings=settings, num_images=len(images))
+    run_pass(encoder, images, [cache], settings.for_pass())
+    return cache.compute()
 
 
 def test_scenes_have_exact_truth_and_test_images_that_lie_far_from_the_others():
@@ -145,7 +149,7 @@ def test_features_equal_those_of_one_pass_over_all_images(encoder, tmp_path):
         rows = torch.tensor([6, 0, 3, 3])
         torch.testing.assert_close(found[kind].take(name, rows), value[rows], rtol=1e-4, atol=1e-5)
     assert found["pooled"].load("labels").tolist() == [0, 1, 0, 1, 0, 1, 0]
-    masks = [fit_map(images[number].mask, (32, 32)) for number in range(7)]
+    masks = [crop_map(images[number].mask, (32, 32)) for number in range(7)]
     assert np.array_equal(found["normed_patches"].load("masks"), masks)
     assert found["raw_patches"].load("depths").shape == (7, 32, 32) and len(found["pooled"]) == 7
 
@@ -155,39 +159,39 @@ def test_a_map_is_cut_where_the_image_is(encoder):
         values = np.arange(sides[0] * sides[1], dtype=np.int32).reshape(sides) // 9 % 200
         image = Image.fromarray(values.astype(np.uint8)).convert("RGB")
         shown = encoder.prepare([image])[0, 0] * encoder.image_std[0] + encoder.image_mean[0]
-        fitted = fit_map(values, (32, 32))
+        fitted = crop_map(values, (32, 32))
         if sides[0] == 32:  # cut, not resized: the very pixels
             np.testing.assert_allclose(shown * 255, fitted, atol=0.01)
         assert fitted.shape == (32, 32) and np.corrcoef(shown.flatten(), fitted.flatten())[0, 1] > 0.5
-    assert np.array_equal(fit_map(np.eye(32, dtype=np.float32), (32, 32)), np.eye(32))
+    assert np.array_equal(crop_map(np.eye(32, dtype=np.float32), (32, 32)), np.eye(32))
 
 
 def test_what_is_encoded_is_not_encoded_again_and_another_kind_adds_its_files_only(encoder, tmp_path, monkeypatch):
     images = _labelled(_dataset())
     _encode(encoder, images, tmp_path, shard_size=3, kinds=["pooled"])
     calls = []
-    read = ImageSource.__getitem__
-    monkeypatch.setattr(ImageSource, "__getitem__", lambda self, number: calls.append(number) or read(self, number))
+    read = ImageSource.raw
+    monkeypatch.setattr(ImageSource, "raw", lambda self, number: calls.append(number) or read(self, number))
     _encode(encoder, images, tmp_path, shard_size=3, kinds=["pooled"])
     assert not calls
     _encode(encoder, images, tmp_path, shard_size=3, kinds=["pooled", "raw_patches"])
     assert sorted(calls) == list(range(7))
-    assert len(list(tmp_path.glob("*/*.pooled.safetensors"))) == 3 == len(list(tmp_path.glob("*/*.raw_patches.*")))
+    assert len(list(tmp_path.glob("*.pooled.safetensors"))) == 3 == len(list(tmp_path.glob("*.raw_patches.*")))
 
 
 def test_an_interrupted_pass_goes_on_and_ends_with_the_same_features(encoder, tmp_path, monkeypatch):
-    images, read = _labelled(_dataset()), ImageSource.__getitem__
+    images, read = _labelled(_dataset()), ImageSource.raw
 
     def stop(self, number):
         if number == 5:
             raise KeyboardInterrupt
         return read(self, number)
 
-    monkeypatch.setattr(ImageSource, "__getitem__", stop)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(ImageSource, "raw", stop)
+    with pytest.raises(RuntimeError, match="6 files of features are missing"):
         _encode(encoder, images, tmp_path / "a", shard_size=2, batch_size=2)
-    assert len(list((tmp_path / "a").glob("*/*"))) == 2 * 3  # two whole shards of three kinds, and no part of one
-    monkeypatch.setattr(ImageSource, "__getitem__", read)
+    assert len(list((tmp_path / "a").glob("*"))) == 2 * 3  # two whole shards of three kinds, and no part of one
+    monkeypatch.setattr(ImageSource, "raw", read)
     resumed = _encode(encoder, images, tmp_path / "a", shard_size=2, batch_size=2)
     whole = _encode(encoder, images, tmp_path / "b", shard_size=2, batch_size=2)
     for kind in KINDS:
@@ -196,22 +200,24 @@ def test_an_interrupted_pass_goes_on_and_ends_with_the_same_features(encoder, tm
 
 
 def test_unreadable_images_and_maps_are_counted_and_left_out(encoder, tmp_path, monkeypatch):
-    images, read = _labelled(_dataset()), ImageSource.__getitem__
+    images, read = _labelled(_dataset()), ImageSource.raw
 
     def spoil(self, number):
         if number in (1, 4, 5, 6):
             raise UnreadableImage(f"image {number}", "truncated")
         return read(self, number)
 
-    monkeypatch.setattr(ImageSource, "__getitem__", spoil)
+    monkeypatch.setattr(ImageSource, "raw", spoil)
     found = _encode(encoder, images, tmp_path, shard_size=4)["pooled"]  # nothing is left of the second shard
-    assert found.counts() == {
+    assert found.counts.describe() == {
         "num_images": 3,
         "num_unreadable": 4,
         "num_nonfinite": 0,
         "unreadable": [f"image {number}: truncated" for number in (1, 4, 5, 6)],
         "nonfinite": [],
         "notes": [],
+        "is_complete": True,
+        "stopped_by": None,
     }
     assert found.load("labels").tolist() == [0, 0, 1] and found.load("numbers").tolist() == [0, 2, 3]
 
@@ -222,7 +228,7 @@ def test_a_broken_mask_makes_its_image_unreadable_and_stops_nothing(encoder, tmp
     rows[1]["mask"] = {"bytes": b"no picture", "path": None}
     images = _labelled(datasets.Dataset.from_list(rows, features=dataset.features))
     assert len(images.dataset_hash) == 16 and images.dataset_hash != _labelled(dataset).dataset_hash
-    (line,) = _encode(encoder, images, tmp_path)["pooled"].unreadable
+    (line,) = _encode(encoder, images, tmp_path)["pooled"].counts.unreadable.values()
     assert line.startswith("image 1: mask: ")
 
 
@@ -235,7 +241,7 @@ def test_features_that_are_not_finite_are_counted_and_large_ones_do_not_overflow
     with torch.no_grad():
         encoder.layers[-1].mlp.fc2.bias.fill_(torch.nan)
     found = _encode(encoder, images, tmp_path / "nan", kinds=["raw_patches"])["raw_patches"]
-    assert found.counts()["num_nonfinite"] == 7 and len(found) == 0
+    assert len(found.counts.nonfinite) == 7 and len(found) == 0
 
 
 def test_the_fingerprint_of_a_model_changes_with_weights_and_settings_only(tiny, tmp_path):
@@ -251,7 +257,7 @@ def test_the_fingerprint_of_a_model_changes_with_weights_and_settings_only(tiny,
 
 
 def test_settings_out_of_range_are_refused(encoder, tmp_path):
-    with pytest.raises(ValueError, match="1 or more for batch_size"):
+    with pytest.raises(ValueError, match="batch_size of 1 or more, got 0"):
         EncodingSettings(batch_size=0)
     with pytest.raises(ValueError, match="float16 or float32, got 'int8'"):
         EncodingSettings(patch_precision="int8")
@@ -283,4 +289,4 @@ def test_classes_of_masks_without_names_are_counted(encoder, tmp_path):
     assert count_mask_classes([features, features], ignore_index=255) == 3
     with pytest.raises(ValueError, match="two classes or more, got 0 as the largest"):
         black = _labelled(_dataset(2, mask=[Image.new("L", (40, 32))] * 2))
-        count_mask_classes([_encode(encoder, black, tmp_path)["normed_patches"]], ignore_index=255)
+        count_mask_classes([_encode(encoder, black, tmp_path / "black")["normed_patches"]], ignore_index=255)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from modeling_vitreg import ViTWithRegistersModel
 from modeling_vitreg.discovery import DiscoverySettings, discover
-from modeling_vitreg.discovery.measurement import Measurement
+from modeling_vitreg.discovery.finder import ObjectFinder
 from modeling_vitreg.evaluation import EncodingSettings, EvaluationSettings, compare, evaluate, open_data
 from modeling_vitreg.evaluation.intervals import wilson_interval
 from modeling_vitreg.features import load_encoder
@@ -24,7 +24,7 @@ from modeling_vitreg.scenes import SceneSettings
 
 
 NUM_SCENES = 20
-ENCODING = EncodingSettings(has_progress_bar=False, shard_size=8, num_threads=1)
+ENCODING = EncodingSettings(has_progress_bar=False, shard_size=8, workers=0)
 SETTINGS = EvaluationSettings(encoding=ENCODING)
 
 
@@ -87,23 +87,23 @@ def test_a_result_names_the_settings_that_its_method_reads_and_no_others(encoder
 
 
 def test_a_pass_that_is_stopped_goes_on_and_gives_the_same_number(encoder, scenes, tmp_path, monkeypatch):
-    read, seen = Measurement.read, []
+    update, seen = ObjectFinder.update, []
 
-    def count(self, images, number):
-        seen.append(number)
-        return read(self, images, number)
+    def count(self, batch):
+        seen.extend(batch.numbers.tolist())
+        update(self, batch)
 
-    def stop(self, images, number):
-        if number == 18:
+    def stop(self, batch):
+        if 18 in batch.numbers:
             raise KeyboardInterrupt
-        return read(self, images, number)
+        update(self, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Measurement, "read", stop)
+        patch.setattr(ObjectFinder, "update", stop)
         report = _run(encoder, scenes, tmp_path / "a", tasks=("knn", "discovery"))
-    assert report.stopped_by == "stopped by hand" and [result["task"] for result in report.results] == ["knn"]
-    assert len(list((tmp_path / "a" / "features").rglob("*.objects.safetensors"))) == 2
-    monkeypatch.setattr(Measurement, "read", count)
+    assert report.stopped_by.startswith("stopped by hand") and not report.results
+    assert len(list((tmp_path / "a" / "features").rglob("*.objects.json"))) == 2
+    monkeypatch.setattr(ObjectFinder, "update", count)
     resumed = _run(encoder, scenes, tmp_path / "a", tasks=("knn", "discovery"))
     assert seen == [16, 17, 18, 19]  # the shard it was in
     whole = _run(encoder, scenes, tmp_path / "b", tasks=("knn", "discovery"))

@@ -33,7 +33,7 @@ from modeling_vitreg.reports import read_report, write_report
 
 ALL = ("knn", "linear", "logistic", "segmentation", "depth")
 SETTINGS = EvaluationSettings(
-    encoding=EncodingSettings(has_progress_bar=False, shard_size=32, num_threads=2),
+    encoding=EncodingSettings(has_progress_bar=False, shard_size=32, workers=0),
     linear=LinearSettings(num_steps=20, learning_rates=(0.01, 0.1)),
     logistic=LogisticSettings(num_strengths=3, max_steps=20),
     segmentation=SegmentationSettings(num_steps=5),

@@ -45,6 +45,7 @@ def test_help_names_no_older_option_and_has_the_panels_of_the_command_line(parse
         (["--eval-evry", "3"], "did you mean '--eval-every'"),
         (["--save-every", "0"], "--save-every is 1 or more, got 0"),
         (["--micro-batch=-2"], "--micro-batch is 1 or more, got -2"),
+        (["--workers=-1"], "--workers is 0 or more, got -1"),
     ],
 )
 def test_wrong_options_are_refused(parse, capsys, command, message):

@@ -80,7 +80,7 @@ def _evaluate(folder: pathlib.Path):
     from modeling_vitreg import evaluation
 
     quick = evaluation.EvaluationSettings(
-        encoding=evaluation.EncodingSettings(has_progress_bar=False, shard_size=32, num_threads=1),
+        encoding=evaluation.EncodingSettings(has_progress_bar=False, shard_size=32, workers=0),
         linear=evaluation.LinearSettings(num_steps=20, learning_rates=(0.01, 0.1)),
         logistic=evaluation.LogisticSettings(num_strengths=3, max_steps=20),
         segmentation=evaluation.SegmentationSettings(num_steps=5),

@@ -68,6 +68,7 @@ ALLOWED[3] = ALLOWED[2]
 ALLOWED[4] = {"torch", "typer"}
 ALLOWED_IN_FILE = {
     "image_processing_vitreg.py": {"numpy", "PIL"},
+    "cli/processes.py": {"accelerate", "psutil"},  # where accelerate has started the command
     "cards/licences.py": {"yaml"},
     "cards/probe.py": {"peft"},
     "cards/card.py": {"jinja2"},
