@@ -232,6 +232,7 @@ def make_loader(run: Run, source, objective: Objective, metadata: dict) -> ViewL
             state=state,
             max_unreadable_share=run.options.max_unreadable,
             pin_memory=run.accelerator.device.type == "cuda",
+            changes_colors=run.accelerator.device.type == "cpu",  # where workers have the only free cores
         )
     except ValueError as error:
         raise SystemExit(f"{run.folder}: {error}") from None

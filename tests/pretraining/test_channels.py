@@ -9,6 +9,7 @@ import pytest
 import torch
 import training_program
 import yaml
+from colored_views import ColoredCrop
 from PIL import Image
 
 from modeling_vitreg import ViTWithRegistersConfig, ViTWithRegistersForImageClassification, ViTWithRegistersModel
@@ -16,7 +17,7 @@ from modeling_vitreg.features import load_encoder
 from modeling_vitreg.images import DataOptions, ImageSource
 from modeling_vitreg.pretraining.build import make_config, make_objective
 from modeling_vitreg.pretraining.run.recipe import make_recipe
-from modeling_vitreg.pretraining.views.crops import CropSettings, MapCrop, MultiCrop
+from modeling_vitreg.pretraining.views.crops import CropSettings, MultiCrop
 from modeling_vitreg.pretraining.views.loader import ViewLoader
 from modeling_vitreg.pretraining.views.masking import MaskMaker
 
@@ -34,7 +35,7 @@ def _cells(*channels: int) -> np.ndarray:
 
 def _views(settings: CropSettings, image: Image.Image, num_channels: int) -> torch.Tensor:
     torch.manual_seed(3)
-    return MultiCrop(settings, num_channels=num_channels)(image)["global_views"]
+    return ColoredCrop(settings, num_channels=num_channels)(image)["global_views"]
 
 
 @pytest.mark.parametrize("cut", ["resized", "simple", "zoomed"])
@@ -73,7 +74,7 @@ def test_a_view_beyond_the_image_is_grey_and_transparent(num_channels, colour):
 def test_maps_are_cut_with_an_image_of_any_channels(num_channels):
     image = Image.fromarray(np.dstack([_cells(3), _cells()]) if num_channels == 4 else _cells())
     settings = CropSettings(**ONE_VIEW, color_augmentation="none", cut="zoomed")
-    views = MapCrop(settings, num_channels=num_channels)(image, mask=_cells().astype(np.int32) // 200)
+    views = MultiCrop(settings, num_channels=num_channels)(image, mask=_cells().astype(np.int32) // 200)
     assert views["global_views"].shape == (1, num_channels, 32, 32)
     assert views["semantic_masks"].shape == (1, 32, 32)
 

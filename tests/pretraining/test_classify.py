@@ -13,6 +13,7 @@ import timm.utils
 import torch
 import training_program
 import yaml
+from colored_views import ColoredCrop
 from PIL import Image, ImageFilter, ImageOps
 from test_remote_code import run_without_the_package
 from torchvision.transforms import v2
@@ -28,7 +29,7 @@ from modeling_vitreg.pretraining.objectives.classify import (
 )
 from modeling_vitreg.pretraining.run.lamb import Lamb
 from modeling_vitreg.pretraining.run.recipe import Recipe
-from modeling_vitreg.pretraining.views.crops import CropSettings, MultiCrop
+from modeling_vitreg.pretraining.views.crops import CropSettings
 from modeling_vitreg.scenes import SceneSettings, render_scene
 
 
@@ -222,7 +223,7 @@ def test_simple_crops_and_three_augment_do_what_deit_iii_says(photograph):
         num_global=1, num_local=0, global_size=64, cut="simple", color_augmentation="none", flip=0.0
     )
     torch.manual_seed(0)
-    (view,) = MultiCrop(settings)(photograph)["global_views"]
+    (view,) = ColoredCrop(settings)(photograph)["global_views"]
     whole = v2.functional.resize(
         v2.functional.pil_to_tensor(photograph), 64, v2.InterpolationMode.BICUBIC, antialias=True
     )
@@ -233,7 +234,7 @@ def test_simple_crops_and_three_augment_do_what_deit_iii_says(photograph):
     torch.manual_seed(0)
     gray = 0
     for _ in range(60):
-        (view,) = MultiCrop(settings)(photograph)["global_views"]
+        (view,) = ColoredCrop(settings)(photograph)["global_views"]
         gray += bool((view[0] == view[1]).all())
     assert 10 <= gray <= 30  # one of three
 
@@ -248,7 +249,7 @@ def test_each_part_of_three_augment_is_what_deit_does_with_pillow(photograph):
         "blurred": [np.asarray(small.filter(ImageFilter.GaussianBlur(radius))) for radius in radii],
     }
     size = {"num_global": 1, "num_local": 0, "global_size": 96, "global_scale": (1.0, 1.0), "flip": 0.0}
-    crop = MultiCrop(CropSettings(**size, color_augmentation="three", color_jitter=(0.0, 0.0, 0.0, 0.0)))
+    crop = ColoredCrop(CropSettings(**size, color_augmentation="three", color_jitter=(0.0, 0.0, 0.0, 0.0)))
     torch.manual_seed(0)
     found = collections.Counter()
     for _ in range(60):

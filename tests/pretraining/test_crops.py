@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from colored_views import ColoredCrop
 from PIL import Image
 from torch import Tensor
 
-from modeling_vitreg.pretraining.views.crops import CropSettings, MultiCrop
+from modeling_vitreg.pretraining.views.crops import CropSettings
 
 
 SIDE = 256
@@ -35,7 +36,7 @@ def _share_of_image(view: Tensor) -> float:
 
 
 def test_views_have_their_numbers_and_sizes_and_are_bytes(photograph):
-    crop = MultiCrop(CropSettings(num_global=3, num_local=5, global_size=48, local_size=24))
+    crop = ColoredCrop(CropSettings(num_global=3, num_local=5, global_size=48, local_size=24))
     views = crop(photograph)
     assert views["global_views"].shape == (3, 3, 48, 48)
     assert views["local_views"].shape == (5, 3, 24, 24)
@@ -43,17 +44,17 @@ def test_views_have_their_numbers_and_sizes_and_are_bytes(photograph):
 
 
 def test_without_local_views_there_is_no_entry_for_them(photograph):
-    assert set(MultiCrop(CropSettings(num_local=0, global_size=32))(photograph)) == {"global_views"}
+    assert set(ColoredCrop(CropSettings(num_local=0, global_size=32))(photograph)) == {"global_views"}
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
 def test_images_of_any_mode_become_three_channels(photograph, mode):
-    views = MultiCrop(CropSettings(num_local=0, global_size=32))(photograph.convert(mode))
+    views = ColoredCrop(CropSettings(num_local=0, global_size=32))(photograph.convert(mode))
     assert views["global_views"].shape == (2, 3, 32, 32)
 
 
 def test_the_global_generator_of_torch_decides_the_views(photograph):
-    crop = MultiCrop(CropSettings(**SMALL))
+    crop = ColoredCrop(CropSettings(**SMALL))
     draws = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
@@ -64,14 +65,14 @@ def test_the_global_generator_of_torch_decides_the_views(photograph):
 
 
 def test_views_of_one_image_differ(photograph):
-    views = MultiCrop(CropSettings(**SMALL))(photograph)
+    views = ColoredCrop(CropSettings(**SMALL))(photograph)
     for group in views.values():
         assert len({view.numpy().tobytes() for view in group}) == len(group)
 
 
 def test_crops_show_the_share_of_the_image_that_they_are_told_to():
     scales = {"global_scale": (0.4, 0.8), "local_scale": (0.05, 0.2)}
-    crop, image = MultiCrop(CropSettings(num_global=20, num_local=20, **SMALL, **scales, **PLAIN)), _coordinates()
+    crop, image = ColoredCrop(CropSettings(num_global=20, num_local=20, **SMALL, **scales, **PLAIN)), _coordinates()
     for name, (low, high) in (("global_views", (0.4, 0.8)), ("local_views", (0.05, 0.2))):
         shares = torch.tensor([_share_of_image(view) for _ in range(6) for view in crop(image)[name]])
         assert low * 0.93 < shares.min() < low + 0.1 * (high - low)
@@ -82,7 +83,7 @@ def test_crops_show_the_share_of_the_image_that_they_are_told_to():
 
 def test_a_crop_of_the_whole_square_image_is_the_image_resized():
     settings = CropSettings(num_global=1, num_local=0, global_size=64, global_scale=(1.0, 1.0), **PLAIN)
-    whole = [MultiCrop(settings)(_coordinates())["global_views"][0] for _ in range(20)]
+    whole = [ColoredCrop(settings)(_coordinates())["global_views"][0] for _ in range(20)]
     # Whatever is drawn has aspect 1 or does not fit; then the largest crop of an allowed aspect is taken.
     assert max(_share_of_image(view) for view in whole) == pytest.approx(1, abs=0.02)
 
@@ -92,7 +93,7 @@ def test_each_probability_is_the_share_of_views_that_it_changes():
     whole = {"global_scale": (1.0, 1.0), "local_scale": (1.0, 1.0), "global_size": 64, "local_size": 64}
 
     def share(changes: dict, *, of: str, number: int | None = None, is_changed) -> float:
-        crop = MultiCrop(CropSettings(num_global=3, num_local=2, **{**whole, **PLAIN, **changes}))
+        crop = ColoredCrop(CropSettings(num_global=3, num_local=2, **{**whole, **PLAIN, **changes}))
         views = torch.cat([crop(image)[of][slice(number)] for _ in range(num_draws)])
         return sum(bool(is_changed(view)) for view in views) / len(views)
 
@@ -120,7 +121,7 @@ def test_each_probability_is_the_share_of_views_that_it_changes():
 
 def test_solarisation_inverts_what_is_bright():
     settings = CropSettings(num_global=2, num_local=0, global_size=16, **{**PLAIN, "solarize": 1.0})
-    views = MultiCrop(settings)(Image.new("RGB", (32, 32), (200, 60, 128)))["global_views"]
+    views = ColoredCrop(settings)(Image.new("RGB", (32, 32), (200, 60, 128)))["global_views"]
     assert views[0, :, 0, 0].tolist() == [200, 60, 128]
     assert views[1, :, 0, 0].tolist() == [55, 60, 127]
 
@@ -130,7 +131,7 @@ def test_each_kind_of_view_has_its_own_probability_of_blur(blurred):
     blur = tuple(float(kind == blurred) for kind in range(3))
     changes = {"blur": blur, "global_scale": (1.0, 1.0), "local_scale": (1.0, 1.0)}
     settings = CropSettings(num_global=3, num_local=3, global_size=64, local_size=64, **{**PLAIN, **changes})
-    image, crop = _noise(), MultiCrop(settings)
+    image, crop = _noise(), ColoredCrop(settings)
     views = [crop(image) for _ in range(8)]
     kinds = [
         torch.stack([view["global_views"][0] for view in views]),
@@ -144,13 +145,13 @@ def test_each_kind_of_view_has_its_own_probability_of_blur(blurred):
 
 def test_a_flip_mirrors_columns_and_keeps_rows():
     changes = {**PLAIN, "flip": 1.0}
-    view = MultiCrop(CropSettings(num_global=1, num_local=0, global_size=32, **changes))(_coordinates())[
+    view = ColoredCrop(CropSettings(num_global=1, num_local=0, global_size=32, **changes))(_coordinates())[
         "global_views"
     ][0]
     assert (view[0].float().diff(dim=1) < 0).all()
     assert (view[1].float().diff(dim=0) > 0).all()
     flipped = [
-        MultiCrop(CropSettings(num_global=20, num_local=0, global_size=32, **{**PLAIN, "flip": 0.5}))(_coordinates())
+        ColoredCrop(CropSettings(num_global=20, num_local=0, global_size=32, **{**PLAIN, "flip": 0.5}))(_coordinates())
         for _ in range(10)
     ]
     shares = torch.cat([views["global_views"] for views in flipped])[:, 0, 0].float()
@@ -162,7 +163,7 @@ def test_one_global_view_without_colours_is_what_mae_takes():
         num_global=1, num_local=0, global_size=32, global_scale=(0.2, 1.0), **{**PLAIN, "flip": 0.5}
     )
     colour = (13, 200, 77)
-    views = MultiCrop(settings)(Image.new("RGB", (50, 40), colour))
+    views = ColoredCrop(settings)(Image.new("RGB", (50, 40), colour))
     assert views["global_views"].shape == (1, 3, 32, 32)
     assert torch.equal(
         views["global_views"][0], torch.tensor(colour, dtype=torch.uint8)[:, None, None].expand(3, 32, 32)

@@ -30,7 +30,7 @@ from modeling_vitreg.pretraining.objectives.dense import (
     SegmentationSettings,
 )
 from modeling_vitreg.pretraining.run.recipe import Recipe
-from modeling_vitreg.pretraining.views.crops import CropSettings, MapCrop
+from modeling_vitreg.pretraining.views.crops import CropSettings, MultiCrop
 from modeling_vitreg.scenes import SEMANTIC_NAMES
 
 
@@ -71,7 +71,7 @@ def test_a_map_is_cut_where_its_image_is(cut):
     # Blocks of 16 pixels: class and depth are the red of the image, so that cut maps can be read off the cut image.
     classes = torch.randint(1, 5, (6, 8)).repeat_interleave(16, dim=0).repeat_interleave(16, dim=1).numpy()
     image = Image.fromarray(np.stack([classes * 50, classes * 0, classes * 0], axis=-1).astype(np.uint8))
-    crop = MapCrop(dataclasses.replace(ONE_VIEW, global_size=64, flip=0.5, **CUTS[cut]))
+    crop = MultiCrop(dataclasses.replace(ONE_VIEW, global_size=64, flip=0.5, **CUTS[cut]))
     num_padded = 0
     for _ in range(20):
         found = crop(image, mask=classes.astype(np.int32), depth=classes.astype(np.float32) / 4)

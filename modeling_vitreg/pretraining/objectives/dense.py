@@ -27,7 +27,7 @@ from modeling_vitreg.modeling_vitreg import (
     scale_invariant_loss,
 )
 
-from ..views.crops import IGNORED, CropSettings, MapCrop
+from ..views.crops import IGNORED, CropSettings
 from .adaptation import AdaptationSettings
 from .head_objective import HeadObjective, name_classes
 from .objective import TARGETS, DataSummary, Objective, Panel
@@ -119,11 +119,6 @@ class DensePrediction(HeadObjective):
         for name in getattr(self.model, "_ddp_params_and_buffers_to_ignore", ()):  # a norm that the head does not read
             self.model.get_parameter(name).requires_grad_(False)
         self.adapt_backbone()
-
-    @property
-    def make_views(self) -> MapCrop:
-        """See `Objective`; maps are cut with their image."""
-        return MapCrop(self.crops, num_channels=self.encoder.config.num_channels)
 
     def forward(self, batch: dict[str, Tensor], *, step: int) -> dict[str, Tensor]:
         """The loss of the pixels, as `total`.

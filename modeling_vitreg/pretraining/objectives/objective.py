@@ -21,6 +21,7 @@ from modeling_vitreg.modeling_vitreg import ViTWithRegistersLayer, ViTWithRegist
 from modeling_vitreg.settings import make_settings
 
 from ..run.recipe import Recipe
+from ..views.colors import change_colors
 from ..views.crops import CropSettings, MultiCrop
 from ..views.masking import MaskSettings
 
@@ -234,14 +235,23 @@ class Objective(nn.Module, abc.ABC):
         compile_layers(self)
 
     def to_device(self, batch: dict, *, device: torch.device, mean: list, std: list) -> dict[str, Tensor]:
-        """Move a batch of `ViewLoader` and normalise its views: uint8 (V, B, 3, h, w) to float32."""
+        """Move a batch of `ViewLoader`, change the colours of its views and normalise them.
+
+        Views are uint8 (V, B, 3, h, w) and become float32; nothing waits for the device.
+        """
         # (x / 255 - mean) / std in two operations in place.
-        scale = 1 / (255 * torch.tensor(std, device=device).view(-1, 1, 1))
-        shift = torch.tensor(mean, device=device).view(-1, 1, 1) * 255 * scale
+        scale = 1 / (255 * torch.tensor(std).view(-1, 1, 1))
+        shift = torch.tensor(mean).view(-1, 1, 1) * 255 * scale
+        scale, shift = (values.to(device, non_blocking=True) for values in (scale, shift))
         moved = {}
-        for name in ("global_views", "local_views"):
-            if name in batch:
-                moved[name] = batch[name].to(device, non_blocking=True).float().mul_(scale).sub_(shift)
+        for kind in ("global", "local"):
+            if f"{kind}_views" not in batch:
+                continue
+            views = batch[f"{kind}_views"].to(device, non_blocking=True)
+            if f"{kind}_colors" in batch:  # of a CPU, workers have changed them
+                changes = batch[f"{kind}_colors"].flatten(0, 1)
+                views = change_colors(views.flatten(0, 1), changes).unflatten(0, views.shape[:2])
+            moved[f"{kind}_views"] = views.float().mul_(scale).sub_(shift)
         for name in TARGETS.values():
             if name in batch:
                 moved[name] = batch[name].to(device, non_blocking=True)

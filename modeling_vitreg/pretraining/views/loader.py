@@ -10,32 +10,22 @@ Letters: B images of a micro-batch, V views, P patches, G images of a step in al
 from __future__ import annotations
 
 import collections
-import dataclasses
 import functools
 import itertools
 import math
 import signal
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from modeling_vitreg.images import (
-    AnnotatedImage,
-    ImageSource,
-    ImageStream,
-    UnreadableImage,
-    derive_seed,
-    read_annotated,
-)
+from modeling_vitreg.images import ImageSource, ImageStream
+
+from .batches import SEED_OF_ORDER, BatchBuilder, BatchSpec, require
 
 
-# First words of seeds, so that order, views and masks are independent of each other.
-_ORDER, _VIEWS, _MASKS = range(3)
-_NUM_TRIES = 100  # images that may stand in for an unreadable one
 _NUM_CANDIDATES = 8  # of a stream's micro-batch, so that a broken image has a substitute even in one of one image
 _NUM_SEEN = 200  # images before a share of unreadable ones says something
 _NUM_STATES = 16  # steps whose states are kept
@@ -83,6 +73,8 @@ class ViewLoader:
         max_unreadable_share: of the images seen, at least 200 of them; above it the loader stops. 0: it stops at the
             first.
         pin_memory: see `torch.utils.data.DataLoader`.
+        changes_colors: workers change the colours of views as `make_views` drew them. Else the changes come with the
+            views, for `Objective.to_device`, which is far faster on anything but a CPU.
 
     Raises:
         ValueError: a number outside its range; a state of other data, another seed or another step.
@@ -107,16 +99,17 @@ class ViewLoader:
         state: dict | None = None,
         max_unreadable_share: float = 0.05,
         pin_memory: bool = False,
+        changes_colors: bool = False,
     ):
         counts = {"micro_batch_size": micro_batch_size, "num_accumulations": num_accumulations}
         for name, count in (counts | {"num_repeats": num_repeats, "num_processes": num_processes}).items():
-            _require(_is_count(count) and count > 0, f"{name} is a positive integer, got {count!r}")
+            require(_is_count(count) and count > 0, f"{name} is a positive integer, got {count!r}")
         for name, count in {"seed": seed, "num_workers": num_workers, "first_step": first_step}.items():
-            _require(_is_count(count), f"{name} is 0 or a positive integer, got {count!r}")
-        _require(_is_count(rank) and rank < num_processes, f"rank is in 0 ... {num_processes - 1}, got {rank!r}")
-        _require(0 <= max_unreadable_share <= 1, f"max_unreadable_share is in 0 ... 1, got {max_unreadable_share!r}")
+            require(_is_count(count), f"{name} is 0 or a positive integer, got {count!r}")
+        require(_is_count(rank) and rank < num_processes, f"rank is in 0 ... {num_processes - 1}, got {rank!r}")
+        require(0 <= max_unreadable_share <= 1, f"max_unreadable_share is in 0 ... 1, got {max_unreadable_share!r}")
         self._stream = source if isinstance(source, ImageStream) else None
-        _require(self._stream is not None or len(source) > 0, "the source holds no images")
+        require(self._stream is not None or len(source) > 0, "the source holds no images")
         self._source = source
         self._builder = BatchBuilder(
             source=None if self._stream else source,
@@ -128,6 +121,7 @@ class ViewLoader:
             rank=rank,
             num_processes=num_processes,
             seed=seed,
+            changes_colors=changes_colors,
         )
         self._num_accumulations, self._num_repeats = num_accumulations, num_repeats
         self._num_workers, self._pin_memory = num_workers, pin_memory
@@ -192,14 +186,14 @@ class ViewLoader:
         """The stream's part of a state."""
         if state is None:
             is_lost = self._stream is not None and self._first_step > 0
-            _require(
+            require(
                 not is_lost, f"first_step={self._first_step} of a stream needs the state after step first_step - 1"
             )
             return None
         expected = {"step": self._first_step - 1, **self._settings()}
         found = {name: state.get(name) for name in expected}
         differing = ", ".join(f"{name} {expected[name]!r}, got {found[name]!r}" for name in expected)
-        _require(
+        require(
             found == expected,
             f"the state belongs to another run: expected {differing}. Resume with the same data and settings, at the "
             "step after the one that was saved",
@@ -244,97 +238,6 @@ class ViewLoader:
                 ahead.popleft()
 
 
-class BatchSpec(NamedTuple):
-    """Which images a micro-batch holds."""
-
-    step: int
-    micro: int
-    numbers: range
-    keys: list  # indices, or raw images
-
-
-@dataclasses.dataclass(frozen=True)
-class BatchBuilder:
-    """Makes a batch from its specification, in a worker."""
-
-    source: ImageSource | None
-    num_channels: int
-    make_views: Callable[..., dict[str, Tensor]]
-    make_masks: Callable[..., Tensor] | None
-    make_text: Callable[[str], Tensor] | None
-    micro_batch_size: int
-    rank: int
-    num_processes: int
-    seed: int
-
-    def __getitem__(self, spec: BatchSpec) -> dict:
-        batch, labels, texts, unreadable, notes = {}, [], [], [], []
-        for place, number in enumerate(spec.numbers):
-            raw, found, problems = self._read(spec.keys, place)
-            views = self._cut(found, number)
-            if not batch:
-                shapes = {
-                    name: (view.shape[0], self.micro_batch_size, *view.shape[1:]) for name, view in views.items()
-                }
-                batch = {name: torch.empty(shape, dtype=views[name].dtype) for name, shape in shapes.items()}
-            made = {name: tuple(view.shape) for name, view in views.items()}
-            expected = {name: (*view.shape[:1], *view.shape[2:]) for name, view in batch.items()}
-            _require(made == expected, f"make_views returned {made} after {expected}; all images need the same shapes")
-            for name, view in views.items():
-                batch[name][:, place] = view  # [V, ...] -> [V, B, ...]
-            labels.append(-1 if raw["label"] is None else raw["label"])
-            if self.make_text is not None:
-                texts.append(self.make_text(raw["text"]))
-            unreadable += [(problem.name, problem.reason) for problem in problems[:1]]
-            notes += [(found.name, note) for note in found.notes]
-        captions = {"texts": torch.stack(texts)} if texts else {}
-        masks = {} if self.make_masks is None else {"masks": self._mask(spec)}
-        counts = {"labels": torch.tensor(labels), "numbers": torch.tensor(spec.numbers)}
-        return {**batch, **masks, **captions, **counts, "unreadable": unreadable, "notes": notes}
-
-    def _read(self, keys: list, place: int) -> tuple[dict, AnnotatedImage, list[UnreadableImage]]:
-        problems = []
-        for key in self._candidates(keys, place):
-            raw = key if self.source is None else self.source.raw(key)
-            try:
-                return raw, read_annotated(raw, num_channels=self.num_channels), problems
-            except UnreadableImage as problem:
-                problems.append(problem)
-        raise RuntimeError(
-            f"ViewLoader: none of {len(problems)} images in a row can be read; the first: {problems[0]}. "
-            "Check that the source is complete and readable."
-        )
-
-    def _candidates(self, keys: list, place: int) -> Iterator:
-        if self.source is None:
-            return iter(keys[place:] + keys[:place])
-        num_tries = min(_NUM_TRIES, len(self.source))
-        return ((keys[place] + step) % len(self.source) for step in range(num_tries))
-
-    def _cut(self, found: AnnotatedImage, number: int) -> dict[str, Tensor]:
-        with torch.random.fork_rng(devices=[]):
-            # Not torch.manual_seed, which would also reset the generators of the accelerators, on which models run.
-            torch.default_generator.manual_seed(derive_seed(_VIEWS, self.seed, number))
-            try:
-                return self.make_views(found.image, **found.maps)
-            except Exception as error:
-                raise RuntimeError(
-                    f"ViewLoader: make_views failed on image number {number}, {found.name}, {found.image.width} x "
-                    f"{found.image.height} pixels: {type(error).__name__}: {error}"
-                ) from error
-
-    def _mask(self, spec: BatchSpec) -> Tensor:
-        num_images = self.num_processes * self.micro_batch_size
-        generator = torch.Generator().manual_seed(derive_seed(_MASKS, self.seed, spec.step, spec.micro))
-        masks = self.make_masks(num_images, generator=generator)
-        _require(
-            masks.ndim == 3 and masks.shape[1] == num_images and masks.dtype == torch.bool,
-            f"make_masks returned {masks.dtype} {tuple(masks.shape)}; expected bool (views, {num_images}, patches)",
-        )
-        first = self.rank * self.micro_batch_size
-        return masks[:, first : first + self.micro_batch_size].clone()  # [V, num_images, P] -> [V, B, P]
-
-
 class UnreadableCounter:
     """Counts images that were seen and those of them that were unreadable."""
 
@@ -376,7 +279,7 @@ def _take(batches: Iterator[dict]) -> dict:
 
 @functools.lru_cache(maxsize=2)
 def _permute(length: int, seed: int, turn: int) -> np.ndarray:
-    return np.random.default_rng([_ORDER, seed, turn]).permutation(length)
+    return np.random.default_rng([SEED_OF_ORDER, seed, turn]).permutation(length)
 
 
 def _keep(batch: dict) -> dict:
@@ -390,11 +293,6 @@ def _ignore_interrupts(worker: int) -> None:
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _require(is_true: bool, message: str) -> None:
-    if not is_true:
-        raise ValueError(f"ViewLoader: {message}.")
 
 
 __all__ = ["ViewLoader"]
