@@ -4,26 +4,33 @@
     pip install lightly
     python benchmarks/views.py --dinov2 dinov2
 
-Photographs that scikit-image brings along, already decoded, give two views of 224 and eight of 98 pixels each. The
-programs have the same sizes, scales, colours and probabilities, those of the blur among them: the class of dinov2
-blurs with one minus the probability that it is told, and the others are told what it does. They take turns, on one
-thread; the figures are medians over rounds, in seconds of CPU time, which hardly depend on who else uses the machine.
+Photographs that scikit-image brings along, already decoded, give two views of 224 and eight of 96 pixels each;
+`--jpeg` starts from JPEG files of 500 x 375 pixels. The programs have the same sizes, scales, colours and
+probabilities, those of the blur among them: the class of dinov2 blurs with one minus the probability that it is told,
+and the others are told what it does. They take turns, on one thread; the figures are medians over rounds, in seconds
+of CPU time, which depend less than the wall clock on who else uses the machine.
 
-"cut" is the transform of one image; "all" is that and whatever else is done until the training loop has what it
-feeds to the network, for a batch of images: ours are bytes that are stacked, moved and normalised by
-`Objective.to_device` ("on device", here on the CPU, on a GPU next to nothing); the others come normalised from the
-transform, are stacked, and cast to float16 as dinov2's loader does. Ratios are ours / peer (above 1: ours is faster).
+"cut" is the transform of one image, "worker" that and stacking: the work of a worker of the training loader for a
+model on a GPU. "all" is whatever is done until the training loop has what it feeds to the network, on this CPU. Ours
+cuts bytes and draws how their colours change; `change_batch` changes the colours of the batch, and
+`Objective.to_device` normalises it. The others come normalised from the transform, are stacked, and cast to float16 as
+dinov2's loader does. Ratios are ours / peer (above 1: ours is faster), of everything.
+
+`--older FILE` adds the `MultiCrop` of another version of modeling_vitreg/pretraining/views/crops.py, from `git show`.
 
 What stays different: lightly blurs with Pillow's approximation, the others with a kernel of 9 pixels. A peer that is
 not at hand is left out. Needs `pip install "modeling-vitreg[train,analysis]"`.
 """
 
 import argparse
+import importlib.util
+import io
 import pathlib
 import statistics
 import sys
 import time
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import skimage.data
@@ -34,15 +41,26 @@ from torch import Tensor
 from modeling_vitreg import ViTWithRegistersConfig, ViTWithRegistersModel
 from modeling_vitreg.modeling_vitreg import IMAGENET_MEAN, IMAGENET_STD
 from modeling_vitreg.pretraining.objectives.dinov2 import DINOv2, DINOv2Settings
+from modeling_vitreg.pretraining.views.colors import change_batch
 from modeling_vitreg.pretraining.views.crops import CropSettings, MultiCrop
 from modeling_vitreg.pretraining.views.masking import MaskSettings
 
 
 GLOBAL_SCALE, LOCAL_SCALE = (0.32, 1.0), (0.05, 0.32)
-GLOBAL_SIZE, LOCAL_SIZE, NUM_LOCAL = 224, 98, 8
+GLOBAL_SIZE, LOCAL_SIZE, NUM_LOCAL = 224, 96, 8
+JPEG_SIZE = (500, 375)
 BLUR = (0.0, 0.9, 0.5)  # what dinov2 does: first global view, second, local views
 PHOTOGRAPHS = ("chelsea", "astronaut", "coffee", "rocket", "hubble_deep_field", "retina")
+CROPS = {
+    "num_local": NUM_LOCAL,
+    "global_size": GLOBAL_SIZE,
+    "local_size": LOCAL_SIZE,
+    "global_scale": GLOBAL_SCALE,
+    "local_scale": LOCAL_SCALE,
+    "blur": BLUR,
+}
 HOW_TO_GET = {
+    "older": "see --older",
     "dinov2": "git clone https://github.com/facebookresearch/dinov2, then --dinov2 dinov2",
     "lightly": "pip install lightly, or git clone https://github.com/lightly-ai/lightly, then --lightly lightly",
 }
@@ -59,12 +77,17 @@ def main() -> None:
     )
     header = f"{'photograph':18} {'pixels':>11}"
     for name in programs:
-        header += f" | {name:>7}: {'cut':>6} {'all':>6}" + (f" {'ratio':>6}" if name != "ours" else "")
+        header += f" | {name:>7}: {'cut':>6} {'worker':>6} {'all':>6}" + (f" {'ratio':>6}" if name != "ours" else "")
     print(header)
     overall = {name: [] for name in programs}
     for photograph in options.photographs:
         image = Image.fromarray(getattr(skimage.data, photograph)()).convert("RGB")
-        seconds = measure(programs, image, options)
+        if options.jpeg:
+            image, file = image.resize(JPEG_SIZE, Image.Resampling.BICUBIC), io.BytesIO()
+            image.save(file, "jpeg", quality=90)
+            seconds = measure(programs, lambda file=file: Image.open(file).convert("RGB"), options)
+        else:
+            seconds = measure(programs, lambda image=image: image, options)
         for name in programs:
             overall[name].append({part: statistics.median(values) for part, values in seconds[name].items()})
         report(f"{photograph:18} {f'{image.width} x {image.height}':>11}", {n: overall[n][-1] for n in programs})
@@ -80,6 +103,8 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dinov2", type=pathlib.Path, help="a clone of facebookresearch/dinov2")
     parser.add_argument("--lightly", type=pathlib.Path, help="a clone of lightly-ai/lightly (default: as installed)")
+    parser.add_argument("--older", type=pathlib.Path, help="crops.py of another version")
+    parser.add_argument("--jpeg", action="store_true", help="start from JPEG files of 500 x 375 pixels")
     parser.add_argument("--photographs", nargs="+", default=PHOTOGRAPHS, help="functions of skimage.data")
     parser.add_argument("--batch", type=int, default=16, help="images in a round (default 16)")
     parser.add_argument("--repeats", type=int, default=5, help="rounds of all programs (default 5)")
@@ -91,7 +116,7 @@ def parse_options() -> argparse.Namespace:
 
 def make_programs(options: argparse.Namespace) -> dict:
     programs = {"ours": Ours()}
-    for name, kind in (("dinov2", Dinov2), ("lightly", Lightly)):
+    for name, kind in (("older", Older), ("dinov2", Dinov2), ("lightly", Lightly)):
         try:
             programs[name] = kind(getattr(options, name))
         except ImportError as error:
@@ -99,37 +124,54 @@ def make_programs(options: argparse.Namespace) -> dict:
     return programs
 
 
-class Ours:
+class Program:
+    """What one image, then a batch, goes through."""
+
+    def stack(self, images: list) -> dict[str, Tensor]:
+        return {name: torch.stack([views[name] for views in images], dim=1) for name in images[0]}
+
+    def change_colors(self, batch: dict) -> dict:
+        return batch
+
+    def to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return batch
+
+
+class Ours(Program):
+    change_colors = staticmethod(change_batch)
+
     def __init__(self):
-        crops = CropSettings(
-            num_local=NUM_LOCAL,
-            global_size=GLOBAL_SIZE,
-            local_size=LOCAL_SIZE,
-            global_scale=GLOBAL_SCALE,
-            local_scale=LOCAL_SCALE,
-            blur=BLUR,
-        )
-        self.cut = MultiCrop(crops)
+        self.cut = MultiCrop(CropSettings(**CROPS))
         # The smallest there is: only what it does to a batch is measured.
         config = ViTWithRegistersConfig(
-            hidden_size=8, num_hidden_layers=1, num_attention_heads=1, patch_size=14, has_mask_token=True
+            hidden_size=8, num_hidden_layers=1, num_attention_heads=1, patch_size=16, has_mask_token=True
         )
         self._objective = DINOv2(
             ViTWithRegistersModel(config),
             settings=DINOv2Settings(num_prototypes=8, hidden_width=8, bottleneck_width=8),
-            crops=crops,
+            crops=CropSettings(**CROPS),
             masks=MaskSettings(),
             num_steps=1,
         )
-
-    def stack(self, images: list) -> dict[str, Tensor]:
-        return {name: torch.stack([views[name] for views in images], dim=1) for name in images[0]}
 
     def to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return self._objective.to_device(batch, device=torch.device("cpu"), mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
-class Dinov2:
+class Older(Ours):
+    """Another version of `MultiCrop`, which changes colours itself or not."""
+
+    def __init__(self, path: pathlib.Path | None):
+        if path is None:
+            raise ImportError("no --older")
+        super().__init__()
+        spec = importlib.util.spec_from_file_location("older_crops", path)
+        module = sys.modules["older_crops"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        self.cut = module.MultiCrop(module.CropSettings(**CROPS))
+
+
+class Dinov2(Program):
     def __init__(self, folder: pathlib.Path | None):
         if folder is None:
             raise ImportError("no --dinov2")
@@ -151,11 +193,8 @@ class Dinov2:
             stacked[name] = torch.stack([part for parts in views for part in parts]).half()
         return stacked
 
-    def to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return batch
 
-
-class Lightly:
+class Lightly(Program):
     def __init__(self, folder: pathlib.Path | None):
         if folder is not None:
             put_first(folder)
@@ -173,9 +212,6 @@ class Lightly:
     def stack(self, images: list) -> list[Tensor]:
         return [torch.stack(views) for views in zip(*images)]
 
-    def to_device(self, batch: list[Tensor]) -> list[Tensor]:
-        return batch
-
 
 def put_first(folder: pathlib.Path) -> None:
     if not folder.is_dir():
@@ -186,17 +222,19 @@ def put_first(folder: pathlib.Path) -> None:
 # Measuring -----------------------------------------------------------------------------------------------------------
 
 
-def measure(programs: dict, image: Image.Image, options: argparse.Namespace) -> dict:
+def measure(programs: dict, read: Callable[[], Image.Image], options: argparse.Namespace) -> dict:
     """Seconds an image of each part of the work, in each round, after one round that does not count."""
-    seconds = {name: {"cut": [], "stack": [], "on device": []} for name in programs}
+    seconds = {name: {"cut": [], "stack": [], "colours": [], "on device": []} for name in programs}
     for round_number in range(options.repeats + 1):
         for name, program in programs.items():
             torch.manual_seed(round_number)
             np.random.seed(round_number)  # lightly draws from both
             times = [time.process_time()]
-            views = [program.cut(image) for _ in range(options.batch)]
+            views = [program.cut(read()) for _ in range(options.batch)]
             times.append(time.process_time())
             batch = program.stack(views)
+            times.append(time.process_time())
+            batch = program.change_colors(batch)
             times.append(time.process_time())
             program.to_device(batch)
             times.append(time.process_time())
@@ -210,7 +248,10 @@ def report(title: str, parts: dict) -> None:
     """One line: images per second of each program, and ours over the peer's with everything counted."""
     line, ours = title, sum(parts["ours"].values())
     for name, times in parts.items():
-        line += f" | {' ' * len(f'{name:>7}:')} {1 / times['cut']:6.1f} {1 / sum(times.values()):6.1f}"
+        worker = times["cut"] + times["stack"]
+        line += (
+            f" | {' ' * len(f'{name:>7}:')} {1 / times['cut']:6.1f} {1 / worker:6.1f} {1 / sum(times.values()):6.1f}"
+        )
         line += f" {sum(times.values()) / ours:6.2f}" if name != "ours" else ""
     print(line, flush=True)
 

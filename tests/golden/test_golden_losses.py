@@ -1,6 +1,8 @@
 """Losses of 20 training steps of every objective, against those that were written down before the code was rearranged.
 
-`losses.json` holds the recipes, in the keys of that time, and each loss of each step. To write it anew, after a change
+`losses.json` holds the recipes, in the keys of that time, and each loss of each step. Runs with colour jitter were
+written anew, with the same draws, when torchvision's operations on tensors took the place of those on Pillow images,
+whose hue has 256 steps. To write it anew, after a change
 that is meant to change numbers: `python tests/golden/test_golden_losses.py`.
 """
 

@@ -86,6 +86,8 @@ ALLOWED_IN_FILE = {
     "pretraining/objectives/classify.py": {"torchvision"},
     "pretraining/objectives/refine_registers.py": {"torchvision"},
     "pretraining/objectives/clip.py": {"tokenizers"},
+    "pretraining/views/augmentation.py": {"torchvision"},
+    "pretraining/views/colors.py": {"torchvision"},
     "pretraining/views/crops.py": {"torchvision"},
     "pretraining/monitoring/curves.py": {"matplotlib"},
     "pretraining/monitoring/pictures.py": {"matplotlib"},

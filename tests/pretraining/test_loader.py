@@ -15,6 +15,8 @@ import torch
 from PIL import Image
 
 from modeling_vitreg.images import ImageSource, ImageStream, open_images
+from modeling_vitreg.pretraining.views.colors import change_batch
+from modeling_vitreg.pretraining.views.crops import CropSettings, MultiCrop
 from modeling_vitreg.pretraining.views.loader import ViewLoader
 
 
@@ -352,3 +354,26 @@ def test_a_state_of_another_run_is_refused(tmp_path):
             _make_loader(images, **{"first_step": 5, "state": state, **changes})
     with pytest.raises(ValueError, match="first_step=5 of a stream needs the state after step first_step - 1"):
         _make_loader(_open_shards(tmp_path / "shards"), first_step=5)
+
+
+# Colours -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_workers_and_the_device_change_the_same_colours_of_the_same_images(tmp_path, num_workers):
+    source = _open_folder(tmp_path / "set", num_images=12)
+    crops = {"make_views": MultiCrop(CropSettings(num_local=2, global_size=24, local_size=16)), "make_masks": None}
+    painted = _take(_make_loader(source, changes_colors=True, num_workers=num_workers, **crops), 4)
+    drawn = _take(_make_loader(source, num_workers=num_workers, **crops), 4)
+    for batch, other in zip(painted, drawn):
+        assert other["global_colors"].shape[:2] == (2, 3) and other["local_colors"].device.type == "cpu"
+        assert not torch.equal(batch["global_views"], other["global_views"])
+        _assert_equal([batch], [change_batch(other)])
+    # Parameters belong to the number of an image: a step of 6 images has those of two steps of 3.
+    larger = _take(_make_loader(source, changes_colors=True, micro_batch_size=6, **crops), 2)
+    for name in ("global_views", "local_views"):
+        assert torch.equal(
+            torch.cat([batch[name] for batch in larger], dim=1), torch.cat([batch[name] for batch in painted], dim=1)
+        )
+    resumed = _take(_make_loader(source, changes_colors=True, first_step=2, **crops), 2)
+    _assert_equal(resumed, painted[2:])
