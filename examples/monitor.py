@@ -1,26 +1,20 @@
 """The log of a training run, its evaluation on images that are not trained on, its pictures and its warnings."""
 
-import collections
-import contextlib
-import itertools
 import json
 import platform
 import time
 
 import psutil
 import torch
-from arguments import EVAL_SCENES, MAPS, Run, annotation_of, name_data, open_split, versions
+from arguments import MAPS, Run, name_data, versions
+from eval_images import EvalImages, encode
 from torch import Tensor
-from torchvision import tv_tensors
-from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from modeling_vitreg import ViTWithRegistersModel
 from modeling_vitreg.analysis import summarise_norms, token_norms
 from modeling_vitreg.evaluation import knn_accuracy
 from modeling_vitreg.files import write_text
-from modeling_vitreg.images import ImageSource, MissingSplit, UnreadableImage, read_annotated
 from modeling_vitreg.images.annotations import NoteCounter
 from modeling_vitreg.metrics import METRICS, MetricDescription
 from modeling_vitreg.modes import eval_mode
@@ -32,7 +26,6 @@ from modeling_vitreg.pretraining.monitoring.non_finite import NonFiniteDetector
 from modeling_vitreg.pretraining.monitoring.pictures import draw_attention, draw_maps
 from modeling_vitreg.pretraining.objectives.objective import TARGETS, Objective
 from modeling_vitreg.pretraining.run.sharding import gather_model
-from modeling_vitreg.scenes import is_scenes
 
 
 class Monitor:
@@ -49,7 +42,7 @@ class Monitor:
 
         self.logger = JsonlLogger(run.folder / "log.jsonl", keeps=keeps, is_writer=run.is_main)
         self.norms = JsonlLogger(run.folder / "norms.jsonl", keeps=keeps, is_writer=run.is_main)
-        self.eval_images = EvalImages(run, source, objective.encoder.config.num_channels) if run.is_main else None
+        self.eval_images = EvalImages(run, source, objective.encoder.config.num_channels)
         self._metrics = ("knn", *objective.metrics)
         self._first_step, self._non_finite, self._named = last_step + 1, NonFiniteDetector(), set()
         self._headline, self._value, self._init = None, None, metadata["init"]
@@ -152,9 +145,12 @@ class Monitor:
     def evaluate(self, *, step: int) -> None:
         """Measure features and norms, draw pictures and warn of problems."""
         model = gather_model(self.objective)
+        encoder = self.objective.encoder_of(model)
+        with eval_mode(model), self.run.accelerator.autocast():
+            features = self.eval_images.encode_train(encoder)
         if self.run.is_main:
             with eval_mode(model):
-                self._evaluate(model, step)
+                self._evaluate(model, features, step)
         self.run.accelerator.wait_for_everyone()
         self._last_time = time.monotonic()
 
@@ -211,16 +207,17 @@ class Monitor:
         chosen = evaluations[0 if first else -1] if evaluations else {}
         return {name: chosen[name] for name in (*self._metrics, "chance") if name in chosen}
 
-    def _evaluate(self, model: PreTrainedModel, step: int) -> None:
+    def _evaluate(self, model: PreTrainedModel, features: Tensor, step: int) -> None:
         encoder = self.objective.encoder_of(model)
         run, folder, data = self.run, self.run.folder, self.eval_images
-        features = encode(encoder, data.train_images)
         record = {"step": step, "rank": effective_rank(features)}
         similarity = register_similarity(encoder)
         if similarity is not None:
             record["register_similarity"] = similarity
         if data.num_classes > 1:
-            accuracy = knn_accuracy(features, data.train_labels, encode(encoder, data.images), data.targets["labels"])
+            with run.accelerator.autocast():
+                images = encode(encoder, data.images, lambda pixels: pixels)
+            accuracy = knn_accuracy(features, data.train_labels, images, data.targets["labels"])
             record |= {"knn": accuracy, "chance": 1 / data.num_classes}
         if data.images is not None:
             try:
@@ -230,7 +227,7 @@ class Monitor:
         self._headline = next((name for name in reversed(self._metrics) if name in record), None)
         self._value = record.get(self._headline)
         device = run.accelerator.device
-        self.norms.write({"step": step} | summarise_norms(token_norms(encoder, data.train_images[:64].to(device))))
+        self.norms.write({"step": step} | summarise_norms(token_norms(encoder, data.first_train_images(device))))
         # Last, for an evaluation without it is taken again when a killed run continues.
         self.logger.write(record)
         self._track(record)
@@ -262,87 +259,6 @@ class Monitor:
             self.run.accelerator.log(values, step=record["step"] + 1)
 
 
-class EvalImages:
-    """Images for the evaluation of a run.
-
-    The neighbours of k-NN are training images. Metrics are measured on another split or, if there is none, on other
-    images of the training data; no label or map of them is used for training.
-
-    Attributes:
-        train_images, train_labels: training images, normalised (N, C, h, w), and their labels (N,).
-        num_classes: number of labels; below 2 there is no k-NN accuracy.
-        images: evaluation images, normalised; None without annotations.
-        targets: their annotations; see `Objective.evaluate`.
-        origin: where they come from, in words.
-        shown: images for pictures.
-    """
-
-    def __init__(self, run: Run, source, num_channels: int):
-        recipe, number = run.recipe, run.options.num_eval_images
-        sides = recipe.crops.global_size
-        resize = v2.Resize(sides, interpolation=InterpolationMode.BICUBIC)
-        self._cut, self._num_channels = v2.Compose([resize, v2.CenterCrop(sides)]), num_channels
-        self._normalise = v2.Compose(
-            [
-                v2.PILToTensor(),
-                v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(**recipe.statistics(num_channels)),
-            ]
-        )
-        self._are_scenes = is_scenes(run.options.data)
-        images, targets = self._read(source, number + number // 4)
-        other, self.origin = self._find_split(run, source)
-        labels = targets["labels"]
-        is_labelled = labels.min() >= 0 and annotation_of(recipe) not in MAPS
-        self.num_classes = len(labels.unique()) if is_labelled else 0
-        self.images, self.targets = None, {}
-        if self.num_classes > 1 or len(targets) > 1:
-            if other is None:
-                number = len(images) * 4 // 5
-                self.images = images[number:]
-                self.targets = {name: values[number:] for name, values in targets.items()}
-            else:
-                self.images, self.targets = self._read(other, number // 4)
-        self.train_images, self.train_labels = images[:number], labels[:number]
-        self.shown = self.train_images if self.images is None else self.images
-
-    def _find_split(self, run: Run, source):
-        if is_scenes(run.options.data):
-            name = f"held-out {name_data(run.options, run.recipe)}"
-            return open_split(run.options, run.recipe, EVAL_SCENES, source.options), name
-        is_found = isinstance(source, ImageSource) and not run.options.eval_split
-        for split in ("validation", "test") if is_found else filter(None, [run.options.eval_split]):
-            try:
-                other = open_split(run.options, run.recipe, split, source.options)
-                return other, f"images of the split {split}"
-            except MissingSplit as error:
-                if not is_found:
-                    raise SystemExit(str(error)) from None
-            except (ValueError, RuntimeError) as error:
-                raise SystemExit(f"the split {split!r}: {error}") from None
-        return None, "held-out images of the training data"
-
-    def _read(self, source, number: int) -> tuple[Tensor, dict[str, Tensor]]:
-        if isinstance(source, ImageSource):
-            order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:number].tolist()
-            if self._are_scenes:  # the same as those of `vitreg evaluate`
-                order = range(min(number, len(source)))
-            raws = map(source.raw, order)
-        else:
-            raws = (raw for raw, _ in itertools.islice(source.examples(rank=0, num_processes=1, seed=0), number))
-        images, targets = [], collections.defaultdict(list)
-        for raw in tqdm(raws, total=number, desc="evaluation images", leave=False, delay=2):
-            with contextlib.suppress(UnreadableImage):
-                found = read_annotated(raw, num_channels=self._num_channels)
-                maps = {name: torch.from_numpy(values) for name, values in found.maps.items()}
-                image, *maps_cut = self._cut([found.image, *map(tv_tensors.Mask, maps.values())])
-                images.append(self._normalise(image))
-                targets["labels"].append(torch.tensor(-1 if raw["label"] is None else raw["label"]))
-                for name, values in zip(maps, maps_cut):
-                    targets[TARGETS[name]].append(values.as_subclass(Tensor))
-        return torch.stack(images), {name: torch.stack(values) for name, values in targets.items()}
-
-
 def describe(name: str) -> MetricDescription:
     """Label and unit of a metric; an unknown one is a plain number."""
     return METRICS.get(name, MetricDescription(name.replace("_", " "), unit=""))
@@ -352,11 +268,3 @@ def write(name: str, value: float) -> str:
     """A value of a metric with its unit."""
     unit = describe(name).unit
     return f"{value:.1%}" if unit == "%" else f"{value:.3f} {unit}".rstrip()
-
-
-@torch.no_grad()
-def encode(encoder: ViTWithRegistersModel, images: Tensor, *, batch_size: int = 250) -> Tensor:
-    """Pooled features (images, D) of normalised images on the CPU."""
-    device = next(encoder.parameters()).device
-    parts = [encoder(part.to(device)).pooler_output.float() for part in images.split(batch_size)]
-    return torch.cat(parts).cpu()

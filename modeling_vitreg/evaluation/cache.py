@@ -115,6 +115,9 @@ class FeatureCache(Consumer):
                 with atomic_write(file) as path:
                     save_file(tensors, path, metadata={"counts": json.dumps(shard.counts.to_json())})
 
+    def __getstate__(self) -> dict:
+        return {**vars(self), "_parts": {}}  # what an interrupted pass leaves of a shard does not travel
+
     def merge(self, others: Sequence[Self]) -> None:
         """Nothing to do: every process wrote its files into the same folder."""
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from modeling_vitreg import ViTWithRegistersModel
 from modeling_vitreg.evaluation import (
@@ -86,6 +87,23 @@ def test_the_number_of_a_task_is_that_of_its_function(encoder, scenes, tmp_path)
         parts += [tokens.cls_token, torch.tensor([label for _, label in examples])]
     assert result["value"] == knn_accuracy(*parts)
     assert result["interval"] == list(wilson_interval(round(result["value"] * 60), 60))
+
+
+def test_a_reduced_precision_is_measured_beside_and_named(encoder, scenes, tmp_path):
+    reduced = dataclasses.replace(SETTINGS.encoding, precision="bfloat16", patch_precision="float32")
+    whole = dataclasses.replace(SETTINGS.encoding, patch_precision="float32")
+    for encoding in (whole, reduced):
+        settings = dataclasses.replace(SETTINGS, encoding=encoding)
+        report = _run(encoder, scenes, tmp_path, tasks=["knn", "segmentation"], settings=settings)
+    first, second = (
+        [row for row in report.results if ("precision" in row["settings"]) == is_named] for is_named in (0, 1)
+    )
+    assert len(first) == len(second) > 1 and {row["settings"]["precision"] for row in second} == {"bfloat16"}
+    assert (report.made_with["precision"], report.made_with["dtype"]) == ("bfloat16", "float32")
+    files = [sorted(path.glob("*.normed_patches.*")) for path in sorted((tmp_path / "features").iterdir())]
+    pairs = [[load_file(file)["patches"] for file in group] for group in files if len(group) == 2]  # of test images
+    for ours, theirs in zip(*pairs):
+        assert 0 < (ours - theirs).abs().max() < 0.05
 
 
 def test_done_tasks_are_read_and_others_added(encoder, scenes, tmp_path, monkeypatch):

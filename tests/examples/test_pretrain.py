@@ -70,6 +70,11 @@ def _records(output: pathlib.Path) -> list:
     return [record for record in map(json.loads, lines) if "total" in record]
 
 
+def _evaluations(output: pathlib.Path) -> list:
+    lines = (output / "log.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if "rank" in record]
+
+
 def _losses(output: pathlib.Path) -> list:
     return [[record["step"], *(record[name] for name in LOSSES)] for record in _records(output)]
 
@@ -202,6 +207,8 @@ def test_two_processes_with_half_the_batch_equal_one(folder, without_depth, opti
     before, after = _weights(without_depth), _weights(folder / name)
     for key in before:
         torch.testing.assert_close(after[key], before[key], rtol=1e-3, atol=1e-5)
+    first, expected = (_evaluations(output)[0] for output in (folder / name, without_depth))  # each reads a part
+    assert first == pytest.approx(expected, rel=1e-4) and {"rank", "knn"} <= first.keys()
 
 
 def test_a_sharded_run_goes_on_in_one_process(folder, without_depth):
@@ -415,6 +422,7 @@ def test_unreadable_images_are_replaced_and_named(folder):
     out = _run(folder, *USUAL, "--data", "torn", "--set", "num_steps=6", output="torn-run")
     assert torn.name in (folder / "torn-run" / "unreadable.txt").read_text()
     assert "replaced" in out
+    assert re.search(rf"1 of \d+ evaluation images cannot be read: \S*{torn.name}", out)
 
 
 def test_a_last_phase_starts_from_a_run_with_larger_views_and_other_registers(folder, whole):
