@@ -37,6 +37,7 @@ from .tasks import OBJECTS, TASKS, Prompts, TaskInputs
 
 
 REPORT_NAME = "evaluation.json"
+_FORMAT = 2  # of the files of features; those of earlier versions are not read
 
 
 def evaluate(
@@ -221,7 +222,7 @@ class _Run:
 
     def _folder_of(self, facts: list) -> pathlib.Path:
         reduced = [self.precision] if self._is_reduced else []
-        return self.feature_folder / short_hash([self.weights_hash, *facts, *reduced])
+        return self.feature_folder / short_hash([_FORMAT, self.weights_hash, *facts, *reduced])
 
     def _collect(self, part: str, consumer: Consumer, names: Sequence[str]) -> None:
         """Take what a consumer stored, and record how many images it saw; or why there is nothing."""
