@@ -19,6 +19,7 @@ import os
 import pathlib
 import signal
 import tempfile
+import time
 
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait for work leave the cores to the data workers
@@ -32,7 +33,7 @@ from monitor import Monitor
 from torch import Tensor
 
 from modeling_vitreg.cards import CardError, PublishError, publish
-from modeling_vitreg.distributed import distributed_context
+from modeling_vitreg.distributed import distributed_context, new_control_group
 from modeling_vitreg.files import atomic_folder, make_folder, write_text
 from modeling_vitreg.images import ImageSource, derive_seed
 from modeling_vitreg.pretraining.build import make_objective
@@ -42,12 +43,12 @@ from modeling_vitreg.pretraining.run.parameters import parameter_groups, set_rat
 from modeling_vitreg.pretraining.run.recipe import Recipe, make_recipe
 from modeling_vitreg.pretraining.run.sharding import gather_model, shard
 from modeling_vitreg.pretraining.state import (
+    StateSaver,
     is_model_of,
     last_state,
     load_state,
     read_metadata,
     record_model,
-    save_state,
 )
 from modeling_vitreg.pretraining.views.loader import ViewLoader
 from modeling_vitreg.pretraining.views.masking import MaskMaker
@@ -95,7 +96,8 @@ def main(*, description: str = __doc__, default_recipe: str = "demo-cpu") -> Non
     step, first_step = metadata["step"], metadata["step"] + 1
     loader = make_loader(run, source, objective, metadata)
     monitor = Monitor(run, objective, source, metadata)
-    stop = StopRequest(run)
+    saver = StateSaver(run.folder / "state")
+    stop = StopRequest(run, saver)
     objective.train()
     # A kill may have come between the state that the run continues from and its model or its evaluation.
     if last and run.is_true_anywhere(run.is_main and not is_model_of(run.folder, step)):
@@ -129,11 +131,12 @@ def main(*, description: str = __doc__, default_recipe: str = "demo-cpu") -> Non
         monitor.log_step(step, losses, norms, optimizer)
         if stop.is_due(step) or run.is_time(options.save_every, step):
             monitor.check_finite()
-            save(run, objective, optimizer, loader, metadata | {"step": step, "seconds": monitor.seconds})
+            save(run, saver, objective, optimizer, loader, metadata | {"step": step, "seconds": monitor.seconds})
         if stop.is_requested:
             break
         if run.is_time(options.eval_every, step):
             monitor.evaluate(step=step)
+    wait_for_state(saver)
     monitor.finish(step=step, is_stopped=stop.is_requested)
     if options.push_to_hub and run.is_main and not stop.is_requested:
         publish_run(run)
@@ -270,31 +273,47 @@ def publish_run(run: Run) -> None:
 
 
 class StopRequest:
-    """Ctrl-C and SIGTERM ask for a last state; a second one stops at once."""
+    """Ctrl-C and SIGTERM ask for a last state; a second one, more than a second later, stops at once.
 
-    def __init__(self, run: Run):
-        self._run, self._is_asked, self.is_requested = run, False, False
+    A launcher passes a signal on to processes that may have got it themselves. A state that could not be written stops
+    the run too.
+    """
+
+    def __init__(self, run: Run, saver: StateSaver):
+        self._run, self._saver, self._asked_at, self.is_requested = run, saver, None, False
+        self._group, self._answer, self._reduction = new_control_group(), torch.zeros(()), None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame) -> None:
-        if self._is_asked:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self._is_asked = True
+        if self._asked_at is not None:
+            if time.monotonic() - self._asked_at > 1:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            return
+        self._asked_at = time.monotonic()
         self._run.say(
             f"{signal.Signals(number).name}: a state is saved after this step; send the signal again to stop at once"
         )
 
     def is_due(self, step: int) -> bool:
-        """Whether any process was asked to stop; several processes compare this whenever they log."""
-        if self._run.processes.size == 1 or self._run.is_time(self._run.options.log_every, step):
-            self.is_requested = self._run.is_true_anywhere(self._is_asked)
+        """Whether any process was asked to stop; several processes know it a step later, without waiting for it."""
+        is_asked = self._asked_at is not None or self._saver.has_failed
+        if self._group is None:
+            self.is_requested = is_asked
+            return self.is_requested
+        if self._reduction is not None:
+            self._reduction.wait()
+            self.is_requested = bool(self._answer)
+        self._answer.fill_(is_asked)
+        self._reduction = torch.distributed.all_reduce(
+            self._answer, op=torch.distributed.ReduceOp.MAX, group=self._group, async_op=True
+        )
         return self.is_requested
 
 
-def save(run: Run, objective: Objective, optimizer, loader: ViewLoader, metadata: dict) -> None:
-    """Write the state, then the model; all processes call it together."""
+def save(run: Run, saver: StateSaver, objective: Objective, optimizer, loader: ViewLoader, metadata: dict) -> None:
+    """Begin to write the state, and write the model; all processes call it together."""
     step, scaler = metadata["step"], run.accelerator.scaler
     states = [None] * run.processes.size
     states[run.processes.rank] = loader.state_after(step)
@@ -306,12 +325,20 @@ def save(run: Run, objective: Objective, optimizer, loader: ViewLoader, metadata
         "scaler": None if scaler is None else scaler.state_dict(),
         "versions": versions(),
     }
-    folder = run.folder / "state"
+    wait_for_state(saver)
+    saver.save(objective=objective, optimizer=optimizer, metadata=metadata)
     try:
-        save_state(folder, objective=objective, optimizer=optimizer, metadata=metadata, is_writer=run.is_main)
+        save_model(run, objective, step=step)
+    except SystemExit:
+        wait_for_state(saver)
+        raise
+
+
+def wait_for_state(saver: StateSaver) -> None:
+    try:
+        saver.wait()
     except RuntimeError as error:
         raise SystemExit(str(error)) from None
-    save_model(run, objective, step=step)
 
 
 def save_model(run: Run, objective: Objective, *, step: int) -> None:

@@ -155,6 +155,15 @@ def _pack(value: Any, local: dict[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
+def new_control_group() -> torch.distributed.ProcessGroup | None:
+    """A group of all processes for messages between CPUs beside those of training; None for a single process."""
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    return distributed.new_group(backend="gloo")
+
+
 def _reduce(values: Tensor, operation) -> Tensor:
     values = values.detach().clone()
     torch.distributed.all_reduce(values, op=operation)
@@ -174,5 +183,6 @@ __all__ = [
     "first_process_first",
     "gather_to_first",
     "joined_processes",
+    "new_control_group",
     "tell_others",
 ]

@@ -148,24 +148,27 @@ def _be(arguments, folder, screens, environment, draws, max_file_size, before) -
     runpy.run_path(arguments[0], run_name="__main__")
 
 
-def fail_at_rename(number: int, error: int | None, log: str) -> None:
+def fail_at_rename(target: str, count: int, error: int | None, log: str) -> None:
     """For `before`: fail in place of a rename of a file or folder. All targets are written to a log first.
 
     Args:
-        number: of the rename, from 0.
+        target: end of the path of the file or folder.
+        count: of its renames, from 0.
         error: number of the error; None kills the process.
         log: file for the targets.
     """
-    rename, count = os.replace, itertools.count()
+    rename, counts = os.replace, itertools.count()
 
-    def fail(source, target) -> None:
-        with open(log, "a") as file:
-            file.write(f"{os.path.relpath(target)}\n")
-        if next(count) != number:
-            return rename(source, target)
+    def fail(source, place) -> None:
+        name = os.path.relpath(place)
+        if ".part" not in name:
+            with open(log, "a") as file:
+                file.write(f"{name}\n")
+        if not name.endswith(f"/{target}") or next(counts) != count:
+            return rename(source, place)
         if error is None:
             os.kill(os.getpid(), signal.SIGKILL)
-        raise OSError(error, os.strerror(error), str(source), None, str(target))
+        raise OSError(error, os.strerror(error), str(source), None, str(place))
 
     os.replace = fail
 

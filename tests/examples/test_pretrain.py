@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -250,6 +251,7 @@ def _left_over(output: pathlib.Path) -> list[pathlib.Path]:
     return [path for path in output.rglob(".*") if path.suffix in (".part", ".old")]
 
 
+_fail = training_program.fail_at_rename
 SHORT = (*USUAL, "--set", "num_steps=2", "--save-every", "1")
 
 
@@ -257,8 +259,8 @@ SHORT = (*USUAL, "--set", "num_steps=2", "--save-every", "1")
 def short(folder):
     """A run of two steps that nothing disturbed, and the renames that it makes."""
     log = folder / "renames.txt"
-    _run(folder, *SHORT, output="short", before=functools.partial(training_program.fail_at_rename, -1, None, str(log)))
-    return folder / "short", log.read_text().splitlines()
+    _run(folder, *SHORT, output="short", before=functools.partial(_fail, "", -1, None, str(log)))
+    return folder / "short", [name.removeprefix("short/") for name in log.read_text().splitlines()]
 
 
 def _content(output: pathlib.Path) -> dict:
@@ -275,16 +277,18 @@ def _content(output: pathlib.Path) -> dict:
 
 def test_killed_at_any_rename_a_run_ends_with_the_same_files(folder, short):
     whole, renames = short
-    first = renames.index("short/state/step-00000000")  # before it there is nothing to continue from
-    assert renames[first:].count("short/model") == 2 and renames[-1] == "short/training.json"
-    for number in range(first, len(renames)):
-        output = f"killed-at-{number}"
-        kill = functools.partial(training_program.fail_at_rename, number, None, str(folder / "killed.txt"))
+    assert renames.count("model") == 2 and renames[-1] == "training.json"
+    written = ("state/step-00000000", "state/LAST", "state/step-00000001", "model", "model.json", "training.json")
+    for target, count in itertools.product(written, (0, 1)):
+        if count >= renames.count(target):
+            continue
+        output = f"killed-at-{target.replace('/', '-')}-{count}"
+        kill = functools.partial(_fail, target, count, None, str(folder / "killed.txt"))
         process = _start(folder, *SHORT, output=output, before=kill)
         assert process.wait() == -signal.SIGKILL
         out = _run(folder, *SHORT, output=output)
         assert f"model:    {output}/model" in out
-        assert _content(folder / output) == _content(whole), f"killed before {renames[number]} was written"
+        assert _content(folder / output) == _content(whole), f"killed before {target} was written"
         assert not _left_over(folder / output)
 
 
@@ -313,8 +317,7 @@ def test_a_finished_run_whose_model_was_lost_or_damaged_writes_it_again(folder, 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS], ids=errno.errorcode.get)
 def test_a_disk_that_fails_midway_is_named_and_the_run_can_be_continued(folder, short, target, words, error):
     whole, renames = short
-    last = len(renames) - 1 - renames[::-1].index(f"short/{target}")
-    fail = functools.partial(training_program.fail_at_rename, last, error, str(folder / "failed.txt"))
+    fail = functools.partial(_fail, target, renames.count(target) - 1, error, str(folder / "failed.txt"))
     shutil.rmtree(folder / "full-at", ignore_errors=True)
     message = _refuse(folder, *SHORT, output="full-at", before=fail)
     assert words in message and os.strerror(error) in message and target.split("/")[-1] in message

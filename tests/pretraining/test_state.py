@@ -111,9 +111,9 @@ def test_a_state_of_an_older_version_loads(states):
 
 def test_a_state_of_a_newer_version_is_refused_in_words(states):
     path = states / "step-00000002" / "state.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 3}))
     (path.parent / "checksums.json").unlink()
-    with pytest.raises(RuntimeError, match=r"state\.json has format 2.*reads format 1"):
+    with pytest.raises(RuntimeError, match=r"state\.json has format 3.*reads formats 1 and 2"):
         last_state(states)
 
 
