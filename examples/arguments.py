@@ -21,6 +21,7 @@ from modeling_vitreg.pretraining.build import make_config
 from modeling_vitreg.pretraining.objectives.objective import DataSummary
 from modeling_vitreg.pretraining.objectives.registry import objective_class
 from modeling_vitreg.pretraining.run.recipe import Recipe, read_recipe
+from modeling_vitreg.pretraining.run.sharding import KINDS as SHARDING_KINDS
 from modeling_vitreg.scenes import FIRST_TEST_SCENE, SEMANTIC_NAMES, describe_preset, is_scenes, preset_settings
 from modeling_vitreg.settings import make_settings, suggest_name
 
@@ -133,7 +134,13 @@ def parse_options(description: str, default_recipe: str) -> argparse.Namespace:
     compute.add_argument("--precision", choices=("no", "bf16", "fp16"), help="default: that of `accelerate config`")
     compute.add_argument("--compile", action="store_true", help="compile the layers")
     compute.add_argument("--checkpoint-activations", action="store_true", help="save memory, a third slower")
-    compute.add_argument("--shard", action="store_true", help="shard the parameters over the processes (FSDP2)")
+    compute.add_argument(
+        "--shard",
+        nargs="?",
+        const="full",
+        choices=SHARDING_KINDS,
+        help="shard the parameters over all processes (FSDP2), or with hybrid over those of each machine",
+    )
     output = parser.add_argument_group("Output")
     output.add_argument("--output", type=pathlib.Path, help="output folder (default: outputs/RECIPE)")
     output.add_argument("--log-every", type=int, default=10, help="steps between records of the log (default: 10)")

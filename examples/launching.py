@@ -24,6 +24,7 @@ def make_accelerator(**settings) -> Accelerator:
     Without `cpu`, accelerate takes processes that torch's launcher started on a machine without GPU for single ones.
     """
     start_the_others()
+    _leave_old_addresses()
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     accelerator = Accelerator(
@@ -37,6 +38,20 @@ def make_accelerator(**settings) -> Accelerator:
             "start them with `accelerate launch` or `python -m torch.distributed.run`"
         )
     return accelerator
+
+
+def _leave_old_addresses() -> None:
+    """After a restart, meet the other processes under names that the attempt before did not use.
+
+    The launcher of torch keeps its store of addresses when it starts processes again (pytorch/pytorch#135712), so some
+    call a process that is gone. Only the processes of one machine agree on the number of restarts; docs/train/scale.md
+    says what helps on several.
+    """
+    restarts, world_size = (int(os.environ.get(name, 0)) for name in ("TORCHELASTIC_RESTART_COUNT", "WORLD_SIZE"))
+    if restarts and world_size > 1 and os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
+        store, rank, _ = next(torch.distributed.rendezvous("env://"))
+        store = torch.distributed.PrefixStore(f"restart {restarts}", store)
+        torch.distributed.init_process_group(store=store, rank=rank, world_size=world_size)
 
 
 def ends_in_words(main: Callable) -> Callable:

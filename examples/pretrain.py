@@ -84,7 +84,7 @@ def main(*, description: str = __doc__, default_recipe: str = "demo-cpu") -> Non
     objective = objective.to(accelerator.device)
     if options.shard:
         try:
-            objective = shard(objective, precision=accelerator.mixed_precision)
+            objective = shard(objective, precision=accelerator.mixed_precision, kind=options.shard)
         except (ValueError, RuntimeError) as error:
             raise SystemExit(str(error)) from None
     optimizer = make_optimizer(objective, recipe)

@@ -85,6 +85,7 @@ def start(
     *options: str,
     output: str,
     processes: int = 1,
+    per_machine: int | None = None,
     draws: bool = False,
     max_file_size: int | None = None,
     before: Callable[[], None] | None = None,
@@ -97,6 +98,7 @@ def start(
         options: of its command line.
         output: folder that it writes.
         processes: that work together.
+        per_machine: of them, as a launcher would say.
         draws: whether it draws its pictures, which take most of the time of so small a run.
         max_file_size: bytes after which its disk is full.
         before: called in the process before the program, to make something fail; a function of a module.
@@ -116,6 +118,7 @@ def start(
     for rank in range(processes):
         if group:
             group |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+            group |= {"LOCAL_WORLD_SIZE": str(per_machine or processes)}
         screens += [pathlib.Path(tempfile.mkstemp(prefix=f"screen-{rank}-", dir=folder)[1]) for _ in ("out", "err")]
         arguments = [str(EXAMPLES / program), *usual, *options]
         failing = (max_file_size, before)

@@ -222,6 +222,21 @@ def test_a_sharded_run_goes_on_in_one_process(folder, without_depth):
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_run_that_is_sharded_within_two_machines_equals_one_process_and_goes_on_in_any_other_way(
+    folder, without_depth
+):
+    options = (*USUAL, "--set", "model.drop_path_rate=0")
+    process = _start(folder, *options, "--shard", "hybrid", output="hybrid", processes=4, per_machine=2)
+    _kill_after(process, folder / "hybrid", step=3)
+    files = [path.name for path in (folder / "hybrid" / "state" / "step-00000002").glob("objective*")]
+    assert len(files) >= 2 and all(name.endswith("-of-00004.safetensors") for name in files)
+    process = _start(folder, *options, "--shard", output="hybrid", processes=2)
+    _kill_after(process, folder / "hybrid", step=6)
+    _run(folder, *options, output="hybrid", processes=2)
+    ours, expected = torch.tensor(_losses(folder / "hybrid")), torch.tensor(_losses(without_depth))
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_another_recipe_is_refused_with_what_differs(folder, whole):
     message = _refuse(folder, *USUAL, "--set", "batch_size=4", output="whole")
     assert "batch_size: 8 there, 4 now" in message
@@ -394,6 +409,55 @@ def test_when_one_process_is_killed_the_launcher_and_the_other_end_within_second
     assert time.monotonic() - begin < 30
     assert process.returncode != 0
     assert LOST.format(1) in err and "The same command continues from the last state" in err
+
+
+LONGER = ("--set", "num_steps=24", "--eval-every", "24")
+
+
+@pytest.fixture(scope="module")
+def two(folder):
+    """A run of two processes that nothing disturbed."""
+    _run(folder, *USUAL, *LONGER, output="two-whole", processes=2)
+    return folder / "two-whole"
+
+
+def _processes_of(launcher, output: pathlib.Path, *, step: int) -> dict[str, psutil.Process]:
+    """The processes that a launcher started, by rank, as soon as a step is in the log."""
+    while launcher.poll() is None and not ((output / "log.jsonl").exists() and len(_records(output)) > step):
+        time.sleep(0.01)
+    children = psutil.Process(launcher.pid).children()
+    return {child.environ()["RANK"]: child for child in children if "RANK" in child.environ()}
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_killed_process_comes_back_by_itself_from_the_last_state(folder, two, rank):
+    command = ON_CPUS["torch"].replace("--nproc", "--max-restarts 3 --nproc")
+    assert "--max-restarts 3" in PAGE
+    output = folder / f"restarted-{rank}"
+    launcher = _launch(folder, command, *LONGER, "--save-every", "3", output=output.name)
+    _processes_of(launcher, output, step=8)[rank].kill()
+    out, err = launcher.communicate(timeout=300)
+    assert launcher.returncode == 0, err[-3000:]
+    assert "continuing after step" in out + err
+    assert _losses(output) == _losses(two)
+    assert all(torch.equal(_weights(two)[name], value) for name, value in _weights(output).items())
+
+
+@pytest.mark.parametrize("is_sent_to_all", [False, True], ids=["launcher", "all"])
+def test_a_launcher_that_is_told_to_end_ends_all_processes_with_a_state(folder, two, is_sent_to_all):
+    output = folder / f"terminated-{is_sent_to_all}"
+    launcher = _launch(folder, ON_CPUS["torch"], *LONGER, "--save-every", "100", output=output.name)
+    processes = _processes_of(launcher, output, step=3)
+    for process in processes.values() if is_sent_to_all else ():
+        process.terminate()
+    launcher.terminate()
+    out, err = launcher.communicate(timeout=60)
+    (number,) = re.findall(r"stopped after step (\d+) of 24; the same command continues", out)
+    assert (output / "state" / "LAST").read_text() == f"step-{int(number) - 1:08d}"
+    assert not any(process.is_running() for process in processes.values())
+    assert "Traceback" not in err.split("SignalException")[0].split("torch/distributed/run.py")[0], err
+    _run(folder, *USUAL, *LONGER, output=output.name, processes=2)
+    assert _losses(output) == _losses(two)
 
 
 def test_without_a_launcher_too_a_process_ends_in_words_when_another_is_killed(folder):

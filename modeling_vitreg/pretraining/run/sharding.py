@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
@@ -16,7 +17,10 @@ from ..objectives.heads import PrototypeHead
 from ..objectives.objective import Objective
 
 
-def shard(objective: Objective, *, precision: str = "no") -> Objective:
+KINDS = ("full", "hybrid")
+
+
+def shard(objective: Objective, *, precision: str = "no", kind: str = "full") -> Objective:
     """Shard an objective in place, on the device it lies on: each layer, each head, and the rest.
 
     Student and teacher are sharded alike, so that the average is updated shard by shard.
@@ -24,9 +28,10 @@ def shard(objective: Objective, *, precision: str = "no") -> Objective:
     Args:
         objective: before its optimiser is made.
         precision: "no", "bf16" or "fp16": of what is gathered and computed with; sums of gradients stay float32.
+        kind: "full" shards over all processes, "hybrid" over those of a machine, with a copy on each machine.
 
     Raises:
-        RuntimeError: there is only one process.
+        RuntimeError: there is only one process, or the launcher does not say how many a machine has.
         ValueError: a parameter is a single number, which torch does not shard.
     """
     distributed = torch.distributed
@@ -39,9 +44,9 @@ def shard(objective: Objective, *, precision: str = "no") -> Objective:
     if scalars:
         raise ValueError(f"torch cannot shard {', '.join(scalars)}, which is a single number: leave out --shard")
     device = next(objective.parameters()).device.type
-    mesh = init_device_mesh(device, (distributed.get_world_size(),))
-    kind = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    policy = MixedPrecisionPolicy(param_dtype=kind, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    mesh = _make_mesh(device, kind)
+    dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in list(objective.modules()):
         if isinstance(module, (ViTWithRegistersLayer, PrototypeHead)):
             fully_shard(module, mesh=mesh, mp_policy=policy)
@@ -51,6 +56,20 @@ def shard(objective: Objective, *, precision: str = "no") -> Objective:
             if isinstance(module, FSDPModule):
                 module.set_force_sum_reduction_for_comms(True)
     return objective
+
+
+def _make_mesh(device: str, kind: str) -> DeviceMesh:
+    num_processes = torch.distributed.get_world_size()
+    if kind == "full":
+        return init_device_mesh(device, (num_processes,))
+    per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 0))
+    if per_machine < 1 or num_processes % per_machine:
+        raise RuntimeError(
+            f"--shard hybrid needs the same number of processes on every machine, got {num_processes} processes and "
+            f"LOCAL_WORLD_SIZE={per_machine or 'unset'}: start them with `accelerate launch` or "
+            "`python -m torch.distributed.run`"
+        )
+    return init_device_mesh(device, (num_processes // per_machine, per_machine), mesh_dim_names=("replicate", "shard"))
 
 
 def gather_model(objective: Objective) -> PreTrainedModel:
@@ -65,4 +84,4 @@ def gather_model(objective: Objective) -> PreTrainedModel:
     return whole.to(next(model.parameters()).device)
 
 
-__all__ = ["gather_model", "shard"]
+__all__ = ["KINDS", "gather_model", "shard"]
