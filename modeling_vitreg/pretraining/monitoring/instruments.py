@@ -54,9 +54,8 @@ def entropy_of_mean(probabilities: Tensor, *, processes: DistributedContext = SI
     """
     _check_matrix("probabilities", probabilities)
     rows = probabilities.float()
-    mean = processes.all_reduce_sum(rows.sum(dim=0)) / processes.all_reduce_sum(
-        rows.new_tensor(float(len(rows)))
-    )  # [B, K] -> [K]
+    count = processes.all_reduce_sum(rows.new_full((), len(rows)))
+    mean = processes.all_reduce_sum(rows.sum(dim=0)) / count  # [B, K] -> [K]
     return torch.special.entr(mean).sum()
 
 

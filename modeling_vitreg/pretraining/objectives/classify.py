@@ -188,7 +188,8 @@ class Classification(HeadObjective):
             step: number of the step.
         """
         images, labels = batch["global_views"].flatten(0, 1), batch["labels"]
-        targets = F.one_hot(labels, len(self.settings.class_names)).float()
+        classes = torch.arange(len(self.settings.class_names), device=labels.device)
+        targets = (labels[:, None] == classes).float()  # F.one_hot looks at the labels
         if self._mix is not None and self.training:
             images, targets = self._mix(images, labels)  # (B,) -> (B, C)
         output = self.model(images)

@@ -44,7 +44,7 @@ def sinkhorn(
     scaled.sub_(processes.all_reduce_max(highest))
     rest = scaled.amax(dim=1)
     kernel, row = scaled.sub_(rest.unsqueeze(1)).exp_(), rest.exp()
-    total_rows = processes.all_reduce_sum(scaled.new_tensor(float(num_rows)))
+    total_rows = processes.all_reduce_sum(scaled.new_full((), num_rows))
     # Q stays diag(row) kernel diag(column): two products with vectors in place of three passes over the matrix.
     with _without_autocast(kernel):
         for _ in range(num_iterations):
@@ -73,7 +73,7 @@ class EmaCenter(nn.Module):
         """Targets float32 (rows, K) with the centre of the rows before these, which then moves the centre."""
         logits = logits.float()
         targets = (logits - self.center).div_(temperature).softmax(dim=-1)
-        total = processes.all_reduce_sum(torch.cat([logits.sum(dim=0), logits.new_tensor([float(len(logits))])]))
+        total = processes.all_reduce_sum(torch.cat([logits.sum(dim=0), logits.new_full((1,), len(logits))]))
         moved = self.center.lerp(total[:-1] / total[-1], 1 - self.momentum)
         self.center.copy_(torch.where(total[-1] > 0, moved, self.center))  # without waiting for the device
         return targets
@@ -151,8 +151,7 @@ def koleo_loss(features: Tensor, *, processes: DistributedContext = SINGLE_PROCE
         return rows.sum() * 0
     with torch.no_grad(), _without_autocast(rows):
         similarities = rows @ everyone.T  # [B, D] -> [B, all]
-        own = torch.arange(len(rows), device=rows.device)
-        similarities[own, own + processes.rank * len(rows)] = -torch.inf
+        similarities.diagonal(processes.rank * len(rows)).fill_(-torch.inf)
         nearest = similarities.argmax(dim=1)
     distances = F.pairwise_distance(rows, everyone[nearest], eps=1e-8)
     return -(distances + 1e-8).log().mean()

@@ -36,29 +36,41 @@ class Lamb(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if parameters:
+                self._update(parameters, group)
         return loss
 
-    def _update(self, parameter: torch.Tensor, group: dict) -> None:
-        gradient, state = parameter.grad, self.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
-        state["step"] += 1
-        time, (first, second) = state["step"].item(), group["betas"]
-        mean, square = state["exp_avg"], state["exp_avg_sq"]
-        mean.lerp_(gradient, 1 - first)
-        square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
-        step = (mean / (1 - first**time)) / ((square / (1 - second**time)).sqrt() + group["eps"])
-        ratio = 1.0
+    def _update(self, parameters: list[torch.Tensor], group: dict) -> None:
+        gradients, states = [parameter.grad for parameter in parameters], []
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32)  # on the host, where it is read
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+            state["step"] += 1
+            states.append(state)
+        (first, second), times = group["betas"], [state["step"].item() for state in states]
+        means, squares = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
+        torch._foreach_lerp_(means, gradients, 1 - first)
+        torch._foreach_mul_(squares, second)
+        torch._foreach_addcmul_(squares, gradients, gradients, value=1 - second)
+        roots = torch._foreach_div(squares, [1 - second**time for time in times])
+        torch._foreach_sqrt_(roots)
+        torch._foreach_add_(roots, group["eps"])
+        steps = torch._foreach_div(means, [1 - first**time for time in times])
+        torch._foreach_div_(steps, roots)
         if group["weight_decay"]:
-            step.add_(parameter, alpha=group["weight_decay"])
-            length, reach = parameter.norm(), step.norm()
-            ratio = torch.where((length > 0) & (reach > 0), length / reach, torch.ones_like(length))
-        parameter.sub_(step * ratio * group["lr"])
+            torch._foreach_add_(steps, parameters, alpha=group["weight_decay"])
+            lengths, reaches = torch._foreach_norm(parameters), torch._foreach_norm(steps)
+            ratios = [
+                torch.where((length > 0) & (reach > 0), length / reach, torch.ones_like(length))
+                for length, reach in zip(lengths, reaches)
+            ]
+            torch._foreach_mul_(steps, ratios)
+        torch._foreach_mul_(steps, group["lr"])
+        torch._foreach_sub_(parameters, steps)
 
 
 __all__ = ["Lamb"]
