@@ -87,7 +87,7 @@ class Run:
             tqdm.write(text)
 
 
-def parse_options(description: str, default_recipe: str) -> argparse.Namespace:
+def parse_options(description: str, default_recipe: str, arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
     model = parser.add_argument_group("Model")
@@ -150,7 +150,7 @@ def parse_options(description: str, default_recipe: str) -> argparse.Namespace:
     output.add_argument("--tracker", help="tensorboard, trackio, wandb ... beside log.jsonl")
     output.add_argument("--push-to-hub", metavar="USER/NAME", help="publish the finished run as a private repository")
     output.add_argument("--license", help="license of published weights that inherit none, such as apache-2.0")
-    options = parse_known(parser, sys.argv[1:])
+    options = parse_known(parser, sys.argv[1:] if arguments is None else arguments)
     for name in ("log_every", "eval_every", "save_every", "num_eval_images", "micro_batch", "num_scenes"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is 1 or more, got {getattr(options, name)}")

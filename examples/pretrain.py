@@ -55,8 +55,8 @@ from modeling_vitreg.pretraining.views.masking import MaskMaker
 
 
 @ends_in_words
-def main(*, description: str = __doc__, default_recipe: str = "demo-cpu") -> None:
-    options = parse_options(description, default_recipe)
+def main(*, description: str = __doc__, default_recipe: str = "demo-cpu", arguments: list[str] | None = None) -> None:
+    options = parse_options(description, default_recipe, arguments)
     recipe = choose_recipe(options)
     check_output(options.output)
     source = open_source(options, recipe)

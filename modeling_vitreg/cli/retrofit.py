@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import pathlib
-from typing import Annotated
+import subprocess
+import sys
+from typing import Annotated, Literal
 
 import typer
 
@@ -13,7 +17,10 @@ from .options import DATA, MODEL, OUTPUT, option
 from .tell import tell_unreadable
 
 
-_IMAGES = "Images to find the units on: a folder, .tar shards, a Hub dataset, or scenes."
+_METHOD = "test-time (no training), append, distill or refine."
+_RECIPE = "Recipe of a method that trains (default: retrofit-METHOD)."
+_NUMBER = "Registers to add (default: 1 for test-time, 4 for append, 16 for distill and refine)."
+_IMAGES = "Images to find outliers on, and to train on: a folder, .tar shards, a Hub dataset, or scenes."
 _COLUMNS = "Columns of the dataset, to compare tasks in the report: image, label, mask, box."
 _REPORT = "Folder for a page that compares the model before and after on held-out images."
 _FORCE = "Write the model even if there is nothing to repair or the result is worse."
@@ -27,29 +34,42 @@ def retrofit(
     annotations: options.Annotations = None,
     split: options.Split = "train",
     num_images: Annotated[int, option(DATA, "Number of images; a quarter is held out.", min=16)] = 200,
-    num_registers: Annotated[int, option(MODEL, "Number of test-time registers to add.", min=1)] = 1,
+    method: Annotated[Literal["test-time", "append", "distill", "refine"], option(MODEL, _METHOD)] = "test-time",
+    num_registers: Annotated[int | None, option(MODEL, _NUMBER, min=1)] = None,
+    recipe: Annotated[str | None, option(MODEL, _RECIPE)] = None,
     device: options.Device = None,
     settings: options.Set = None,
     report: Annotated[pathlib.Path | None, option(OUTPUT, _REPORT)] = None,
     force: Annotated[bool, option(OUTPUT, _FORCE, "--force")] = False,
 ) -> None:
-    """Repair a finished model that has artifacts, without training: add a test-time register.
+    """Repair a finished model that has artifacts: give it registers, without training or by training them.
 
     * `vitreg retrofit facebook/dinov2-large dinov2-large-repaired --images my_photos`
 
     * `vitreg retrofit timm:vit_base_patch16_clip_224.openai clip-repaired --images my_photos --report before-after`
 
-    * `vitreg retrofit my-model my-model-repaired --images my_photos --set num_units=50 --set highest_layer=18`
+    * `vitreg retrofit my-model my-model-repaired --images my_photos --method append --recipe retrofit-append-cpu`
 
-    Finds the MLP units that write outliers and lets them act on an extra register (arXiv 2506.08010). Nothing is
-    written unless outliers fall to a fifth and the class token keeps its direction. The report compares norms,
-    attention and, where the images have labels, masks or boxes, k-NN, a segmentation probe and CorLoc. Settings for
-    --set: `layer`, `threshold`, `highest_layer`, `num_units`, `image_size`, `batch_size`, `data.NAME`.
+    Without training, finds the MLP units that write outliers and lets them act on an extra register (arXiv
+    2506.08010). The other methods run examples/retrofit.py. Nothing is written unless outliers fall to a fifth and the
+    class token keeps its direction. The report compares norms, attention and, where the images have labels, masks or
+    boxes, k-NN, a segmentation probe and CorLoc. Settings for --set: `layer`, `threshold`, `highest_layer`,
+    `num_units`, `image_size`, `batch_size`, `data.NAME`; of a method that trains, all values of its recipe.
     """
     with plain_errors():
         options.check_output(output)
         if report is not None:
             options.check_output(report)
+        if method != "test-time":
+            if output.is_dir() and any(output.iterdir()):
+                raise ValueError(f"{output} exists and is not empty: name another folder")
+            if columns or annotations:
+                raise ValueError("--columns and --annotations are for --method test-time: see examples/retrofit.py")
+            train = {"init": model, "output": output, "method": method, "data": images, "split": split}
+            train |= {"num-images": num_images, "num-registers": num_registers, "recipe": recipe, "report": report}
+            return _train(train, settings or [], device=device, force=force)
+        if recipe is not None:
+            raise ValueError("--recipe is for methods that train: add --method append, distill or refine")
         _, device = options.check_inputs([], images, device)
         from modeling_vitreg.cards import record_expected_outputs
         from modeling_vitreg.images import SCENE_COLUMNS, DataOptions, open_images, parse_columns
@@ -62,7 +82,7 @@ def retrofit(
         found = read_assignments(settings or ())
         usual_columns = {"label_column": "colours", **SCENE_COLUMNS} if is_scenes(images) else {}
         data = usual_columns | found.pop("data", {}) | parse_columns(columns or ())
-        usual = {"num_images": num_images, "num_registers": num_registers, "force": force}
+        usual = {"num_images": num_images, "num_registers": num_registers or 1, "force": force}
         chosen = make_settings(RetrofitSettings, usual | found, of="--set")
         scene_settings, source_name = options.scene_settings(images, chosen.image_size or 224)
         opened = open_images(
@@ -84,6 +104,22 @@ def retrofit(
         typer.echo(f"  layer {layer}: units {', '.join(map(str, units))}")
     typer.echo(f"wrote {output}" + (f" and {report / 'index.html'}" if report else ""))
     typer.echo(f'next: AutoModel.from_pretrained("{output}", trust_remote_code=True)')
+
+
+def _train(chosen: dict, settings: list[str], *, device: str | None, force: bool) -> None:
+    """Run the training program, which is part of a clone of the repository."""
+    program = pathlib.Path(__file__).parents[2] / "examples" / "retrofit.py"
+    missing = [name for name in ("accelerate", "psutil") if importlib.util.find_spec(name) is None]
+    if not program.exists() or missing:
+        raise ValueError(
+            f"--method {chosen['method']} trains, and needs a clone of the repository, installed by pip install -e "
+            "'.[train]'; --method test-time does not train"
+        )
+    given = [f"--{name}={value}" for name, value in chosen.items() if value is not None]
+    given += [*(f"--set={change}" for change in settings), *(["--force"] if force else [])]
+    environment = os.environ | ({"ACCELERATE_USE_CPU": "true"} if device == "cpu" else {})
+    if code := subprocess.run([sys.executable, str(program), *given], env=environment).returncode:
+        raise typer.Exit(code)
 
 
 __all__ = ["retrofit"]

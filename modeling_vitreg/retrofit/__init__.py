@@ -2,6 +2,16 @@
 
 from .register_neurons import NothingToRepair
 from .repair import RetrofitError, RetrofitSettings, retrofit
+from .training import METHODS, NUM_REGISTERS, finish_training, prepare_training
 
 
-__all__ = ["NothingToRepair", "RetrofitError", "RetrofitSettings", "retrofit"]
+__all__ = [
+    "METHODS",
+    "NUM_REGISTERS",
+    "NothingToRepair",
+    "RetrofitError",
+    "RetrofitSettings",
+    "finish_training",
+    "prepare_training",
+    "retrofit",
+]

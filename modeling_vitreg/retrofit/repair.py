@@ -132,13 +132,13 @@ def retrofit(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RetrofitError(f"{output} exists and is not empty: name another folder")
     page = None if report_folder is None else check_writable(report_folder)
-    with _as_folder(source) as folder:
-        model = _load(folder).to(device or "cpu")
+    with as_folder(source) as folder:
+        model = load_model(folder).to(device or "cpu")
         tower = image_tower(model)
         if not settings.force:
-            _refuse_second(tower, source)
+            refuse_second(tower, source)
         encoder = load_encoder(tower, name=os.fspath(source))
-        split = _prepare(encoder, images, settings)
+        split = read_images(encoder, images, settings)
         facts = {
             "model": os.fspath(source),
             "method": "test-time",
@@ -157,15 +157,17 @@ def retrofit(
             register_neurons={str(layer): units for layer, units in found.items()}, **facts, **measured
         )
         if page is not None:
-            report = _compare(report, (model, repaired), split.data(images, settings, source_of_images), folder, page)
+            report = compare_on_page(
+                report, (model, repaired), split.data(images, settings, source_of_images), folder, page
+            )
         if not report.verdict["is_repaired"] and not settings.force:
             written = f"No model was written, {page / 'index.html'} shows why" if page else "Nothing was written"
             raise RetrofitError(f"{report.verdict['sentence']} {written}; --force writes the model anyway")
-        _write(repaired, folder, output, report)
+        write_model(repaired, folder, output, report)
     return report
 
 
-def _compare(
+def compare_on_page(
     report: RetrofitReport,
     models: tuple[nn.Module, nn.Module],
     data: HeldOutData,
@@ -191,12 +193,17 @@ def _write_unchanged(
     report = RetrofitReport(
         outliers={}, register_neurons={}, tried=[], control={}, result={}, verdict=verdict, **facts
     )
-    _write(model, folder, output, report)
+    write_model(model, folder, output, report)
     return report
 
 
-def _refuse_second(tower: nn.Module, source: str | os.PathLike) -> None:
+def refuse_second(tower: nn.Module, source: str | os.PathLike) -> None:
     config = tower.config
+    if config.num_gated_registers:
+        raise RetrofitError(
+            f"{source} was retrofitted already: {config.num_gated_registers} registers were appended. Retrofit the "
+            "original model, train on with examples/pretrain.py --init, or add --force"
+        )
     if config.register_neurons:
         count, layers = sum(map(len, config.register_neurons.values())), ", ".join(config.register_neurons)
         raise RetrofitError(
@@ -221,39 +228,43 @@ def _search(
     repaired = add_test_time_register(tower, units, num_registers=settings.num_registers)
     control = add_test_time_register(tower, {}, num_registers=settings.num_registers)
     result = measure_repair(tower, repaired, held_out, outliers)
-    result["time_ratio"] = _time_ratio(tower, repaired, held_out[0])
-    described = asdict(outliers) | {"share": outliers.share, "shares": list(outliers.shares)}
-    del described["masks"]
+    result["time_ratio"] = time_ratio(tower, repaired, held_out[0])
+    moved = f"with {number} units moved" if number > 1 else "with 1 unit moved"
     return units, {
-        "outliers": described,
+        "outliers": describe_outliers(outliers),
         "tried": tried,
         "control": measure_repair(tower, control, held_out, outliers),
         "result": result,
-        "verdict": judge(result, outliers, num_units=number),
+        "verdict": judge(result, outliers, change=moved),
     }
 
 
-def judge(result: dict, outliers: Outliers, *, num_units: int) -> dict:
-    """Whether a repair worked, in a dictionary of `is_repaired` and `sentence`."""
+def describe_outliers(outliers: Outliers) -> dict:
+    """Outliers as plain JSON values, without their places."""
+    described = asdict(outliers) | {"share": outliers.share, "shares": list(outliers.shares)}
+    del described["masks"]
+    return described
+
+
+def judge(result: dict, outliers: Outliers, *, change: str) -> dict:
+    """Whether a repair worked, in a dictionary of `is_repaired` and `sentence`; `change` says what was done."""
     before, after, cosine = result["share_before"], result["share"], result["cosine"]
     is_gone, is_same = after <= LARGEST_SHARE * before, cosine >= LEAST_COSINE
-    change = f"{100 * before:.2g} % to {100 * after:.2g} % of the patches of layer {outliers.layer}"
+    shares = f"{100 * before:.2g} % to {100 * after:.2g} % of the patches of layer {outliers.layer}"
     kept = f"the class token keeps a cosine of {cosine:.4f} with the original"
-    units = f"{num_units} units" if num_units > 1 else "1 unit"
     if before == 0:
         sentence = f"The held-out images have no outliers in layer {outliers.layer}: use more images."
     elif is_gone and is_same:
-        sentence = f"Repaired: with {units} moved, outliers fall from {change}, and {kept}."
+        sentence = f"Repaired: {change}, outliers fall from {shares}, and {kept}."
     elif not is_gone:
-        sentence = f"Not repaired: with {units} moved, outliers change from {change}; they must fall to a fifth or "
-        "less."
+        sentence = f"Not repaired: {change}, outliers change from {shares}; they must fall to a fifth or less."
     else:
-        sentence = f"Not repaired: outliers fall from {change}, but {kept}, below {LEAST_COSINE}."
+        sentence = f"Not repaired: outliers fall from {shares}, but {kept}, below {LEAST_COSINE}."
     return {"is_repaired": before > 0 and is_gone and is_same, "sentence": sentence}
 
 
 @contextlib.contextmanager
-def _as_folder(source: str | os.PathLike) -> Iterator[pathlib.Path]:
+def as_folder(source: str | os.PathLike) -> Iterator[pathlib.Path]:
     """A folder of this family: the source itself, or what it converts to."""
     folder = pathlib.Path(source)
     if (folder / "model" / "config.json").exists():  # the output of a training run
@@ -271,7 +282,7 @@ def _settings(folder: pathlib.Path) -> dict:
     return PretrainedConfig.get_config_dict(folder)[0]
 
 
-def _load(folder: pathlib.Path) -> nn.Module:
+def load_model(folder: pathlib.Path) -> nn.Module:
     (name,) = _settings(folder)["architectures"]
     return getattr(modeling_vitreg, name).from_pretrained(folder, dtype=torch.float32).eval()
 
@@ -294,7 +305,7 @@ class _Split:
         return HeldOutData(self.held_out, labelled, source, settings.image_size, settings.batch_size)
 
 
-def _prepare(encoder: Encoder, images: object, settings: RetrofitSettings) -> _Split:
+def read_images(encoder: Encoder, images: object, settings: RetrofitSettings) -> _Split:
     """Read all images; every fourth is held out."""
     reading = PassSettings(batch_size=settings.batch_size, limit=settings.num_images, title="images")
     group, counts = read_all(images, Crop(settings.image_size).make(encoder), reading)
@@ -319,7 +330,7 @@ def _prepare(encoder: Encoder, images: object, settings: RetrofitSettings) -> _S
 
 
 @torch.no_grad()
-def _time_ratio(original: nn.Module, repaired: nn.Module, images: Tensor, *, rounds: int = 8) -> float:
+def time_ratio(original: nn.Module, repaired: nn.Module, images: Tensor, *, rounds: int = 8) -> float:
     """Time of a forward of the repaired model in units of the original's; the quickest of rounds in turn, for other
     programs only ever add time."""
     seconds: dict[int, list[float]] = {0: [], 1: []}
@@ -330,7 +341,7 @@ def _time_ratio(original: nn.Module, repaired: nn.Module, images: Tensor, *, rou
     return min(seconds[1]) / min(seconds[0])
 
 
-def _write(model: nn.Module, original: pathlib.Path, output: pathlib.Path, report: RetrofitReport) -> None:
+def write_model(model: nn.Module, original: pathlib.Path, output: pathlib.Path, report: RetrofitReport) -> None:
     with atomic_folder(output) as folder:
         model.to("cpu").save_pretrained(folder)
         for path in (path for pattern in _KEPT_FILES for path in original.glob(pattern)):
@@ -344,6 +355,14 @@ __all__ = [
     "NothingToRepair",
     "RetrofitError",
     "RetrofitSettings",
+    "as_folder",
+    "compare_on_page",
+    "describe_outliers",
     "judge",
+    "load_model",
+    "read_images",
+    "refuse_second",
     "retrofit",
+    "time_ratio",
+    "write_model",
 ]

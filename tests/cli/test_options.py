@@ -19,8 +19,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 OPTIONS = {
     "look": "--model --trust-remote-code --device --output",
     "convert": "--family --checkpoint-key --head --set --code --tolerance --no-verify --to",
-    "retrofit": "--images --columns --annotations --split --num-images --num-registers --device --set --report "
-    "--force",
+    "retrofit": "--images --columns --annotations --split --num-images --method --num-registers --recipe --device "
+    "--set --report --force",
     "analyze": "--split --num-images --compare --trust-remote-code --probes --batch-size --seed --device --set "
     "--output",
     "discover": "--annotations --split --num-images --trust-remote-code --sweep --precision --workers --compile "
