@@ -3,12 +3,12 @@
     accelerate launch examples/pretrain.py
     python benchmarks/retrofit.py outputs/demo-cpu/model --seeds 0 1 2
 
-The damage: one unit of the MLP of the last layer but one is replaced. It fires on the plain patches of scenes, about
-one in twenty, and adds a vector of ten times the median norm to them. The repairs: test-time registers, and the recipes
-retrofit-append-cpu, retrofit-distill-cpu and retrofit-refine-cpu. Each line gives, on held-out scenes, the share of
-outliers and the largest norm at the detection layer before and after, and the cosine of the class token to the damaged
-model; and on 64 scenes the cosines of patches and class token of the damaged and of the repaired model with the model
-before the damage.
+The damage: one unit of the MLP of the last layer but one is replaced. It fires on the plain patches of scenes,
+about one in twenty, and adds a vector of ten times the median norm to them. The repairs: test-time registers, and
+the recipes retrofit-append-cpu, retrofit-distill-cpu and retrofit-refine-cpu. Each line gives, on held-out scenes,
+the share of outliers and the largest norm at the detection layer before and after, and the cosine of the class
+token to the damaged model; and on 64 scenes the cosines of patches and class token of the damaged and of the
+repaired model with the model before the damage.
 """
 
 import argparse
