@@ -139,13 +139,8 @@ def retrofit(
             refuse_second(tower, source)
         encoder = load_encoder(tower, name=os.fspath(source))
         split = read_images(encoder, images, settings)
-        facts = {
-            "model": os.fspath(source),
-            "method": "test-time",
-            "images": {"source": source_of_images, **split.facts},
-            "command": command,
-            "made_with": encoder.made_with(),
-        }
+        facts = {"method": "test-time", "images": {"source": source_of_images, **split.facts}, "command": command}
+        facts |= {"model": os.fspath(source), "made_with": encoder.made_with()}
         try:
             found, measured = _search(tower, *split.batches, settings)
         except NothingToRepair as error:
@@ -157,14 +152,23 @@ def retrofit(
             register_neurons={str(layer): units for layer, units in found.items()}, **facts, **measured
         )
         if page is not None:
-            report = compare_on_page(
-                report, (model, repaired), split.data(images, settings, source_of_images), folder, page
-            )
-        if not report.verdict["is_repaired"] and not settings.force:
-            written = f"No model was written, {page / 'index.html'} shows why" if page else "Nothing was written"
-            raise RetrofitError(f"{report.verdict['sentence']} {written}; --force writes the model anyway")
+            data = split.data(images, settings, source_of_images)
+            report = compare_on_page(report, (model, repaired), data, folder, page)
+        if not settings.force:
+            refuse_failure(report, page)
         write_model(repaired, folder, output, report)
     return report
+
+
+def refuse_failure(report: RetrofitReport, page: pathlib.Path | None) -> None:
+    """Refuse a repair that fails or harms.
+
+    Raises:
+        RetrofitError: with the verdict in words.
+    """
+    if not report.verdict["is_repaired"]:
+        written = f"No model was written, {page / 'index.html'} shows why" if page else "Nothing was written"
+        raise RetrofitError(f"{report.verdict['sentence']} {written}; --force writes the model anyway")
 
 
 def compare_on_page(
@@ -361,6 +365,7 @@ __all__ = [
     "judge",
     "load_model",
     "read_images",
+    "refuse_failure",
     "refuse_second",
     "retrofit",
     "time_ratio",

@@ -37,6 +37,7 @@ from .repair import (
     judge,
     load_model,
     read_images,
+    refuse_failure,
     refuse_second,
     time_ratio,
     write_model,
@@ -144,11 +145,8 @@ def finish_training(
     if page is not None and result:
         data = split.data(images, settings, source_of_images)
         report = compare_on_page(report, (model, repaired), data, folder, page)
-    if not verdict["is_repaired"] and not settings.force:
-        raise RetrofitError(
-            f"{verdict['sentence']} Nothing was written; the trained model is {run / 'model'}, and --force writes it "
-            "anyway"
-        )
+    if not settings.force:
+        refuse_failure(report, page)
     write_model(repaired, folder, output, report)
     return report
 
