@@ -4,11 +4,12 @@
     python benchmarks/retrofit.py outputs/demo-cpu/model --seeds 0 1 2
 
 The damage: one unit of the MLP of the last layer but one is replaced. It fires on the plain patches of scenes,
-about one in twenty, and adds a vector of ten times the median norm to them. The repairs: test-time registers, and
-the recipes retrofit-append-cpu, retrofit-distill-cpu and retrofit-refine-cpu. Each line gives, on held-out scenes,
-the share of outliers and the largest norm at the detection layer before and after, and the cosine of the class
-token to the damaged model; and on 64 scenes the cosines of patches and class token of the damaged and of the
-repaired model with the model before the damage.
+about one in twenty, or at two places of the grid whatever the content (`--damage place`), and adds a vector of ten
+times the median norm to them. The repairs: test-time registers, and the recipes retrofit-append-cpu, retrofit-
+distill-cpu and retrofit-refine-cpu. Each line gives, on held-out scenes, the share of outliers and the largest
+norm at the detection layer before and after, and the cosine of the class token to the damaged model; and on 64
+scenes the cosines of patches and class token of the damaged and of the repaired model with the model before the
+damage.
 """
 
 import argparse
@@ -40,17 +41,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--set", action="append", default=[], help="change a value of the recipes")
+    parser.add_argument("--damage", choices=("content", "place"), default="content", help="where outliers are planted")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("outputs/retrofit"))
     options = parser.parse_args()
     original = ViTWithRegistersModel.from_pretrained(options.model).eval()
     images = load_scenes(original, range(NUM_SCENES))
     for seed in options.seeds:
-        folder = options.output / f"seed-{seed}"
+        folder = options.output / options.damage / f"seed-{seed}"
         if not (folder / "damaged" / "config.json").exists():
-            damage(original, images, seed=seed).save_pretrained(folder / "damaged")
+            damage(original, images, seed=seed, kind=options.damage).save_pretrained(folder / "damaged")
         for method in options.methods:
             changes = [f"seed={seed}", *options.set]
-            line = {"seed": seed, "method": method} | repair(folder, method, changes)
+            line = {"damage": options.damage, "seed": seed, "method": method} | repair(folder, method, changes)
             line |= closeness(original, folder, method, images[:64])
             print(json.dumps(line), flush=True)
 
@@ -64,8 +66,9 @@ def load_scenes(model: ViTWithRegistersModel, numbers: range) -> Tensor:
 
 
 @torch.no_grad()
-def damage(original: ViTWithRegistersModel, images: Tensor, *, seed: int) -> ViTWithRegistersModel:
-    """A copy with a unit that fires on plain patches and writes outliers; the seed chooses their direction."""
+def damage(original: ViTWithRegistersModel, images: Tensor, *, seed: int, kind: str) -> ViTWithRegistersModel:
+    """A copy with a unit that writes outliers, on plain patches or at two places of the grid."""
+    torch.manual_seed(seed)
     model = copy.deepcopy(original)
     number, first = model.config.num_hidden_layers - 1, model.config.num_prefix_tokens
     layer, seen = model.layers[number - 1], []
@@ -74,14 +77,17 @@ def damage(original: ViTWithRegistersModel, images: Tensor, *, seed: int) -> ViT
     handle.remove()
     tokens = seen[0].flatten(0, 1)  # [N, P, D] -> [N P, D]
     deviations = F.unfold(images, model.config.patch_shape, stride=model.config.patch_shape).std(dim=1).flatten()
-    is_plain = deviations <= deviations.quantile(SHARE)
-    direction = F.normalize(tokens[is_plain].mean(dim=0) - tokens.mean(dim=0), dim=0)
+    is_chosen = deviations <= deviations.quantile(SHARE)
+    if kind == "place":
+        places = torch.randperm(seen[0].shape[1])[:2]
+        is_chosen = torch.isin(torch.arange(len(tokens)) % seen[0].shape[1], places)
+    spread = torch.cov(tokens.T) + 0.01 * tokens.var() * torch.eye(tokens.shape[1])
+    direction = torch.linalg.solve(spread, tokens[is_chosen].mean(dim=0) - tokens.mean(dim=0))
     scores = tokens @ direction
     low, high = scores.quantile(1 - SHARE), scores.quantile(1 - SHARE / 4)
     gain = 4 / (high - low)
     mlp = layer.mlp
     mlp.fc1.weight[0], mlp.fc1.bias[0] = gain * direction, -gain * low
-    torch.manual_seed(seed)
     written = F.normalize(torch.randn(len(direction)), dim=0)
     mlp.fc2.weight[:, 0] = TIMES * norms.median() / 4 * written
     return model

@@ -176,7 +176,7 @@ def _prepare(folder, start, source, method, recipe, images, settings, device) ->
     torch.manual_seed(recipe.seed)
     count = 0 if recipe.settings.get("registers") == "ring" else settings.num_registers
     values = _first_values(tower, batches, outliers, method=method, count=count)
-    student = add_registers(tower, values, is_gated=method == "append") if count else tower
+    student = add_registers(tower, values, is_gated=method != "distill") if count else tower
     pixels = tower.image_processor_settings()
     prepared = {
         "source": os.fspath(source),

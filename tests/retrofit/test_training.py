@@ -101,10 +101,13 @@ def test_appended_registers_start_from_the_patches_that_become_outliers(prepare,
 
 
 @pytest.mark.parametrize("method", ["distill", "refine"])
-def test_other_methods_start_from_fresh_registers_without_gates(prepare, method, tmp_path):
+def test_other_methods_start_from_fresh_registers(prepare, method, tmp_path):
     prepare(method)
     started = ViTWithRegistersModel.from_pretrained(tmp_path / "run" / "start" / "model")
-    assert started.config.num_gated_registers == 0 and started.config.num_register_tokens == 5
+    assert (
+        started.config.num_gated_registers == {"distill": 0, "refine": 3}[method]
+        and started.config.num_register_tokens == 5
+    )
     spread = started.embeddings.register_tokens.weight[2:].std().item()
     assert spread == pytest.approx({"distill": 32**-0.5, "refine": 0.02}[method], rel=0.3)
 

@@ -2,8 +2,8 @@
 
 A frozen copy of the model looks at crops beside a strip of another image, which shows which of its tokens do not
 depend on the crop. The student learns the clean ones from a single pass over the whole image, and its registers the
-others. Registers are tokens of the model, or a ring of blank patches around the image, as published. The adapters are
-merged into the weights of the saved model.
+others. Registers are tokens of the model, which may stand behind gates, or a ring of blank patches around the image,
+as published. The adapters are merged into the weights of the saved model.
 
 Letters: B images, C crops of an image, P patches, R registers, D width. Grids are (rows, columns).
 
@@ -27,7 +27,7 @@ from modeling_vitreg.modeling_vitreg import ViTWithRegistersModel
 
 from .adaptation import add_lora
 from .objective import Panel
-from .retrofitting import OriginalSettings, RetrofitObjective, train_only
+from .retrofitting import OriginalSettings, RetrofitObjective, cosine_distance, train_only
 from .spurious_tokens import (
     absorption_loss,
     alignment_loss,
@@ -64,6 +64,7 @@ class RefineSettings(OriginalSettings):
         hijack_sigma: standard deviations above the mean from which a token is a hijackee.
         uniformity: weight of the spread of tokens; 0.3 for DINOv2 g.
         absorb_weight, consistency_weight: weights of these terms.
+        class_weight: weight of the cosine distance of the class token from the original's; 0 in UniRefiner.
         lora_rank, lora_dropout: of the adapters beside all linear layers.
     """
 
@@ -78,6 +79,7 @@ class RefineSettings(OriginalSettings):
     uniformity: float = 1.0
     absorb_weight: float = 0.1
     consistency_weight: float = 0.4
+    class_weight: float = 0.0
     lora_rank: int = 8
     lora_dropout: float = 0.1
 
@@ -105,6 +107,7 @@ class RefineRegisters(RetrofitObjective):
         Panel("Loss", {"total": "total", "alignment": "alignment", "separation": "separation"}),
         Panel("Registers", {"absorption": "absorption", "consistency": "consistency"}),
         Panel("Clean tokens", {"clean_share": "share"}, "%"),
+        Panel("Class token", {"class_distance": "cosine distance"}),
     )
 
     def _choose_parameters(self) -> None:
@@ -119,7 +122,8 @@ class RefineRegisters(RetrofitObjective):
             raise ValueError(
                 f"settings: hijack_layers lie in 1 ... {len(backbone.layers)}, got {settings.hijack_layers}"
             )
-        train_only(backbone, registers if settings.registers == "tokens" else None)
+        gates = [layer.attention.register_gates for layer in backbone.layers]
+        train_only(backbone, *([registers, *gates] if settings.registers == "tokens" else []))
         targets = ["qkv", "proj", "fc1", "fc2"]
         add_lora(backbone, settings.lora_rank, targets=targets, dropout=settings.lora_dropout)
 
@@ -136,12 +140,11 @@ class RefineRegisters(RetrofitObjective):
         crops_of_image = settings.num_crops
         boxes = draw_boxes(len(images) * crops_of_image, device=images.device).unflatten(0, (-1, crops_of_image))
         crops = cut_boxes(images, boxes, size=images.shape[2:])
-        full, registers = self._encode(images)
+        full, registers, cls_tokens = self._encode(images)
         student = F.normalize(cut_boxes(full.permute(0, 3, 1, 2), boxes, size=full.shape[1:3]), dim=1)
         student = student.flatten(2).mT  # [B C, D, rows, columns] -> [B C, P, D]
         full, registers = (each.repeat_interleave(crops_of_image, 0) for each in (full.flatten(1, 2), registers))
-        targets, spurious, is_clean, pool = self._teach(images, crops, registers)
-
+        (targets, spurious, is_clean, pool), cls_targets = self._teach(images, crops, registers)
         clean_share = is_clean.float().mean()
         is_clean = is_clean | ~is_clean.any()  # without any clean token all count
         threshold = clean_threshold(targets, is_clean)
@@ -154,7 +157,7 @@ class RefineRegisters(RetrofitObjective):
         }
         if step > CONSISTENCY_START * self.num_steps:
             with torch.no_grad():
-                cleaner, _ = self._encode(crops, least=LEAST_RING)
+                cleaner, *_ = self._encode(crops, least=LEAST_RING)
             losses["consistency"] = consistency_loss(student, cleaner.flatten(1, 2))
         else:
             losses["consistency"] = student.new_zeros(())
@@ -164,21 +167,27 @@ class RefineRegisters(RetrofitObjective):
             + settings.absorb_weight * losses["absorption"]
             + settings.consistency_weight * losses["consistency"]
         )
+        if cls_targets is not None:
+            losses["class_distance"] = cosine_distance(cls_tokens, cls_targets)
+            losses["total"] = losses["total"] + settings.class_weight * losses["class_distance"]
         return losses | {"clean_share": clean_share}
 
-    def _encode(self, images: Tensor, *, least: int = 1) -> tuple[Tensor, Tensor]:
-        """Unit vectors of the student: patches (B, rows, columns, D) of the images and registers (B, R, D)."""
+    def _encode(self, images: Tensor, *, least: int = 1) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Unit vectors of the student, patches (B, rows, columns, D) and registers (B, R, D); and its class tokens."""
         if self.settings.registers == "tokens":
             output = self.backbone(images)
-            return F.normalize(output.patch_grid, dim=-1), F.normalize(output.register_tokens, dim=-1)
+            patches, registers = (F.normalize(each, dim=-1) for each in (output.patch_grid, output.register_tokens))
+            return patches, registers, output.cls_token
         grid = self.backbone.embeddings.grid_of(images)
         width = max(grid[1] // self.settings.ring_factor, least)
         ringed = add_ring(images, width, patch_shape=self.backbone.config.patch_shape, fill=self.settings.fill)
-        return split_ring(F.normalize(self.backbone(ringed).patch_grid, dim=-1), width)
+        output = self.backbone(ringed)
+        return *split_ring(F.normalize(output.patch_grid, dim=-1), width), output.cls_token
 
     @torch.no_grad()
-    def _teach(self, images: Tensor, crops: Tensor, registers: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Targets (B C, P, D), spurious tokens (B C, 2 R, D), clean tokens (B C, P), and the pool of targets."""
+    def _teach(self, images: Tensor, crops: Tensor, registers: Tensor) -> tuple[tuple, Tensor | None]:
+        """Targets (B C, P, D), spurious tokens (B C, 2 R, D), clean tokens (B C, P) and the pool of targets; and the
+        class tokens of the images."""
         settings, teacher = self.settings, self.teacher_for(images)
         others = images.roll(1, 0).repeat_interleave(settings.num_crops, 0)
         composed, is_crop = beside_strip(crops, others, patch_shape=teacher.config.patch_shape)
@@ -186,7 +195,8 @@ class RefineRegisters(RetrofitObjective):
         with record_queries_and_keys(teacher, range(first, last + 1) if first else ()) as recorded:
             tokens = F.normalize(teacher(composed).patch_tokens, dim=-1)
         found, strip = tokens[:, is_crop], tokens[:, ~is_crop]
-        whole = F.normalize(teacher(images).patch_tokens, dim=-1)
+        output = teacher(images)
+        whole = F.normalize(output.patch_tokens, dim=-1)
         pool, unrelated = (each.repeat_interleave(settings.num_crops, 0) for each in (whole, whole.roll(1, 0)))
         targets = match(found, pool)
         similarities = [most_similar(found, unrelated), most_similar(found, strip)]
@@ -201,7 +211,7 @@ class RefineRegisters(RetrofitObjective):
             queries, keys = zip(*([part[:, first_patch:][:, is_crop] for part in pair] for pair in recorded))
             scores = hijackee_scores(queries, keys, is_clean)
             is_clean &= is_no_hijackee(scores, is_clean, sigma=settings.hijack_sigma)
-        return targets, match(spurious, pool), is_clean, pool
+        return (targets, match(spurious, pool), is_clean, pool), output.cls_token
 
 
 def draw_boxes(number: int, *, device: torch.device) -> Tensor:
