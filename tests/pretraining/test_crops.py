@@ -5,6 +5,7 @@ import torch
 from colored_views import ColoredCrop
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms import v2
 
 from modeling_vitreg.pretraining.views.crops import CropSettings
 
@@ -189,3 +190,19 @@ def test_one_global_view_without_colours_is_what_mae_takes():
 def test_settings_out_of_range_are_refused_by_name(values, message):
     with pytest.raises(ValueError, match=message):
         CropSettings(**values)
+
+
+def test_a_resized_crop_is_that_of_torchvisions_transforms_from_the_same_seed(photograph):
+    settings = CropSettings(num_global=1, num_local=0, global_size=48, color_augmentation="none")
+    oracle = v2.Compose(
+        [
+            v2.RandomResizedCrop(48, scale=settings.global_scale, interpolation=v2.InterpolationMode.BICUBIC),
+            v2.RandomHorizontalFlip(settings.flip),
+        ]
+    )
+    crop, pixels = ColoredCrop(settings), v2.functional.pil_to_tensor(photograph.convert("RGB"))
+    for seed in range(20):
+        torch.manual_seed(seed)
+        (view,), next_draw = crop(photograph)["global_views"], torch.rand(1)
+        torch.manual_seed(seed)
+        assert torch.equal(view, oracle(pixels)) and torch.equal(next_draw, torch.rand(1))

@@ -163,8 +163,10 @@ class MultiCrop:
 
 
 class _ResizedCrop:
-    """RandomResizedCrop, then RandomHorizontalFlip: the same draws and bytes in half the time that both take around
-    the functions they call."""
+    """RandomResizedCrop, then RandomHorizontalFlip, with the same draws and bytes.
+
+    Calling the functions behind both saves what the classes spend on finding images in their arguments.
+    """
 
     def __init__(self, size: int, *, scale: tuple[float, float], flip: float):
         self._crop, self._size, self._flip = v2.RandomResizedCrop(size, scale=scale), [size, size], flip
