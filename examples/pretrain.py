@@ -36,6 +36,7 @@ from modeling_vitreg.cards import CardError, PublishError, publish
 from modeling_vitreg.distributed import distributed_context, new_control_group
 from modeling_vitreg.files import atomic_folder, make_folder, write_text
 from modeling_vitreg.images import ImageSource, derive_seed
+from modeling_vitreg.modes import fast_attention
 from modeling_vitreg.pretraining.build import make_objective
 from modeling_vitreg.pretraining.objectives.objective import Objective
 from modeling_vitreg.pretraining.run.lamb import Lamb
@@ -120,7 +121,7 @@ def main(*, description: str = __doc__, default_recipe: str = "demo-cpu", argume
             torch.manual_seed(derive_seed(recipe.seed, step, micro, run.processes.rank))
             is_last = micro + 1 == run.num_accumulations
             with contextlib.nullcontext() if is_last or options.shard else accelerator.no_sync(model):
-                with accelerator.autocast():
+                with accelerator.autocast(), fast_attention(accelerator.device.type):
                     terms = model(batch, step=step)
                 accelerator.backward(terms["total"] / run.num_accumulations)
             for name, term in terms.items():

@@ -1,4 +1,4 @@
-"""Evaluation of a model during training, without side effects."""
+"""How a model runs: in evaluation mode during training, and with the fastest attention of the device."""
 
 from __future__ import annotations
 
@@ -7,6 +7,16 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+# The first that takes the arguments runs; only "math" takes all.
+ATTENTION_BACKENDS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 @contextlib.contextmanager
@@ -26,4 +36,11 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = is_training
 
 
-__all__ = ["eval_mode"]
+def fast_attention(device_type: str) -> contextlib.AbstractContextManager:
+    """Attention by cuDNN where it takes the arguments, then flash, then efficient; on a CPU torch chooses."""
+    if device_type != "cuda":
+        return contextlib.nullcontext()
+    return sdpa_kernel(ATTENTION_BACKENDS, set_priority=True)
+
+
+__all__ = ["eval_mode", "fast_attention"]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 
 from modeling_vitreg.features import Encoder
+from modeling_vitreg.modes import fast_attention
 
 
 def choose_precision(encoder: Encoder, wanted: str | None) -> str:
@@ -33,11 +35,15 @@ def choose_precision(encoder: Encoder, wanted: str | None) -> str:
     return wanted or "float32"
 
 
-def run_in(precision: str, encoder: Encoder) -> contextlib.AbstractContextManager:
+@contextlib.contextmanager
+def run_in(precision: str, encoder: Encoder) -> Iterator[None]:
     """A context in which the encoder runs in a precision. An outer one keeps the converted weights for inner ones."""
-    if precision == "float32" or encoder.dtype != torch.float32:
-        return contextlib.nullcontext()
-    return torch.autocast(encoder.device.type, dtype=getattr(torch, precision))
+    device, is_mixed = encoder.device.type, precision != "float32" and encoder.dtype == torch.float32
+    with (
+        fast_attention(device),
+        torch.autocast(device, getattr(torch, precision)) if is_mixed else contextlib.nullcontext(),
+    ):
+        yield
 
 
 __all__ = ["choose_precision", "run_in"]

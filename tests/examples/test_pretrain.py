@@ -25,6 +25,7 @@ from training_program import Program
 from modeling_vitreg import ViTWithRegistersModel, evaluation
 from modeling_vitreg.features import load_encoder
 from modeling_vitreg.images import DataOptions
+from modeling_vitreg.pretraining.state import last_state, load_objective
 from modeling_vitreg.scenes import SceneSettings, preset_settings, render_scene
 
 
@@ -419,6 +420,19 @@ def two(folder):
     """A run of two processes that nothing disturbed."""
     _run(folder, *USUAL, *LONGER, output="two-whole", processes=2)
     return folder / "two-whole"
+
+
+@pytest.mark.parametrize("damage", [os.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1] + b"x")])
+def test_a_damaged_part_of_one_process_is_named_and_the_state_before_is_taken(two, tmp_path, damage):
+    shutil.copytree(two / "state", tmp_path / "state")
+    newest, before = sorted((tmp_path / "state").glob("step-*"), reverse=True)
+    damage(newest / "optimizer-00002-of-00002.safetensors")
+    said = []
+    assert last_state(tmp_path / "state", warn=said.append) == before
+    assert f"{newest}/optimizer-00002-of-00002.safetensors" in said[0]
+    # Two processes that do not shard write each tensor once, and together all of them.
+    files = [load_file(before / f"objective-0000{number}-of-00002.safetensors").keys() for number in (1, 2)]
+    assert not files[0] & files[1] and files[0] | files[1] == load_objective(before).keys()
 
 
 def _processes_of(launcher, output: pathlib.Path, *, step: int) -> dict[str, psutil.Process]:
