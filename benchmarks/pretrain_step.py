@@ -79,7 +79,7 @@ def main() -> None:
     report(programs, measure(programs, batch, options), options)
 
 
-def parse_options() -> argparse.Namespace:
+def parse_options(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dinov2", type=pathlib.Path, help="a clone of facebookresearch/dinov2")
     parser.add_argument("--lightly", type=pathlib.Path, help="a clone of lightly-ai/lightly (default: as installed)")
@@ -103,7 +103,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--warm-up", type=int, default=2, help="rounds that do not count (default 2)")
     parser.add_argument("--threads", type=int, help="of PyTorch (default: its own choice)")
     parser.add_argument("--compile", action="store_true", help="compile the layers of all programs")
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 # The same job for all ------------------------------------------------------------------------------------------------
