@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import os
 import pathlib
+import shutil
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -12,14 +13,19 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from huggingface_hub import snapshot_download
 from tqdm import tqdm
 
 from modeling_vitreg import reports
+from modeling_vitreg.conversion import convert
 from modeling_vitreg.distributed import DistributedContext
+from modeling_vitreg.features.folders import conversion_command
 from modeling_vitreg.images import DataOptions, ImageSource, open_images
-from modeling_vitreg.pretraining.build import make_config
+from modeling_vitreg.names import is_hub_name
+from modeling_vitreg.pretraining.build import is_of_this_family, make_config
 from modeling_vitreg.pretraining.objectives.objective import DataSummary
 from modeling_vitreg.pretraining.objectives.registry import objective_class
+from modeling_vitreg.pretraining.objectives.teachers import model_of_run
 from modeling_vitreg.pretraining.run.recipe import Recipe, read_recipe
 from modeling_vitreg.pretraining.run.sharding import KINDS as SHARDING_KINDS
 from modeling_vitreg.scenes import FIRST_TEST_SCENE, SEMANTIC_NAMES, describe_preset, is_scenes, preset_settings
@@ -98,7 +104,11 @@ def parse_options(description: str, default_recipe: str, arguments: list[str] | 
     )
     model.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a value of the recipe")
     model.add_argument("--registers", type=int, help="number of registers (default: that of the recipe)")
-    model.add_argument("--init", help="model (folder or Hub name) or output folder of another run to start from")
+    model.add_argument(
+        "--init",
+        help="model or output folder of another run to start from; a model of another library (folder, Hub name, "
+        "timm:NAME, checkpoint file) is converted first",
+    )
     data = parser.add_argument_group("Data")
     data.add_argument(
         "--data",
@@ -241,6 +251,38 @@ def open_split(options: argparse.Namespace, recipe: Recipe, split: str, data_opt
         scenes=scenes,
         scene_settings=settings,
     )
+
+
+def convert_init(run: Run) -> str | None:
+    """What --init names; another library's model is converted into the folder `init` of the run first."""
+    init, output = run.options.init, run.folder / "init"
+    if init is None:
+        return None
+
+    def convert_model() -> tuple[str | None, str | None]:
+        source = f"timm:{init[5:]}" if init.startswith("timm/") else init
+        words, _, command = (conversion_command(model_of_run(source)) or "").partition("first, with: ")
+        try:
+            if is_of_this_family(model_of_run(source)):
+                return init, None
+            if not command:
+                return None, f"--init: {words}"
+            if is_hub_name(source) and not pathlib.Path(source).exists():
+                source = snapshot_download(source, allow_patterns=["*.json", "*.safetensors"])
+            shutil.rmtree(output, ignore_errors=True)  # of a run that was stopped before its first state
+            report = convert(source, output)
+        except (ValueError, OSError, RuntimeError) as error:
+            return None, f"--init: {error}. To convert it by hand: {command}"
+        found = report.verification
+        run.say(f"init: {init} was converted into {output}: {report.ledger['coverage']}")
+        error = f"{found['largest_relative_error']:.1e}" if found["is_verified"] else f"not known, {found['why']}"
+        run.say(f"init: largest error of a token compared with {found.get('reference', 'the original')}: {error}")
+        return str(output), None
+
+    folder, problem = run.from_main(convert_model)
+    if problem:
+        raise SystemExit(problem)
+    return folder
 
 
 def name_data(options: argparse.Namespace, recipe: Recipe) -> str:

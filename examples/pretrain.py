@@ -27,11 +27,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait for wor
 import torch
 import transformers
 import yaml
-from arguments import Run, choose_recipe, name_classes, name_init, open_source, parse_options, versions
+from arguments import Run, choose_recipe, convert_init, name_classes, name_init, open_source, parse_options, versions
 from launching import ends_in_words, make_accelerator
 from monitor import Monitor
 from torch import Tensor
 
+from modeling_vitreg import ViTWithRegistersConfig
 from modeling_vitreg.cards import CardError, PublishError, publish
 from modeling_vitreg.distributed import distributed_context, new_control_group
 from modeling_vitreg.files import atomic_folder, make_folder, write_text
@@ -72,9 +73,13 @@ def main(*, description: str = __doc__, default_recipe: str = "demo-cpu", argume
     last = open_output(run)
     run.say(source.describe_labels())
 
+    init = None if last else convert_init(run)
+    config = read_metadata(last).get("model_config") if last else None
     # Everything that learns is one module: student, teacher and heads are wrapped, sharded and saved together.
     try:
-        objective = make_objective(recipe, init=None if last else options.init, processes=run.processes)
+        objective = make_objective(
+            recipe, init=init, config=config and ViTWithRegistersConfig(**config), processes=run.processes
+        )
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None
     pixels = recipe.statistics(objective.encoder.config.num_channels)
@@ -322,6 +327,7 @@ def save(run: Run, saver: StateSaver, objective: Objective, optimizer, loader: V
         torch.distributed.all_gather_object(states, states[run.processes.rank])
     metadata = metadata | {
         "recipe": run.recipe.as_dict(),
+        "model_config": objective.encoder.config.to_diff_dict(),
         "loaders": states,
         "scaler": None if scaler is None else scaler.state_dict(),
         "versions": versions(),

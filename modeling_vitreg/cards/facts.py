@@ -11,6 +11,7 @@ The rest is shown unchanged.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import pathlib
@@ -246,6 +247,10 @@ def _find_parent(model: ModelFolder, conversion: ConversionReport | None, traini
     if not init or pathlib.Path(init).resolve() in (model.path.resolve(), model.path.resolve().parent):
         return None  # from scratch, or a run that continues from itself
     is_hub_name = bool(_HUB_NAME.fullmatch(init)) and not pathlib.Path(init).exists()
+    converted = model.run / "init" if model.run else None  # of another library's model, see examples/arguments.py
+    if converted is not None and (converted / "conversion.json").is_file():
+        parent = dataclasses.replace(collect_facts(converted).parent, relation="finetune")
+        return dataclasses.replace(parent, name=init, hub_name=init) if is_hub_name else parent
     name = init if is_hub_name else pathlib.Path(init).name
     return Parent(name, init if is_hub_name else None, _licence_of(pathlib.Path(init)), "finetune")
 

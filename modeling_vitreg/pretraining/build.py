@@ -42,7 +42,11 @@ def make_config(recipe: Recipe) -> ViTWithRegistersConfig:
 
 
 def make_objective(
-    recipe: Recipe, *, init: str | pathlib.Path | None = None, processes: DistributedContext = SINGLE_PROCESS
+    recipe: Recipe,
+    *,
+    init: str | pathlib.Path | None = None,
+    config: ViTWithRegistersConfig | None = None,
+    processes: DistributedContext = SINGLE_PROCESS,
 ) -> Objective:
     """The objective of a recipe, with all trained modules.
 
@@ -51,6 +55,7 @@ def make_objective(
             depth and the number of registers hold, and positions are resized to the views of the recipe.
         init: a folder or a name on the Hub to start from, of a dual encoder its image tower; of the output folder of
             another run, heads and teacher are taken too.
+        config: of a new backbone, when a run continues that started from another architecture; None: the recipe's.
         processes: processes that share a batch.
 
     Raises:
@@ -58,7 +63,7 @@ def make_objective(
     """
     torch.manual_seed(recipe.seed)  # also of what a checkpoint lacks, such as a mask token
     if init is None:
-        return _wrap(ViTWithRegistersModel(make_config(recipe)), recipe, processes)
+        return _wrap(ViTWithRegistersModel(config or make_config(recipe)), recipe, processes)
     folder = pathlib.Path(init)
     kept = {name: value for name, value in _model_keywords(recipe).items() if name.startswith("drop_path")}
     kept["has_mask_token"] = objective_class(recipe.objective).needs_mask_token
@@ -83,7 +88,8 @@ def make_objective(
 
 def _load_backbone(source: str | pathlib.Path, changes: dict) -> ViTWithRegistersModel:
     """The image tower of a folder or a name, whatever head or text tower it is saved with, with other settings."""
-    _check_family(source)
+    if not is_of_this_family(source):
+        raise ValueError(f"init: {conversion_command(source)}")
     own, dual = ViTWithRegistersModel, ViTWithRegistersDualEncoderModel
     try:
         kind = PretrainedConfig.get_config_dict(source)[0].get("model_type")
@@ -110,20 +116,22 @@ def _load_backbone(source: str | pathlib.Path, changes: dict) -> ViTWithRegister
     return backbone
 
 
-def _check_family(source: str | pathlib.Path) -> None:
-    """Refuse another library's model, with the command that converts it."""
+def is_of_this_family(source: str | pathlib.Path) -> bool:
+    """Whether a folder or a name on the Hub holds a model or a dual encoder of this family.
+
+    Raises:
+        ValueError: the configuration of a model on the Hub cannot be read.
+    """
     kinds = (ViTWithRegistersConfig.model_type, ViTWithRegistersDualEncoderConfig.model_type)
     is_folder = pathlib.Path(source).is_dir()
-    if is_folder or is_hub_name(str(source)):
-        try:
-            kind = PretrainedConfig.get_config_dict(source)[0].get("model_type")
-        except (OSError, ValueError) as error:
-            if not is_folder:
-                raise ValueError(f"init: {source} cannot be loaded: {error}") from error
-            kind = None
-        if kind in kinds:
-            return
-    raise ValueError(f"init: {conversion_command(source)}")
+    if not is_folder and not is_hub_name(str(source)):
+        return False
+    try:
+        return PretrainedConfig.get_config_dict(source)[0].get("model_type") in kinds
+    except (OSError, ValueError) as error:
+        if not is_folder:
+            raise ValueError(f"{source} cannot be loaded: {error}") from error
+        return False
 
 
 def _model_keywords(recipe: Recipe) -> dict:
@@ -156,4 +164,4 @@ def _wrap(backbone: ViTWithRegistersModel, recipe: Recipe, processes: Distribute
     return kind.from_recipe(backbone, recipe, num_steps=recipe.num_steps, processes=processes)
 
 
-__all__ = ["make_config", "make_objective"]
+__all__ = ["is_of_this_family", "make_config", "make_objective"]
