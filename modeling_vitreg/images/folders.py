@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import collections
-import csv
-import glob
-import json
 import os
 import pathlib
 import re
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from .messages import choose_split, list_names
+from .metadata import METADATA, list_files, names_images, plain_path, read_metadata, read_table
 from .opened import OpenedDataset
 from .shards import open_shards
+
+
+if TYPE_CHECKING:
+    import datasets
 
 
 _SPLIT_NAMES = {
@@ -29,7 +32,6 @@ _SPLIT_NAMES = {
     "testing": "test",
 }
 _DISK_SHARDS = 64  # of a stream over a dataset that is on disk
-_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
 def open_folder(folder: pathlib.Path, *, split: str, is_streaming: bool) -> OpenedDataset:
@@ -45,7 +47,7 @@ def open_folder(folder: pathlib.Path, *, split: str, is_streaming: bool) -> Open
     import datasets
 
     if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
-        saved = datasets.load_from_disk(str(folder))
+        saved = datasets.load_from_disk(plain_path(folder))
         saved = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
         files = sorted(str(path) for path in folder.rglob("*.arrow"))
         return _choose(saved, split, folder, is_streaming, files=files)
@@ -56,29 +58,28 @@ def open_folder(folder: pathlib.Path, *, split: str, is_streaming: bool) -> Open
     images = [path for suffix, paths in files.items() if suffix in _image_suffixes() for path in paths]
     tables = files[".parquet"] + files[".arrow"]
     if images:
-        tables = [path for path in tables if os.path.basename(path) not in _METADATA]
+        tables = [path for path in tables if os.path.basename(path) not in METADATA]
     if tables:
-        splits = datasets.load_dataset(_without_colons(folder.resolve()), streaming=is_streaming)
-        return OpenedDataset(choose_split(splits, split, source=str(folder)), tables, splits=splits)
+        if not any("::" in os.path.realpath(path) for path in tables):
+            splits = datasets.load_dataset(str(folder.resolve()), streaming=is_streaming)
+            return OpenedDataset(choose_split(splits, split, source=str(folder)), tables, splits=splits)
+        splits = {name: read_table(paths) for name, paths in _split_shards(folder, tables).items()}
+        return _choose(splits, split, folder, is_streaming, files=tables)
     if not images:
         found = ", ".join(f"{len(paths)} {suffix or 'without suffix'}" for suffix, paths in files.items() if paths)
         raise ValueError(
             f"open_images: expected images, .tar shards or parquet files in the folder {str(folder)!r}, got "
             f"{found or 'no files'}. Give the folder above the class folders or above the images."
         )
-    metadata = [path for paths in files.values() for path in paths if os.path.basename(path) in _METADATA]
-    foreign = [path for path in metadata if not _names_images(path)]
+    metadata = [path for paths in files.values() for path in paths if os.path.basename(path) in METADATA]
+    foreign = [path for path in metadata if not names_images(path)]
     notes += [f"{path} has no column file_name and was not read" for path in foreign]
     parts = _find_splits(folder, images)
     if split not in parts:
         choose_split(parts, split, source=str(folder))
     if len(metadata) > len(foreign):
-        patterns = {
-            name: [f"{glob.escape(_without_colons(part))}/**" for part in paths] for name, paths in parts.items()
-        }
-        splits = datasets.load_dataset("imagefolder", data_files=patterns, streaming=is_streaming)
-        chosen = choose_split(splits, split, source=str(folder))
-        return OpenedDataset(chosen, images, splits=splits, notes=notes)
+        splits, more = _read_metadata(parts, [path for path in metadata if path not in foreign], images)
+        return _choose(splits, split, folder, is_streaming, files=images, notes=notes + more)
     splits, origin, more = _read_class_folders(parts, images)
     notes += more.get(split, [])
     return _choose(splits, split, folder, is_streaming, files=images, label_origin=origin, notes=notes)
@@ -124,28 +125,6 @@ def _image_suffixes() -> set[str]:
     return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 
-def _without_colons(folder: pathlib.Path) -> str:
-    if "::" in str(folder):
-        raise ValueError(
-            f"open_images: the name {str(folder)!r} holds '::', which the library datasets takes for a chain of "
-            "addresses: rename that folder"
-        )
-    return str(folder)
-
-
-def _names_images(metadata: str) -> bool:
-    """Whether a table says which file each row is about, as `imagefolder` of the library datasets expects."""
-    try:
-        with open(metadata, encoding="utf-8-sig", newline="") as file:
-            if metadata.endswith(".csv"):
-                names = next(csv.reader(file), [])
-            else:
-                names = metadata.endswith(".parquet") or json.loads(file.readline() or "{}")
-    except (ValueError, OSError):
-        return metadata.endswith(".parquet")
-    return names is True or any(name == "file_name" or str(name).endswith("_file_name") for name in names)
-
-
 def _find_splits(folder: pathlib.Path, images: list[str]) -> dict[str, list[pathlib.Path]]:
     """Folders of each split.
 
@@ -185,6 +164,25 @@ def _split_shards(folder: pathlib.Path, shards: list[str]) -> dict[str, list[str
             f"them {list_names(parts[None])}: move those away, or list the shards of one split by a glob"
         )
     return {split or "train": paths for split, paths in parts.items()}
+
+
+def _read_metadata(
+    parts: dict[str, list[pathlib.Path]], tables: list[str], images: list[str]
+) -> tuple[dict[str, datasets.Dataset], list[str]]:
+    """A dataset of each split, and notes; a row belongs to the split in whose folder its first image lies."""
+    rows = read_metadata(sorted(tables))
+    named = list_files(rows)
+    others = [path for path in images if path not in named]
+    share = f"{len(others)} of {len(images)} images ({len(others) / len(images):.1%})"
+    notes = [f"{share} are not named in metadata and left out: {list_names(others, num_shown=1)}"] * bool(others)
+    if "image" not in rows.column_names:
+        return {"train": rows}, notes
+    paths = [pathlib.Path((cell or {}).get("path") or "") for cell in rows.data.column("image").to_pylist()]
+    splits = {}
+    for name, folders in parts.items():
+        chosen = [place for place, path in enumerate(paths) if any(map(path.is_relative_to, folders))]
+        splits[name] = rows.select(chosen)
+    return splits, notes
 
 
 def _read_class_folders(splits: dict[str, list[pathlib.Path]], images: list[str]) -> tuple[dict, str, dict]:
