@@ -1,6 +1,5 @@
 """Start the processes of a training program, and end all of them when one is lost."""
 
-import errno
 import functools
 import os
 from collections.abc import Callable
@@ -10,12 +9,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
 from modeling_vitreg.cli.processes import start_the_others
+from modeling_vitreg.files import DISK_ERRORS
 
 
 # What torch says, by back end and version, when another process is gone.
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
-
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 
 
 def make_accelerator(**settings) -> Accelerator:
@@ -62,7 +60,7 @@ def ends_in_words(main: Callable) -> Callable:
         try:
             main(**options)
         except OSError as error:
-            if error.errno not in _DISK and (error.errno is None or error.filename is None):
+            if error.errno not in DISK_ERRORS and (error.errno is None or error.filename is None):
                 raise
             raise SystemExit(
                 f"{error}: free some space, or check the path and its permissions, and run the same command again: it "

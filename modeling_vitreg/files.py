@@ -20,6 +20,9 @@ import zlib
 from collections.abc import Iterator, Sequence
 
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Write the path of the block; at its end the file replaces `path`, whose folder is made.
@@ -199,4 +202,13 @@ def _errors_about(path: pathlib.Path) -> Iterator[None]:
         raise
 
 
-__all__ = ["atomic_folder", "atomic_write", "check_writable", "checksum", "make_folder", "to_json", "write_text"]
+__all__ = [
+    "DISK_ERRORS",
+    "atomic_folder",
+    "atomic_write",
+    "check_writable",
+    "checksum",
+    "make_folder",
+    "to_json",
+    "write_text",
+]

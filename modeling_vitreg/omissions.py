@@ -8,26 +8,27 @@ import pathlib
 import traceback
 from collections.abc import Callable
 
-from modeling_vitreg.files import write_text
+from modeling_vitreg.files import DISK_ERRORS, write_text
 
 
 _logger = logging.getLogger(__name__)
 
 
-def list_left_out(images: dict) -> list[str]:
+def list_left_out(images: dict, *, name: str = "images") -> list[str]:
     """Sentences about the images that a report leaves out, for pages and terminals; empty if there are none.
 
     Args:
         images: counts of a report: `num_unreadable`, `num_nonfinite`, and `unreadable`, `nonfinite` (the first ones).
+        name: name of the images, such as "train images".
     """
     lines = []
     for key, words in (("unreadable", "could not be read"), ("nonfinite", "have features that are not finite")):
-        number, named = images.get(f"num_{key}", 0), images.get(key, [])
+        number, named = images.get(f"num_{key}") or 0, images.get(key) or []
         if number:
-            total = sum(images.get(f"num_{name}", 0) for name in ("images", "unreadable", "nonfinite"))
+            total = sum(images.get(f"num_{kind}") or 0 for kind in ("images", "unreadable", "nonfinite"))
             rest = f"; and {number - len(named)} more" if named and number > len(named) else ""
             lines.append(
-                f"{number} of {total} images {words} and are left out: {'; '.join(named) or 'not named'}{rest}"
+                f"{number} of {total} {name} {words} and are left out: {'; '.join(named) or 'not named'}{rest}"
             )
     return lines
 
@@ -36,7 +37,8 @@ class Failures:
     """Tracebacks of the parts of a report that failed, while the others go on.
 
     A part that raises a ValueError or RuntimeError of this package does not apply, and its message is the reason. Any
-    other error is a defect: the report holds its message, and `write` stores the traceback.
+    other error is a defect: the report holds its message, and `write` stores the traceback. An error of the disk ends
+    the report, which could not be written either.
 
     Args:
         is_strict: raise defects at once, as tests do.
@@ -60,8 +62,10 @@ class Failures:
         """Remember the traceback of a defect; returns the reason for the report.
 
         Raises:
-            Exception: `error` itself, if it is a defect and `is_strict`.
+            Exception: `error` itself, if it is of the disk, or a defect and `is_strict`.
         """
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            raise error
         last = traceback.extract_tb(error.__traceback__)[-1]
         is_ours = pathlib.Path(last.filename).is_relative_to(pathlib.Path(__file__).parent)
         # An error of torch or NumPy in a line of ours has our file as its last frame, but no `raise` in that line.

@@ -11,12 +11,13 @@ from collections.abc import Iterator
 
 import typer
 
+from modeling_vitreg.files import DISK_ERRORS
 from modeling_vitreg.network import causes_of
 
 
 TRACEBACK = "VITREG_TRACEBACK"  # environment variable: show the traceback of every error
 _PACKAGE = os.fspath(pathlib.Path(__file__).parents[1])
-_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+_OF_DISKS = (*DISK_ERRORS, errno.EACCES, errno.EPERM)
 _EXPECTED = (ValueError, RuntimeError, OSError, MemoryError)  # errors that carry their own explanation
 
 

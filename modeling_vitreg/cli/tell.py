@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import typer
 
+from modeling_vitreg.omissions import list_left_out
+
 
 def tell_unreadable(images: dict, *, part: str = "") -> None:
     """Print how many images were left out, and the first of them with the reason.
@@ -13,17 +15,8 @@ def tell_unreadable(images: dict, *, part: str = "") -> None:
             `num_nonfinite`.
         part: part of the data, such as "train".
     """
-    name = f"{part} images" if part else "images"
-    lost, broken = images.get("num_unreadable") or 0, images.get("num_nonfinite") or 0
-    total = images.get("num_images", 0) + lost + broken
-    if lost:
-        typer.echo(f"{lost} of {total} {name} could not be read and were left out:", err=True)
-        for line in images.get("unreadable") or ():
-            typer.echo(f"  {line}", err=True)
-    if broken:
-        typer.echo(f"{broken} of {total} {name} gave features that are not finite and were left out", err=True)
-        for line in images.get("nonfinite") or ():
-            typer.echo(f"  {line}", err=True)
+    for line in list_left_out(images, name=f"{part} images" if part else "images"):
+        typer.echo(line, err=True)
 
 
 __all__ = ["tell_unreadable"]
