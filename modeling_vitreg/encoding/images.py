@@ -12,7 +12,6 @@ import collections
 import dataclasses
 import itertools
 import os
-import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -34,6 +33,7 @@ from modeling_vitreg.images import (
     read_annotated,
 )
 from modeling_vitreg.images.annotations import NoteCounter
+from modeling_vitreg.workers import ignore_interrupts, share, take
 
 from .consumer import ImageFacts
 from .settings import PassCounts, PassSettings
@@ -42,7 +42,6 @@ from .transforms import Cut
 
 _NUM_CHANNELS = {mode: number for number, mode in MODES.items()}
 _MOST_WORKERS = 16
-_DEAD_WORKER = ("exited unexpectedly", "is killed by signal")
 
 
 @dataclasses.dataclass
@@ -159,24 +158,17 @@ class ImageReader:
             sampler=self._specs(settings, context, is_done),
             batch_size=None,
             num_workers=self._count_workers(settings, context),
-            collate_fn=_keep,
+            collate_fn=share,
             pin_memory=pin_memory,
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=ignore_interrupts,
             generator=torch.Generator(),  # or it would draw from torch's global one
         )
         chunks = iter(loader)
         while True:
             try:
-                chunk = next(chunks)
+                chunk = take(chunks, reader="the reader of images")
             except StopIteration:
                 return
-            except RuntimeError as error:
-                if not any(words in str(error) for words in _DEAD_WORKER):
-                    raise
-                raise RuntimeError(
-                    f"a process that reads images died: {error}. Most often memory or shared memory ran out: use "
-                    "fewer workers or a smaller batch. 0 workers show errors of the decoding itself"
-                ) from error
             yield chunk
 
     def _count_workers(self, settings: PassSettings, context: DistributedContext) -> int:
@@ -305,15 +297,6 @@ def _stack(images: list[tuple[ImageFacts, np.ndarray, dict]]) -> Group:
 
 def _is_sequence(images: object) -> bool:
     return hasattr(images, "__len__") and hasattr(images, "__getitem__")
-
-
-def _keep(chunk: Chunk) -> Chunk:
-    return chunk
-
-
-def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the main one decides, and may want another batch before it stops."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 __all__ = ["Chunk", "Group", "ImageReader", "read_all"]

@@ -46,6 +46,7 @@ LAYERS = {
     "features": 1,
     "reports": 1,
     "settings": 1,
+    "workers": 1,
     "analysis": 2,
     "conversion": 2,
     "discovery": 2,

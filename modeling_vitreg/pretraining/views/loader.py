@@ -13,7 +13,6 @@ import collections
 import functools
 import itertools
 import math
-import signal
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from modeling_vitreg.images import ImageSource, ImageStream
+from modeling_vitreg.workers import ignore_interrupts, share, take
 
 from .batches import SEED_OF_ORDER, BatchBuilder, BatchSpec, require
 
@@ -29,7 +29,6 @@ from .batches import SEED_OF_ORDER, BatchBuilder, BatchSpec, require
 _NUM_CANDIDATES = 8  # of a stream's micro-batch, so that a broken image has a substitute even in one of one image
 _NUM_SEEN = 200  # images before a share of unreadable ones says something
 _NUM_STATES = 16  # steps whose states are kept
-_DEAD_WORKER = ("exited unexpectedly", "is killed by signal")
 
 
 class ViewLoader:
@@ -146,16 +145,16 @@ class ViewLoader:
             sampler=self._batch_specs(),
             batch_size=None,
             num_workers=self._num_workers,
-            collate_fn=_keep,
+            collate_fn=share,
             pin_memory=self._pin_memory,
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=ignore_interrupts,
             generator=torch.Generator().manual_seed(self._builder.seed),  # or it would draw from torch's global one
         )
         self._states = {self._first_step - 1: self._first_state}
         unreadable = UnreadableCounter(self._max_unreadable_share)
         batches = iter(loader)
         for place in itertools.count():
-            batch = _take(batches)
+            batch = take(batches, reader="ViewLoader")
             unreadable.add(batch)
             step = self._first_step + place // self._num_accumulations
             for old in [known for known in self._states if known < step - _NUM_STATES]:
@@ -265,30 +264,9 @@ class UnreadableCounter:
             )
 
 
-def _take(batches: Iterator[dict]) -> dict:
-    try:
-        return next(batches)
-    except RuntimeError as error:
-        if not any(words in str(error) for words in _DEAD_WORKER):
-            raise
-        raise RuntimeError(
-            f"ViewLoader: a worker process died: {error}. Most often memory or shared memory ran out: use fewer "
-            "workers or a smaller micro-batch. num_workers=0 shows errors of the decoding itself."
-        ) from error
-
-
 @functools.lru_cache(maxsize=2)
 def _permute(length: int, seed: int, turn: int) -> np.ndarray:
     return np.random.default_rng([SEED_OF_ORDER, seed, turn]).permutation(length)
-
-
-def _keep(batch: dict) -> dict:
-    return batch
-
-
-def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the main one decides, and may want another batch before it stops."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _is_count(value: object) -> bool:
