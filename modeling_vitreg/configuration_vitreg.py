@@ -1,8 +1,9 @@
 """Configuration of a Vision Transformer with registers.
 
-One configuration represents every plain ViT of the field: ViT, DeiT, DeiT-III, DINO, DINOv2, DINOv3, MAE and the CLIP
-vision towers, each with any number of registers (Darcet et al. 2024, arXiv 2309.16588). It is the only home of the
-order of tokens: class token, distillation token, registers, patches.
+One configuration represents every plain ViT of the field: ViT, DeiT, DeiT-III, DINO, DINOv2, DINOv3, MAE, BEiT,
+EVA-02, AIMv2, RADIO, Sapiens2 and the vision towers of CLIP, SigLIP and Perception Encoder, each with any number of
+registers (Darcet et al. 2024, arXiv 2309.16588). It is the only home of the order of tokens: class tokens,
+distillation token, registers, patches.
 
 This file travels next to the weights and runs without the package.
 """
@@ -19,14 +20,17 @@ except ImportError:
     from transformers.utils.backbone_utils import BackboneConfigMixin
 
 
-POSITION_EMBEDDINGS = ("learned", "sincos", "rope", "none")
+POSITION_EMBEDDINGS = ("learned", "sincos", "rope", "learned_rope", "none")
 ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "quick_gelu", "swiglu")
-POOLINGS = ("cls", "mean", "cls_mean", "cls_distillation")
+POOLINGS = ("cls", "mean", "cls_mean", "cls_distillation", "cls_average", "cls_concat", "attention")
 DROP_PATH_SCHEDULES = ("linear", "constant")
 DROP_PATH_MODES = ("sample", "batch_subset")
 MASKED_TARGETS = ("pixels", "features")
 NORMS = ("layernorm", "rmsnorm")
-ROPE_STYLES = ("dinov3", "capi")
+ROPE_STYLES = ("dinov3", "capi", "axial", "mixed")
+INTERPOLATIONS = ("bicubic", "bilinear", "bilinear_crop")
+ATTENTION_GATES = ("head", "element")
+POSITION_BIASES = ("layer", "shared")
 MOST_LAYERS = 1000  # more than any published model has by far: a damaged file must not fill the memory
 
 # width, depth, heads; the giant is DINOv2's, with its SwiGLU.
@@ -47,9 +51,17 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
         hidden_size: width D of the tokens.
         num_hidden_layers: depth.
         num_attention_heads: heads H; must divide `hidden_size`.
+        num_key_value_heads: heads of keys and values, each shared by H / K heads of queries (grouped-query attention,
+            Sapiens2): one number, or one for each layer. Default H.
+        has_query_key_norm: norm queries and keys of each head before the rotation (Sapiens2, timm's `qk_norm`).
+        attention_gate: multiply the concatenated heads, before the output projection, by the sigmoid of a linear layer
+            of the normed input (Qiu et al. 2025, arXiv 2505.06708): "head" has one gate for each head, "element" one
+            for each channel (timm's `gated`); None: no gate.
+        has_attention_norm: norm the concatenated heads before the gate and the output projection (EVA-CLIP).
         intermediate_size: width of the MLP. Default 4 D, or for SwiGLU 8/3 D rounded up to a multiple of 8 (DINOv2).
         hidden_act: "gelu" (erf), "gelu_pytorch_tanh", "quick_gelu" (OpenAI CLIP) or "swiglu" (SiLU gate; DINOv2 g).
-        norm_type: "layernorm", or "rmsnorm", without mean and bias (CAPI).
+        has_mlp_norm: norm the hidden units of the MLP (EVA-02's sub-LayerNorm).
+        norm_type: "layernorm", or "rmsnorm", without mean and bias (CAPI, AIMv2, Sapiens2).
         layer_norm_eps: 1e-6 for ViT, DeiT, DINO, DINOv2 and MAE; 1e-5 for CLIP, DINOv3 and CAPI.
         image_size: pixels, a side or (rows, columns), of the position table. Inputs may have other sizes.
         patch_size: pixels, a side or (rows, columns); must divide `image_size`.
@@ -63,25 +75,39 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
         register_neurons: hidden units of MLPs whose activation moves from all other tokens to the test-time
             registers, as {layer: [unit, ...]}; layers count from 1.
         has_cls_token: whether the sequence starts with a class token.
+        num_cls_tokens: class tokens C; more than one for RADIO and Pixio.
         has_distillation_token: whether a distillation token follows the class token (DeiT).
-        position_embedding_type: "learned" table, fixed "sincos" (MAE), "rope" (DINOv3) or "none".
+        position_embedding_type: "learned" table, fixed "sincos" (MAE), "rope" (DINOv3), "learned_rope", which is both
+            (EVA-02, Perception Encoder), or "none".
         has_prefix_positions: whether a learned table has slots for class and distillation token (ViT, DeiT, DINOv2,
             CLIP) or for patches only (DeiT-III). Registers never have a position.
         interpolate_antialias: whether a position table is resized with antialiasing (DINOv2 with registers, timm,
-            OpenCLIP) or without (ViT, DeiT, DINO, DINOv2, MAE). Always bicubic.
+            OpenCLIP) or without (ViT, DeiT, DINO, DINOv2, MAE).
+        interpolate_mode: "bicubic"; "bilinear" (TIPSv2); or "bilinear_crop", which resizes to a square of the longer
+            side and cuts it to the image (RADIO).
         interpolate_offset: added to the rows and columns of the target before the scale is computed. 0.1 for the
             official code of DINO and DINOv2 without registers, 0.0 everywhere else.
         rope_style: "dinov3" encodes the centres of the patches and leaves prefix tokens alone. "capi" places the first
             and last patch on the edge and the registers, a multiple of four, on the border of the image; its
-            frequencies do not depend on `rope_theta`.
-        rope_theta: base of the periods of the rotary embedding.
+            frequencies do not depend on `rope_theta`. "axial" counts rows and columns and turns neighbouring channels
+            (EVA-02, Perception Encoder, RoPE-ViT). "mixed" learns the frequencies of each layer, head and pair of
+            channels along both axes (RoPE-ViT; Heo et al. 2024, arXiv 2403.13298).
+        rope_theta: base of the periods of the rotary embedding; of "mixed", of their initial values.
+        rope_grid_offset: "axial": number of the first row and column.
+        rope_reference_grid: "axial": grid (rows, columns) that every other grid is scaled to, or None.
+        rope_columns_first: "axial" and "mixed": whether the column is the first of the two coordinates.
+        relative_position_bias: add to the scores of each head a learned value for the offset between two patches, from
+            a table for each "layer" (BEiT, data2vec) or a "shared" one; tokens without a place share three values.
         rope_shift: while training, shift each axis by a uniform value in [-rope_shift, rope_shift]; None: do not.
         rope_jitter: while training, scale each axis by a log-uniform value in [1/rope_jitter, rope_jitter].
         rope_rescale: while training, scale both axes by one log-uniform value in [1/rope_rescale, rope_rescale].
         has_patch_bias: whether the patch embedding has a bias (not in CLIP).
+        has_patch_norm: norm the patches before their positions are added (AIMv2).
         has_pre_norm: whether there is a norm before the first layer (CLIP).
+        has_final_norm: whether there is a norm after the last layer (not in RADIO and PE spatial).
         has_query_bias, has_key_bias, has_value_bias: DINOv3 has none on the keys, its 7B none at all.
         layer_scale_init_value: initial value of LayerScale (Touvron et al. 2021), or None for no LayerScale.
+        has_mlp_layer_scale: whether the MLP has LayerScale as attention does (not in timm's Sapiens2).
         hidden_dropout_prob: dropout after the embeddings and after both branches of a layer.
         attention_probs_dropout_prob: dropout of the attention probabilities.
         drop_path_rate: stochastic depth of the deepest layer.
@@ -89,7 +115,15 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
         drop_path_mode: "sample" drops a branch independently for each image; "batch_subset" runs it on a subset of the
             batch of fixed size, which also saves compute (DINOv2).
         pooling: `pooler_output`, the input of the classifier. "cls"; "mean" of patches; "cls_mean", both concatenated
-            (DINOv2's linear head); "cls_distillation", two classifiers, averaged (DeiT).
+            (DINOv2's linear head); "cls_distillation", two classifiers, averaged (DeiT); "cls_average", the mean of
+            all class tokens (Pixio); "cls_concat", the class tokens of `pooled_cls_tokens`, concatenated (RADIO);
+            "attention", a learned query that attends to all normed tokens (SigLIP, Perception Encoder, AIMv2).
+        pooled_cls_tokens: numbers, from 0, of the class tokens that pooling "cls_concat" reads; default all.
+        pooling_num_heads: heads of pooling "attention"; default `num_attention_heads`.
+        pooling_intermediate_size: width of the MLP behind pooling "attention"; default `intermediate_size`, 0 for none
+            (AIMv2).
+        has_pooling_query: whether a linear layer follows the learned query of pooling "attention" (not in AIMv2).
+        has_pooling_bias: whether queries, keys and values of pooling "attention" have biases (not in AIMv2).
         projection_size: width of `image_embeds`, a product of the pooled vector without bias (CLIP), or None.
         has_pooled_norm: apply the final norm to the pooled vector instead of the tokens (timm's `fc_norm`, fine-tuned
             MAE); only with pooling "mean".
@@ -126,7 +160,12 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
         hidden_size=768,
         num_hidden_layers=12,
         num_attention_heads=12,
+        num_key_value_heads=None,
+        has_query_key_norm=False,
+        attention_gate=None,
+        has_attention_norm=False,
         intermediate_size=None,
+        has_mlp_norm=False,
         hidden_act="gelu",
         norm_type="layernorm",
         layer_norm_eps=1e-6,
@@ -138,28 +177,42 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
         num_test_time_registers=0,
         register_neurons=None,
         has_cls_token=True,
+        num_cls_tokens=1,
         has_distillation_token=False,
         position_embedding_type="learned",
         has_prefix_positions=None,
         interpolate_antialias=True,
         interpolate_offset=0.0,
+        interpolate_mode="bicubic",
         rope_style="dinov3",
         rope_theta=100.0,
+        rope_grid_offset=0.0,
+        rope_reference_grid=None,
+        rope_columns_first=False,
         rope_shift=None,
         rope_jitter=None,
         rope_rescale=None,
+        relative_position_bias=None,
         has_patch_bias=True,
+        has_patch_norm=False,
         has_pre_norm=False,
+        has_final_norm=True,
         has_query_bias=True,
         has_key_bias=True,
         has_value_bias=True,
         layer_scale_init_value=None,
+        has_mlp_layer_scale=True,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         drop_path_rate=0.0,
         drop_path_schedule="linear",
         drop_path_mode="sample",
         pooling="cls",
+        pooled_cls_tokens=None,
+        pooling_num_heads=None,
+        pooling_intermediate_size=None,
+        has_pooling_query=True,
+        has_pooling_bias=True,
         projection_size=None,
         has_pooled_norm=False,
         num_classifier_layers=1,
@@ -186,6 +239,12 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
+        is_list = isinstance(num_key_value_heads, (list, tuple))
+        self.num_key_value_heads = list(num_key_value_heads) if is_list else num_key_value_heads
+        self.has_query_key_norm = has_query_key_norm
+        self.attention_gate = attention_gate
+        self.has_attention_norm = has_attention_norm
+        self.has_mlp_norm = has_mlp_norm
         self.hidden_act = hidden_act
         self.norm_type = norm_type
         self.layer_norm_eps = layer_norm_eps
@@ -204,27 +263,43 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
         )
         self.register_neurons = {str(layer): list(units) for layer, units in register_neurons.items()}
         self.has_cls_token = has_cls_token
+        self.num_cls_tokens = num_cls_tokens
         self.has_distillation_token = has_distillation_token
         self.position_embedding_type = position_embedding_type
         self.interpolate_antialias = interpolate_antialias
         self.interpolate_offset = interpolate_offset
+        self.interpolate_mode = interpolate_mode
         self.rope_style = rope_style
         self.rope_theta = rope_theta
+        self.rope_grid_offset = rope_grid_offset
+        is_list = isinstance(rope_reference_grid, (list, tuple))
+        self.rope_reference_grid = list(rope_reference_grid) if is_list else rope_reference_grid
+        self.rope_columns_first = rope_columns_first
         self.rope_shift = rope_shift
         self.rope_jitter = rope_jitter
         self.rope_rescale = rope_rescale
+        self.relative_position_bias = relative_position_bias
         self.has_patch_bias = has_patch_bias
+        self.has_patch_norm = has_patch_norm
         self.has_pre_norm = has_pre_norm
+        self.has_final_norm = has_final_norm
         self.has_query_bias = has_query_bias
         self.has_key_bias = has_key_bias
         self.has_value_bias = has_value_bias
         self.layer_scale_init_value = layer_scale_init_value
+        self.has_mlp_layer_scale = has_mlp_layer_scale
         self.hidden_dropout_prob = hidden_dropout_prob
         self.attention_probs_dropout_prob = attention_probs_dropout_prob
         self.drop_path_rate = drop_path_rate
         self.drop_path_schedule = drop_path_schedule
         self.drop_path_mode = drop_path_mode
         self.pooling = pooling
+        is_list = isinstance(pooled_cls_tokens, (list, tuple))
+        self.pooled_cls_tokens = list(pooled_cls_tokens) if is_list else pooled_cls_tokens
+        self.pooling_num_heads = pooling_num_heads
+        self.pooling_intermediate_size = pooling_intermediate_size
+        self.has_pooling_query = has_pooling_query
+        self.has_pooling_bias = has_pooling_bias
         self.projection_size = projection_size
         self.has_pooled_norm = has_pooled_norm
         self.num_classifier_layers = num_classifier_layers
@@ -241,7 +316,7 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
         self.initializer_range = initializer_range
 
         if has_prefix_positions is None:
-            has_prefix_positions = position_embedding_type == "learned" and has_cls_token
+            has_prefix_positions = position_embedding_type in ("learned", "learned_rope") and has_cls_token
         self.has_prefix_positions = has_prefix_positions
         self._validate_types()
         if intermediate_size is None:
@@ -271,13 +346,17 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
     @property
     def num_prefix_tokens(self) -> int:
         """Tokens in front of the patches: class token, distillation token and registers."""
-        return self.has_cls_token + self.has_distillation_token + self.num_register_tokens
+        return self._num_cls_tokens + self.has_distillation_token + self.num_register_tokens
+
+    @property
+    def _num_cls_tokens(self) -> int:
+        return self.num_cls_tokens if self.has_cls_token else 0
 
     @property
     def token_slices(self) -> dict:
         """Where each kind of token lies in the sequence: "cls", "distillation", "registers", "patches"."""
         counts = {
-            "cls": int(self.has_cls_token),
+            "cls": self._num_cls_tokens,
             "distillation": int(self.has_distillation_token),
             "registers": self.num_register_tokens,
         }
@@ -300,11 +379,30 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
     @property
     def num_prefix_positions(self) -> int:
         """Slots in front of the patches in the position table."""
-        return (self.has_cls_token + self.has_distillation_token) if self.has_prefix_positions else 0
+        return (self._num_cls_tokens + self.has_distillation_token) if self.has_prefix_positions else 0
+
+    @property
+    def has_position_table(self) -> bool:
+        """Whether positions are added to the patches."""
+        return self.position_embedding_type in ("learned", "sincos", "learned_rope")
+
+    @property
+    def has_rope(self) -> bool:
+        """Whether queries and keys are rotated by their positions."""
+        return self.position_embedding_type in ("rope", "learned_rope")
+
+    @property
+    def key_value_heads(self) -> list:
+        """Heads of keys and values of each layer."""
+        heads = self.num_key_value_heads
+        return heads if isinstance(heads, list) else [heads or self.num_attention_heads] * self.num_hidden_layers
 
     @property
     def pooled_size(self) -> int:
         """Width of `pooler_output`."""
+        if self.pooling == "cls_concat":
+            chosen = self.pooled_cls_tokens
+            return self.hidden_size * (self.num_cls_tokens if chosen is None else len(chosen))
         return self.hidden_size * (2 if self.pooling == "cls_mean" else 1)
 
     @property
@@ -336,19 +434,25 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
 
     def _validate(self):
         self._validate_sizes()
+        self._validate_attention()
         self._validate_tokens()
+        self._validate_pooling()
         self._validate_added_registers()
         self._validate_positions()
         for name, allowed in (
             ("hidden_act", ACTIVATIONS),
             ("norm_type", NORMS),
             ("rope_style", ROPE_STYLES),
+            ("interpolate_mode", INTERPOLATIONS),
+            ("attention_gate", (None, *ATTENTION_GATES)),
+            ("relative_position_bias", (None, *POSITION_BIASES)),
             ("drop_path_schedule", DROP_PATH_SCHEDULES),
             ("drop_path_mode", DROP_PATH_MODES),
             ("masked_target", MASKED_TARGETS),
         ):
             _require(
-                getattr(self, name) in allowed, f"{name} is one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                getattr(self, name) in allowed,
+                f"{name} is one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}",
             )
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
             _require(0 <= getattr(self, name) < 1, f"{name} lies in [0, 1), got {getattr(self, name)}")
@@ -360,7 +464,7 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
     def _validate_types(self):
         """Check the types of numbers and booleans, which a damaged file may hold anything in place of."""
         for name in (
-            *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_channels"),
+            *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_channels", "num_cls_tokens"),
             *("num_depth_bins", "masked_target_size"),
         ):
             value = getattr(self, name)
@@ -371,7 +475,7 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
         )
         for name in (
             *("layer_norm_eps", "interpolate_offset", "rope_theta", "hidden_dropout_prob", "drop_path_rate"),
-            *("attention_probs_dropout_prob", "min_depth", "max_depth", "initializer_range"),
+            *("attention_probs_dropout_prob", "min_depth", "max_depth", "initializer_range", "rope_grid_offset"),
         ):
             value = getattr(self, name)
             _require(_is_number(value) and value >= 0, f"{name} is a finite number, 0 or more, got {value!r}")
@@ -380,7 +484,7 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
             _require(value is None or _is_number(value), f"{name} is None or a finite number, got {value!r}")
         for name, value in vars(self).items():
             is_truth = name.startswith("has_") or name in ("interpolate_antialias", "apply_layernorm")
-            is_truth |= name == "reshape_hidden_states"
+            is_truth |= name in ("reshape_hidden_states", "rope_columns_first")
             _require(not is_truth or isinstance(value, (bool, int)), f"{name} is true or false, got {value!r}")
 
     def _validate_sizes(self):
@@ -402,6 +506,59 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
             f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}",
         )
 
+    def _validate_attention(self):
+        heads, layers = self.num_attention_heads, self.num_hidden_layers
+        value = self.num_key_value_heads
+        is_list = isinstance(value, list)
+        _require(
+            not is_list or len(value) == layers,
+            f"num_key_value_heads is a number or a list of num_hidden_layers ({layers}) numbers, got {value!r}",
+        )
+        for count in value if is_list else [heads if value is None else value]:
+            _require(
+                _is_count(count) and count > 0 and heads % count == 0,
+                f"num_key_value_heads divides num_attention_heads ({heads}), got {value!r}",
+            )
+        _require(
+            not self.has_mlp_norm or not self.register_neurons,
+            "register_neurons move activations that has_mlp_norm=True would norm",
+        )
+        _require(
+            self.layer_scale_init_value is not None or self.has_mlp_layer_scale,
+            "has_mlp_layer_scale=False needs a layer_scale_init_value",
+        )
+
+    def _validate_pooling(self):
+        is_attention = self.pooling == "attention"
+        heads = self.num_attention_heads if self.pooling_num_heads is None else self.pooling_num_heads
+        _require(
+            _is_count(heads) and heads > 0 and self.hidden_size % heads == 0,
+            f"pooling_num_heads divides hidden_size ({self.hidden_size}), got {self.pooling_num_heads!r}",
+        )
+        width = self.pooling_intermediate_size
+        _require(
+            width is None or (_is_count(width) and width >= 0),
+            f"pooling_intermediate_size is None, 0 or a positive integer, got {width!r}",
+        )
+        is_used = self.pooling_num_heads is not None or width is not None
+        is_used |= not (self.has_pooling_query and self.has_pooling_bias)
+        _require(
+            is_attention or not is_used, f"fields of attention pooling need pooling='attention', got {self.pooling!r}"
+        )
+        chosen = self.pooled_cls_tokens
+        _require(
+            chosen is None or self.pooling == "cls_concat",
+            f"pooled_cls_tokens need pooling='cls_concat', got {self.pooling!r}",
+        )
+        _require(
+            chosen is None or (isinstance(chosen, list) and chosen and set(chosen) <= set(range(self.num_cls_tokens))),
+            f"pooled_cls_tokens lie in 0 ... num_cls_tokens - 1 ({self.num_cls_tokens - 1}), got {chosen!r}",
+        )
+        _require(
+            self.has_final_norm or not self.has_pooled_norm,
+            "has_pooled_norm=True moves the final norm behind the pooling, but has_final_norm=False",
+        )
+
     def _validate_tokens(self):
         _require(
             _is_count(self.num_register_tokens) and self.num_register_tokens >= 0,
@@ -413,8 +570,12 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
             "has_distillation_token=True needs has_cls_token=True",
         )
         _require(
-            self.has_cls_token or self.pooling == "mean",
+            self.has_cls_token or self.pooling in ("mean", "attention"),
             f"pooling={self.pooling!r} reads the class token, but has_cls_token=False: use pooling='mean'",
+        )
+        _require(
+            self.num_cls_tokens == 1 or (self.has_cls_token and not self.has_distillation_token),
+            f"num_cls_tokens={self.num_cls_tokens} needs has_cls_token=True and has_distillation_token=False",
         )
         _require(
             self.has_distillation_token or self.pooling != "cls_distillation",
@@ -478,7 +639,7 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
             f"position_embedding_type is one of {', '.join(POSITION_EMBEDDINGS)}, got {kind!r}",
         )
         _require(
-            not self.has_prefix_positions or (kind == "learned" and self.has_cls_token),
+            not self.has_prefix_positions or (kind in ("learned", "learned_rope") and self.has_cls_token),
             "has_prefix_positions=True needs position_embedding_type='learned' and has_cls_token=True",
         )
         _require(
@@ -486,19 +647,39 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
             f"position_embedding_type='sincos' needs a hidden_size divisible by 4, got {self.hidden_size}",
         )
         _require(
-            kind != "rope" or self.hidden_size // self.num_attention_heads % 4 == 0,
-            f"position_embedding_type='rope' needs a width per head divisible by 4, got hidden_size "
+            not self.has_rope or self.hidden_size // self.num_attention_heads % 4 == 0,
+            f"position_embedding_type={kind!r} needs a width per head divisible by 4, got hidden_size "
             f"{self.hidden_size} with {self.num_attention_heads} heads",
         )
+        self._validate_rope()
+
+    def _validate_rope(self):
         for name in ("rope_shift", "rope_jitter", "rope_rescale"):
             value = getattr(self, name)
-            _require(value is None or kind == "rope", f"{name}={value} needs position_embedding_type='rope'")
+            _require(value is None or self.has_rope, f"{name}={value} needs position_embedding_type='rope'")
             _require(value is None or self.rope_style == "dinov3", f"{name}={value} needs rope_style='dinov3'")
         for name in ("rope_jitter", "rope_rescale"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name} is None or at least 1, got {value}")
         is_capi = self.rope_style == "capi"
-        _require(not is_capi or kind == "rope", "rope_style='capi' needs position_embedding_type='rope'")
+        _require(
+            self.rope_style == "dinov3" or self.has_rope,
+            f"rope_style={self.rope_style!r} needs position_embedding_type='rope' or 'learned_rope'",
+        )
+        grid = self.rope_reference_grid
+        _require(
+            grid is None or (len(_pair(grid)) == 2 and all(_is_count(side) and side > 0 for side in _pair(grid))),
+            f"rope_reference_grid is None or a pair (rows, columns) of positive integers, got {grid!r}",
+        )
+        is_axial = self.rope_style == "axial"
+        _require(
+            is_axial or (grid is None and not self.rope_grid_offset),
+            f"rope_reference_grid and rope_grid_offset need rope_style='axial', got {self.rope_style!r}",
+        )
+        _require(
+            self.rope_style in ("axial", "mixed") or not self.rope_columns_first,
+            f"rope_columns_first=True needs rope_style='axial' or 'mixed', got {self.rope_style!r}",
+        )
         _require(
             not is_capi or self.num_register_tokens % 4 == 0,
             f"rope_style='capi' puts a quarter of the registers on each side of the image: num_register_tokens is a "

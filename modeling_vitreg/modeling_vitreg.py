@@ -1,10 +1,11 @@
-"""Vision Transformer with registers: one class family for ViT, DeiT, DeiT-III, DINO, DINOv2, DINOv3, MAE and CLIP.
+"""Vision Transformer with registers: one class family for the plain Vision Transformers of the field.
 
 Registers are learned tokens without a position. They are added to the sequence after the class token and their outputs
 are discarded, so the network does not store global information in background patches (Darcet et al. 2024,
 arXiv 2309.16588). Outputs give each kind of token by name; there is no need to slice the sequence.
 
-Letters for shapes: B images, N tokens, P patches, R registers, D width, H heads, d = D / H, L layers.
+Letters for shapes: B images, N tokens, P patches, R registers, C class tokens, D width, H heads, d = D / H, K heads of
+keys and values, L layers.
 
 This file travels next to the weights and runs without the package, on transformers 4.57 to 5.
 """
@@ -33,7 +34,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import ModelOutput, cached_file, logging
 
 from .configuration_vitreg import ViTWithRegistersConfig
-from .positions_vitreg import ViTWithRegistersPositionEmbeddings, is_traced, rotary_tables, rotate
+from .positions_vitreg import (
+    ViTWithRegistersPositionBias,
+    ViTWithRegistersPositionEmbeddings,
+    ViTWithRegistersRotaryFrequencies,
+    is_traced,
+    make_rotation,
+    rotary_tables,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -95,12 +103,13 @@ class ViTWithRegistersTokens(ModelOutput):
     """Tokens of one layer by name.
 
     Args:
-        hidden_state: (B, N, D), all tokens in order: class token, distillation token, registers, patches.
-        cls_token: (B, D), or None for a model without one.
+        hidden_state: (B, N, D), all tokens in order: class tokens, distillation token, registers, patches.
+        cls_token: (B, D), the first class token, or None for a model without one.
         distillation_token: (B, D), or None.
         register_tokens: (B, R, D); R may be 0.
         patch_tokens: (B, P, D), row by row.
         patch_grid: (B, rows, columns, D), the same patches where they lie in the image.
+        cls_tokens: (B, C, D), for a model with several class tokens.
     """
 
     hidden_state: Tensor | None = None
@@ -109,6 +118,7 @@ class ViTWithRegistersTokens(ModelOutput):
     register_tokens: Tensor | None = None
     patch_tokens: Tensor | None = None
     patch_grid: Tensor | None = None
+    cls_tokens: Tensor | None = None
 
 
 @dataclass
@@ -116,17 +126,18 @@ class ViTWithRegistersModelOutput(ModelOutput):
     """Output of `ViTWithRegistersModel`. Tokens are normed by the final norm; `pre_norm` has them before it.
 
     Args:
-        last_hidden_state: (B, N, D), all tokens in order: class token, distillation token, registers, patches.
-        pooler_output: (B, D), or (B, 2 D) with pooling "cls_mean".
+        last_hidden_state: (B, N, D), all tokens in order: class tokens, distillation token, registers, patches.
+        pooler_output: (B, D), or (B, 2 D) with pooling "cls_mean", or what pooling "cls_concat" reads.
         hidden_states: L + 1 tensors (B, N, D) before the final norm, the input of the first layer first; on request.
         attentions: L tensors (B, H, N, N), probabilities; on request.
-        cls_token: (B, D), or None for a model without one.
+        cls_token: (B, D), the first class token, or None for a model without one.
         distillation_token: (B, D), or None.
         register_tokens: (B, R, D); R may be 0.
         patch_tokens: (B, P, D), row by row.
         patch_grid: (B, rows, columns, D), the same patches where they lie in the image.
         pre_norm: the same tokens before the final norm, where outlier norms are measured; on request.
         image_embeds: (B, `config.projection_size`), or None for a model without projection.
+        cls_tokens: (B, C, D), for a model with several class tokens.
     """
 
     last_hidden_state: Tensor | None = None
@@ -140,6 +151,7 @@ class ViTWithRegistersModelOutput(ModelOutput):
     patch_grid: Tensor | None = None
     pre_norm: ViTWithRegistersTokens | None = None
     image_embeds: Tensor | None = None
+    cls_tokens: Tensor | None = None
 
 
 @dataclass
@@ -213,8 +225,12 @@ class ViTWithRegistersEmbeddings(nn.Module):
             stride=config.patch_shape,
             bias=config.has_patch_bias,
         )
-        # CODEPATH: all but CAPI and timm's gap models.
-        self.cls_token = nn.Parameter(torch.empty(1, 1, width)) if config.has_cls_token else None
+        self.patch_norm = nn.Identity()
+        # CODEPATH: AIMv2.
+        if config.has_patch_norm:
+            self.patch_norm = make_norm(config)
+        # CODEPATH: all but CAPI, SigLIP and timm's gap models; several in RADIO and Pixio.
+        self.cls_token = nn.Parameter(torch.empty(1, config.num_cls_tokens, width)) if config.has_cls_token else None
         # CODEPATH: distilled DeiT.
         self.distillation_token = nn.Parameter(torch.empty(1, 1, width)) if config.has_distillation_token else None
         self.register_tokens = None
@@ -224,7 +240,7 @@ class ViTWithRegistersEmbeddings(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(1, 1, width)) if use_mask_token else None
         self.position_embeddings = None
         # CODEPATH: ViT, DINOv2, CLIP, MAE; else DINOv3, CAPI.
-        if config.position_embedding_type in ("learned", "sincos"):
+        if config.has_position_table:
             self.position_embeddings = ViTWithRegistersPositionEmbeddings(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
@@ -232,7 +248,7 @@ class ViTWithRegistersEmbeddings(nn.Module):
         """Embed images (B, C, height, width) as tokens (B, N, D)."""
         self._check_images(pixel_values)
         patches = self.patch_embeddings(pixel_values.to(self.patch_embeddings.weight.dtype))
-        patches = patches.flatten(2).transpose(1, 2)  # [B, D, rows, columns] -> [B, P, D]
+        patches = self.patch_norm(patches.flatten(2).transpose(1, 2))  # [B, D, rows, columns] -> [B, P, D]
         if bool_masked_pos is not None:
             patches = self._mask(patches, bool_masked_pos)
         prefix = [token for token in (self.cls_token, self.distillation_token) if token is not None]
@@ -304,30 +320,45 @@ LEAST_GATE = 1e-12  # whose logarithm is finite
 GATE_CHANNELS = 8  # of which one is used; kernels like multiples of 8
 
 
-def make_norm(config: ViTWithRegistersConfig) -> nn.Module:
-    """The norm of tokens."""
-    # CODEPATH: CAPI; else all others.
+def make_norm(config: ViTWithRegistersConfig, size: int | None = None) -> nn.Module:
+    """The norm of tokens, or of vectors of another size."""
+    # CODEPATH: CAPI, AIMv2, Sapiens2; else all others.
     kind = nn.RMSNorm if config.norm_type == "rmsnorm" else nn.LayerNorm
-    return kind(config.hidden_size, eps=config.layer_norm_eps)
+    return kind(size or config.hidden_size, eps=config.layer_norm_eps)
 
 
-def make_query_key_value(config: ViTWithRegistersConfig) -> nn.Linear:
-    """The layer of queries, keys and values, (B, N, D) -> (B, N, 3 D).
+def make_query_key_value(config: ViTWithRegistersConfig, sizes: tuple) -> nn.Linear:
+    """The layer of queries, keys and values, (B, N, D) -> (B, N, sum of sizes).
 
     Its class is `nn.Linear` itself, because quantisation replaces exactly that. The bias always has three parts; those
     that the architecture lacks stay zero and get no gradient.
     """
     has_bias = (config.has_query_bias, config.has_key_bias, config.has_value_bias)
-    layer = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=any(has_bias))
+    layer = nn.Linear(config.hidden_size, sum(sizes), bias=any(has_bias))
     if any(has_bias) and not all(has_bias):
-        layer.forward = functools.partial(_apply_with_partial_bias, layer, has_bias)
+        layer.forward = functools.partial(_apply_with_partial_bias, layer, has_bias, sizes)
     return layer
 
 
-def _apply_with_partial_bias(layer: nn.Linear, has_bias: tuple, hidden_states: Tensor) -> Tensor:
-    parts = zip(has_bias, layer.bias.chunk(3))
+def _apply_with_partial_bias(layer: nn.Linear, has_bias: tuple, sizes: tuple, hidden_states: Tensor) -> Tensor:
+    parts = zip(has_bias, layer.bias.split(sizes))
     bias = torch.cat([part if is_present else torch.zeros_like(part) for is_present, part in parts])
     return F.linear(hidden_states, layer.weight, bias)
+
+
+class ViTWithRegistersAttentionGate(nn.Module):
+    """Multiply each of the concatenated heads, or each of their channels, by a sigmoid of the normed input."""
+
+    def __init__(self, config: ViTWithRegistersConfig):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        size = self.num_heads if config.attention_gate == "head" else config.hidden_size
+        self.linear = nn.Linear(config.hidden_size, size, bias=config.has_query_bias)
+
+    def forward(self, attended: Tensor, hidden_states: Tensor) -> Tensor:
+        """Gate the concatenated heads (..., D) by the normed input (..., D)."""
+        gate = self.linear(hidden_states).sigmoid().unflatten(-1, (self.num_heads, -1))
+        return (attended.unflatten(-1, (self.num_heads, -1)) * gate).flatten(-2)
 
 
 class ViTWithRegistersAttention(AttentionBackend):
@@ -336,51 +367,80 @@ class ViTWithRegistersAttention(AttentionBackend):
     With gated registers, key j of head h counts w[h, j] times in the softmax: |gate| for a gated register, else 1.
     This is a bias log(w) of the scores. Only the eager implementation takes one for each head, so queries and keys get
     further channels, whose product is the bias.
+
+    Args:
+        config: the architecture.
+        number: of the layer, from 1 on.
     """
 
-    def __init__(self, config: ViTWithRegistersConfig):
+    def __init__(self, config: ViTWithRegistersConfig, number: int = 1):
         super().__init__()
         self.config = config
         self.num_heads = config.num_attention_heads
-        self.scaling = (config.hidden_size // config.num_attention_heads) ** -0.5
+        size = config.hidden_size // self.num_heads
+        self.scaling = size**-0.5
         self.is_causal = False
-        self.qkv = make_query_key_value(config)
+        key_value_heads = config.key_value_heads[number - 1]
+        self.num_queries_per_key = self.num_heads // key_value_heads
+        self.sizes = (config.hidden_size, key_value_heads * size, key_value_heads * size)
+        self.qkv = make_query_key_value(config, self.sizes)
+        self.query_norm = self.key_norm = self.norm = nn.Identity()
+        # CODEPATH: Sapiens2.
+        if config.has_query_key_norm:
+            self.query_norm, self.key_norm = make_norm(config, size), make_norm(config, size)
+        # CODEPATH: EVA-CLIP.
+        if config.has_attention_norm:
+            self.norm = make_norm(config)
+        self.gate = None if config.attention_gate is None else ViTWithRegistersAttentionGate(config)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.register_gates = None
         # CODEPATH: models to which `retrofit` appended registers.
         if config.num_gated_registers:
             self.register_gates = nn.Parameter(torch.empty(config.num_attention_heads, config.num_gated_registers))
+        self.rotate = make_rotation(config, number)
+        self.position_bias = None
+        # CODEPATH: BEiT, data2vec; a shared bias comes from the model.
+        if config.relative_position_bias is not None:
+            is_own = config.relative_position_bias == "layer"
+            self.position_bias = ViTWithRegistersPositionBias(config) if is_own else nn.Identity()
 
     def forward(self, hidden_states: Tensor, rotary: tuple | None = None, groups: tuple | None = None) -> Tensor:
         """Attend among the tokens of an image.
 
         Args:
             hidden_states: (B, N, D), or (T, D) for `groups`.
-            rotary: tables of the positions, or a tuple of one for each group.
+            rotary: what `ViTWithRegistersModel.embed` says of the positions, or a tuple of it for each group.
             groups: (images, tokens) of each group of images whose tokens lie in one sequence, T in all.
         """
         packed = self.qkv(hidden_states)
         if groups is None:
-            return self.mix(self.attend(packed, rotary)[0])
+            return self.mix(self.attend(packed, rotary)[0], hidden_states)
         parts = packed.split([num_images * num_tokens for num_images, num_tokens in groups])
         found = [
             self.attend(part.unflatten(0, group), table)[0].flatten(0, 1)
             for part, group, table in zip(parts, groups, rotary)
         ]
-        return self.mix(torch.cat(found) if len(found) > 1 else found[0])
+        return self.mix(torch.cat(found) if len(found) > 1 else found[0], hidden_states)
 
-    def mix(self, attended: Tensor) -> Tensor:
-        """Output projection of the concatenated heads (..., D)."""
+    def mix(self, attended: Tensor, hidden_states: Tensor) -> Tensor:
+        """Output of the concatenated heads (..., D), gated by the normed input (..., D) where there is a gate."""
+        attended = self.norm(attended)
+        if self.gate is not None:
+            attended = self.gate(attended, hidden_states)
         return self.dropout(self.proj(attended))
 
     def split_heads(self, packed: Tensor, rotary: tuple | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each (B, H, N, d), from (B, N, 3 D), with rotary positions applied."""
+        """Queries, keys and values, each (B, H, N, d), from (B, N, D + 2 K d), normed and rotated as configured."""
         # In three parts and not by an axis of three: the gradient is then one concatenation, without another copy.
-        parts = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in packed.chunk(3, dim=-1))
+        size = self.sizes[0] // self.num_heads
+        parts = (part.unflatten(-1, (-1, size)).transpose(1, 2) for part in packed.split(self.sizes, dim=-1))
         query, key, value = parts
-        if rotary is not None:
-            query, key = rotate(query, rotary), rotate(key, rotary)
+        query, key = self.query_norm(query), self.key_norm(key)
+        if self.rotate is not None:
+            query, key = self.rotate(query, rotary), self.rotate(key, rotary)
+        if self.num_queries_per_key > 1:
+            key, value = (part.repeat_interleave(self.num_queries_per_key, dim=1) for part in (key, value))
         return query, key, value
 
     def apply_gates(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -398,7 +458,7 @@ class ViTWithRegistersAttention(AttentionBackend):
     def attend(
         self, packed: Tensor, rotary: tuple | None = None, output_attentions: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Concatenated heads (B, N, D) from queries, keys and values (B, N, 3 D); and probabilities if requested."""
+        """Concatenated heads (B, N, D) from queries, keys and values; and probabilities if requested."""
         # Only the eager function has probabilities to return, whatever the back end of the model.
         attend = eager_attention_forward if output_attentions else self.get_attention_function()
         parts = self.split_heads(packed, rotary)
@@ -409,7 +469,7 @@ class ViTWithRegistersAttention(AttentionBackend):
         output, probabilities = attend(
             self,
             *parts,
-            None,
+            None if self.position_bias is None else self.score_bias(rotary, packed.dtype),
             scaling=self.scaling,
             dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
             is_causal=False,
@@ -418,11 +478,24 @@ class ViTWithRegistersAttention(AttentionBackend):
             output = output[..., :width]
         return output.flatten(2), probabilities if output_attentions else None  # [B, N, H, d] -> [B, N, D]
 
+    def score_bias(self, positions: tuple | Tensor, dtype: torch.dtype) -> Tensor:
+        """The relative position bias (1, H, N, N) of the scores."""
+        implementation = self.config._attn_implementation
+        if implementation not in ("eager", "sdpa"):
+            raise ValueError(
+                f"relative_position_bias needs attention 'eager' or 'sdpa', got {implementation!r}, which takes no "
+                "bias for each head: choose one with model.set_attn_implementation"
+            )
+        return self.position_bias(positions).to(dtype)
+
     def prefix_attention(self, hidden_states: Tensor, rotary: tuple | None, num_queries: int) -> Tensor:
         """Probabilities (B, H, Q, N), in float32, of the first Q tokens over all; nothing of size N x N is built."""
         parts = self.split_heads(self.qkv(hidden_states), rotary)
         query, key, _ = parts if self.register_gates is None else self.apply_gates(*parts)
-        return (query[:, :, :num_queries].float() @ key.float().transpose(-2, -1) * self.scaling).softmax(dim=-1)
+        scores = query[:, :, :num_queries].float() @ key.float().transpose(-2, -1) * self.scaling
+        if self.position_bias is not None:
+            scores = scores + self.position_bias(rotary)[:, :, :num_queries].float()
+        return scores.softmax(dim=-1)
 
 
 class ViTWithRegistersMLP(nn.Module):
@@ -433,11 +506,13 @@ class ViTWithRegistersMLP(nn.Module):
         self.is_gated = config.hidden_act == "swiglu"
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size * (2 if self.is_gated else 1))
         self.activation = ACT2FN["silu" if self.is_gated else config.hidden_act]
+        # CODEPATH: EVA-02.
+        self.norm = make_norm(config, config.intermediate_size) if config.has_mlp_norm else nn.Identity()
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.dropout(self.fc2(self.activate(hidden_states)))
+        return self.dropout(self.fc2(self.norm(self.activate(hidden_states))))
 
     def activate(self, hidden_states: Tensor) -> Tensor:
         """Activations of the hidden units: (..., D) -> (..., `intermediate_size`)."""
@@ -548,16 +623,23 @@ class ViTWithRegistersLayer(GradientCheckpointingLayer):
     The two branches have one signature each and no random number, so that they compile to one graph each.
     """
 
-    def __init__(self, config: ViTWithRegistersConfig, drop_path_rate: float, register_neurons: list | None = None):
+    def __init__(
+        self,
+        config: ViTWithRegistersConfig,
+        drop_path_rate: float,
+        register_neurons: list | None = None,
+        number: int = 1,
+    ):
         super().__init__()
         has_scale = config.layer_scale_init_value is not None
         self.norm1 = make_norm(config)
-        self.attention = ViTWithRegistersAttention(config)
+        self.attention = ViTWithRegistersAttention(config, number)
         self.layer_scale1 = ViTWithRegistersLayerScale(config) if has_scale else nn.Identity()
         self.norm2 = make_norm(config)
         self.mlp = ViTWithRegistersMLP(config)
         if register_neurons:
             self.mlp = ViTWithRegistersRegisterNeuronMLP(config, register_neurons)
+        has_scale &= config.has_mlp_layer_scale
         self.layer_scale2 = ViTWithRegistersLayerScale(config) if has_scale else nn.Identity()
         self.drop_path = ViTWithRegistersDropPath(config, drop_path_rate)
 
@@ -591,10 +673,10 @@ class ViTWithRegistersLayer(GradientCheckpointingLayer):
 
     def forward_with_attentions(self, hidden_states: Tensor, rotary: tuple | None = None) -> tuple[Tensor, Tensor]:
         """Tokens (B, N, D) to tokens, and the attention probabilities (B, H, N, N), computed eagerly."""
-        packed = self.attention.qkv(self.norm1(hidden_states))
-        attended, probabilities = self.attention.attend(packed, rotary, output_attentions=True)
+        normed = self.norm1(hidden_states)
+        attended, probabilities = self.attention.attend(self.attention.qkv(normed), rotary, output_attentions=True)
         choice = self.drop_path.choose(hidden_states, needs_all=True)
-        branch = self.layer_scale1(self.attention.mix(attended))
+        branch = self.layer_scale1(self.attention.mix(attended, normed))
         hidden_states = self.drop_path.add(hidden_states, lambda _: branch, choice)
         hidden_states = self.drop_path.add(hidden_states, self.mlp_branch, self.drop_path.choose(hidden_states))
         return hidden_states, probabilities
@@ -608,6 +690,37 @@ class ViTWithRegistersLayer(GradientCheckpointingLayer):
             hidden_states = hidden_states[reads]
             mlp_choice = mlp_choice and (None, mlp_choice[1][reads])
         return self.drop_path.add(hidden_states, self.mlp_branch, mlp_choice)
+
+
+class ViTWithRegistersAttentionPooling(nn.Module):
+    """One vector of each image from a learned query that attends to all tokens (SigLIP, Perception Encoder, AIMv2)."""
+
+    def __init__(self, config: ViTWithRegistersConfig):
+        super().__init__()
+        width, has_bias = config.hidden_size, config.has_pooling_bias
+        self.num_heads = config.pooling_num_heads or config.num_attention_heads
+        self.probe = nn.Parameter(torch.empty(1, 1, width))
+        # CODEPATH: SigLIP, Perception Encoder; else AIMv2.
+        self.query = nn.Linear(width, width, bias=has_bias) if config.has_pooling_query else nn.Identity()
+        self.key_value = nn.Linear(width, 2 * width, bias=has_bias)
+        self.proj = nn.Linear(width, width)
+        hidden = config.pooling_intermediate_size
+        hidden = config.intermediate_size if hidden is None else hidden
+        self.norm = self.fc1 = self.fc2 = None
+        # CODEPATH: SigLIP, Perception Encoder; else AIMv2.
+        if hidden:
+            self.norm, self.fc1, self.fc2 = make_norm(config), nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.activation = ACT2FN["gelu" if config.hidden_act == "swiglu" else config.hidden_act]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Tokens (B, N, D) to (B, D)."""
+        parts = (self.query(self.probe), *self.key_value(hidden_states).chunk(2, dim=-1))
+        query, key, value = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
+        attended = F.scaled_dot_product_attention(query.expand(len(key), -1, -1, -1), key, value)
+        pooled = self.proj(attended.transpose(1, 2).flatten(1))  # [B, H, 1, d] -> [B, D]
+        if self.norm is None:
+            return pooled
+        return pooled + self.fc2(self.activation(self.fc1(self.norm(pooled))))
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -730,8 +843,12 @@ class ViTWithRegistersPreTrainedModel(ViTWithRegistersMixin, PreTrainedModel):
             set_initial(module.register_gates, nn.init.constant_, CLOSED_GATE)
         elif isinstance(module, ViTWithRegistersRegisterNeuronMLP):
             set_initial(module.units, lambda units: units.copy_(torch.tensor(module.initial_units)))
-        elif isinstance(module, ViTWithRegistersPositionEmbeddings):
+        elif isinstance(module, (ViTWithRegistersPositionEmbeddings, ViTWithRegistersRotaryFrequencies)):
             set_initial(module.weight, module.fill)
+        elif isinstance(module, ViTWithRegistersPositionBias):
+            set_initial(module.weight, nn.init.zeros_)
+        elif isinstance(module, ViTWithRegistersAttentionPooling):
+            set_initial(module.probe, nn.init.trunc_normal_, std=std)
         elif isinstance(module, ViTWithRegistersEmbeddings):
             set_initial(module.cls_token, nn.init.trunc_normal_, std=std)
             set_initial(module.distillation_token, nn.init.trunc_normal_, std=std)
@@ -777,7 +894,7 @@ class ViTWithRegistersPreTrainedModel(ViTWithRegistersMixin, PreTrainedModel):
     def no_weight_decay(self) -> set:
         """Names of all token and position parameters, registers and gates included, to be exempt from weight decay."""
         kinds = {"cls_token", "distillation_token", "register_tokens", "mask_token"}
-        kinds |= {"position_embeddings", "register_gates"}
+        kinds |= {"position_embeddings", "register_gates", "probe", "rotary_frequencies", "position_bias"}
         return {name for name, _ in self.named_parameters() if kinds & set(name.split("."))}
 
     def resize_register_tokens(self, num_register_tokens: int) -> None:
@@ -825,9 +942,9 @@ class ViTWithRegistersPreTrainedModel(ViTWithRegistersMixin, PreTrainedModel):
         """
         fitting = self._change_config(image_size=image_size)
         self.config.image_size = fitting.image_size
-        positions = self.base_model.embeddings.position_embeddings
-        if positions is not None:
-            positions.resize(fitting.grid_shape)
+        for module in self.base_model.modules():
+            if isinstance(module, (ViTWithRegistersPositionEmbeddings, ViTWithRegistersPositionBias)):
+                module.resize(fitting.grid_shape)
 
     def _change_config(self, **fields) -> ViTWithRegistersConfig:
         """A copy of the configuration with other values, which its constructor checks before the model changes."""
@@ -853,6 +970,8 @@ class ViTWithRegistersPreTrainedModel(ViTWithRegistersMixin, PreTrainedModel):
             register_tokens=hidden_state[:, kinds["registers"]],
             patch_tokens=patches,
             patch_grid=patches.unflatten(1, tuple(grid)),
+            # CODEPATH: RADIO, Pixio.
+            cls_tokens=hidden_state[:, kinds["cls"]] if self.config.num_cls_tokens > 1 else None,
         )
 
     @torch.no_grad()
@@ -1053,6 +1172,7 @@ class ViTWithRegistersPreTrainedModel(ViTWithRegistersMixin, PreTrainedModel):
     def _parts_behind(self, stages: list, *, reads_final_norm: bool) -> list:
         """Name prefixes of the parameters that a head on these stages does not read."""
         parts = [f"layers.{number}." for number in range(max(stages), self.config.num_hidden_layers)]
+        parts.append("attention_pooling.")
         # CODEPATH: timm's gap models norm the pooled vector.
         return parts + ([] if reads_final_norm and not self.config.has_pooled_norm else ["layernorm."])
 
@@ -1124,10 +1244,21 @@ class ViTWithRegistersModel(ViTWithRegistersPreTrainedModel):
         if config.has_pre_norm:
             self.pre_layernorm = make_norm(config)
         self.layers = nn.ModuleList(
-            ViTWithRegistersLayer(config, rate, config.register_neurons.get(str(number)))
+            ViTWithRegistersLayer(config, rate, config.register_neurons.get(str(number)), number)
             for number, rate in enumerate(config.drop_path_rates, start=1)
         )
-        self.layernorm = make_norm(config)
+        # CODEPATH: all but RADIO and PE spatial.
+        self.layernorm = make_norm(config) if config.has_final_norm else nn.Identity()
+        self.rotary_frequencies = self.position_bias = self.attention_pooling = None
+        # CODEPATH: RoPE-ViT, mixed.
+        if config.rope_style == "mixed":
+            self.rotary_frequencies = ViTWithRegistersRotaryFrequencies(config)
+        # CODEPATH: BEiT before fine-tuning.
+        if config.relative_position_bias == "shared":
+            self.position_bias = ViTWithRegistersPositionBias(config)
+        # CODEPATH: SigLIP, Perception Encoder, AIMv2.
+        if config.pooling == "attention":
+            self.attention_pooling = ViTWithRegistersAttentionPooling(config)
         self.projection = None
         # CODEPATH: CLIP.
         if use_projection and config.projection_size is not None:
@@ -1191,17 +1322,26 @@ class ViTWithRegistersModel(ViTWithRegistersPreTrainedModel):
             patch_tokens=tokens.patch_tokens,
             patch_grid=tokens.patch_grid,
             pre_norm=self.split_tokens(hidden_state, grid) if output_pre_norm else None,
+            cls_tokens=tokens.cls_tokens,
         )
         return self._as_asked(output, return_dict)
 
     def embed(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None) -> tuple:
-        """The input of the first layer (B, N, D), the tables of rotary positions or None, and the grid."""
+        """The input of the first layer (B, N, D), what the layers need to know of the positions, and the grid.
+
+        Layers need the tables of a rotary embedding, or the grid or the values of a relative position bias, or None.
+        """
         hidden_state = self.pre_layernorm(self.embeddings(pixel_values, bool_masked_pos))
         grid = self.embeddings.grid_of(pixel_values)
         rotary = None
-        # CODEPATH: DINOv3, CAPI.
-        if self.config.position_embedding_type == "rope":
-            rotary = rotary_tables(self.config, grid, training=self.training, device=hidden_state.device)
+        # CODEPATH: DINOv3, CAPI, EVA-02, Perception Encoder, RoPE-ViT.
+        if self.config.has_rope:
+            frequencies = None if self.rotary_frequencies is None else self.rotary_frequencies.weight
+            options = {"training": self.training, "device": hidden_state.device, "frequencies": frequencies}
+            rotary = rotary_tables(self.config, grid, **options)
+        # CODEPATH: BEiT, data2vec.
+        elif self.config.relative_position_bias is not None:
+            rotary = grid if self.position_bias is None else self.position_bias(grid)
         return hidden_state, rotary, grid
 
     def norm_tokens(self, hidden_state: Tensor) -> Tensor:
@@ -1217,6 +1357,16 @@ class ViTWithRegistersModel(ViTWithRegistersPreTrainedModel):
         # CODEPATH: distilled DeiT.
         if self.config.pooling == "cls_distillation":
             return (tokens.cls_token + tokens.distillation_token) / 2
+        # CODEPATH: SigLIP, Perception Encoder, AIMv2.
+        if self.config.pooling == "attention":
+            return self.attention_pooling(tokens.hidden_state)
+        # CODEPATH: Pixio; RADIO.
+        if self.config.pooling in ("cls_average", "cls_concat"):
+            cls_tokens = tokens.hidden_state[:, self.config.token_slices["cls"]]
+            if self.config.pooling == "cls_average":
+                return cls_tokens.mean(dim=1)
+            chosen = self.config.pooled_cls_tokens
+            return (cls_tokens if chosen is None else cls_tokens[:, chosen]).flatten(1)
         mean = tokens.patch_tokens.mean(dim=1)
         # CODEPATH: linear heads of DINOv2; else MAE, CAPI, timm's gap models.
         if self.config.pooling == "cls_mean":
@@ -1451,7 +1601,7 @@ class ViTWithRegistersForMaskedImageModeling(ViTWithRegistersPreTrainedModel):
 
     def _unread_parts(self) -> list:
         # CODEPATH: timm's gap models.
-        return ["layernorm."] if self.config.has_pooled_norm else []
+        return ["attention_pooling."] + (["layernorm."] if self.config.has_pooled_norm else [])
 
     def _feature_errors(self, predicted: Tensor, target: Tensor) -> Tensor:
         if target.shape != predicted.shape:

@@ -6,7 +6,9 @@ This file travels next to the weights and runs without the package.
 """
 
 import contextlib
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +17,12 @@ from torch import Tensor, nn
 from .configuration_vitreg import ViTWithRegistersConfig
 
 
-def resize_position_table(table: Tensor, grid: tuple, *, antialias: bool, offset: float) -> Tensor:
-    """Resize a position table bicubically, in float32, as `torch.nn.functional.interpolate` does.
+def resize_position_table(
+    table: Tensor, grid: tuple, *, antialias: bool, offset: float, mode: str = "bicubic"
+) -> Tensor:
+    """Resize a position table, in float32, as `torch.nn.functional.interpolate` does.
 
-    Bicubic resizing is linear and separable, so it is one small matrix for the rows and one for the columns. That is
+    Resizing is linear and separable, so it is one small matrix for the rows and one for the columns. That is
     faster than the library's kernel, and it traces and exports with dynamic sizes.
 
     Args:
@@ -27,6 +31,7 @@ def resize_position_table(table: Tensor, grid: tuple, *, antialias: bool, offset
         antialias: widen the kernel when the table shrinks.
         offset: added to the target when the scale is computed, unless the grid stays the same; 0.1 in the official
             DINO and DINOv2.
+        mode: "bicubic", "bilinear", or "bilinear_crop", which resizes to a square of the longer side and cuts it.
 
     Returns:
         Table (*grid, D) in the dtype of `table`.
@@ -36,8 +41,13 @@ def resize_position_table(table: Tensor, grid: tuple, *, antialias: bool, offset
     difference = (grid[0] - rows) ** 2 + (grid[1] - columns) ** 2
     offset = offset * (2 * difference // (difference + 1))
     with _without_autocast(table.device):
-        row_weights = _bicubic_weights(rows, grid[0], antialias=antialias, offset=offset, device=table.device)
-        column_weights = _bicubic_weights(columns, grid[1], antialias=antialias, offset=offset, device=table.device)
+        make = _bicubic_weights if mode == "bicubic" else _bilinear_weights
+        make = functools.partial(make, antialias=antialias, offset=offset, device=table.device)
+        if mode == "bilinear_crop":
+            longer = torch.sym_max(*grid) if torch.compiler.is_compiling() else max(grid)
+            row_weights, column_weights = make(rows, longer)[: grid[0]], make(columns, longer)[: grid[1]]
+        else:
+            row_weights, column_weights = make(rows, grid[0]), make(columns, grid[1])
         resized = row_weights @ table.float().reshape(rows, columns * width)
         resized = column_weights @ resized.reshape(grid[0], columns, width)  # [rows', columns', D]
     return resized.to(table.dtype)
@@ -63,6 +73,19 @@ def _bicubic_weights(source: int, target: int, *, antialias: bool, offset: float
     pixels = torch.arange(-3, source + 3, device=device)
     border = pixels.clamp(0, source - 1)[:, None] == torch.arange(source, device=device)
     return _cubic_kernel(pixels + 0.5 - centres[:, None], sharpness=-0.75) @ border.float()
+
+
+def _bilinear_weights(source: int, target: int, *, antialias: bool, offset: float, device) -> Tensor:
+    """Weights (target, source) of the triangular kernel; the border is replicated, or cut off where antialiased."""
+    scale = source / (target + offset)
+    centres = (torch.arange(target, device=device, dtype=torch.float32) + 0.5) * scale
+    pixels = torch.arange(source, device=device, dtype=torch.float32) + 0.5
+    if not antialias:
+        centres = centres.clamp(0.5, source - 0.5)
+        return (1 - (pixels - centres[:, None]).abs()).clamp(min=0)
+    stretch = (2 * centres[:1]).clamp(min=1)
+    weights = (1 - (pixels - centres[:, None]).abs() / stretch).clamp(min=0)
+    return weights / weights.sum(dim=1, keepdim=True)
 
 
 def _cubic_kernel(distance: Tensor, *, sharpness: float) -> Tensor:
@@ -97,7 +120,7 @@ class ViTWithRegistersPositionEmbeddings(nn.Module):
         self.config = config
         self.native_grid = config.grid_shape
         # CODEPATH: ViT, DINOv2, CLIP; else MAE, whose table is fixed.
-        if config.position_embedding_type == "learned":
+        if config.position_embedding_type != "sincos":
             num_positions = config.num_prefix_positions + math.prod(self.native_grid)
             self.weight = nn.Parameter(torch.empty(1, num_positions, config.hidden_size))
         else:
@@ -135,23 +158,76 @@ class ViTWithRegistersPositionEmbeddings(nn.Module):
             grid,
             antialias=self.config.interpolate_antialias,
             offset=self.config.interpolate_offset,
+            mode=self.config.interpolate_mode,
         )
         return table.flatten(0, 1)[None]
 
 
-def rotary_tables(config: ViTWithRegistersConfig, grid: tuple, *, training: bool, device) -> tuple[Tensor, Tensor]:
+def rotary_tables(
+    config: ViTWithRegistersConfig, grid: tuple, *, training: bool, device, frequencies: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines (N, d), in float32, of a 2-D rotary embedding. Class and distillation token are not rotated.
 
     DINOv3 (Simeoni et al. 2025): patch centres lie in [-1, 1] on each axis; a quarter of a head encodes the row, a
     quarter the column, and the other half repeats both. Registers are not rotated.
     CAPI (Darcet et al. 2025): the first patch lies at 0 on each axis, the last at 1, and registers lie around the
     border; one half of a head encodes the row, the other the column.
+    Axial (EVA-02, Perception Encoder, RoPE-ViT): rows and columns are counted, and neighbouring channels form a pair;
+    one half of a head encodes the first coordinate, the other the second.
+    Mixed (RoPE-ViT): the same count, with the learned `frequencies` (2, L, H, d / 2); the tables are (L, H, N, d).
     """
-    # CODEPATH: CAPI; else DINOv3.
-    make_angles = _capi_angles if config.rope_style == "capi" else _dinov3_angles
-    angles = make_angles(config, grid, training=training, device=device)
-    angles = F.pad(angles, (0, 0, config.num_prefix_tokens + math.prod(grid) - angles.shape[0], 0))
+    if frequencies is not None:
+        angles = _mixed_angles(config, grid, frequencies)
+    else:
+        # CODEPATH: CAPI; EVA-02, Perception Encoder, RoPE-ViT; else DINOv3.
+        make = {"capi": _capi_angles, "axial": _axial_angles}.get(config.rope_style, _dinov3_angles)
+        angles = make(config, grid, training=training, device=device)
+    angles = F.pad(angles, (0, 0, config.num_prefix_tokens + math.prod(grid) - angles.shape[-2], 0))
     return angles.cos(), angles.sin()
+
+
+class ViTWithRegistersRotaryFrequencies(nn.Module):
+    """Learned frequencies (2, L, H, d / 2) of a mixed rotary embedding, along the first and second coordinate."""
+
+    def __init__(self, config: ViTWithRegistersConfig):
+        super().__init__()
+        heads = config.num_attention_heads
+        self.theta = config.rope_theta
+        self.weight = nn.Parameter(torch.empty(2, config.num_hidden_layers, heads, config.hidden_size // heads // 2))
+
+    def fill(self, weight: Tensor) -> None:
+        """Write initial values: those of axial embeddings, with axes at a random angle in each layer and head."""
+        pairs = weight.shape[-1] // 2
+        sizes = self.theta ** -(torch.arange(pairs, device=weight.device) / pairs)
+        turns = 2 * math.pi * torch.rand(*weight.shape[1:3], 1, device=weight.device)
+        turns = torch.cat([turns.expand(-1, -1, pairs), (turns + math.pi / 2).expand(-1, -1, pairs)], dim=-1)
+        weight.copy_(torch.stack([turns.cos(), turns.sin()]) * sizes.tile(2))
+
+
+def _counted(config: ViTWithRegistersConfig, grid: tuple, device) -> Tensor:
+    """Coordinates (P, 2) of the patches, from 0 on, the row first unless `config.rope_columns_first`."""
+    sides = [torch.arange(side, device=device, dtype=torch.float32) for side in grid]
+    sides = [side + config.rope_grid_offset for side in sides]
+    if config.rope_reference_grid is not None:
+        reference = config.rope_reference_grid
+        reference = reference if isinstance(reference, list) else [reference, reference]
+        sides = [side / length * target for side, length, target in zip(sides, grid, reference)]
+    places = torch.stack(torch.meshgrid(*sides, indexing="ij"), dim=-1).flatten(0, 1)
+    return places.flip(-1) if config.rope_columns_first else places
+
+
+def _axial_angles(config: ViTWithRegistersConfig, grid: tuple, *, training: bool, device) -> Tensor:
+    quarter = config.hidden_size // config.num_attention_heads // 4
+    frequencies = config.rope_theta ** -(torch.arange(quarter, device=device, dtype=torch.float32) / quarter)
+    angles = _counted(config, grid, device)[:, :, None] * frequencies  # [P, 2, d/4]
+    return angles.flatten(1).repeat_interleave(2, dim=-1)
+
+
+def _mixed_angles(config: ViTWithRegistersConfig, grid: tuple, frequencies: Tensor) -> Tensor:
+    first, second = _counted(config, grid, frequencies.device).unbind(-1)
+    along_first, along_second = frequencies.float().unsqueeze(-2)  # [L, H, 1, d/2]
+    angles = first[:, None] * along_first + second[:, None] * along_second  # [L, H, P, d/2]
+    return angles.repeat_interleave(2, dim=-1)
 
 
 def _dinov3_angles(config: ViTWithRegistersConfig, grid: tuple, *, training: bool, device) -> Tensor:
@@ -197,18 +273,91 @@ def _augment_centres(config: ViTWithRegistersConfig, centres: Tensor) -> Tensor:
     return centres
 
 
+def make_rotation(config: ViTWithRegistersConfig, number: int) -> Callable | None:
+    """How layer `number`, from 1 on, rotates queries and keys; None for a model without rotary embedding."""
+    if not config.has_rope:
+        return None
+    # CODEPATH: RoPE-ViT, mixed.
+    if config.rope_style == "mixed":
+        return functools.partial(_rotate_mixed, number=number)
+    # CODEPATH: EVA-02, Perception Encoder, RoPE-ViT; else DINOv3, CAPI.
+    return _rotate_pairs if config.rope_style == "axial" else rotate
+
+
+def _rotate_pairs(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """As `rotate`, with pairs of neighbouring channels."""
+    cos, sin = rotary
+    exact = x.float()
+    turned = torch.stack([-exact[..., 1::2], exact[..., ::2]], dim=-1).flatten(-2)
+    return (exact * cos + turned * sin).to(x.dtype)
+
+
+def _rotate_mixed(x: Tensor, rotary: tuple[Tensor, Tensor], *, number: int) -> Tensor:
+    cos, sin = rotary
+    return _rotate_pairs(x, (cos[number - 1], sin[number - 1]))
+
+
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate queries or keys (B, H, N, d) by the angles of `rotary_tables`."""
+    """Rotate queries or keys (B, H, N, d) by the angles of `rotary_tables`; channels i and d / 2 + i are a pair."""
     cos, sin = rotary
     exact = x.float()  # products and sums in half precision make the error half as large again
     first, second = exact.chunk(2, dim=-1)
     return (exact * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
+# Relative position bias -------------------------------------------------------------------------------------------
+
+
+class ViTWithRegistersPositionBias(nn.Module):
+    """Learned values that are added to the scores of each head, by the offset between two patches (BEiT).
+
+    The table has (2 rows - 1) (2 columns - 1) offsets, row by row, and three values more: prefix to patch, patch to
+    prefix, prefix to prefix, where the prefix is every token without a place.
+    """
+
+    def __init__(self, config: ViTWithRegistersConfig):
+        super().__init__()
+        self.config = config
+        self.native_grid = config.grid_shape
+        num_offsets = math.prod(2 * side - 1 for side in self.native_grid)
+        self.weight = nn.Parameter(torch.empty(num_offsets + 3, config.num_attention_heads))
+
+    def forward(self, grid: tuple) -> Tensor:
+        """Values (1, H, N, N), rows for queries, for images of a grid; the table is resized bilinearly."""
+        rows, columns = (torch.arange(side, device=self.weight.device) for side in grid)
+        places = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).flatten(0, 1)  # [P, 2]
+        offsets = places[:, None] - places[None]  # [P, P, 2]
+        numbers = (offsets[..., 0] + grid[0] - 1) * (2 * grid[1] - 1) + offsets[..., 1] + grid[1] - 1
+        table = self._fit(grid)
+        values, count = table[numbers], self.config.num_prefix_tokens  # [P, P, H]
+        from_prefix, to_prefix, among_prefix = self.weight[-3:]
+        above = torch.cat([among_prefix.expand(count, count, -1), from_prefix.expand(count, len(places), -1)], dim=1)
+        below = torch.cat([to_prefix.expand(len(places), count, -1), values], dim=1)
+        return torch.cat([above, below]).permute(2, 0, 1).unsqueeze(0)
+
+    @torch.no_grad()
+    def resize(self, grid: tuple) -> None:
+        """Replace the table by the one for another grid."""
+        table = torch.cat([self._fit(grid), self.weight[-3:]]).clone()
+        self.weight = nn.Parameter(table, requires_grad=self.weight.requires_grad)
+        self.native_grid = grid
+
+    def _fit(self, grid: tuple) -> Tensor:
+        table = self.weight[:-3]
+        if not is_traced() and tuple(grid) == tuple(self.native_grid):
+            return table
+        table = table.unflatten(0, [2 * side - 1 for side in self.native_grid])
+        wanted = [2 * side - 1 for side in grid]
+        return resize_position_table(table, wanted, antialias=False, offset=0.0, mode="bilinear").flatten(0, 1)
+
+
 __all__ = [
+    "ViTWithRegistersPositionBias",
     "ViTWithRegistersPositionEmbeddings",
+    "ViTWithRegistersRotaryFrequencies",
     "capi_frequencies",
     "is_traced",
+    "make_rotation",
     "resize_position_table",
     "rotary_tables",
     "rotate",

@@ -95,7 +95,10 @@ CONTRADICTIONS = [
     ({"image_size": 30}, "image_size 30 is not a multiple of patch_size 8"),
     ({"patch_size": (8, 8, 8)}, "patch_size is a positive integer or a pair"),
     ({"hidden_act": "relu"}, "hidden_act is one of gelu, gelu_pytorch_tanh, quick_gelu, swiglu, got 'relu'"),
-    ({"pooling": "max"}, "pooling is one of cls, mean, cls_mean, cls_distillation, got 'max'"),
+    (
+        {"pooling": "max"},
+        "pooling is one of cls, mean, cls_mean, cls_distillation, cls_average, cls_concat, attention, got 'max'",
+    ),
     ({"has_cls_token": False}, "pooling='cls' reads the class token, but has_cls_token=False: use pooling='mean'"),
     (
         {"has_cls_token": False, "pooling": "mean", "has_distillation_token": True},
@@ -109,7 +112,10 @@ CONTRADICTIONS = [
     ({"has_pooled_norm": True}, "has_pooled_norm=True needs pooling='mean', got 'cls'"),
     ({"num_classifier_layers": 4}, r"num_classifier_layers lies in 1 ... num_hidden_layers \(3\), got 4"),
     ({"num_classifier_layers": 2, "pooling": "mean"}, "num_classifier_layers=2 concatenates class tokens"),
-    ({"position_embedding_type": "alibi"}, "position_embedding_type is one of learned, sincos, rope, none"),
+    (
+        {"position_embedding_type": "alibi"},
+        "position_embedding_type is one of learned, sincos, rope, learned_rope, none",
+    ),
     ({"position_embedding_type": "rope", "has_prefix_positions": True}, "has_prefix_positions=True needs"),
     ({"position_embedding_type": "rope", "hidden_size": 12}, "'rope' needs a width per head divisible by 4"),
     ({"position_embedding_type": "sincos", "hidden_size": 6}, "'sincos' needs a hidden_size divisible by 4, got 6"),

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from modeling_vitreg import ViTWithRegistersForImageClassification, ViTWithRegistersModel
-from modeling_vitreg.modeling_vitreg import AUTO_MODELS, rotary_tables, rotate
+from modeling_vitreg.modeling_vitreg import AUTO_MODELS
+from modeling_vitreg.positions_vitreg import rotary_tables, rotate
 
 
 PARTIAL_BIASES = [

@@ -268,8 +268,13 @@ def _check_config(config: ViTWithRegistersConfig) -> None:
         raise ValueError(
             "the MAE objective needs positions: position_embedding_type is 'learned', 'sincos' or 'rope', got 'none'"
         )
+    if config.relative_position_bias is not None or config.rope_style == "mixed":
+        raise ValueError(
+            "the MAE objective leaves patches out, and neither relative_position_bias nor rope_style='mixed' supports "
+            f"that: got {config.relative_position_bias!r} and {config.rope_style!r}"
+        )
     is_subset = config.drop_path_mode == "batch_subset" and config.drop_path_rate > 0
-    if is_subset and config.position_embedding_type == "rope":
+    if is_subset and config.has_rope:
         raise ValueError(
             "in MAE every image has its own rotary table, which drop_path_mode='batch_subset' does not support: set "
             "drop_path_mode='sample' in the model"
