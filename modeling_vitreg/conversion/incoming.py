@@ -10,7 +10,6 @@ import json
 import pathlib
 
 import torch
-import transformers
 from torch import nn
 from tqdm import tqdm
 
@@ -106,14 +105,9 @@ def plan_import(source: str | pathlib.Path | nn.Module, settings: ConversionSett
 def _open(source: str | pathlib.Path | nn.Module, settings: ConversionSettings) -> tuple[Source, nn.Module | None]:
     if isinstance(source, nn.Module):
         name = f"{type(source).__module__}.{type(source).__name__}"
-        if isinstance(source, transformers.PreTrainedModel):
-            raise ConversionError(
-                f"expected a file, a folder or a model of timm, got {name}: save it with "
-                "model.save_pretrained(FOLDER), and convert the folder"
-            )
         if not any(kind.__module__.startswith("timm.") for kind in type(source).__mro__):
             raise ConversionError(
-                f"expected a file, a folder or a model of timm, got {name}: save it with "
+                f"expected a file, a folder, or a model of timm or transformers, got {name}: save it with "
                 "torch.save(model.state_dict(), FILE), and convert the file"
             )
         return Source.of_module(source, type(source).__name__), source

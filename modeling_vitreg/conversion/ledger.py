@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from .rules import ConversionError, Drop, Fill, Join, Rename, Rule, match_source, match_target
+from .rules import ConversionError, Drop, Fill, Join, Rename, Rule, Split, match_source, match_target
 
 
 # Field of the configuration that a tensor belongs to.
@@ -22,6 +22,15 @@ _FIELDS_OF = {
     "mask_token": "has_mask_token",
     "layer_scale": "layer_scale_init_value",
     "position_embeddings": "position_embedding_type",
+    "rotary_frequencies": "rope_style",
+    "position_bias": "relative_position_bias",
+    "patch_norm": "has_patch_norm",
+    "query_norm": "has_query_key_norm",
+    "key_norm": "has_query_key_norm",
+    "attention.norm": "has_attention_norm",
+    "attention.gate": "attention_gate",
+    "mlp.norm": "has_mlp_norm",
+    "attention_pooling": "pooling",
     "classifier": "a head (save its base model alone first: model.base_model.save_pretrained(folder))",
 }
 _NUM_NAMED = 12  # names in a message before it says how many more
@@ -127,10 +136,14 @@ def balance_to_source(
         elif isinstance(rule, Fill):
             dropped[name] = rule.why
             checks.append((name, rule.value))
+        elif isinstance(rule, Split):
+            parts = tuple(part.format(**groups) for part in rule.target)
+            if name == parts[0]:  # written once, when the first of its parts comes
+                entries.append(Entry(rule.source.format(**groups), parts, rule.whole))
         else:
             for number, part in enumerate(rule.source):
                 if part not in rule.may_lack:
-                    make = functools.partial(_part, number=number, count=len(rule.source))
+                    make = functools.partial(_part, rule=rule, number=number)
                     entries.append(Entry(part.format(**groups), (name,), make))
     if unmapped:
         fields = sorted({field for name in unmapped for part, field in _FIELDS_OF.items() if part in name})
@@ -168,18 +181,27 @@ class LedgerBuilder:
         if isinstance(rule, Drop):
             self.dropped[name] = rule.why
             return
+        if isinstance(rule, Split):
+            for number, pattern in enumerate(rule.target):
+                make = functools.partial(rule.part, number=number)
+                self._rename(name, shape, pattern.format(**groups), make)
+            return
         target = rule.target.format(**groups)
         if isinstance(rule, Join):
             parts = tuple(part.format(**groups) for part in rule.source)
             lacking = tuple(part.format(**groups) for part in rule.may_lack)
-            self._joins.setdefault(target, {"parts": parts, "may_lack": lacking, "found": {}})["found"][name] = shape
+            join = {"parts": parts, "may_lack": lacking, "found": {}, "rule": rule}
+            self._joins.setdefault(target, join)["found"][name] = shape
             return
+        self._rename(name, shape, target, rule.to_target)
+
+    def _rename(self, name: str, shape: tuple, target: str, make: Callable[[Tensor], Tensor]) -> None:
         try:
-            after = tuple(rule.to_target(torch.empty(shape, device="meta")).shape)
+            after = tuple(make(torch.empty(shape, device="meta")).shape)
         except (ConversionError, RuntimeError, IndexError):
             self._note("shapes differ", f"{name} {tuple(shape)} cannot become {target}")
             return
-        self._enter(Entry(target, (name,), rule.to_target), after)
+        self._enter(Entry(target, (name,), make), after)
 
     def join(self, targets: dict[str, tuple]) -> None:
         """Enter a tensor that is made of several."""
@@ -193,9 +215,12 @@ class LedgerBuilder:
             if len(shapes) != 1:
                 self._note("shapes differ", ", ".join(f"{name} {tuple(shape)}" for name, shape in found.items()))
                 continue
-            absent = targets[target][0] // len(parts) if target in targets else next(iter(found.values()))[0]
-            rows = sum(found[part][0] if part in found else absent for part in parts)
-            make = functools.partial(_join, is_present=tuple(part in found for part in parts), absent=absent)
+            most = next(iter(found.values()))[0] * len(parts)
+            absent = join["rule"].lengths(targets[target][0] if target in targets else most)
+            lengths = [found[part][0] if part in found else length for part, length in zip(parts, absent)]
+            rows = sum(lengths)
+            lengths = tuple(None if part in found else length for part, length in zip(parts, lengths))
+            make = functools.partial(_join, zeros=lengths)
             self._enter(Entry(target, tuple(part for part in parts if part in found), make), (rows, *shapes.pop()))
             for part in lacking:
                 if part in join["may_lack"]:
@@ -247,13 +272,14 @@ def _sources_of(name: str, rules: list[Rule]) -> str:
     return "no tensor of this layout"
 
 
-def _join(*tensors: Tensor, is_present: tuple[bool, ...], absent: int) -> Tensor:
-    zeros, parts = tensors[0].new_zeros(absent, *tensors[0].shape[1:]), iter(tensors)
-    return torch.cat([next(parts) if present else zeros for present in is_present])
+def _join(*tensors: Tensor, zeros: tuple[int | None, ...]) -> Tensor:
+    """Parts in order; `zeros` has the lengths of the absent ones, and None for those that are there."""
+    parts, rest = iter(tensors), tensors[0].shape[1:]
+    return torch.cat([next(parts) if length is None else tensors[0].new_zeros(length, *rest) for length in zeros])
 
 
-def _part(tensor: Tensor, *, number: int, count: int) -> Tensor:
-    return tensor.chunk(count)[number]
+def _part(tensor: Tensor, *, rule: Join, number: int) -> Tensor:
+    return tensor.split(rule.lengths(len(tensor)))[number]
 
 
 def _listed(names: list[str]) -> str:

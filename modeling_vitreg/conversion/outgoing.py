@@ -19,14 +19,14 @@ from modeling_vitreg import modeling_vitreg as models
 
 from .layouts import dinov2, timm
 from .layouts.layout import CheckpointInfo, Layout
-from .layouts.transformers import LAYOUTS as TRANSFORMERS
+from .layouts.transformers_files import LAYOUTS as TRANSFORMERS
 from .layouts.transformers_files import name_in_file, transformers_settings
 from .ledger import Entry, balance_to_source
 from .plan import ConversionPlan, ConversionSettings, quietly, short
 from .references import find_reference, repository_reference
 from .rules import ConversionError, stage
 from .sources import Source, open_source
-from .timm_models import build, run_timm, timm_arguments, timm_positions
+from .timm_models import build, run_timm, sizes_of, timm_arguments, timm_positions
 from .verify import Reference, title_of
 from .writer import make, write_safetensors
 
@@ -38,7 +38,12 @@ _FIELDS = (
     "hidden_size",
     "num_hidden_layers",
     "num_attention_heads",
+    "key_value_heads",
+    "has_query_key_norm",
+    "attention_gate",
+    "has_attention_norm",
     "intermediate_size",
+    "has_mlp_norm",
     "hidden_act",
     "norm_type",
     "layer_norm_eps",
@@ -47,19 +52,31 @@ _FIELDS = (
     "num_channels",
     "num_register_tokens",
     "has_cls_token",
+    "num_cls_tokens",
     "has_distillation_token",
     "position_embedding_type",
     "has_prefix_positions",
     "rope_style",
     "rope_theta",
+    "rope_grid_offset",
+    "rope_reference_grid",
+    "rope_columns_first",
+    "relative_position_bias",
     "has_patch_bias",
+    "has_patch_norm",
     "has_pre_norm",
+    "has_final_norm",
     "has_query_bias",
     "has_key_bias",
     "has_value_bias",
+    "has_mlp_layer_scale",
     "has_pooled_norm",
     "projection_size",
 )
+# Fields of poolings with parameters of their own, or that no other layout has.
+_OF_POOLING = ("pooling", "pooled_cls_tokens", "pooling_num_heads", "pooling_intermediate_size")
+_OF_POOLING += ("has_pooling_query", "has_pooling_bias")
+_WITH_PARTS = ("attention", "cls_average", "cls_concat")
 _IN_CLASSIFIERS = ("pooling", "num_classifier_layers", "num_labels")
 _TABLE = "embeddings.position_embeddings.weight"
 
@@ -89,7 +106,7 @@ def plan_export(source: str | pathlib.Path, to: str, file_name: str, settings: C
     ledger, check = balance_to_source(layout.rules(config), tensors.shapes, title=title)
     check(tensors.read)
     ledger = dataclasses.replace(ledger, dropped=ledger.dropped | dropped)
-    entries = [*ledger.entries, *_extra(to, tensors, config)]
+    entries = [*ledger.entries, *_extra(to, layout, tensors, config)]
     written = _settings(to, layout, config, kind)
     module = None
     if to == "timm":
@@ -126,15 +143,26 @@ def _choose(
             return timm.LAYOUT, *_without_slots(tensors, config)
         return timm.LAYOUT, tensors, config
     layout = dinov2.LAYOUT if to == "dinov2" else TRANSFORMERS[_model_type(config, title)]
-    if is_learned and config.has_cls_token and not config.has_prefix_positions:
+    has_slots = layout is not TRANSFORMERS["radio"]
+    if is_learned and has_slots and config.has_cls_token and not config.has_prefix_positions:
         return layout, *_with_slots(tensors, config)
     return layout, tensors, config
 
 
 def _model_type(config: ViTWithRegistersConfig, title: str) -> str:
     """The nearest class of transformers; `_compare` finds out whether it fits."""
-    if config.position_embedding_type == "rope":
-        return "dinov3_vit"
+    signs = {
+        "radio": config.num_cls_tokens > 1 and not config.has_final_norm,
+        "pixio": config.num_cls_tokens > 1,
+        "sapiens2": config.position_embedding_type == "rope" and config.has_query_key_norm,
+        "dinov3_vit": config.position_embedding_type == "rope",
+        "beit": config.relative_position_bias is not None,
+        "aimv2_vision_model": config.has_patch_norm,
+        "siglip_vision_model": config.pooling == "attention",
+        "tipsv2_vision_model": config.interpolate_mode == "bilinear" and config.num_register_tokens > 0,
+    }
+    if found := next((name for name, is_so in signs.items() if is_so), None):
+        return found
     if config.has_pre_norm:
         return "clip_vision_model"
     if config.layer_scale_init_value is not None:
@@ -192,11 +220,13 @@ def _changed(config: ViTWithRegistersConfig, **fields) -> ViTWithRegistersConfig
     return ViTWithRegistersConfig.from_dict({**config.to_dict(), **fields})
 
 
-def _extra(to: str, tensors: Source, config: ViTWithRegistersConfig) -> list[Entry]:
-    """A mask token of zeros for dinov2, which loads strictly; inference does not read it."""
+def _extra(to: str, layout: Layout, tensors: Source, config: ViTWithRegistersConfig) -> list[Entry]:
+    """Tensors of the layout that no tensor of ours becomes."""
+    entries = [Entry(name, (), value.clone) for name, value in layout.extras(config).items()]
+    # A mask token of zeros for dinov2, which loads strictly; inference does not read it.
     if to != "dinov2" or "embeddings.mask_token" in tensors.shapes:
-        return []
-    return [Entry("mask_token", (), functools.partial(torch.zeros, 1, config.hidden_size))]
+        return entries
+    return [*entries, Entry("mask_token", (), functools.partial(torch.zeros, 1, config.hidden_size))]
 
 
 def _compare(config, layout: Layout, entries: list[Entry], tensors: Source, *, settings, module, title: str) -> None:
@@ -226,7 +256,8 @@ def _compare(config, layout: Layout, entries: list[Entry], tensors: Source, *, s
         raise ConversionError(
             f"{title}: the layout cannot represent layer_scale_init_value={config.layer_scale_init_value}"
         )
-    for name in (*_FIELDS, *(_IN_CLASSIFIERS if is_classifier else ())):
+    of_pooling = _OF_POOLING if {config.pooling, found.pooling} & set(_WITH_PARTS) else ()
+    for name in (*_FIELDS, *of_pooling, *(_IN_CLASSIFIERS if is_classifier else ())):
         there, here = getattr(found, name), getattr(config, name)
         if there != here and list(_pair(there)) != list(_pair(here)):
             raise ConversionError(
@@ -267,7 +298,8 @@ def _reference(
     """The original code with the weights that were written."""
     if to == "timm":
         module.load_state_dict({name: target.read(name) for name in target.shapes}, strict=True)
-        return Reference(title_of("timm"), functools.partial(run_timm, module), module, timm_positions(config))
+        positions, sizes = timm_positions(config), sizes_of(module)
+        return Reference(title_of("timm"), functools.partial(run_timm, module), module, positions, sizes=sizes)
     if to == "dinov2" and code is not None:
         return repository_reference("dinov2", code, target, config)
     return find_reference("dinov2" if to == "dinov2" else "transformers", target, config)

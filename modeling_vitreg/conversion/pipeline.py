@@ -5,17 +5,22 @@ Both directions make a `ConversionPlan` (`incoming.py`, `outgoing.py`), and `run
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import pathlib
 import shutil
+import tempfile
+from collections.abc import Iterator
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from modeling_vitreg.files import atomic_folder
 from modeling_vitreg.reports import ConversionReport, command_line, made_with, write_report
 
 from .incoming import plan_import
 from .outgoing import TARGETS, plan_export
-from .plan import ConversionPlan, ConversionSettings
+from .plan import ConversionPlan, ConversionSettings, quietly
 from .rules import ConversionError, stage
 from .sources import hash_files
 from .verify import check_errors, verify
@@ -34,7 +39,7 @@ def convert(
     """Convert a checkpoint to a folder that `from_pretrained` loads, and verify it.
 
     Args:
-        source: file, folder, "timm:NAME", or a model of timm.
+        source: file, folder, "timm:NAME", or a model of timm or transformers in memory.
         output: folder to make; it must not exist, or be empty.
         settings: choices of the caller.
         command: for the record; default that of the process.
@@ -47,12 +52,34 @@ def convert(
             differ; then nothing is saved.
     """
     settings, output = settings or ConversionSettings(), _check_output(output)
+    if isinstance(source, PreTrainedModel):
+        with _saved(source) as folder:
+            return _convert(folder, output, settings, command, title=type(source).__name__)
+    return _convert(source, output, settings, command)
+
+
+def _convert(source, output: pathlib.Path, settings, command: str | None, *, title: str | None = None):
     try:
-        return run(plan_import(source, settings), output, settings=settings, command=command)
+        plan = plan_import(source, settings)
+        if title is not None:
+            plan = dataclasses.replace(plan, source=plan.source | {"path": title})
+        return run(plan, output, settings=settings, command=command)
     except ConversionError as error:
+        if title is not None:
+            raise ConversionError(str(error).replace(str(source), title)) from error
         if isinstance(source, nn.Module) or str(source) in str(error):
             raise
         raise ConversionError(f"{source}: {error}") from error
+
+
+@contextlib.contextmanager
+def _saved(module: PreTrainedModel) -> Iterator[pathlib.Path]:
+    """A folder with a model of transformers, for its names in files are not always those in memory."""
+    with tempfile.TemporaryDirectory(prefix="vitreg-convert-") as place:
+        folder = pathlib.Path(place) / type(module).__name__
+        with quietly():
+            module.save_pretrained(folder)
+        yield folder
 
 
 def export(

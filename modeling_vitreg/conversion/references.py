@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from modeling_vitreg import ViTWithRegistersConfig
 from modeling_vitreg.reports import versions
 
+from .layouts.transformers import CLIP_TOWERS, CLIP_WHOLE
 from .layouts.transformers_files import transformers_class
 from .rules import ConversionError
 from .sources import Source
@@ -33,6 +34,8 @@ from .verify import Reference, title_of
 
 # Settings that would load other files, run code, or change the precision.
 _NOT_OF_ARCHITECTURE = ("architectures", "auto_map", "quantization_config", "_name_or_path", "dtype", "torch_dtype")
+
+_OF_ONE_SIZE = ("aimv2",)  # model types that take images of the size of their table only
 
 
 def find_reference(layout: str, source: Source, config: ViTWithRegistersConfig, module=None) -> Reference | str:
@@ -71,30 +74,37 @@ def transformers_reference(source: Source, config: ViTWithRegistersConfig) -> Re
     theirs = kind.config_class.from_dict(settings)
     if settings["model_type"] == "vit_mae":
         theirs.mask_ratio = 0.0
+    unread = ("mask_token", "pooler", *(("layer_scale",) if settings["model_type"] == "radio" else ()))
     state = {name: source.read(name) for name in source.shapes}
     module, report = kind.from_pretrained(
         None, config=theirs, state_dict=state, dtype=torch.float32, output_loading_info=True
     )
-    if missing := [name for name in report["missing_keys"] if "mask_token" not in name and "pooler" not in name]:
+    if missing := [name for name in report["missing_keys"] if not any(part in name for part in unread)]:
         raise ConversionError(
             f"{source.path}: {len(missing)} tensors are missing: {', '.join(sorted(missing)[:5])}; another version of "
             f"transformers may use other names (installed: {versions('transformers')['transformers']})"
         )
-    rule = {"interpolate_antialias": settings["model_type"] == "dinov2_with_registers", "interpolate_offset": 0.0}
-    is_table = config.position_embedding_type in ("learned", "sincos")
-    positions = {name: value for name, value in rule.items() if is_table and getattr(config, name) != value}
+    is_smooth = settings["model_type"] in ("dinov2_with_registers", "tipsv2", "tipsv2_vision_model")
+    rule = {"interpolate_antialias": is_smooth, "interpolate_offset": 0.0}
+    rule = rule if config.has_position_table else {}
+    positions = {name: value for name, value in rule.items() if getattr(config, name) != value}
     run = functools.partial(run_transformers, module, config)
-    return Reference(title_of("transformers"), run, module, positions)
+    native = [tuple(side * patch for side, patch in zip(config.grid_shape, config.patch_shape))]
+    sizes = native if settings["model_type"].startswith(_OF_ONE_SIZE) else None
+    return Reference(title_of("transformers"), run, module, positions, sizes=sizes)
 
 
 def run_transformers(module: nn.Module, config: ViTWithRegistersConfig, images: Tensor) -> dict[str, Tensor]:
     """Normed tokens, logits and projections of a model of transformers."""
     model_type = module.config.model_type
-    if model_type in ("clip", "clip_vision_model"):
+    if model_type in (*CLIP_WHOLE, *CLIP_TOWERS):
         return _run_clip(module, images)
     # A base model may own a part that is called as the base model of others is.
-    has_head = "For" in type(module).__name__
-    base = getattr(module, module.base_model_prefix) if has_head else module
+    has_head, base = "For" in type(module).__name__, getattr(module, "vision_model", None)
+    if base is None:
+        base = getattr(module, module.base_model_prefix) if has_head else module
+    if model_type == "radio":  # it norms the images itself
+        images = images * module.input_conditioner.norm_std + module.input_conditioner.norm_mean
     output = _call(base, images)
     tokens = output.last_hidden_state
     if model_type == "vit_mae":
@@ -102,11 +112,15 @@ def run_transformers(module: nn.Module, config: ViTWithRegistersConfig, images: 
         tokens = torch.cat([tokens[:, :1], patches], dim=1)
     slices = config.token_slices
     named = {
-        "cls_token": tokens[:, slices["cls"]].flatten(1),
+        "cls_token": tokens[:, slices["cls"]][:, :1].flatten(1),
         "distillation_token": tokens[:, slices["distillation"]].flatten(1),
         "register_tokens": tokens[:, slices["registers"]],
         "patch_tokens": tokens[:, slices["patches"]],
     }
+    if config.num_cls_tokens > 1:
+        named["cls_tokens"] = tokens[:, slices["cls"]]
+    if config.pooling in ("attention", "cls_average", "cls_concat"):
+        named["pooler_output"] = output.summary if model_type == "radio" else output.pooler_output
     if has_head:
         output = _call(module, images)
         kinds = ("logits", "cls_logits", "distillation_logits")

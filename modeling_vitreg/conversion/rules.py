@@ -15,6 +15,7 @@ import functools
 import re
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import Tensor
 
 
@@ -98,11 +99,47 @@ class Join:
         source: names, in order.
         target: name.
         may_lack: those of `source` that the layout leaves out if they would be zero.
+        shares: relative lengths of the parts; default all equal.
     """
 
     source: tuple[str, ...]
     target: str
     may_lack: tuple[str, ...] = ()
+    shares: tuple[int, ...] | None = None
+
+    def lengths(self, total: int) -> list[int]:
+        """Lengths of the parts of a tensor whose first axis has this length."""
+        shares = self.shares or (1,) * len(self.source)
+        return [total * share // sum(shares) for share in shares]
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """One tensor becomes several, cut along its first axis.
+
+    Args:
+        source: name.
+        target: names, in order.
+        shares: relative lengths of the parts.
+        to_target, to_source: functions of the values of each part on the way in, and their inverses; default none.
+    """
+
+    source: str
+    target: tuple[str, ...]
+    shares: tuple[int, ...]
+    to_target: tuple[Callable[[Tensor], Tensor], ...] | None = None
+    to_source: tuple[Callable[[Tensor], Tensor], ...] | None = None
+
+    def part(self, tensor: Tensor, number: int) -> Tensor:
+        """One of the parts, as the target has it."""
+        lengths = [len(tensor) * share // sum(self.shares) for share in self.shares]
+        part = tensor.split(lengths)[number]
+        return part if self.to_target is None else self.to_target[number](part)
+
+    def whole(self, *parts: Tensor) -> Tensor:
+        """The tensor that the targets are the parts of."""
+        makes = self.to_source or (keep,) * len(parts)
+        return torch.cat([make(part) for make, part in zip(makes, parts)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +172,7 @@ class Fill:
     why: str
 
 
-Rule = Rename | Join | Drop | Fill
+Rule = Rename | Join | Split | Drop | Fill
 
 
 def matches(rule: Rule, name: str) -> bool:
@@ -155,8 +192,12 @@ def match_source(rule: Rule, name: str) -> dict | None:
 
 def match_target(rule: Rule, name: str) -> dict | None:
     """The same for a tensor of the target."""
-    found = None if isinstance(rule, Drop) else _compile(rule.target).fullmatch(name)
-    return found and found.groupdict()
+    if isinstance(rule, Drop):
+        return None
+    for pattern in rule.target if isinstance(rule, Split) else (rule.target,):
+        if found := _compile(pattern).fullmatch(name):
+            return found.groupdict()
+    return None
 
 
 @functools.cache
@@ -177,6 +218,7 @@ __all__ = [
     "Join",
     "Rename",
     "Rule",
+    "Split",
     "add_axes",
     "add_axis",
     "drop_axes",

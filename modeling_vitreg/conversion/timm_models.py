@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from modeling_vitreg import ViTWithRegistersConfig
 
+from .layouts.timm import has_gate_apart, has_heads_apart, is_of_eva
 from .rules import ConversionError, stage
 from .sources import Source
 from .verify import Reference, title_of
 
 
 _NOT_IN_TIMM = ("dino_head.", "ibot_head.", "head.mlp", "head.last_layer", "decoder_", "local_cls_norm")
-_CLASSES = ("VisionTransformer", "VisionTransformerDistilled", "Eva")
+_CLASSES = ("VisionTransformer", "VisionTransformerDistilled", "Eva", "Beit")
 
 
 def create(name: str) -> nn.Module:
@@ -98,9 +99,9 @@ def timm_reference(layout: str, source: Source, config: ViTWithRegistersConfig) 
 
 def timm_positions(config: ViTWithRegistersConfig) -> dict:
     """Fields under which positions are resized as timm does it, where that is not what the configuration says."""
-    if config.position_embedding_type not in ("learned", "sincos"):
+    if not config.has_position_table:
         return {}
-    rule = {"interpolate_antialias": True, "interpolate_offset": 0.0}
+    rule = {"interpolate_antialias": True, "interpolate_offset": 0.0, "interpolate_mode": "bicubic"}
     return {name: value for name, value in rule.items() if getattr(config, name) != value}
 
 
@@ -111,8 +112,11 @@ def timm_arguments(config: ViTWithRegistersConfig, *, has_prefix_positions: bool
         config: configuration of the model of this family.
         has_prefix_positions: whether its table has slots for class and distillation token.
     """
-    is_gated, is_eva = config.hidden_act == "swiglu", config.position_embedding_type == "rope"
-    hidden = config.intermediate_size * (2 if is_gated and not is_eva else 1)
+    is_gated = config.hidden_act == "swiglu"
+    is_eva = is_of_eva(config)
+    is_packed = is_gated and not is_eva and not has_gate_apart(config)
+    hidden = config.intermediate_size * (2 if is_packed else 1)
+    pools = {"mean": "avg", "cls_mean": "avg", "attention": "map"}
     arguments = {
         "img_size": config.image_size,
         "patch_size": config.patch_size,
@@ -124,14 +128,13 @@ def timm_arguments(config: ViTWithRegistersConfig, *, has_prefix_positions: bool
         "qkv_bias": config.has_query_bias,
         "init_values": config.layer_scale_init_value,
         "class_token": config.has_cls_token,
-        "global_pool": "avg" if config.pooling in ("mean", "cls_mean") else "token",
+        "global_pool": pools.get(config.pooling, "token"),
         "dynamic_img_size": True,
     }
+    if config.relative_position_bias is not None:
+        return "beit_base_patch16_224", _beit_arguments(arguments, config)
     if is_eva:
-        # Not aligned: the hidden width is what it is.
-        gate = {"swiglu_mlp": True, "swiglu_align_to": 1} if is_gated else {}
-        arguments |= {"num_reg_tokens": config.num_register_tokens, "use_fc_norm": config.has_pooled_norm, **gate}
-        return "vit_small_patch16_dinov3", arguments | {"rope_temperature": config.rope_theta}
+        return _eva_name(config), arguments | _eva_arguments(config)
     acts = {"quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "swiglu": "silu"}
     arguments |= {
         "no_embed_class": not has_prefix_positions,
@@ -139,12 +142,78 @@ def timm_arguments(config: ViTWithRegistersConfig, *, has_prefix_positions: bool
         "fc_norm": config.has_pooled_norm,
         "act_layer": acts[config.hidden_act],
     }
+    options = {
+        "final_norm": (config.has_final_norm, True),
+        "qk_norm": (config.has_query_key_norm, False),
+        "scale_attn_norm": (config.has_attention_norm, False),
+        "scale_mlp_norm": (config.has_mlp_norm, False),
+    }
+    arguments |= {name: value for name, (value, usual) in options.items() if value != usual}
     if config.has_distillation_token:
         del arguments["class_token"], arguments["no_embed_class"], arguments["reg_tokens"]
         return "deit_tiny_distilled_patch16_224", arguments
     if config.has_pre_norm:
         return "vit_base_patch16_clip_224", arguments
+    if config.has_patch_norm:
+        return "aimv2_large_patch14_224", arguments
     return ("vit_giant_patch14_reg4_dinov2" if is_gated else "vit_base_patch16_224"), arguments
+
+
+def _beit_arguments(arguments: dict, config: ViTWithRegistersConfig) -> dict:
+    unknown = ("class_token", "dynamic_img_size")
+    return {name: value for name, value in arguments.items() if name not in unknown} | {
+        "use_abs_pos_emb": config.has_position_table,
+        "use_rel_pos_bias": config.relative_position_bias == "layer",
+        "use_shared_rel_pos_bias": config.relative_position_bias == "shared",
+    }
+
+
+def _eva_name(config: ViTWithRegistersConfig) -> str:
+    """A model with the norm of a configuration, for no argument in a file sets a norm."""
+    if config.norm_type == "rmsnorm":
+        return "vit_base_patch16_sapiens2"
+    if config.rope_style == "dinov3" and config.has_rope:
+        return "vit_small_patch16_dinov3"
+    # timm ignores arguments that are None, so the model has to have none of the parts.
+    return "vit_pe_core_tiny_patch16_384" if config.layer_norm_eps == 1e-5 else "eva_giant_patch14_224"
+
+
+def _eva_arguments(config: ViTWithRegistersConfig) -> dict:
+    is_gated, is_apart = config.hidden_act == "swiglu", has_heads_apart(config)
+    # Not aligned: the hidden width is what it is.
+    gate = {"swiglu_mlp": True, "swiglu_align_to": int(has_gate_apart(config))} if is_gated else {}
+    arguments = {"num_reg_tokens": config.num_register_tokens, "use_fc_norm": config.has_pooled_norm, **gate}
+    arguments |= {"rope_temperature": config.rope_theta}
+    is_dinov3 = config.rope_style == "dinov3" and config.norm_type == "layernorm" and not config.has_position_table
+    if is_dinov3 and not is_apart:
+        return arguments
+    is_plain = config.has_key_bias and (is_apart or config.rope_style != "dinov3")
+    heads = config.key_value_heads
+    return arguments | {
+        "use_abs_pos_emb": config.has_position_table,
+        "use_rot_pos_emb": config.has_rope,
+        "no_embed_class": not config.has_prefix_positions,
+        "rope_type": {"axial": "cat"}.get(config.rope_style, config.rope_style),
+        "rope_rotate_half": config.rope_style == "dinov3",
+        "rope_grid_offset": config.rope_grid_offset,
+        "rope_grid_indexing": "xy" if config.rope_columns_first else "ij",
+        "ref_feat_shape": config.rope_reference_grid,
+        "attn_type": "rope" if is_plain and not config.has_mlp_norm else "eva",
+        "qkv_fused": not is_apart,
+        "qk_norm": config.has_query_key_norm,
+        "num_kv_heads": None if set(heads) == {config.num_attention_heads} else heads,
+        "scale_mlp": config.has_mlp_norm,
+        "scale_attn_inner": config.has_attention_norm,
+        "attn_only_layer_scale": not config.has_mlp_layer_scale,
+        "use_pre_transformer_norm": config.has_pre_norm,
+        "use_post_transformer_norm": config.has_final_norm and not config.has_pooled_norm,
+        "attn_pool_num_heads": config.pooling_num_heads,
+        "attn_pool_mlp_ratio": (
+            None
+            if config.pooling_intermediate_size is None
+            else (config.pooling_intermediate_size + 0.5) / config.hidden_size
+        ),
+    }
 
 
 def run_timm(module: nn.Module, images: Tensor) -> dict[str, Tensor]:
@@ -162,6 +231,8 @@ def run_timm(module: nn.Module, images: Tensor) -> dict[str, Tensor]:
             named[kind] = part if kind == "register_tokens" else part[:, 0]
         start += count
     named["patch_tokens"] = tokens[:, start:]
+    if getattr(module, "attn_pool", None) is not None:
+        named["pooler_output"] = module.forward_head(tokens, pre_logits=True)
     if getattr(module, "num_classes", 0):
         named["logits"] = module(images)
     return named
@@ -181,7 +252,7 @@ def sizes_of(module: nn.Module) -> list[tuple[int, int]] | None:
 
 def _check_arguments(arguments: dict, source: Source, file: pathlib.Path) -> None:
     """Arguments have to be those of a constructor, which reads no files, and of a size that the tensors can have."""
-    kinds = {"vision_transformer": "VisionTransformer", "eva": "Eva"}
+    kinds = {"vision_transformer": "VisionTransformer", "eva": "Eva", "beit": "Beit"}
     modules = {name: importlib.import_module(f"timm.models.{name}") for name in kinds}
     known = {
         key for name in kinds for key in inspect.signature(getattr(modules[name], kinds[name]).__init__).parameters

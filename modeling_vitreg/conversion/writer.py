@@ -95,8 +95,8 @@ def _result(entry: Entry, read: Callable[[str], Tensor]) -> tuple[torch.dtype, l
     dtype = sources[0].dtype if sources else torch.float32
     if dtype not in DTYPES:
         raise ConversionError(f"{entry.sources[0]} has type {dtype}: expected one of {', '.join(map(str, DTYPES))}")
-    shape = entry.make(*(torch.empty(source.shape, dtype=source.dtype, device="meta") for source in sources)).shape
-    return dtype, list(shape)
+    made = entry.make(*(torch.empty(source.shape, dtype=source.dtype, device="meta") for source in sources))
+    return (dtype if sources else made.dtype), list(made.shape)
 
 
 __all__ = ["DTYPES", "check_finite", "make", "write_safetensors"]

@@ -8,8 +8,9 @@ from collections.abc import Iterable
 
 from ..rules import ConversionError
 from ..sources import Source
-from . import capi, clip, deit, dino, dinov2, dinov3, mae, timm, transformers
+from . import capi, clip, deit, dino, dinov2, dinov3, mae, timm
 from .layout import CheckpointInfo, Layout
+from .transformers_files import LAYOUTS as BY_MODEL_TYPE
 
 
 BY_NAMES = (
@@ -22,7 +23,7 @@ BY_NAMES = (
     timm.LAYOUT,
     dino.LAYOUT,
 )
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (*BY_NAMES, *transformers.LAYOUTS.values())}
+LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (*BY_NAMES, *BY_MODEL_TYPE.values())}
 _ENOUGH = 0.75  # share of names that a layout has to know
 
 
@@ -112,10 +113,10 @@ def _by_config(source: Source, family: str | None, module) -> Layout | None:
             f"{source.path}: is a model of this family already, which from_pretrained loads. To export it, add --to "
             "dinov2, timm or transformers"
         )
-    if model_type in transformers.LAYOUTS:
-        return transformers.LAYOUTS[model_type]
+    if model_type in BY_MODEL_TYPE:
+        return BY_MODEL_TYPE[model_type]
     if model_type is not None and "architecture" not in settings:
-        known = ", ".join(transformers.LAYOUTS)
+        known = ", ".join(BY_MODEL_TYPE)
         raise ConversionError(
             f"{source.path}: model type {model_type!r:.60} cannot be represented: expected one of {known}"
         )

@@ -99,6 +99,10 @@ class Layout:
         canonical: maps the names in a file to those of the layout.
         is_hinted: whether this layout is likely when several know the names.
         hashes: SHA-256 of official files by name, if the names do not carry it.
+        model_types: for folders of transformers, the `model_type` of the image model, and of what contains it.
+        write_settings: content of the `config.json` of transformers, beside what all models have.
+        in_file: maps the names of the layout to those in a file.
+        extras: tensors that the layout has and the configuration determines.
     """
 
     name: str
@@ -110,6 +114,10 @@ class Layout:
     canonical: Callable[[Iterable[str]], dict[str, str]] = lambda names: {name: name for name in names}
     is_hinted: Callable[[CheckpointInfo], bool] = lambda info: False
     hashes: dict[str, str] = dataclasses.field(default_factory=dict)
+    model_types: tuple[str, ...] = ()
+    write_settings: Callable[[ViTWithRegistersConfig], dict] = lambda config: {}
+    in_file: Callable[[str], str] = lambda name: name
+    extras: Callable[[ViTWithRegistersConfig], dict[str, Tensor]] = lambda config: {}
 
     def share(self, names: list[str]) -> float:
         """Share of the names that the layout knows; 0 if it uses none of them."""

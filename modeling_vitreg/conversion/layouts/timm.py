@@ -1,10 +1,10 @@
-"""timm: `VisionTransformer` of any plain kind, and `Eva` in its form of DINOv3; from a file, a folder or a model."""
+"""timm: `VisionTransformer`, `Eva` and `Beit` of any plain kind; from a file, a folder or a model."""
 
 from __future__ import annotations
 
 from modeling_vitreg import ViTWithRegistersConfig
 
-from ..rules import ConversionError, Join, Rename, Rule, add_axis, drop_axis
+from ..rules import ConversionError, Fill, Join, Rename, Rule, add_axis, drop_axis
 from .blocks import GAMMAS, HEAD, LAYERS, MLP, POSITIONS, SCALES, STEM, read_sizes
 from .layout import (
     BICUBIC,
@@ -18,6 +18,8 @@ from .layout import (
     prepare_crop,
     prepare_square,
 )
+from .sapiens2 import join_heads
+from .timm_modules import read_module
 
 
 EXTRAS: list[Rule] = [
@@ -41,36 +43,106 @@ EVA_GATED: list[Rule] = [
 _RESAMPLE = {"bicubic": BICUBIC, "bilinear": BILINEAR}
 
 
+QUERY_KEY_VALUE: list[Rule] = [
+    Rename("blocks.{i}.attn.qkv.weight", "layers.{i}.attention.qkv.weight"),
+    Rename("blocks.{i}.attn.qkv.bias", "layers.{i}.attention.qkv.bias"),
+]
+APART = tuple(f"blocks.{{i}}.attn.{part}_proj.{{leaf}}" for part in "qkv")
+PARTS: list[Rule] = [
+    Rename("patch_embed.norm.{leaf}", "embeddings.patch_norm.{leaf}"),
+    Rename("blocks.{i}.attn.q_norm.{leaf}", "layers.{i}.attention.query_norm.{leaf}"),
+    Rename("blocks.{i}.attn.k_norm.{leaf}", "layers.{i}.attention.key_norm.{leaf}"),
+    Rename("blocks.{i}.attn.norm.{leaf}", "layers.{i}.attention.norm.{leaf}"),
+    Rename("blocks.{i}.attn.gate.{leaf}", "layers.{i}.attention.gate.linear.{leaf}"),
+    Rename("blocks.{i}.mlp.norm.{leaf}", "layers.{i}.mlp.norm.{leaf}"),
+    Rename("blocks.{i}.attn.relative_position_bias_table", "layers.{i}.attention.position_bias.weight"),
+    Rename("rel_pos_bias.relative_position_bias_table", "position_bias.weight"),
+    Rename("rope.freqs", "rotary_frequencies.weight"),
+    Rename("attn_pool.latent", "attention_pooling.probe"),
+    Rename("attn_pool.q.{leaf}", "attention_pooling.query.{leaf}"),
+    Rename("attn_pool.kv.{leaf}", "attention_pooling.key_value.{leaf}"),
+    Rename("attn_pool.proj.{leaf}", "attention_pooling.proj.{leaf}"),
+    Rename("attn_pool.norm.{leaf}", "attention_pooling.norm.{leaf}"),
+    Rename("attn_pool.mlp.fc1.{leaf}", "attention_pooling.fc1.{leaf}"),
+    Rename("attn_pool.mlp.fc2.{leaf}", "attention_pooling.fc2.{leaf}"),
+]
+NO_BIAS: list[Rule] = [
+    Fill(f"layers.{{i}}.{part}.bias", 0.0, why="this model has no bias")
+    for part in ("attention.proj", "mlp.fc1", "mlp.fc2")
+]
+
+
 def _rules(config: ViTWithRegistersConfig | None) -> list[Rule]:
+    stem = [rule for rule in STEM if config is None or not config.has_pooled_norm or rule.source != "norm.{leaf}"]
+    layers = [rule for rule in LAYERS if rule.source != "blocks.{i}.attn.qkv.{leaf}"]
     if config is None:
-        return [*STEM, *POSITIONS, *LAYERS, *MLP, *SCALES, *GAMMAS, *EXTRAS, *POOLED, *SPLIT_BIAS, *EVA_GATED, *HEAD]
-    is_eva = config.position_embedding_type == "rope"
-    stem = [rule for rule in STEM if rule.source != "norm.{leaf}"] + POOLED if config.has_pooled_norm else STEM
-    layers = [rule for rule in LAYERS if not is_eva or rule.source != "blocks.{i}.attn.qkv.{leaf}"]
-    if is_eva:
-        layers += [Rename("blocks.{i}.attn.qkv.weight", "layers.{i}.attention.qkv.weight"), *SPLIT_BIAS]
-    mlp = EVA_GATED if is_eva and config.hidden_act == "swiglu" else MLP
-    return [*stem, *POSITIONS, *layers, *mlp, *(GAMMAS if is_eva else SCALES), *EXTRAS, *HEAD]
+        mlp, scales = [*MLP, *EVA_GATED[:1]], [*SCALES, *GAMMAS]
+        every = [*QUERY_KEY_VALUE, *SPLIT_BIAS, *join_heads(None, APART, leaf="weight"), *POOLED]
+        return [*stem, *POSITIONS, *layers, *mlp, *scales, *EXTRAS, *every, *PARTS, *HEAD]
+    is_eva = is_of_eva(config)
+    # Of several sources of one tensor the first is written, and all are read.
+    joins = [*join_heads(config, APART, leaf="weight"), *join_heads(config, APART, leaf="bias")]
+    fused = [QUERY_KEY_VALUE[0], *SPLIT_BIAS, QUERY_KEY_VALUE[1], *joins]
+    if has_heads_apart(config):
+        fused = [*joins, *QUERY_KEY_VALUE, *SPLIT_BIAS]
+    elif not is_eva or (config.rope_style != "dinov3" and config.has_key_bias):
+        fused = [*QUERY_KEY_VALUE, *SPLIT_BIAS, *joins]
+    mlp = [*EVA_GATED, MLP[0]] if has_gate_apart(config) else [*MLP, EVA_GATED[0]]
+    if config.has_patch_norm:  # AIMv2
+        mlp = [*NO_BIAS, *mlp]
+        layers = [NO_BIAS[0], *layers]
+    scales = [*GAMMAS, *SCALES] if is_eva else [*SCALES, *GAMMAS]
+    pooled = POOLED if config.has_pooled_norm else []
+    return [*stem, *POSITIONS, *layers, *fused, *mlp, *scales, *EXTRAS, *pooled, *PARTS, *HEAD]
+
+
+def is_of_eva(config: ViTWithRegistersConfig) -> bool:
+    """Whether the architecture is one of timm's `Eva` or `Beit`, not of its `VisionTransformer`."""
+    lacks_key_bias = config.has_query_bias and not config.has_key_bias
+    return config.has_rope or lacks_key_bias or config.relative_position_bias is not None
+
+
+def has_heads_apart(config: ViTWithRegistersConfig) -> bool:
+    """Whether timm has queries, keys and values of this architecture in layers of their own (Sapiens2, EVA-02)."""
+    has_few = set(config.key_value_heads) != {config.num_attention_heads}
+    return has_few or (config.has_rope and (config.has_query_key_norm or config.has_mlp_norm))
+
+
+def has_gate_apart(config: ViTWithRegistersConfig) -> bool:
+    """Whether timm has gate and value of SwiGLU in layers of their own (DINOv3, EVA-02, AIMv2)."""
+    is_dinov3 = config.position_embedding_type == "rope" and not config.has_query_key_norm
+    is_dinov3 &= config.rope_style == "dinov3"
+    return config.hidden_act == "swiglu" and (is_dinov3 or config.has_mlp_norm or config.has_patch_norm)
 
 
 def _configure(info: CheckpointInfo) -> dict:
     is_eva = not info.has("pos_embed")
-    if info.module is not None:
-        info.config_overrides.setdefault("num_attention_heads", info.module.blocks[0].attn.num_heads)
-    fields = _configure_eva(info) if is_eva else _configure_vit(info)
+    if info.module is None and not is_eva and info.has("blocks.*.attn.q_bias"):
+        raise ConversionError(
+            f"{info.file_name}: a file does not show what positions this model of timm rotates by: give its name "
+            "(timm:NAME), or a folder with its config.json"
+        )
+    fields = read_module(info.module) if info.module is not None else {}
+    if info.module is None:
+        fields = _configure_eva(info) if is_eva else _configure_vit(info)
+        if not info.has("cls_token") or is_eva or info.has("fc_norm.weight"):
+            fields["pooling"] = "mean"
+        fields |= {
+            "has_pooled_norm": info.has("fc_norm.weight"),
+            "has_query_key_norm": info.has("*.attn.q_norm.weight"),
+        }
+        fields |= {"has_final_norm": info.has("norm.weight") or info.has("fc_norm.weight")}
+        if info.has("attn_pool.latent"):
+            fields |= {"pooling": "attention", "pooling_intermediate_size": info.size("attn_pool.mlp.fc2.weight", 1)}
     fields |= {
         "intermediate_size": info.size("blocks.*.mlp.fc2.weight", 1),
         "num_register_tokens": info.size("reg_token", 1) if info.has("reg_token") else 0,
         "has_cls_token": info.has("cls_token"),
+        "has_distillation_token": info.has("dist_token"),
         "has_patch_bias": info.has("patch_embed.proj.bias"),
     }
-    if not fields["has_cls_token"] or is_eva or info.has("fc_norm.weight"):
-        fields["pooling"] = "mean"
-    fields["has_pooled_norm"] = info.has("fc_norm.weight")
     if info.has("head.weight"):
         fields["num_labels"] = info.size("head.weight", 0)
-    if info.module is not None:
-        fields |= _read_module(info.module)
     if info.has("head_dist.weight"):
         fields["pooling"] = "cls_distillation"
     return fields
@@ -88,7 +160,6 @@ def _configure_vit(info: CheckpointInfo) -> dict:
     fields = read_sizes(info, num_prefix_positions=slots)
     fields |= {
         "hidden_act": "swiglu" if is_gated else "quick_gelu" if "quickgelu" in info.file_name.lower() else "gelu",
-        "has_distillation_token": info.has("dist_token"),
         "has_prefix_positions": bool(slots),
         "has_query_bias": has_bias,
         "has_key_bias": has_bias,
@@ -113,41 +184,6 @@ def _configure_eva(info: CheckpointInfo) -> dict:
         "has_query_bias": has_bias,
         "has_key_bias": info.has("blocks.*.attn.k_bias"),
         "has_value_bias": has_bias,
-    }
-
-
-def _read_module(module) -> dict:
-    """Settings of a model of timm that its tensors do not show.
-
-    Raises:
-        ConversionError: this family cannot represent the architecture.
-    """
-    name, block = type(module).__name__, module.blocks[0]
-    act, rope = type(block.mlp.act).__name__, type(getattr(module, "rope", None)).__name__
-    pooling = {"token": "cls", "": "cls", "avg": "mean"}.get(module.global_pool)
-    acts = {"GELU": "gelu", "QuickGELU": "quick_gelu", "GELUTanh": "gelu_pytorch_tanh", "SiLU": "swiglu"}
-    has_norm = type(getattr(block.attn, "q_norm", None)).__name__ not in ("NoneType", "Identity")
-    refusals = {
-        f"global_pool={module.global_pool!r}": pooling is None,
-        f"the activation {act}": act not in acts,
-        f"rotary positions of class {rope}": rope not in ("NoneType", "RotaryEmbeddingDinoV3"),
-        "pool_include_prefix=True": getattr(module, "pool_include_prefix", False),
-        "a norm of queries and keys": has_norm,
-    }
-    refused = [what for what, is_so in refusals.items() if is_so]
-    if refused:
-        raise ConversionError(f"timm's {name} with {' and '.join(refused)} cannot be represented")
-    has_final_norm = type(module.norm).__name__ != "Identity"
-    norm = module.norm if has_final_norm else module.fc_norm
-    patch, image = module.patch_embed.patch_size, module.patch_embed.img_size or (256, 256)
-    is_gated = act == "SiLU" or hasattr(block.mlp, "fc1_g")
-    return {
-        "num_attention_heads": block.attn.num_heads,
-        "layer_norm_eps": norm.eps,
-        "hidden_act": "swiglu" if is_gated else acts[act],
-        "pooling": pooling if module.cls_token is not None or pooling == "mean" else "mean",
-        "patch_size": patch[0] if patch[0] == patch[1] else tuple(patch),
-        "image_size": image[0] if image[0] == image[1] else tuple(image),
     }
 
 
@@ -180,4 +216,4 @@ LAYOUT = Layout(
     is_hinted=lambda info: info.module is not None or "timm" in info.file_name.lower(),
 )
 
-__all__ = ["LAYOUT"]
+__all__ = ["LAYOUT", "has_gate_apart", "has_heads_apart", "is_of_eva"]

@@ -1,4 +1,4 @@
-"""transformers: ViT, DeiT, Dinov2, Dinov2WithRegisters, DINOv3ViT, CLIPVision, ViTMAE, I-JEPA, and their classifiers.
+"""transformers: ViT, DeiT, MAE, MSN, I-JEPA, Dinov2, DINOv3, CLIP and its kin, and their classifiers.
 
 The tables use the names that every version writes to files. The names that version 5 has in memory, and those of CLIP
 with and without `vision_model.`, are mapped to them first. `config.json` has what the shapes do not show.
@@ -14,6 +14,7 @@ from modeling_vitreg import ViTWithRegistersConfig
 from ..rules import ConversionError, Drop, Join, Rename, Rule, add_axes, add_axis, drop_axes, drop_axis
 from .layout import BILINEAR, CLIP, IMAGENET, INCEPTION, CheckpointInfo, Layout, prepare_crop, prepare_square
 from .mae import FIXED, is_sincos
+from .settings import labels_of, side_of
 
 
 EMBEDDINGS: list[Rule] = [
@@ -94,6 +95,9 @@ CLIP_RULES: list[Rule] = [
     Rename("visual_projection.weight", "projection.weight"),
     Drop("outside.{rest}", why="not part of the image tower"),
 ]
+# Models whose image tower is CLIP's, and these towers alone.
+CLIP_WHOLE = ("clip", "metaclip_2", "altclip", "chinese_clip")
+CLIP_TOWERS = tuple(f"{name}_vision_model" for name in CLIP_WHOLE)
 # Names that version 5 has in memory, and those that it writes.
 _ALIASES = [
     (re.compile(r"^layers\.(\d+)\."), r"encoder.layer.\1."),
@@ -140,7 +144,8 @@ def _canonical_clip(names: Iterable[str]) -> dict[str, str]:
     return {name: shorten(name) for name in names}
 
 
-def _sizes(settings: dict) -> dict:
+def read_settings(settings: dict) -> dict:
+    """Fields that the settings of all classes have under the same names."""
     heads, width = settings["num_attention_heads"], settings["hidden_size"]
     return {
         "hidden_size": width,
@@ -168,35 +173,23 @@ def _act(settings: dict) -> str:
     return act
 
 
-def _labels(info: CheckpointInfo, name: str) -> dict:
-    """Fields of a classifier, where there is one, with the names of the classes."""
-    if not info.has(f"{name}.weight"):
-        return {}
-    fields = {"num_labels": info.size(f"{name}.weight", 0)}
-    settings = info.settings or {}
-    if len(settings.get("id2label") or {}) == fields["num_labels"]:
-        fields["id2label"] = {int(number): label for number, label in settings["id2label"].items()}
-        fields["label2id"] = {label: number for number, label in fields["id2label"].items()}
-    return fields
-
-
 def _configure_vit(info: CheckpointInfo) -> dict:
     settings = info.settings
     has_bias = settings.get("qkv_bias", True)
     return {
-        **_sizes(settings),
+        **read_settings(settings),
         "intermediate_size": settings.get("intermediate_size", 3072),
         "attention_probs_dropout_prob": settings.get("attention_probs_dropout_prob", 0.0),
         "interpolate_antialias": False,
         "has_mask_token": info.has("embeddings.mask_token"),
         **dict.fromkeys(("has_query_bias", "has_key_bias", "has_value_bias"), has_bias),
-        **_labels(info, "classifier"),
+        **labels_of(info, "classifier"),
     }
 
 
 def _configure_deit(info: CheckpointInfo) -> dict:
     fields = {**_configure_vit(info), "has_distillation_token": True}
-    two = _labels(info, "cls_classifier")
+    two = labels_of(info, "cls_classifier")
     return {**fields, **two, "pooling": "cls_distillation"} if two else fields
 
 
@@ -215,9 +208,9 @@ def _configure_dinov2(info: CheckpointInfo) -> dict:
     width = settings["hidden_size"]
     hidden = (int(int(width * ratio) * 2 / 3) + 7) // 8 * 8 if is_gated else int(width * ratio)
     has_registers = "num_register_tokens" in settings
-    labels = _labels(info, "classifier")
+    labels = labels_of(info, "classifier")
     return {
-        **_sizes(settings),
+        **read_settings(settings),
         "hidden_act": "swiglu" if is_gated else _act(settings),
         "intermediate_size": hidden,
         "num_register_tokens": settings.get("num_register_tokens", 0),
@@ -242,7 +235,7 @@ def _configure_dinov3(info: CheckpointInfo) -> dict:
         raise ConversionError(f"dinov3_vit with a gate of {settings.get('hidden_act')!r} cannot be represented")
     rope = settings.get("rope_parameters") or {}
     return {
-        **_sizes({**settings, "hidden_act": "gelu" if is_gated else settings.get("hidden_act", "gelu")}),
+        **read_settings({**settings, "hidden_act": "gelu" if is_gated else settings.get("hidden_act", "gelu")}),
         "hidden_act": "swiglu" if is_gated else _act(settings),
         "intermediate_size": settings["intermediate_size"],
         "num_register_tokens": settings.get("num_register_tokens", 0),
@@ -263,11 +256,11 @@ def _configure_dinov3(info: CheckpointInfo) -> dict:
 
 def _configure_clip(info: CheckpointInfo) -> dict:
     settings = info.settings
-    vision = settings.get("vision_config") if settings["model_type"] == "clip" else settings
+    vision = settings.get("vision_config") if settings["model_type"] in CLIP_WHOLE else settings
     vision = {"model_type": "clip_vision_model", **_CLIP_DEFAULTS, **(vision or {})}
     has_projection = info.has("visual_projection.weight")
     return {
-        **_sizes(vision),
+        **read_settings(vision),
         "intermediate_size": vision["intermediate_size"],
         "attention_probs_dropout_prob": vision.get("attention_dropout", 0.0),
         "has_pre_norm": True,
@@ -349,7 +342,7 @@ def _prepare(
     info: CheckpointInfo, config: ViTWithRegistersConfig, *, statistics: dict, squash: bool, **options
 ) -> dict:
     """For folders without the settings of an image processor: those of the class that the family uses."""
-    side = config.image_size if isinstance(config.image_size, int) else min(config.image_size)
+    side = side_of(config)
     make = prepare_square if squash else prepare_crop
     return make(side, **options, **statistics)
 
@@ -386,7 +379,8 @@ LAYOUTS = {
         "transformers-clip", "clip", _configure_clip, lambda config: list(CLIP_RULES), statistics=CLIP
     ),
 }
-LAYOUTS["clip"] = LAYOUTS["clip_vision_model"]
+LAYOUTS |= dict.fromkeys((*CLIP_WHOLE, *CLIP_TOWERS), LAYOUTS["clip_vision_model"])
+LAYOUTS["vit_msn"] = LAYOUTS["vit"]
 
 
-__all__ = ["LAYOUTS"]
+__all__ = ["CLIP_TOWERS", "CLIP_WHOLE", "LAYOUTS", "read_settings"]

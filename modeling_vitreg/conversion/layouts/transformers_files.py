@@ -6,8 +6,10 @@ from collections.abc import Iterable
 
 from modeling_vitreg import ViTWithRegistersConfig
 
+from . import aimv2, beit, pixio, radio, sapiens2, siglip, tipsv2
 from .layout import Layout
-from .transformers import LAYOUTS
+from .transformers import CLIP_TOWERS, CLIP_WHOLE
+from .transformers import LAYOUTS as WITH_NAMES_OF_VIT
 
 
 # Beginning of the names of classes, by model type.
@@ -19,7 +21,32 @@ _CLASSES = {
     "dinov2": "Dinov2",
     "dinov2_with_registers": "Dinov2WithRegisters",
     "dinov3_vit": "DINOv3ViT",
+    "vit_msn": "ViTMSN",
     "clip_vision_model": "CLIPVision",
+    "clip": "CLIP",
+    "metaclip_2_vision_model": "MetaClip2Vision",
+    "metaclip_2": "MetaClip2",
+    "altclip_vision_model": "AltCLIPVision",
+    "altclip": "AltCLIP",
+    "chinese_clip_vision_model": "ChineseCLIPVision",
+    "chinese_clip": "ChineseCLIP",
+    "siglip_vision_model": "SiglipVision",
+    "siglip": "Siglip",
+    "aimv2_vision_model": "Aimv2Vision",
+    "aimv2": "Aimv2",
+    "tipsv2_vision_model": "Tipsv2Vision",
+    "tipsv2": "Tipsv2",
+    "pixio": "Pixio",
+    "radio": "Radio",
+    "sapiens2": "Sapiens2",
+    "beit": "Beit",
+    "data2vec-vision": "Data2VecVision",
+}
+_WITH_OWN_NAMES = (siglip, aimv2, tipsv2, pixio, radio, sapiens2, beit)
+# Layout of each model type of transformers.
+LAYOUTS: dict[str, Layout] = {
+    **WITH_NAMES_OF_VIT,
+    **{name: module.LAYOUT for module in _WITH_OWN_NAMES for name in module.LAYOUT.model_types},
 }
 
 
@@ -72,6 +99,7 @@ def transformers_settings(layout: Layout, config: ViTWithRegistersConfig, *, is_
         }
     if model_type == "clip_vision_model" and config.projection_size is not None:
         settings["projection_dim"] = config.projection_size
+    settings |= layout.write_settings(config)
     if is_classifier:
         settings |= {"id2label": config.id2label, "label2id": config.label2id}
     return settings
@@ -93,17 +121,17 @@ def transformers_class(settings: dict, names: Iterable[str]) -> str:
         settings: settings of `config.json`, with a `model_type` of `LAYOUTS`.
         names: names of the tensors.
     """
-    names, base = list(names), _CLASSES.get(settings["model_type"], "CLIP")
+    names, base = list(names), _CLASSES[settings["model_type"]]
     has = {part: any(part in name for name in names) for part in ("text_model.", "visual_projection", "decoder")}
     heads = {
         "ForImageClassificationWithTeacher": any(name.startswith("cls_classifier.") for name in names),
         "ForImageClassification": any(name.startswith("classifier.") for name in names),
         "ForPreTraining": base == "ViTMAE" and has["decoder"],
-        "ModelWithProjection": base.startswith("CLIP") and has["visual_projection"],
+        "ModelWithProjection": settings["model_type"] in CLIP_TOWERS and has["visual_projection"],
     }
-    if settings["model_type"] == "clip":
-        base = "CLIP" if has["text_model."] else "CLIPVision"
-        heads["ModelWithProjection"] &= not has["text_model."]
+    if settings["model_type"] in CLIP_WHOLE and not has["text_model."]:
+        base += "Vision"
+        heads["ModelWithProjection"] = has["visual_projection"]
     named = (settings.get("architectures") or [None])[0]
     if named in {base + ending for ending in (*heads, "Model")}:
         return named
@@ -112,10 +140,10 @@ def transformers_class(settings: dict, names: Iterable[str]) -> str:
 
 def name_in_file(layout: Layout, settings: dict, name: str) -> str:
     """A tensor's name in the file of the class that the settings name: classes with a head put a word in front."""
-    model_type, kind = settings["model_type"], settings["architectures"][0]
+    model_type, kind, name = settings["model_type"], settings["architectures"][0], layout.in_file(name)
     if kind.endswith("Model") or "classifier" in name or name == "visual_projection.weight":
         return name
     return f"{'vision_model' if model_type == 'clip_vision_model' else model_type}.{name}"
 
 
-__all__ = ["name_in_file", "transformers_class", "transformers_settings"]
+__all__ = ["LAYOUTS", "name_in_file", "transformers_class", "transformers_settings"]
