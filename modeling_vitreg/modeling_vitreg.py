@@ -490,7 +490,11 @@ class ViTWithRegistersAttention(AttentionBackend):
 
     def prefix_attention(self, hidden_states: Tensor, rotary: tuple | None, num_queries: int) -> Tensor:
         """Probabilities (B, H, Q, N), in float32, of the first Q tokens over all; nothing of size N x N is built."""
-        parts = self.split_heads(self.qkv(hidden_states), rotary)
+        return self.prefix_probabilities(self.qkv(hidden_states), rotary, num_queries)
+
+    def prefix_probabilities(self, packed: Tensor, rotary: tuple | None, num_queries: int) -> Tensor:
+        """`prefix_attention` from queries, keys and values (B, N, D + 2 K d)."""
+        parts = self.split_heads(packed, rotary)
         query, key, _ = parts if self.register_gates is None else self.apply_gates(*parts)
         scores = query[:, :, :num_queries].float() @ key.float().transpose(-2, -1) * self.scaling
         if self.position_bias is not None:
@@ -716,7 +720,7 @@ class ViTWithRegistersAttentionPooling(nn.Module):
         """Tokens (B, N, D) to (B, D)."""
         parts = (self.query(self.probe), *self.key_value(hidden_states).chunk(2, dim=-1))
         query, key, value = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
-        attended = F.scaled_dot_product_attention(query.expand(len(key), -1, -1, -1), key, value)
+        attended = F.scaled_dot_product_attention(query.expand(key.shape[0], -1, -1, -1), key, value)
         pooled = self.proj(attended.transpose(1, 2).flatten(1))  # [B, H, 1, d] -> [B, D]
         if self.norm is None:
             return pooled

@@ -331,8 +331,10 @@ class ViTWithRegistersPositionBias(nn.Module):
         table = self._fit(grid)
         values, count = table[numbers], self.config.num_prefix_tokens  # [P, P, H]
         from_prefix, to_prefix, among_prefix = self.weight[-3:]
-        above = torch.cat([among_prefix.expand(count, count, -1), from_prefix.expand(count, len(places), -1)], dim=1)
-        below = torch.cat([to_prefix.expand(len(places), count, -1), values], dim=1)
+        above = torch.cat(
+            [among_prefix.expand(count, count, -1), from_prefix.expand(count, values.shape[0], -1)], dim=1
+        )
+        below = torch.cat([to_prefix.expand(values.shape[0], count, -1), values], dim=1)
         return torch.cat([above, below]).permute(2, 0, 1).unsqueeze(0)
 
     @torch.no_grad()

@@ -43,6 +43,9 @@ def record_feature(layers: list[nn.Module], number: int, feature: str, keep: Cal
 def record_attention(layer: nn.Module, keep: Callable, *, num_heads: int, num_queries: int) -> Iterator:
     """Hooks that keep the attention probabilities (B, H, Q, N) of the first Q tokens of a layer, in float32."""
     attention = find_part(layer, "attention")
+    if hasattr(attention, "prefix_probabilities"):  # ours, which knows its norms, gates and biases
+        yield from _record_own(attention, keep, num_queries=num_queries)
+        return
     parts = {}
     yield from record_projection(attention, "query", lambda value: parts.update(query=value))
     yield from record_projection(attention, "key", lambda value: parts.update(key=value))
@@ -52,6 +55,17 @@ def record_attention(layer: nn.Module, keep: Callable, *, num_heads: int, num_qu
         query, key = parts.pop("query"), parts.pop("key")
         keep(_probabilities(attention, query, key, rotary=rotary, num_heads=num_heads, num_queries=num_queries))
 
+    yield attention.register_forward_hook(finish, with_kwargs=True)
+
+
+def _record_own(attention: nn.Module, keep: Callable, *, num_queries: int) -> Iterator:
+    packed: list[Tensor] = []
+
+    def finish(_, arguments: tuple, keywords: dict, __) -> None:
+        positions = arguments[1] if len(arguments) > 1 else keywords.get("rotary")
+        keep(attention.prefix_probabilities(packed.pop(), positions, num_queries))
+
+    yield attention.qkv.register_forward_hook(lambda _, __, value: packed.append(value))
     yield attention.register_forward_hook(finish, with_kwargs=True)
 
 
@@ -68,7 +82,8 @@ def record_projection(attention: nn.Module, name: str, keep: Callable) -> Iterat
         yield attention.register_forward_pre_hook(lambda _, arguments: keep(F.linear(arguments[0], weight, bias)))
         return
     # A copy, for a view would keep all three.
-    yield attention.qkv.register_forward_hook(lambda _, __, value: keep(value.chunk(3, dim=-1)[place].clone()))
+    sizes = getattr(attention, "sizes", None) or attention.qkv.out_features // 3
+    yield attention.qkv.register_forward_hook(lambda _, __, value: keep(value.split(sizes, dim=-1)[place].clone()))
 
 
 def _find_rotary(attention: nn.Module, arguments: tuple, keywords: dict) -> tuple | None:
@@ -78,9 +93,6 @@ def _find_rotary(attention: nn.Module, arguments: tuple, keywords: dict) -> tupl
     if keywords.get("rope") is not None:  # timm
         sin, cos = keywords["rope"].chunk(2, dim=-1)
         return cos, sin, bool(getattr(attention, "rotate_half", False))
-    tables = arguments[1] if len(arguments) > 1 else None
-    if isinstance(tables, tuple):  # ours
-        return (*tables, True)
     return None
 
 

@@ -280,7 +280,9 @@ def record_queries_and_keys(model: ViTWithRegistersModel, layers: range | tuple)
     recorded: list[tuple[Tensor, Tensor]] = []
     handles = [
         model.layers[number - 1].attention.qkv.register_forward_hook(
-            lambda _, __, packed: recorded.append(packed.chunk(3, dim=-1)[:2])
+            lambda _, __, packed, sizes=model.layers[number - 1].attention.sizes: recorded.append(
+                packed.split(sizes, dim=-1)[:2]
+            )
         )
         for number in layers
     ]
