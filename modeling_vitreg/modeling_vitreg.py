@@ -274,6 +274,11 @@ class ViTWithRegistersEmbeddings(nn.Module):
                 f"expected images (batch, {self.config.num_channels}, height, width), got a tensor of shape "
                 f"{tuple(pixel_values.shape)}; the number of channels is `config.num_channels`"
             )
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"expected images normalised to floating-point numbers, got {pixel_values.dtype}: prepare them with "
+                "AutoImageProcessor.from_pretrained(FOLDER)(images, return_tensors='pt')"
+            )
         check_image_size(pixel_values.shape[2:], self.config.patch_shape)
 
     def _mask(self, patches: Tensor, bool_masked_pos: Tensor) -> Tensor:
@@ -822,6 +827,20 @@ class ViTWithRegistersPreTrainedModel(ViTWithRegistersMixin, PreTrainedModel):
     _has_new_channels = False  # since it was loaded: the image processor of then does not fit
     _has_checked_labels = False
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers; if weights have other shapes than the configuration, the error says how to resize."""
+        try:
+            return super().from_pretrained(*args, **kwargs)
+        except RuntimeError as error:
+            if "mismatch" not in str(error):
+                raise
+            raise RuntimeError(
+                f"{error}\nTo change the number of registers or the image size, load the model as it was saved, and "
+                "call model.resize_register_tokens(NUMBER) or model.resize_position_embeddings(SIZE). "
+                "ignore_mismatched_sizes=True starts such weights anew, as for another number of classes"
+            ) from error
+
     # trf-ignore: TRF018 (every kind of module that there is here has its initial law below)
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
@@ -1125,6 +1144,7 @@ class ViTWithRegistersPreTrainedModel(ViTWithRegistersMixin, PreTrainedModel):
         output_hidden_states=None,
         output_attentions=None,
         bool_masked_pos=None,
+        interpolate_pos_encoding=None,
     ):
         """Run the base model for a head.
 
@@ -1145,6 +1165,7 @@ class ViTWithRegistersPreTrainedModel(ViTWithRegistersMixin, PreTrainedModel):
             output_attentions=wants_attentions,
             num_layers=None if wants_states or wants_attentions else num_layers,
             return_dict=True,
+            interpolate_pos_encoding=interpolate_pos_encoding,
         )
         grid = output.patch_grid.shape[1:3]
         tokens = [self.split_tokens(output.hidden_states[stage], grid) for stage in stages]
@@ -1278,6 +1299,7 @@ class ViTWithRegistersModel(ViTWithRegistersPreTrainedModel):
         output_pre_norm: bool = False,
         num_layers: int | None = None,
         return_dict: bool | None = None,
+        interpolate_pos_encoding: bool | None = None,
     ) -> ViTWithRegistersModelOutput | tuple:
         """Encode images.
 
@@ -1290,9 +1312,12 @@ class ViTWithRegistersModel(ViTWithRegistersPreTrainedModel):
             output_pre_norm: return the tokens before the final norm too.
             num_layers: run only the first layers; all tokens are then those of layer `num_layers`.
             return_dict: False for a tuple.
+            interpolate_pos_encoding: as in transformers, but images of other sizes than `config.image_size` are taken
+                unless this is False.
 
         Raises:
-            ValueError: images of the wrong shape or size, a mask that does not fit, or a layer that does not exist.
+            ValueError: images of the wrong shape, size or type, a mask that does not fit, or a layer that does not
+                exist.
         """
         if pixel_values is None:
             raise ValueError("expected `pixel_values`, images of shape (batch, channels, height, width), got None")
@@ -1301,6 +1326,11 @@ class ViTWithRegistersModel(ViTWithRegistersPreTrainedModel):
         num_layers = len(self.layers) if num_layers is None else num_layers
         if not 0 <= num_layers <= len(self.layers):
             raise ValueError(f"expected num_layers from 0 to {len(self.layers)}, got {num_layers}")
+        if interpolate_pos_encoding is False and self.embeddings.grid_of(pixel_values) != self.config.grid_shape:
+            raise ValueError(
+                f"got images of {tuple(pixel_values.shape[2:])} pixels, expected {self.config.image_size} because of "
+                "interpolate_pos_encoding=False: leave it out to resize the positions to the images"
+            )
         wanted = self._wanted_states(output_hidden_states, num_layers)
         hidden_state, rotary, grid = self.embed(pixel_values, bool_masked_pos)
         hidden_states, attentions = [hidden_state if 0 in wanted else None], []
@@ -1426,6 +1456,7 @@ class ViTWithRegistersForImageClassification(ViTWithRegistersPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        interpolate_pos_encoding: bool | None = None,
     ) -> ViTWithRegistersClassifierOutput | tuple:
         """Classify images.
 
@@ -1437,7 +1468,8 @@ class ViTWithRegistersForImageClassification(ViTWithRegistersPreTrainedModel):
                 the loss is the mean of theirs.
             teacher_classes: (B,) classes that a teacher predicts; in a distilled model they take the place of `labels`
                 for the second classifier (Touvron et al. 2021, hard distillation).
-            output_hidden_states, output_attentions, return_dict: as in `ViTWithRegistersModel`.
+            output_hidden_states, output_attentions, return_dict, interpolate_pos_encoding: as in
+                `ViTWithRegistersModel`.
 
         Raises:
             ValueError: labels that fit neither the batch and the number of classes nor the type of the problem.
@@ -1448,6 +1480,7 @@ class ViTWithRegistersForImageClassification(ViTWithRegistersPreTrainedModel):
             stages=range(depth - num_layers + 1, depth),  # stages before the last, which the pooled vector has
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            interpolate_pos_encoding=interpolate_pos_encoding,
         )
         cls_logits = distillation_logits = None
         if self.distillation_classifier is None:
@@ -1548,6 +1581,7 @@ class ViTWithRegistersForMaskedImageModeling(ViTWithRegistersPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        interpolate_pos_encoding: bool | None = None,
     ) -> MaskedImageModelingOutput | tuple:
         """Reconstruct masked patches.
 
@@ -1555,7 +1589,8 @@ class ViTWithRegistersForMaskedImageModeling(ViTWithRegistersPreTrainedModel):
             pixel_values: (B, C, height, width).
             bool_masked_pos: (B, P) or (B, rows, columns), true where a patch is masked.
             target_features: (B, P, target width), for masked_target "features".
-            output_hidden_states, output_attentions, return_dict: as in `ViTWithRegistersModel`.
+            output_hidden_states, output_attentions, return_dict, interpolate_pos_encoding: as in
+                `ViTWithRegistersModel`.
 
         Returns:
             `reconstruction` is images (B, C, height, width) or features (B, P, target width). `loss`, over masked
@@ -1570,6 +1605,7 @@ class ViTWithRegistersForMaskedImageModeling(ViTWithRegistersPreTrainedModel):
             bool_masked_pos=bool_masked_pos,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            interpolate_pos_encoding=interpolate_pos_encoding,
         )
         predicted = self.decoder(output.patch_tokens)
         # CODEPATH: SimMIM; else features of a teacher.
@@ -1655,13 +1691,15 @@ class ViTWithRegistersForSemanticSegmentation(ViTWithRegistersPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        interpolate_pos_encoding: bool | None = None,
     ) -> SemanticSegmenterOutput | tuple:
         """Classify every patch.
 
         Args:
             pixel_values: (B, C, height, width).
             labels: (B, height, width) class numbers, `config.semantic_loss_ignore_index` where there is none.
-            output_hidden_states, output_attentions, return_dict: as in `ViTWithRegistersModel`.
+            output_hidden_states, output_attentions, return_dict, interpolate_pos_encoding: as in
+                `ViTWithRegistersModel`.
 
         Returns:
             `logits` (B, classes, rows, columns), one a patch; the processor's `post_process_semantic_segmentation`
@@ -1676,6 +1714,7 @@ class ViTWithRegistersForSemanticSegmentation(ViTWithRegistersPreTrainedModel):
             num_layers=max(self.config.out_indices),
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            interpolate_pos_encoding=interpolate_pos_encoding,
         )
         patches = torch.cat([self.vitreg.norm_tokens(tokens.patch_grid) for tokens in stages], dim=-1)
         logits = segment_patches(patches, self.segmentation_norm, self.segmentation_classifier)
@@ -1740,13 +1779,15 @@ class ViTWithRegistersForDepthEstimation(ViTWithRegistersPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        interpolate_pos_encoding: bool | None = None,
     ) -> DepthEstimatorOutput | tuple:
         """Estimate depth.
 
         Args:
             pixel_values: (B, C, height, width).
             labels: (B, height, width) depth in metres; values outside (0, `config.max_depth`] do not count.
-            output_hidden_states, output_attentions, return_dict: as in `ViTWithRegistersModel`.
+            output_hidden_states, output_attentions, return_dict, interpolate_pos_encoding: as in
+                `ViTWithRegistersModel`.
 
         Returns:
             `predicted_depth` (B, height, width) in metres, in float32.
@@ -1761,6 +1802,7 @@ class ViTWithRegistersForDepthEstimation(ViTWithRegistersPreTrainedModel):
             num_layers=max(self.config.out_indices),
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            interpolate_pos_encoding=interpolate_pos_encoding,
         )
         features = torch.cat([_join_cls_token(tokens.patch_grid, tokens.cls_token) for tokens in stages], dim=-1)
         depth = expect_depth(
@@ -1830,6 +1872,7 @@ class ViTWithRegistersBackbone(BackboneMixin, ViTWithRegistersPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        interpolate_pos_encoding: bool | None = None,
     ) -> BackboneOutput | tuple:
         """Feature maps of the stages in `out_features`, each (B, D, rows, columns), or with
         `config.reshape_hidden_states` false (B, 1 + P, D), class token and patches, as DPT reads them."""
@@ -1840,6 +1883,7 @@ class ViTWithRegistersBackbone(BackboneMixin, ViTWithRegistersPreTrainedModel):
             num_layers=max(numbers),
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            interpolate_pos_encoding=interpolate_pos_encoding,
         )
         feature_maps = tuple(self._feature_map(tokens) for tokens in stages)
         return self._answer(BackboneOutput, output, return_dict, feature_maps=feature_maps)

@@ -1,5 +1,7 @@
 """Axes beyond ViT and DINOv2: every path of attention agrees, gates are timm's, and models are saved and exported."""
 
+import warnings
+
 import pytest
 import timm.layers
 import torch
@@ -185,3 +187,16 @@ def test_a_relative_bias_is_refused_by_back_ends_without_one():
 def test_contradictions_are_refused(fields, message):
     with pytest.raises(ValueError, match=message.replace("[", r"\[").replace("(", r"\(")):
         ViTWithRegistersConfig(**SIZES, **fields)
+
+
+@pytest.mark.parametrize("name", AXES)
+def test_quantisers_that_replace_linear_layers_reach_all_of_them(name):
+    model, pixels = build(name), images(32, 32)
+    count = sum(type(module) is torch.nn.Linear for module in model.modules())
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantised = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+        kinds = [type(module) for module in quantised.modules()]
+        assert torch.nn.Linear not in kinds and kinds.count(torch.ao.nn.quantized.dynamic.Linear) == count
+        error = relative_error(quantised(pixels).last_hidden_state, model(pixels).last_hidden_state)
+        assert 0 < error < 0.2
