@@ -154,6 +154,9 @@ class ViTWithRegistersModelOutput(ModelOutput):
     cls_tokens: Tensor | None = None
 
 
+_NAMED_TOKENS = ("cls_token", "distillation_token", "register_tokens", "patch_tokens", "patch_grid", "cls_tokens")
+
+
 @dataclass
 class ViTWithRegistersAttentionMaps(ModelOutput):
     """Attention of prefix tokens over the patches, on the patch grid; M is the number of requested layers.
@@ -1312,12 +1315,10 @@ class ViTWithRegistersModel(ViTWithRegistersPreTrainedModel):
             output_pre_norm: return the tokens before the final norm too.
             num_layers: run only the first layers; all tokens are then those of layer `num_layers`.
             return_dict: False for a tuple.
-            interpolate_pos_encoding: as in transformers, but images of other sizes than `config.image_size` are taken
-                unless this is False.
+            interpolate_pos_encoding: False refuses images of other sizes than `config.image_size`.
 
         Raises:
-            ValueError: images of the wrong shape, size or type, a mask that does not fit, or a layer that does not
-                exist.
+            ValueError: images of the wrong shape, size or type, a mask that does not fit, or no such layer.
         """
         if pixel_values is None:
             raise ValueError("expected `pixel_values`, images of shape (batch, channels, height, width), got None")
@@ -1326,11 +1327,8 @@ class ViTWithRegistersModel(ViTWithRegistersPreTrainedModel):
         num_layers = len(self.layers) if num_layers is None else num_layers
         if not 0 <= num_layers <= len(self.layers):
             raise ValueError(f"expected num_layers from 0 to {len(self.layers)}, got {num_layers}")
-        if interpolate_pos_encoding is False and self.embeddings.grid_of(pixel_values) != self.config.grid_shape:
-            raise ValueError(
-                f"got images of {tuple(pixel_values.shape[2:])} pixels, expected {self.config.image_size} because of "
-                "interpolate_pos_encoding=False: leave it out to resize the positions to the images"
-            )
+        if interpolate_pos_encoding is False:
+            self._check_native_size(pixel_values)
         wanted = self._wanted_states(output_hidden_states, num_layers)
         hidden_state, rotary, grid = self.embed(pixel_values, bool_masked_pos)
         hidden_states, attentions = [hidden_state if 0 in wanted else None], []
@@ -1350,15 +1348,17 @@ class ViTWithRegistersModel(ViTWithRegistersPreTrainedModel):
             image_embeds=None if self.projection is None else self.projection(pooled),
             hidden_states=tuple(hidden_states) if wanted else None,
             attentions=tuple(attentions) if output_attentions else None,
-            cls_token=tokens.cls_token,
-            distillation_token=tokens.distillation_token,
-            register_tokens=tokens.register_tokens,
-            patch_tokens=tokens.patch_tokens,
-            patch_grid=tokens.patch_grid,
             pre_norm=self.split_tokens(hidden_state, grid) if output_pre_norm else None,
-            cls_tokens=tokens.cls_tokens,
+            **{name: getattr(tokens, name) for name in _NAMED_TOKENS},
         )
         return self._as_asked(output, return_dict)
+
+    def _check_native_size(self, pixel_values: Tensor) -> None:
+        if self.embeddings.grid_of(pixel_values) != self.config.grid_shape:
+            raise ValueError(
+                f"got images of {tuple(pixel_values.shape[2:])} pixels, expected {self.config.image_size} because of "
+                "interpolate_pos_encoding=False: leave it out to resize the positions to the images"
+            )
 
     def embed(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None) -> tuple:
         """The input of the first layer (B, N, D), what the layers need to know of the positions, and the grid.
