@@ -189,6 +189,13 @@ def _eva_arguments(config: ViTWithRegistersConfig) -> dict:
         return arguments
     is_plain = config.has_key_bias and (is_apart or config.rope_style != "dinov3")
     heads = config.key_value_heads
+    # Parts that older versions of timm lack.
+    new = {
+        "qk_norm": config.has_query_key_norm,
+        "num_kv_heads": None if set(heads) == {config.num_attention_heads} else heads,
+        "attn_only_layer_scale": not config.has_mlp_layer_scale,
+    }
+    arguments |= {name: value for name, value in new.items() if value}
     return arguments | {
         "use_abs_pos_emb": config.has_position_table,
         "use_rot_pos_emb": config.has_rope,
@@ -200,11 +207,8 @@ def _eva_arguments(config: ViTWithRegistersConfig) -> dict:
         "ref_feat_shape": config.rope_reference_grid,
         "attn_type": "rope" if is_plain and not config.has_mlp_norm else "eva",
         "qkv_fused": not is_apart,
-        "qk_norm": config.has_query_key_norm,
-        "num_kv_heads": None if set(heads) == {config.num_attention_heads} else heads,
         "scale_mlp": config.has_mlp_norm,
         "scale_attn_inner": config.has_attention_norm,
-        "attn_only_layer_scale": not config.has_mlp_layer_scale,
         "use_pre_transformer_norm": config.has_pre_norm,
         "use_post_transformer_norm": config.has_final_norm and not config.has_pooled_norm,
         "attn_pool_num_heads": config.pooling_num_heads,

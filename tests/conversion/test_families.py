@@ -153,6 +153,12 @@ def test_a_model_of_transformers_goes_in_from_memory_and_out_with_its_bytes(name
     ours = load(tmp_path / "in")
     compare(ours, theirs, family.images, record_property)
 
+    if transformers.__version__.startswith("4.") and (family.back or family.name).endswith(
+        ("IPVisionModel", "SiglipVisionModel")
+    ):
+        with pytest.raises(ConversionError, match="another version of transformers may use other names"):
+            export(tmp_path / "in", tmp_path / "out", to="transformers", settings=QUIET)
+        return
     report = export(tmp_path / "in", tmp_path / "out", to="transformers", settings=QUIET)
     assert report.verification["is_verified"]
     settings = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -203,6 +209,8 @@ def test_a_model_of_timm_goes_in_from_memory_and_out_with_its_bytes(name, tmp_pa
     is_fixed = name.startswith("beit")
     options = {} if is_fixed else {"dynamic_img_size": True}
     theirs = randomise(timm.create_model(name, **SMALL, **options, **TIMM[name]))
+    if any("relative_position_index" in key for key in theirs.state_dict()):
+        pytest.skip("this version of timm saves the numbers of the offsets")
     report = convert(theirs, tmp_path / "in", settings=QUIET)
     assert report.verification["is_verified"] and len(report.verification["sizes"]) == (1 if is_fixed else 3)
     ours = load(tmp_path / "in")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from modeling_vitreg import ViTWithRegistersConfig
 
-from ..rules import ConversionError, Fill, Join, Rename, Rule, add_axis, drop_axis
+from ..rules import ConversionError, Drop, Fill, Join, Rename, Rule, add_axis, drop_axis
 from .blocks import GAMMAS, HEAD, LAYERS, MLP, POSITIONS, SCALES, STEM, read_sizes
 from .layout import (
     BICUBIC,
@@ -57,6 +57,7 @@ PARTS: list[Rule] = [
     Rename("blocks.{i}.mlp.norm.{leaf}", "layers.{i}.mlp.norm.{leaf}"),
     Rename("blocks.{i}.attn.relative_position_bias_table", "layers.{i}.attention.position_bias.weight"),
     Rename("rel_pos_bias.relative_position_bias_table", "position_bias.weight"),
+    Drop("rel_pos_bias.relative_position_index", why="the numbers of the offsets"),
     Rename("rope.freqs", "rotary_frequencies.weight"),
     Rename("attn_pool.latent", "attention_pooling.probe"),
     Rename("attn_pool.q.{leaf}", "attention_pooling.query.{leaf}"),
