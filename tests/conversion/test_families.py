@@ -173,6 +173,25 @@ def test_a_model_of_transformers_goes_in_from_memory_and_out_with_its_bytes(name
     assert first.keys() == again.keys() and all(torch.equal(first[key], again[key]) for key in first)
 
 
+TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 50}
+WHOLE = {"Siglip": {}, "MetaClip2": {"eos_token_id": 2}, "Aimv2": {}, "AltCLIP": {}, "Tipsv2": {}}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_the_image_tower_of_a_model_with_text_comes_in_without_the_name_of_a_class(name, tmp_path):
+    if not hasattr(transformers, f"{name}Model"):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    vision = SIZES if name == "Tipsv2" else {**SIZES, **MLP}
+    config = getattr(transformers, f"{name}Config")(vision_config=vision, text_config={**TEXT, **WHOLE[name]})
+    randomise(getattr(transformers, f"{name}Model")(config)).save_pretrained(tmp_path / "whole")
+    settings = json.loads((tmp_path / "whole" / "config.json").read_text())
+    del settings["architectures"]
+    (tmp_path / "whole" / "config.json").write_text(json.dumps(settings))
+    report = convert(tmp_path / "whole", tmp_path / "in", settings=QUIET)
+    assert report.verification["is_verified"]
+    assert set(report.ledger["dropped"].values()) == {"not part of the image tower"}
+
+
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 32, "patch_size": 8, "num_classes": 5}
 GRID = {"ref_feat_shape": (3, 3)}
 # Names of timm with the arguments that make them small.

@@ -136,8 +136,8 @@ def _canonical_clip(names: Iterable[str]) -> dict[str, str]:
     known = ("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm.")
 
     def shorten(name: str) -> str:
-        if has_prefix and name.startswith("vision_model."):
-            return name.removeprefix("vision_model.")
+        if has_prefix and name.startswith("vision_model."):  # AltCLIP beside its text tower writes `layer`
+            return name.removeprefix("vision_model.").replace("encoder.layer.", "encoder.layers.")
         is_own = name == "visual_projection.weight" or (not has_prefix and name.startswith(known))
         return name if is_own else f"outside.{name}"
 
