@@ -170,9 +170,9 @@ def _beit_arguments(arguments: dict, config: ViTWithRegistersConfig) -> dict:
 
 def _eva_name(config: ViTWithRegistersConfig) -> str:
     """A model with the norm of a configuration, for no argument in a file sets a norm."""
-    if config.norm_type == "rmsnorm":
+    if config.norm_type == "rmsnorm" and config.rope_style != "capi":
         return "vit_base_patch16_sapiens2"
-    if config.rope_style == "dinov3" and config.has_rope:
+    if config.rope_style in ("dinov3", "capi") and config.has_rope:
         return "vit_small_patch16_dinov3"
     # timm ignores arguments that are None, so the model has to have none of the parts.
     return "vit_pe_core_tiny_patch16_384" if config.layer_norm_eps == 1e-5 else "eva_giant_patch14_224"
@@ -185,7 +185,7 @@ def _eva_arguments(config: ViTWithRegistersConfig) -> dict:
     arguments = {"num_reg_tokens": config.num_register_tokens, "use_fc_norm": config.has_pooled_norm, **gate}
     arguments |= {"rope_temperature": config.rope_theta}
     is_dinov3 = config.rope_style == "dinov3" and config.norm_type == "layernorm" and not config.has_position_table
-    if is_dinov3 and not is_apart:
+    if config.rope_style == "capi" or (is_dinov3 and not is_apart):  # timm has no CAPI, as the comparison finds
         return arguments
     is_plain = config.has_key_bias and (is_apart or config.rope_style != "dinov3")
     heads = config.key_value_heads
