@@ -21,7 +21,10 @@ _LIMITS = {
     "num_channels": 1_024,
     "num_register_tokens": 65_536,
 }
-_CONVERTIBLE = ("vit", "deit", "ijepa", "vit_mae", "dinov2", "dinov2_with_registers", "dinov3_vit", "clip")
+_CONVERTIBLE = ("vit", "deit", "ijepa", "vit_mae", "vit_msn", "dinov2", "dinov2_with_registers", "dinov3_vit", "pixio")
+_CONVERTIBLE += ("radio", "sapiens2", "beit", "data2vec-vision")
+_WITH_TEXT = ("clip", "metaclip_2", "altclip", "chinese_clip", "siglip", "aimv2", "tipsv2")
+_CONVERTIBLE += _WITH_TEXT
 _MOST_BYTES = 2**24
 
 
@@ -123,7 +126,7 @@ def conversion_command(source: str | os.PathLike) -> str | None:
     kind = settings.get("model_type", "timm" if "architecture" in settings else None)
     if kind == "vitreg":
         return None
-    if kind in (*_CONVERTIBLE, "clip_vision_model", "timm"):
+    if kind in (*_CONVERTIBLE, *(f"{name}_vision_model" for name in _WITH_TEXT), "timm"):
         return f"{text} is a model of type {kind}: convert it first, with: vitreg convert {text} {folder}"
     return (
         f"{text} is a model of type {kind!r}, which is not a plain Vision Transformer and cannot be converted: "

@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import save_file
 
 from modeling_vitreg.conversion import ConversionError, ConversionSettings, convert
-from modeling_vitreg.conversion.layouts.transformers import LAYOUTS
+from modeling_vitreg.conversion.layouts.transformers_files import LAYOUTS
 from modeling_vitreg.conversion.sources import open_source
 from modeling_vitreg.features.folders import conversion_command
 
@@ -92,10 +92,10 @@ def test_a_folder_without_a_class_is_compared_with_the_class_of_its_tensors(tmp_
     assert report.verification["is_verified"] and "logits" in next(iter(report.verification["errors"].values()))
 
 
-def test_a_module_of_another_library_is_told_to_become_a_folder(tmp_path):
-    model = transformers.Dinov2Model(transformers.Dinov2Config(**hostile.SIZES))
-    with pytest.raises(ConversionError, match=r"Dinov2Model: save it with model.save_pretrained\(FOLDER\)"):
-        convert(model, tmp_path / "out")
+def test_a_module_of_another_library_is_told_to_become_a_file(tmp_path):
+    swin = transformers.SwinModel(transformers.SwinConfig(embed_dim=8, depths=[1], num_heads=[1]))
+    with pytest.raises(ConversionError, match=r"^SwinModel: model type 'swin' cannot be represented"):
+        convert(swin, tmp_path / "out")
     with pytest.raises(ConversionError, match=r"Linear: save it with torch.save"):
         convert(torch.nn.Linear(2, 2), tmp_path / "out")
 

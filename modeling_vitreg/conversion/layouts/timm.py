@@ -135,7 +135,9 @@ def _configure(info: CheckpointInfo) -> dict:
         fields |= {"has_final_norm": info.has("norm.weight") or info.has("fc_norm.weight")}
         if info.has("attn_pool.latent"):
             fields |= {"pooling": "attention", "pooling_intermediate_size": info.size("attn_pool.mlp.fc2.weight", 1)}
+    has_scale = info.has("blocks.*.gamma_1") or info.has("blocks.*.ls1.gamma")
     fields |= {
+        "layer_scale_init_value": 1e-5 if has_scale else None,
         "intermediate_size": info.size("blocks.*.mlp.fc2.weight", 1),
         "num_register_tokens": info.size("reg_token", 1) if info.has("reg_token") else 0,
         "has_cls_token": info.has("cls_token"),
