@@ -41,6 +41,13 @@ ARCHITECTURES = {
     "rope": {**ROPE, "pooling": "cls_mean", "num_classifier_layers": 2},
     "sincos": {"position_embedding_type": "sincos", "num_register_tokens": 0, "pooling": "mean"},
     "clip": {"has_pre_norm": True, "has_patch_bias": False, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
+    "retrofitted": {
+        "num_register_tokens": 3,
+        "num_test_time_registers": 1,
+        "register_neurons": {"1": [0, 5], "2": [7]},
+        "layer_scale_init_value": 0.1,
+    },
+    "retrofitted rope": {**ROPE, "num_test_time_registers": 2, "register_neurons": {"2": [1, 3, 9]}},
     "distilled": {"has_distillation_token": True, "pooling": "cls_distillation", "interpolate_antialias": False},
 }
 TEXT = {
