@@ -17,16 +17,21 @@ import os
 import pathlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from modeling_vitreg.images import split_hub_name
-from modeling_vitreg.reports import ArtifactReport, ConversionReport, read_report, rename_old_keys
+from modeling_vitreg.reports import ArtifactReport, ConversionReport, RetrofitReport, read_report, rename_old_keys
 
 from .errors import CardError
 from .model_folder import ModelFolder, open_folder, read_json
 
 
-_KINDS = {"conversion.json": "conversion", "artifacts.json": "artifacts", "evaluation*.json": "evaluation"}
+_KINDS = {
+    "conversion.json": "conversion",
+    "artifacts.json": "artifacts",
+    "evaluation*.json": "evaluation",
+    "retrofit.json": "retrofit",
+}
 _FOLDERS = ("", "reports", "analysis", "evaluation")
 _FIGURES = ("norms.png", "norm_maps.png")  # of the analysis
 _RUN_FILES = ("training.json", "recipe.yaml", "curves.png", "norms.png", "attention.png", "maps.png")
@@ -59,7 +64,7 @@ class Facts:
     Args:
         folder: the model.
         parent: the model that it was made from, or None.
-        conversion, artifacts: reports, or None.
+        conversion, artifacts, retrofit: reports, or None.
         results: results of all evaluation reports, as `read_results` gives them.
         training: record of the training run, or None.
         files: reports and figures, by their path on the Hub.
@@ -72,6 +77,7 @@ class Facts:
     results: list[dict] = field(default_factory=list)
     training: dict | None = None
     files: dict[str, pathlib.Path] = field(default_factory=dict)
+    retrofit: RetrofitReport | None = None
 
     @property
     def recipe(self) -> dict:
@@ -102,6 +108,7 @@ def collect_facts(folder: str | os.PathLike, *, reports: Sequence[str | os.PathL
     files: dict[str, pathlib.Path] = {}
     conversion = _only(found, "conversion", ConversionReport)
     artifacts = _only(found, "artifacts", ArtifactReport)
+    retrofit = _only(found, "retrofit", RetrofitReport)
     if artifacts is not None:
         _check_same_model(artifacts.architecture, model, found["artifacts"][0], name=artifacts.model)
         files |= _with_figures(found["artifacts"][0])
@@ -115,11 +122,14 @@ def collect_facts(folder: str | os.PathLike, *, reports: Sequence[str | os.PathL
             f"the evaluation reports are of {len(weights)} different models ({', '.join(sorted(map(str, weights)))}): "
             "keep only the reports of this model"
         )
-    if conversion is not None and "conversion.json" not in model.files:
-        files["conversion.json"] = found["conversion"][0]
+    for kind, report in (("conversion", conversion), ("retrofit", retrofit)):
+        if report is not None and f"{kind}.json" not in model.files:
+            files[f"{kind}.json"] = found[kind][0]
     training, run_files = _read_training(model)
     parent = _find_parent(model, conversion, training)
-    return Facts(model, parent, conversion, artifacts, results, training, files | run_files)
+    if retrofit is not None:
+        parent = _find_original(retrofit, parent)
+    return Facts(model, parent, conversion, artifacts, results, training, files | run_files, retrofit)
 
 
 def find_on_hub(name: str, revision: str | None) -> tuple[str, str | None] | None:
@@ -253,6 +263,14 @@ def _find_parent(model: ModelFolder, conversion: ConversionReport | None, traini
         return dataclasses.replace(parent, name=init, hub_name=init) if is_hub_name else parent
     name = init if is_hub_name else pathlib.Path(init).name
     return Parent(name, init if is_hub_name else None, _licence_of(pathlib.Path(init)), "finetune")
+
+
+def _find_original(retrofit: RetrofitReport, parent: Parent | None) -> Parent:
+    """The model that was repaired. A conversion on the way knows its name on the Hub and its licence."""
+    if parent is not None:
+        return replace(parent, relation="finetune")
+    start = pathlib.Path(retrofit.model)
+    return Parent(start.name, None, _licence_of(start), "finetune")
 
 
 def _licence_of(start: pathlib.Path) -> str | None:

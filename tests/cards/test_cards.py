@@ -12,6 +12,7 @@ import pytest
 import torch
 from hub_stand_in import HubStandIn
 from huggingface_hub import ModelCard
+from planted_models import pictures, planted_model
 from safetensors.torch import load_file, save_file
 from test_dual_encoder import TEXT_TOWERS, write, write_tokenizer
 
@@ -26,6 +27,7 @@ from modeling_vitreg import (
 )
 from modeling_vitreg.cards import CardError, check_plan, make_plan, record_expected_outputs
 from modeling_vitreg.reports import ArtifactReport, ConversionReport, write_report
+from modeling_vitreg.retrofit import retrofit
 
 
 RESULT = {
@@ -253,6 +255,27 @@ def test_unverified_is_said(folder):
     card = make_plan(folder, "user/name").card
     assert "**Not verified**" in card and "it was skipped on request" in card
     assert "was not compared with the model that it was converted from" in card
+
+
+def test_a_repair_is_told_with_its_numbers_its_original_and_its_licence(tmp_path):
+    planted_model(layer=2, magnitude=60.0).save_pretrained(tmp_path / "original")
+    conversion_report(tmp_path / "original", path="timm:vit_large")
+    report = retrofit(tmp_path / "original", tmp_path / "repaired", images=pictures(32)[0], command="vitreg retrofit")
+    plan = make_plan(tmp_path / "repaired", "user/repaired")
+    assert report.verdict["sentence"] in plan.card and "with 1 test-time register " in plan.card
+    for name in ("share_before", "largest_norm_before", "largest_norm", "cosine", "time_ratio"):
+        assert f"| {report.result[name]:.4g} " in plan.card, name
+    assert "These numbers are of the model before its repair." in plan.card and "retrofit.json" in plan.files
+    data = _metadata(plan.card)
+    assert (data.base_model, data.base_model_relation, data.license) == ("timm/vit_large", "finetune", "apache-2.0")
+
+
+def test_a_repair_of_a_model_on_the_disk_needs_a_licence(tmp_path):
+    planted_model(layer=2, magnitude=60.0).save_pretrained(tmp_path / "original")
+    retrofit(tmp_path / "original", tmp_path / "repaired", images=pictures(32)[0])
+    with pytest.raises(CardError, match="made from original, whose licence is unknown"):
+        make_plan(tmp_path / "repaired", "user/repaired")
+    assert "base_model" not in make_plan(tmp_path / "repaired", "user/repaired", licence="mit").card
 
 
 def test_a_conditional_licence_needs_consent_by_its_name(folder):
