@@ -31,6 +31,8 @@ NUM_UNITS = (1, 2, 5, 10, 20, 50, 100, 200)  # candidates
 HIGHEST_SHARE = (
     0.1  # of the outliers of the detection layer: the first layer with more is the highest that is searched
 )
+LARGEST_SHARE = 0.2  # of the outliers of the original that may remain
+LEAST_COSINE = 0.99  # between the class tokens of original and result
 TOLERATED_RISE = 1.05  # of the largest norm: fewer units are preferred within it
 
 
@@ -287,6 +289,12 @@ def _interval(shares: Tensor) -> list[float] | None:
     return [max(mean - reach, 0.0), high]
 
 
+def is_acceptable(measured: dict) -> bool:
+    """Whether outliers fall to a fifth or less and the class token stays, by what `measure_repair` returns."""
+    is_gone = measured["share"] <= LARGEST_SHARE * measured["share_before"]
+    return is_gone and measured["cosine"] >= LEAST_COSINE
+
+
 def choose_num_units(
     model: ViTWithRegistersModel,
     ranking: list[tuple[int, int]],
@@ -295,7 +303,9 @@ def choose_num_units(
     *,
     candidates: Iterable[int] = NUM_UNITS,
 ) -> tuple[int, list[dict]]:
-    """The smallest number of units whose largest patch norm is within 5 % of the best of all candidates.
+    """The smallest number of units whose largest patch norm is within 5 % of the best.
+
+    Only numbers that `is_acceptable` count, if there are any: more units lower norms further and move the class token.
 
     Args:
         ranking: of `rank_units`.
@@ -309,12 +319,15 @@ def choose_num_units(
     for number in tqdm(numbers, desc="choose units", unit="candidate"):
         repaired = add_test_time_register(model, group_units(ranking[:number]))
         tried.append({"num_units": number, **measure_repair(model, repaired, batches, outliers)})
-    lowest = min(entry["largest_norm"] for entry in tried)
-    chosen = next(entry for entry in tried if entry["largest_norm"] <= TOLERATED_RISE * lowest)
+    allowed = [entry for entry in tried if is_acceptable(entry)] or tried
+    lowest = min(entry["largest_norm"] for entry in allowed)
+    chosen = next(entry for entry in allowed if entry["largest_norm"] <= TOLERATED_RISE * lowest)
     return chosen["num_units"], tried
 
 
 __all__ = [
+    "LARGEST_SHARE",
+    "LEAST_COSINE",
     "NUM_UNITS",
     "NothingToRepair",
     "Outliers",
@@ -323,6 +336,7 @@ __all__ = [
     "find_outliers",
     "group_units",
     "image_tower",
+    "is_acceptable",
     "measure_repair",
     "rank_units",
     "score_units",

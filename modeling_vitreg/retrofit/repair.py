@@ -38,6 +38,8 @@ from modeling_vitreg.reports import RetrofitReport, write_report
 from .comparison import HeldOutData, compare_models
 from .page import REPORT_FILE, write_page
 from .register_neurons import (
+    LARGEST_SHARE,
+    LEAST_COSINE,
     NothingToRepair,
     Outliers,
     add_test_time_register,
@@ -51,8 +53,6 @@ from .register_neurons import (
 )
 
 
-LARGEST_SHARE = 0.2  # of the outliers of the original that may remain
-LEAST_COSINE = 0.99  # between the class tokens of original and result
 LEAST_IMAGES = 16
 HELD_OUT = 4  # one image in so many
 # Files beside the weights that belong to the result too.

@@ -22,13 +22,16 @@ from modeling_vitreg.images import SCENE_COLUMNS, DataOptions, open_images
 from modeling_vitreg.reports import RetrofitReport, read_report
 from modeling_vitreg.retrofit import NothingToRepair, RetrofitError, RetrofitSettings, retrofit
 from modeling_vitreg.retrofit.register_neurons import (
+    Outliers,
     add_test_time_register,
+    choose_num_units,
     find_outliers,
     group_units,
     measure_repair,
     rank_units,
     score_units,
 )
+from modeling_vitreg.retrofit.repair import judge
 from modeling_vitreg.scenes import SceneSettings
 
 
@@ -117,6 +120,37 @@ def test_a_repair_that_harms_is_not_written(tmp_path, monkeypatch):
     assert not (tmp_path / "repaired").exists() and "Not repaired" in (tmp_path / "page" / "index.html").read_text()
     report = retrofit(tmp_path / "model", tmp_path / "repaired", images=IMAGES, settings=RetrofitSettings(force=True))
     assert not report.verdict["is_repaired"] and (tmp_path / "repaired" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({}, "Repaired: with 2 units moved, outliers fall from 10 % to 1 % of the patches of layer 3, and the class "
+         "token keeps a cosine of 0.9950 with the original."),
+        ({"share": 0.03}, "Not repaired: with 2 units moved, outliers change from 10 % to 3 % of the patches of layer "
+         "3; they must fall to a fifth or less."),
+        ({"cosine": 0.98}, "Not repaired: outliers fall from 10 % to 1 % of the patches of layer 3, but the class "
+         "token keeps a cosine of 0.9800 with the original, below 0.99."),
+        ({"share_before": 0.0, "share": 0.0}, "The held-out images have no outliers in layer 3: use more images."),
+    ],
+)  # fmt: skip
+def test_the_verdict_is_a_whole_sentence(changes, sentence):
+    result = {"share_before": 0.1, "share": 0.01, "cosine": 0.995} | changes
+    outliers = Outliers(layer=3, threshold=1.0, highest_layer=2, shares=(), masks=())
+    assert judge(result, outliers, change="with 2 units moved") == {"is_repaired": not changes, "sentence": sentence}
+
+
+def test_the_number_of_units_is_one_that_leaves_the_class_token(monkeypatch):
+    def measure(*arguments):
+        number = sum(map(len, arguments[1].config.register_neurons.values()))
+        return {"share_before": 0.1, "share": 0.1 / number, "largest_norm": 9.0 / number, "cosine": 1 - number / 1500}
+
+    monkeypatch.setattr("modeling_vitreg.retrofit.register_neurons.measure_repair", measure)
+    ranking = [(1, unit) for unit in range(32)]
+    number, tried = choose_num_units(plain_model(), ranking, [], None)
+    assert [entry["num_units"] for entry in tried] == [1, 2, 5, 10, 20] and number == 10  # 20 units cost too much
+    number, _ = choose_num_units(plain_model(), ranking, [], None, candidates=[1, 2])
+    assert number == 2  # none is acceptable: the one that lowers norms most, which is refused then
 
 
 def test_a_head_keeps_its_weights_and_classes(tmp_path):
