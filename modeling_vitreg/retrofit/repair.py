@@ -148,9 +148,7 @@ def retrofit(
                 raise
             return _write_unchanged(model, folder, output, facts, str(error))
         repaired = add_test_time_register(model, found, num_registers=settings.num_registers)
-        report = RetrofitReport(
-            register_neurons={str(layer): units for layer, units in found.items()}, **facts, **measured
-        )
+        report = RetrofitReport(register_neurons={str(layer): found[layer] for layer in found}, **facts, **measured)
         if page is not None:
             data = split.data(images, settings, source_of_images)
             report = compare_on_page(report, (model, repaired), data, folder, page)
