@@ -262,7 +262,7 @@ def test_a_repair_is_told_with_its_numbers_its_original_and_its_licence(tmp_path
     conversion_report(tmp_path / "original", path="timm:vit_large")
     report = retrofit(tmp_path / "original", tmp_path / "repaired", images=pictures(32)[0], command="vitreg retrofit")
     plan = make_plan(tmp_path / "repaired", "user/repaired")
-    assert report.verdict["sentence"] in plan.card and "with 1 test-time register " in plan.card
+    assert report.verdict["sentence"] in plan.card and "`test-time`: 1 test-time register." in plan.card
     for name in ("share_before", "largest_norm_before", "largest_norm", "cosine", "time_ratio"):
         assert f"| {report.result[name]:.4g} " in plan.card, name
     assert "These numbers are of the model before its repair." in plan.card and "retrofit.json" in plan.files
