@@ -20,16 +20,17 @@ ATTENTION_BACKENDS = [
 
 
 @contextlib.contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module, *, is_eager: bool = True) -> Iterator[None]:
     """Evaluate inside the block; every module then returns to the mode that it was in.
 
-    Compiled modules run eagerly inside the block, because other sizes without gradients would be compiled anew.
+    Compiled modules run eagerly inside the block, unless `is_eager` is false, because other sizes without gradients
+    would be compiled anew.
     """
     # Module by module, for a part may be frozen in evaluation mode while the rest trains.
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager" if is_eager else "default"):
             yield
     finally:
         for module, is_training in modes:

@@ -65,6 +65,14 @@ class MassiveActivations:
         """Count the images of a batch after all its layers were added."""
         self.num_images += num_images
 
+    def merge(self, other: MassiveActivations) -> None:
+        """Add what was found in other images."""
+        for name in ("num_images", "_medians", "_energy", "_carriers"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name in ("_largest", "_ratios"):
+            setattr(self, name, np.maximum(getattr(self, name), getattr(other, name)))
+        self._massive = {name: counts + other._massive[name] for name, counts in self._massive.items()}
+
     def summarise(self) -> dict:
         """Numbers of all layers.
 

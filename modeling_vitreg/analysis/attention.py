@@ -107,6 +107,15 @@ class AttentionMeans:
                 sums[name] = sums.get(name, 0) + value.double().sum(0).cpu().numpy()
         self.num_images += len(top_places)
 
+    def merge(self, other: AttentionMeans) -> None:
+        """Add the maps of other images."""
+        if not self.num_images:
+            self._sums = other._sums
+        elif other.num_images:
+            pairs = zip(self._sums, other._sums)
+            self._sums = [{name: value + more[name] for name, value in sums.items()} for sums, more in pairs]
+        self.num_images += other.num_images
+
     def summarise(self, layers: list[int]) -> dict:
         """Numbers of the measured layers, whose numbers are `layers`.
 

@@ -69,6 +69,13 @@ class NormHistograms:
         self.num_images += norms.shape[1]
         self.num_tokens += norms[0].numel()
 
+    def merge(self, other: NormHistograms) -> None:
+        """Add the norms of other images."""
+        for name in ("counts", "images_above", "num_images", "num_tokens", "_squares_above", "_sums", "_squares"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self._smallest = np.minimum(self._smallest, other._smallest)
+        self._largest = np.maximum(self._largest, other._largest)
+
     def moments(self, layer: int) -> dict:
         """Exact mean, standard deviation, minimum and maximum of a layer, by its index."""
         mean = self._sums[layer] / self.num_tokens

@@ -79,6 +79,11 @@ class PositionCounts:
         sums.scatter_add_(1, bins.flatten(1), similarity.flatten().expand(num_layers, -1))
         self._similarities += sums.double().cpu().numpy() if sums.device.type != "mps" else sums.cpu().numpy()
 
+    def merge(self, other: PositionCounts) -> None:
+        """Add the patches of other images."""
+        for name in ("by_place", "by_similarity", "_similarities", "num_images"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
     def heat_map(self, layer: int, *, threshold: float) -> np.ndarray:
         """Share of images (rows, columns) whose patch is an outlier, for an index of a layer and an edge."""
         counts = self.by_place[layer][:, _first_bin(threshold) :].sum(-1).numpy()

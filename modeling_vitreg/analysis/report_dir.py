@@ -15,6 +15,7 @@ import os
 import pathlib
 from collections.abc import Callable, Sequence
 
+from modeling_vitreg.distributed import SINGLE_PROCESS, DistributedContext
 from modeling_vitreg.features import Encoder
 from modeling_vitreg.files import check_writable, write_text
 from modeling_vitreg.omissions import Failures
@@ -42,7 +43,8 @@ def analyze(
     settings: SurveySettings | None = None,
     source: str = "",
     command: str = "",
-) -> ArtifactReport:
+    context: DistributedContext = SINGLE_PROCESS,
+) -> ArtifactReport | None:
     """Measure the artifacts of a model, and write report, figures and page.
 
     Args:
@@ -52,13 +54,20 @@ def analyze(
         settings: how much is measured.
         source: name of the images, for the report.
         command: command that makes the report, for the report.
+        context: processes that share the images; the first one writes.
+
+    Returns:
+        The report; None in all processes but the first.
 
     Raises:
         ValueError: no image can be read, or the images do not fit the model.
         OSError: the folder cannot be written, which is checked before the images are read.
     """
     check_writable(output_folder)
-    report, examples = survey(encoder, images, settings=settings, source=source, command=command)
+    found = survey(encoder, images, settings=settings, source=source, command=command, context=context)
+    if found is None:
+        return None
+    report, examples = found
     write_folder(report, examples, output_folder)
     return report
 
@@ -71,6 +80,7 @@ def compare(
     settings: SurveySettings | None = None,
     source: str = "",
     command: str = "",
+    context: DistributedContext = SINGLE_PROCESS,
 ) -> list[ArtifactReport]:
     """Measure several models on the same images, and write one page for all and one folder per model.
 
@@ -79,7 +89,7 @@ def compare(
     Args:
         encoders: two or more.
         open_source: opens the images; it is called once per model.
-        output_folder, settings, source, command: as in `analyze`.
+        output_folder, settings, source, command, context: as in `analyze`.
 
     Raises:
         ValueError: fewer than two encoders, or as in `analyze`.
@@ -89,9 +99,10 @@ def compare(
         raise ValueError(f"expected two models or more to compare, got {len(encoders)}")
     folder, reports = pathlib.Path(output_folder), []
     for number, encoder in enumerate(encoders, start=1):
-        texts = {"settings": settings, "source": source, "command": command}
+        texts = {"settings": settings, "source": source, "command": command, "context": context}
         reports.append(analyze(encoder, open_source(), output_folder=folder / str(number), **texts))
-    write_comparison(reports, folder, command=command)
+    if context.rank == 0:
+        write_comparison(reports, folder, command=command)
     return reports
 
 

@@ -31,28 +31,32 @@ class TokenReservoir:
     def __init__(self, num_images: int, *, patch_shape: tuple, seed: int = 0):
         self.num_images = num_images
         self._patch_shape = tuple(patch_shape)
-        self._generator = torch.Generator().manual_seed(seed)
+        self._seed, self._order = seed, None
         self._parts: list[dict] = []
-        self._num_kept = 0
 
-    def add(self, tokens, norms: Tensor, *, pixel_values: Tensor, labels: list) -> None:
-        """Add a batch; images beyond the first `num_images` are ignored.
+    def add(self, tokens, norms: Tensor, *, numbers: Tensor, pixel_values: Tensor, labels: list) -> None:
+        """Add a batch; images whose number is not below `num_images` are ignored.
 
         Args:
             tokens: `TokenFeatures` of the last layer.
             norms: (B, P) of its patches.
+            numbers: (B,) places of the images in the source, ascending.
             pixel_values: (B, C, height, width), as the model saw them.
             labels: class numbers or None, B of them.
         """
-        size = min(len(norms), self.num_images - self._num_kept)
-        if size <= 0:
+        size = int((numbers < self.num_images).sum())
+        if not size:
             return
         norms = norms[:size].cpu()
         num_patches = norms.shape[1]
-        order = torch.rand(size, num_patches, generator=self._generator).argsort(dim=1)
-        chosen = torch.cat([order[:, :NUM_RANDOM], norms.topk(min(NUM_LARGEST, num_patches)).indices], dim=1)  # [B, K]
+        if self._order is None:  # of all images at once, so that it depends on no batch and no process
+            draws = torch.rand(self.num_images, num_patches, generator=torch.Generator().manual_seed(self._seed))
+            self._order = draws.argsort(dim=1)[:, :NUM_RANDOM].clone()
+        order = self._order[numbers[:size]]
+        chosen = torch.cat([order, norms.topk(min(NUM_LARGEST, num_patches)).indices], dim=1)  # [B, K]
         pixels = F.unfold(pixel_values[:size].float(), self._patch_shape, stride=self._patch_shape).transpose(1, 2)
         part = {
+            "numbers": numbers[:size].numpy(),
             "tokens": _take(tokens.patch_tokens[:size], chosen),
             "pixels": _take(pixels, chosen),  # [B, C height width] -> [B, K, C x patch]
             "places": chosen.numpy(),
@@ -63,15 +67,20 @@ class TokenReservoir:
         if tokens.cls_token is not None:
             part["cls"] = _to_numpy(tokens.cls_token[:size])
         self._parts.append(part)
-        self._num_kept += size
+
+    def merge(self, other: TokenReservoir) -> None:
+        """Add the tokens of other images."""
+        self._parts += other._parts
 
     def __len__(self) -> int:
-        return self._num_kept
+        return sum(len(part["numbers"]) for part in self._parts)
 
     def collect(self) -> dict:
         """All tokens: `tokens` (I, K, D), `pixels`, `places`, `norms` (I, K), `registers` (I, R, D), `labels`
-        (I,) with -1 for none, and `cls` (I, D) if the model has a class token."""
-        return {name: np.concatenate([part[name] for part in self._parts]) for name in self._parts[0]}
+        (I,) with -1 for none, `cls` (I, D) if the model has a class token, and `numbers` (I,), ascending."""
+        kept = {name: np.concatenate([part[name] for part in self._parts]) for name in self._parts[0]}
+        order = np.argsort(kept["numbers"])
+        return {name: values[order] for name, values in kept.items()}
 
 
 def make_sample(kept: dict, *, threshold: float) -> dict:

@@ -5,7 +5,8 @@ Letters for shapes: L layers, B images, N tokens, P patches, Q prefix tokens, R 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -22,50 +23,11 @@ from .attention import AttentionMeans, find_duplicates, register_similarity
 from .histograms import NormHistograms, bin_numbers
 from .positions import PositionCounts, neighbour_similarity
 from .reservoir import TokenReservoir, draw_tokens, make_sample
+from .settings import Examples, SurveySettings
 from .verdict import judge, summarise_layer
 
 
 _KINDS = ("cls", "distillation", "registers", "patches")
-
-
-@dataclass(frozen=True)
-class SurveySettings:
-    """How much is measured.
-
-    Args:
-        num_images: maximum number of images to read; None for all.
-        batch_size: images per forward pass.
-        image_size: side of the square crop in pixels; None for that of the encoder.
-        num_attention_images: number of first images whose attention is measured, 0 to skip.
-        num_ablation_images: number of first images on which registers are ablated, 0 to skip.
-        num_probe_images: number of first images whose tokens are probed, 0 to skip; probes take minutes.
-        num_shown: number of first images to draw, at most one batch.
-        seed: random seed.
-        has_progress_bar: show a progress bar.
-        is_strict: raise the error of a section that fails instead of leaving the section out.
-
-    Raises:
-        ValueError: a value out of its range.
-    """
-
-    num_images: int | None = 1000
-    batch_size: int = 32
-    image_size: int | None = None
-    num_attention_images: int = 32
-    num_ablation_images: int = 8
-    num_probe_images: int = 0
-    num_shown: int = 4
-    seed: int = 0
-    has_progress_bar: bool = True
-    is_strict: bool = False
-
-    def __post_init__(self):
-        least = {"num_images": 1, "batch_size": 1, "image_size": 1, "num_attention_images": 0}
-        least |= {"num_ablation_images": 0, "num_probe_images": 0, "num_shown": 0}
-        for name, smallest in least.items():
-            value = getattr(self, name)
-            if value is not None and value < smallest:
-                raise ValueError(f"expected {name} of {smallest} or more, got {value}")
 
 
 @dataclass
@@ -139,6 +101,14 @@ class NormSection:
         self._inputs.add(batch.input_norms)
         self.num_images += len(batch.pixels)
 
+    def merge(self, other: NormSection) -> None:
+        """Add what another process measured."""
+        for name in ("_inputs", "_patches", "_registers"):
+            getattr(self, name).merge(getattr(other, name))
+        self._cls_sums += other._cls_sums
+        self._register_sums += other._register_sums
+        self.num_images += other.num_images
+
     def compute(self) -> dict:
         """`verdict` and `layers` of the report."""
         layers = [self._summarise(number) for number in range(len(self._cls_sums))]
@@ -171,19 +141,26 @@ class AttentionSection:
         if len(self._similarity):
             self._similarity += register_similarity(batch.layers[-1].register_tokens).cpu() * len(batch.pixels)
         self._num_images += len(batch.pixels)
-        missing = self._wanted - self.means.num_images
-        if missing <= 0 or not self.means.queries or self._problem:
+        first = batch.encoded.count_first(self._wanted)
+        if not first or not self.means.queries or self._problem:
             return
         try:
             layers = list(range(1, batch.encoder.num_layers + 1))
-            probabilities = batch.encoded.attend(layers, first=missing)
+            probabilities = batch.encoded.attend(layers, first=first)
         except Exception as error:  # a layer whose attention cannot be read; the other sections can be measured
             reason = self._failures.note("attention", error)
             self._problem = f"the attention of this model cannot be read, so there are no attention maps: {reason}"
             return
         if self.last_maps is None:
-            self.last_maps = probabilities[-1][..., len(self.means.queries) :].float()
-        self.means.add(probabilities, batch.norms[-1].argmax(dim=1)[:missing])
+            self.last_maps = probabilities[-1][..., len(self.means.queries) :].float().cpu()
+        self.means.add(probabilities, batch.norms[-1].argmax(dim=1)[:first])
+
+    def merge(self, other: AttentionSection) -> None:
+        """Add what another process measured."""
+        self._similarity += other._similarity
+        self._num_images += other._num_images
+        self._problem = self._problem or other._problem
+        self.means.merge(other.means)
 
     def compute(self) -> dict:
         """`attention` of the report."""
@@ -215,9 +192,13 @@ class AblationSection:
 
     def update(self, batch: Batch) -> None:
         """Add a batch."""
-        missing = self._wanted - sum(map(len, self._pixels))
-        if missing > 0 and self._has_registers:
-            self._pixels.append(batch.pixels[:missing])
+        first = batch.encoded.count_first(self._wanted)
+        if first and self._has_registers:
+            self._pixels.append((batch.encoded.images[0].number, batch.pixels[:first].cpu()))
+
+    def merge(self, other: AblationSection) -> None:
+        """Add the images of another process."""
+        self._pixels += other._pixels
 
     def compute(self) -> dict:
         """`ablation` of the report.
@@ -229,7 +210,10 @@ class AblationSection:
             raise ValueError("not requested")
         if not self._has_registers:
             raise ValueError("the model has no registers")
-        return ablate_registers(self._encoder.model, torch.cat(self._pixels), seed=self._seed)
+        if not self._pixels:
+            raise ValueError(f"none of the first {self._wanted} images could be measured")
+        pixels = torch.cat([part for _, part in sorted(self._pixels, key=lambda pair: pair[0])])
+        return ablate_registers(self._encoder.model, pixels.to(self._encoder.device), seed=self._seed)
 
 
 class ProbeSection:
@@ -241,7 +225,12 @@ class ProbeSection:
 
     def update(self, batch: Batch) -> None:
         """Add a batch."""
-        self._reservoir.add(batch.layers[-1], batch.norms[-1], pixel_values=batch.pixels, labels=batch.encoded.labels)
+        facts = {"numbers": batch.encoded.numbers, "labels": batch.encoded.labels}
+        self._reservoir.add(batch.layers[-1], batch.norms[-1], pixel_values=batch.pixels, **facts)
+
+    def merge(self, other: ProbeSection) -> None:
+        """Add the tokens of another process."""
+        self._reservoir.merge(other._reservoir)
 
     def compute(self, threshold: float) -> dict:
         """`probes` of the report; patches of the last layer above `threshold` are outliers.
@@ -267,25 +256,6 @@ class ProbeSection:
             return {**report, "class": {"skipped": "the images have no labels"}}
         draws = draw_tokens(kept, threshold=threshold, num_draws=NUM_DRAWS, seed=seed)
         return {**report, "class": attempt("class probe", lambda: probe_class(draws, kept["labels"], seed=seed))}
-
-
-@dataclass
-class Examples:
-    """The first images, as arrays to draw.
-
-    Args:
-        images: (images, height, width, 3), from 0 to 1.
-        norms: (layers, images, rows, columns) of patches before the final norm.
-        attention: name of a query to maps (images, heads, rows, columns) of the last layer.
-        mean_maps: name of a query to its map (rows, columns) of the last layer, mean over images and heads.
-        failures: tracebacks of the sections that failed.
-    """
-
-    images: np.ndarray | None = None
-    norms: np.ndarray | None = None
-    attention: dict = field(default_factory=dict)
-    mean_maps: dict = field(default_factory=dict)
-    failures: Failures = field(default_factory=Failures)
 
 
 class Sections(Consumer):
@@ -320,6 +290,21 @@ class Sections(Consumer):
         self._attention.update(batch)
         if self.examples.images is None and self.settings.num_shown:
             self._show(batch)
+
+    def merge(self, others: Sequence[Sections]) -> None:
+        """Add what other processes measured."""
+        for other in others:
+            self.failures.tracebacks |= other.failures.tracebacks
+        full = [sections for sections in (self, *others) if sections.num_images]
+        if not full or full == [self]:
+            return
+        if full[0] is not self:  # this process saw no image
+            full[0].failures.tracebacks |= self.failures.tracebacks
+            self.__dict__ |= full[0].__dict__
+        for other in full[1:]:
+            for name in ("_norms", "_positions", "_activations", "_attention", "_ablation", "_probes"):
+                getattr(self, name).merge(getattr(other, name))
+            self.num_images += other.num_images
 
     def compute(self, num_seen: int) -> dict:
         """Verdict, layers and sections of the report, after `num_seen` images, finite or not."""
@@ -374,4 +359,4 @@ def _denormalise(pixels: Tensor, encoder: Encoder) -> np.ndarray:
     return (pixels.float().cpu() * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
 
-__all__ = ["Batch", "Examples", "Sections", "SurveySettings"]
+__all__ = ["Batch", "Sections"]

@@ -10,18 +10,26 @@ stopped. A section that cannot be measured states the reason, and the others are
 
 from __future__ import annotations
 
-from modeling_vitreg.encoding import PassSettings, run_pass
+from modeling_vitreg.distributed import SINGLE_PROCESS, DistributedContext
+from modeling_vitreg.encoding import run_pass
 from modeling_vitreg.features import Encoder
 from modeling_vitreg.reports import ArtifactReport
 
 from .histograms import EDGES
-from .sections import Examples, Sections, SurveySettings
+from .sections import Sections
+from .settings import Examples, SurveySettings
 from .verdict import RULES
 
 
 def survey(
-    encoder: Encoder, images: object, *, settings: SurveySettings | None = None, source: str = "", command: str = ""
-) -> tuple[ArtifactReport, Examples]:
+    encoder: Encoder,
+    images: object,
+    *,
+    settings: SurveySettings | None = None,
+    source: str = "",
+    command: str = "",
+    context: DistributedContext = SINGLE_PROCESS,
+) -> tuple[ArtifactReport, Examples] | None:
     """Measure the artifacts of a model.
 
     Args:
@@ -30,19 +38,19 @@ def survey(
         settings: how much is measured.
         source: name of the images, for the report.
         command: command that makes the report, for the report.
+        context: processes that share the images.
 
     Returns:
-        The report, and the first images with their norms and attention.
+        The report, and the first images with their norms and attention; None in all processes but the first.
 
     Raises:
         ValueError: no image can be read, or the images do not fit the model.
     """
     settings = settings or SurveySettings()
     sections = Sections(encoder, settings)
-    how = PassSettings(
-        batch_size=settings.batch_size, limit=settings.num_images, has_progress_bar=settings.has_progress_bar
-    )
-    counts = run_pass(encoder, images, [sections], how, failures=sections.failures)
+    counts = run_pass(encoder, images, [sections], settings.reading(), context=context, failures=sections.failures)
+    if context.rank:
+        return None
     if not counts.num_seen:
         raise ValueError(
             f"expected at least one readable image, got {len(counts.unreadable)} unreadable ones"
@@ -58,7 +66,7 @@ def survey(
         images=details,
         bins={"edges": [float(edge) for edge in EDGES], "rules": RULES},
         command=command,
-        made_with=encoder.made_with(),
+        made_with={**encoder.made_with(), "precision": counts.precision, "num_processes": context.size},
         **sections.compute(counts.num_seen),
     )
     return report, sections.examples

@@ -9,6 +9,7 @@ from .card import card
 from .convert import convert
 from .discover import discover
 from .doctor import doctor
+from .embed import embed
 from .evaluate import evaluate
 from .look import look
 from .publish import publish
@@ -25,7 +26,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     add_completion=False,
 )
-for _verb in (look, convert, retrofit, analyze, discover, evaluate, card, publish):
+for _verb in (look, convert, retrofit, analyze, discover, evaluate, embed, card, publish):
     app.command(no_args_is_help=True)(_verb)
 app.command()(doctor)
 

@@ -33,6 +33,9 @@ def analyze(
     trust_remote_code: options.TrustRemoteCode = False,
     probes: Annotated[int, option(COMPUTE, "Number of images for the linear probes (0: skip).", min=0)] = 0,
     batch_size: options.BatchSize = 32,
+    precision: options.Precision = None,
+    workers: options.Workers = None,
+    compile: options.Compile = False,
     seed: options.Seed = 0,
     device: options.Device = None,
     settings: options.Set = None,
@@ -53,19 +56,20 @@ def analyze(
     with plain_errors():
         options.check_output(output)
         names, device = options.check_inputs([model, *(compare or [])], images, device)
-        from modeling_vitreg.analysis.report_dir import analyze as run_analysis
-        from modeling_vitreg.analysis.report_dir import compare as run_comparison
-        from modeling_vitreg.analysis.survey import SurveySettings
+        from modeling_vitreg.analysis import report_dir
+        from modeling_vitreg.analysis.settings import SurveySettings
+        from modeling_vitreg.distributed import first_process_first, joined_processes
         from modeling_vitreg.features import load_encoder
         from modeling_vitreg.images import DataOptions, open_images
         from modeling_vitreg.reports import command_line
 
-        found = options.read_settings(
-            settings, {"encoding": ImageSize, "analysis": SurveySettings, "data": DataOptions}
-        )
+        kinds = {"encoding": ImageSize, "analysis": SurveySettings, "data": DataOptions}
+        found = options.read_settings(settings, kinds)
         usual = {"num_images": num_images, "batch_size": batch_size, "num_probe_images": probes, "seed": seed}
+        usual |= {"precision": precision, "workers": workers, "compile": compile}
         chosen = SurveySettings(**(usual | found["encoding"] | found["analysis"]))
-        encoders = [load_encoder(name, device=device, trust_remote_code=trust_remote_code) for name in names]
+        loading = {"device": device, "trust_remote_code": trust_remote_code}
+        encoders = [load_encoder(name, dtype=options.weights_dtype(chosen.precision), **loading) for name in names]
 
         side = chosen.image_size or max(encoders[0].image_size)
         scene_settings, source_name = options.scene_settings(images, side)
@@ -74,11 +78,16 @@ def analyze(
             scenes = {"scenes": range(chosen.num_images or 10_000), "scene_settings": scene_settings}
             return open_images(images, split=split, options=DataOptions(**found["data"]), **scenes)
 
-        words = {"settings": chosen, "source": source_name, "command": command_line()}
-        if len(encoders) > 1:
-            reports = run_comparison(encoders, open_source, output_folder=output, **words)
-        else:
-            reports = [run_analysis(encoders[0], open_source(), output_folder=output, **words)]
+        with joined_processes() as context:
+            with first_process_first(context):
+                opened = open_source()
+            words = {"settings": chosen, "source": source_name, "command": command_line(), "context": context}
+            if len(encoders) > 1:
+                reports = report_dir.compare(encoders, open_source, output_folder=output, **words)
+            else:
+                reports = [report_dir.analyze(encoders[0], opened, output_folder=output, **words)]
+        if context.rank:
+            return
     tell_unreadable(reports[0].images)
     for report in reports:
         typer.echo(f"{report.model}: {report.verdict['sentence']}")

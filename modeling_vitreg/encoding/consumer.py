@@ -115,6 +115,10 @@ class EncodedBatch:
         """A feature of a layer that was needed; -1 is the last layer."""
         return self.features[layer % (self.encoder.num_layers + 1), feature]
 
+    def count_first(self, number: int) -> int:
+        """How many images of the batch are among so many first ones of the source; they come first in the batch."""
+        return sum(image.number < number for image in self.images)
+
     def attend(self, layers: Sequence[int], *, first: int | None = None) -> list[Tensor]:
         """Attention (B, H, Q, N) of the prefix tokens for the `first` images (None: all), in a pass of its own."""
         with self.autocast():

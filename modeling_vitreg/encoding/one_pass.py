@@ -107,7 +107,8 @@ class _Pass:
         bar = tqdm.tqdm(total=total, unit="image", desc=title, disable=is_hidden)
         words = {"context": self.context, "is_done": self._is_done, "pin_memory": device.type == "cuda"}
         try:
-            with bar, deferred_interrupt() as pressed, run_in(self.counts.precision, self.encoder):
+            compiled = self.encoder.compiled_layers() if settings.compile else contextlib.nullcontext()
+            with bar, deferred_interrupt() as pressed, compiled, run_in(self.counts.precision, self.encoder):
                 for chunk in reader.read(cuts, settings, **words):
                     self._take(chunk)
                     bar.update(len(chunk.numbers) * self.context.size)

@@ -65,6 +65,7 @@ class Encoder:
         self.hidden_size = self._convolution.out_channels
         self.patch_shape = tuple(self._convolution.kernel_size)
         self.image_size = find_image_size(self.tower, self.patch_shape)
+        self._is_compiled = False
         self.image_mean, self.image_std = (_for_channels(values, self.num_channels) for values in statistics)
 
     @property
@@ -101,6 +102,23 @@ class Encoder:
     def made_with(self) -> dict:
         """Versions, device and precision that a measurement of this model is made with."""
         return made_with(device=str(self.device), dtype=str(self.dtype).removeprefix("torch."))
+
+    @contextlib.contextmanager
+    def compiled_layers(self, *, backend: str = "inductor") -> Iterator[None]:
+        """Compile each layer inside the block; what is inside a layer (queries, attention) is still read eagerly.
+
+        Layers of one kind share their code, so it is compiled once for all of them, and once more when the number of
+        images changes.
+        """
+        try:
+            for layer in self.layers:  # not the module, whose hooks would be compiled and then never change
+                layer.forward = torch.compile(layer.forward, backend=backend)
+            self._is_compiled = True
+            yield
+        finally:
+            self._is_compiled = False
+            for layer in self.layers:
+                layer.__dict__.pop("forward", None)
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -194,7 +212,14 @@ class Encoder:
         norm = getattr(self.tower, "norm_tokens", None) or find_part(self.tower, "norm")
         return norm(tokens)
 
-    def run(self, pixel_values: Tensor, hooks: Callable[[Callable], Iterator], *, num_expected: int) -> dict:
+    def run(
+        self,
+        pixel_values: Tensor,
+        hooks: Callable[[Callable], Iterator],
+        *,
+        num_expected: int,
+        is_inside_layers: bool = True,
+    ) -> dict:
         """Run the model, in evaluation mode, until its hooks have found everything.
 
         Every module returns to the mode that it was in, and no hook stays, whatever happens.
@@ -203,6 +228,7 @@ class Encoder:
             pixel_values: (B, C, height, width).
             hooks: makes them; they call what it is given with a key and what they found.
             num_expected: number of keys; after the last one the model stops.
+            is_inside_layers: whether a hook is inside a layer, which then runs eagerly.
 
         Returns:
             What was found, by its key.
@@ -223,7 +249,7 @@ class Encoder:
         with contextlib.ExitStack() as stack:
             stack.callback(lambda: [handle.remove() for handle in handles])
             handles.extend(hooks(keep))
-            stack.enter_context(eval_mode(self.tower))
+            stack.enter_context(eval_mode(self.tower, is_eager=is_inside_layers or not self._is_compiled))
             stack.enter_context(any_image_size(self.tower, self.family, pixel_values))
             stack.enter_context(contextlib.suppress(_Enough))
             self.tower(pixel_values, **keywords_of(self.family, pixel_values, self.patch_shape))

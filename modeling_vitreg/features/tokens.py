@@ -111,7 +111,8 @@ def extract_many(
         for pair in set(pairs):
             yield from record_feature(encoder.layers, *pair, functools.partial(keep, pair))
 
-    found = encoder.run(pixel_values, hooks, num_expected=len(set(pairs)))
+    is_inside = any(feature != "token" for _, feature in pairs)
+    found = encoder.run(pixel_values, hooks, num_expected=len(set(pairs)), is_inside_layers=is_inside)
     grid = tuple(side // patch for side, patch in zip(pixel_values.shape[2:], encoder.patch_shape))
     if is_normed:
         found = {pair: encoder.norm_tokens(tokens) for pair, tokens in found.items()}

@@ -126,7 +126,9 @@ def test_the_bank_keeps_random_and_largest_patches_with_their_pixels():
     for part in (slice(0, 1), slice(1, 3)):
         fields = {name: getattr(tokens, name) for name in ("patch_tokens", "cls_token", "register_tokens")}
         batch = TokenFeatures(**{**vars(tokens), **{name: value[part] for name, value in fields.items()}})
-        bank.add(batch, norms[part], pixel_values=pixels[part], labels=[1, None, 2][part])
+        bank.add(
+            batch, norms[part], numbers=torch.arange(3)[part], pixel_values=pixels[part], labels=[1, None, 2][part]
+        )
     assert len(bank) == 2
     kept = bank.collect()
     assert kept["tokens"].shape == (2, NUM_RANDOM + NUM_LARGEST, 4)
@@ -143,7 +145,7 @@ def test_the_bank_keeps_random_and_largest_patches_with_their_pixels():
 def test_a_sample_has_each_patch_once_and_draws_are_of_their_kind():
     tokens, bank = _tokens(), TokenReservoir(10, patch_shape=(2, 2))
     norms = tokens.patch_tokens.norm(dim=-1)
-    bank.add(tokens, norms, pixel_values=torch.zeros(3, 1, 4, 10), labels=[0, 1, 0])
+    bank.add(tokens, norms, numbers=torch.arange(3), pixel_values=torch.zeros(3, 1, 4, 10), labels=[0, 1, 0])
     kept = bank.collect()
     threshold = float(norms[1, 8])  # images 1 and 2 have outliers
     sample = make_sample(kept, threshold=threshold)

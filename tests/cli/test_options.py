@@ -21,12 +21,14 @@ OPTIONS = {
     "convert": "--family --checkpoint-key --head --set --code --tolerance --no-verify --to",
     "retrofit": "--images --columns --annotations --split --num-images --method --num-registers --recipe --device "
     "--set --report --force",
-    "analyze": "--split --num-images --compare --trust-remote-code --probes --batch-size --seed --device --set "
-    "--output",
+    "analyze": "--split --num-images --compare --trust-remote-code --probes --batch-size --precision --workers "
+    "--compile --seed --device --set --output",
     "discover": "--annotations --split --num-images --trust-remote-code --sweep --precision --workers --compile "
     "--device --set --output",
     "evaluate": "--columns --annotations --split --num-images --compare --trust-remote-code --tasks --batch-size "
     "--precision --workers --compile --seed --device --set --output",
+    "embed": "--split --num-images --trust-remote-code --batch-size --precision --workers --compile --device --set "
+    "--registers --patches",
     "card": "--reports --license --license-name --license-link --accept-license --output",
     "publish": "--reports --license --license-name --license-link --accept-license --revision --public --dry-run",
     "doctor": "",

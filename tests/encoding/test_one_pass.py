@@ -9,7 +9,7 @@ from PIL import Image
 from planted_models import pictures, plain_model
 
 from modeling_vitreg.encoding import Consumer, Crop, Needs, Pad, PassSettings, read_all, run_pass
-from modeling_vitreg.features import extract_features, load_encoder
+from modeling_vitreg.features import Encoder, extract_features, load_encoder
 from modeling_vitreg.images import open_images
 from modeling_vitreg.omissions import Failures
 
@@ -190,3 +190,53 @@ def test_what_does_not_exist_is_refused_before_an_image_is_read():
 def test_settings_out_of_range_are_refused(changes, words):
     with pytest.raises(ValueError, match=words):
         PassSettings(**changes)
+
+
+# Precision and compilation -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{}, {"has_cls_token": False, "position_embedding": "none", "pooling": "mean"}])
+def test_half_precision_keeps_the_residual_stream_in_float32(changes, randomise):
+    model, images = randomise(plain_model(**changes)), pictures(6)[0]
+    layers = tuple((layer, "token") for layer in range(5))
+    found = []
+    for precision in (None, "bfloat16"):
+        kept = Patches(features=layers)
+        _, counts = _run(images, kept, model=model, precision=precision)
+        assert counts.precision == precision or (precision is None and counts.precision == "float32")
+        assert {tokens.dtype for batch in kept.batches for tokens in batch} == {torch.float32}
+        found.append(torch.cat([batch[-1] for batch in kept.batches]))
+    assert not torch.equal(*found)
+    cosine = torch.nn.functional.cosine_similarity(*found, dim=-1)
+    assert cosine.min() > 0.999
+
+
+class Patches(Kept):
+    """Keeps the patches of all layers that it asks for."""
+
+    def update(self, batch):
+        assert not torch.is_autocast_enabled("cpu")  # what is measured is computed in float32
+        self.batches.append([batch.features[pair].patch_tokens for pair in self.needs.features])
+
+
+def test_weights_in_half_precision_are_run_as_they_are(randomise):
+    model = randomise(plain_model()).to(torch.bfloat16)
+    _, counts = _run(pictures(2)[0], Kept(), model=model)
+    assert counts.precision == "bfloat16"
+    with pytest.raises(ValueError, match="expected weights in float32 for the precision float16, got weights in bfl"):
+        _run(pictures(2)[0], Kept(), model=model, precision="float16")
+
+
+def test_compiled_layers_give_the_same_and_are_compiled_twice_at_most(randomise, monkeypatch):
+    from torch._dynamo.utils import counters
+
+    images, model = pictures(11)[0], randomise(plain_model())
+    eager, compiled = Kept(), Kept(attention=(2,))
+    _run(images, eager, model=model)
+    monkeypatch.setattr(Encoder.compiled_layers, "__kwdefaults__", {"backend": "eager"})
+    torch._dynamo.reset()
+    counters.clear()
+    encoder, _ = _run(images, compiled, model=model, compile=True)
+    assert 1 <= counters["stats"]["unique_graphs"] <= 2  # batches of 4, and the last one of 3
+    torch.testing.assert_close(list(compiled.tokens.values()), list(eager.tokens.values()))
+    assert not any("forward" in vars(layer) for layer in encoder.layers)

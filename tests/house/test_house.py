@@ -81,6 +81,7 @@ ALLOWED_IN_FILE = {
     "conversion/timm_models.py": {"timm"},
     "discovery/boxes.py": {"scipy"},
     "discovery/figures.py": {"matplotlib"},
+    "encoding/parquet.py": {"pyarrow"},
     "evaluation/logistic.py": {"sklearn"},
     "hf_metrics.py": {"evaluate"},
     "features/loading.py": {"timm"},
