@@ -111,7 +111,8 @@ class _Pass:
             with bar, deferred_interrupt() as pressed, compiled, run_in(self.counts.precision, self.encoder):
                 for chunk in reader.read(cuts, settings, **words):
                     self._take(chunk)
-                    bar.update(len(chunk.numbers) * self.context.size)
+                    step = len(chunk.numbers) * self.context.size  # the others are about as far
+                    bar.update(step if total is None else min(step, total - bar.n))
                     if pressed or all(consumer.skipped for consumer in self.consumers):
                         break
                 self._flush()
