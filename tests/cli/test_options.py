@@ -174,6 +174,23 @@ def test_bad_values_are_answered_before_the_model_is_loaded(tmp_path, arguments,
     assert "Traceback" not in done.output
 
 
+@pytest.mark.parametrize(("verb", "others"), [("analyze", ()), ("embed", ("features",)), ("discover", ())])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--workers", -1], "Invalid value for '--workers'"),
+        (["--precision", "bf16"], "expected a precision out of float32, bfloat16, float16, got 'bf16'"),
+        (["--device", "cuda:99"], "--device cuda:99"),
+    ],
+)
+def test_how_a_pass_runs_is_checked_before_the_model_is_loaded(tmp_path, monkeypatch, verb, others, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text("this is not read")
+    done = run(verb, tmp_path, "scenes", *others, *arguments)
+    assert done.exit_code in (1, 2) and words in " ".join(done.output.replace("│", " ").split()), done.output
+    assert "Traceback" not in done.output and not (tmp_path / "features").exists()
+
+
 def test_settings_of_a_file_and_of_the_command_are_merged(tmp_path, capsys):
     from modeling_vitreg.evaluation import KnnSettings
     from modeling_vitreg.images import DataOptions
