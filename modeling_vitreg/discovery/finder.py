@@ -22,7 +22,7 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -112,7 +112,7 @@ class ObjectFinder(Consumer):
             rows = [{"number": number, **self.rows[number]} for number in shard.numbers if number in self.rows]
             write_text(self._file(shard.index), json.dumps({"counts": shard.counts.to_json(), "rows": rows}))
 
-    def merge(self, others: Sequence[Self]) -> None:
+    def merge(self, others: Sequence[ObjectFinder]) -> None:
         """See `Consumer`."""
         for other in others:
             self.rows |= other.rows

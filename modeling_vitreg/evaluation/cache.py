@@ -28,7 +28,6 @@ import math
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Self
 
 import torch
 from safetensors import safe_open
@@ -118,7 +117,7 @@ class FeatureCache(Consumer):
     def __getstate__(self) -> dict:
         return {**vars(self), "_parts": {}}  # what an interrupted pass leaves of a shard does not travel
 
-    def merge(self, others: Sequence[Self]) -> None:
+    def merge(self, others: Sequence[FeatureCache]) -> None:
         """Nothing to do: every process wrote its files into the same folder."""
 
     def compute(self) -> dict[str, Features]:

@@ -8,7 +8,7 @@ import functools
 import itertools
 import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -46,14 +46,14 @@ class _Images:
         """Columns and the meaning of their values."""
         return self._columns.options
 
-    def with_options(self, options: DataOptions, notes: Sequence[str] = ()) -> Self:
+    def with_options(self, options: DataOptions, notes: Sequence[str] = ()) -> _Images:
         """The same images, with annotations read by other options of the same columns; with more notes."""
         changed = self._copy()
         changed._columns = dataclasses.replace(self._columns, options=options)
         changed.notes = (*self.notes, *notes)
         return changed
 
-    def _copy(self) -> Self:
+    def _copy(self) -> _Images:
         copied = copy.copy(self)
         for name in ("dataset_hash", "box_fingerprint", "labels"):
             copied.__dict__.pop(name, None)
