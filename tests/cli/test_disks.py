@@ -25,7 +25,7 @@ WRITERS = {
     "card": ["card", "{model}", "user/name", "--output", "{out}/README.md"],
     "retrofit": ["retrofit", "{model}", "{out}/model", "--images", "{images}", "--num-images", "16", "--force"],
     "look": ["look", "{photo}", "--model", "{model}", "--output", "{out}/look.png"],
-    "embed": ["embed", "{model}", "{images}", "--output", "{out}/features"],
+    "embed": ["embed", "{model}", "{images}", "{out}/features"],
 }
 KNOWN = {command.callback.__name__ for command in app.registered_commands}
 WRITERS = {name: words for name, words in WRITERS.items() if words[0] in KNOWN}

@@ -280,7 +280,8 @@ def recipe():
 
 
 def test_every_objective_of_a_recipe_is_listed():
-    names = "dinov2, mae, simmim, distill, classify, clip, segment, depth"
+    names = "dinov2, mae, lejepa, simmim, distill, classify, clip, segment, depth, append_registers, "
+    names += "distill_registers, refine_registers"
     assert ", ".join(OBJECTIVES) == names
     with pytest.raises(ValueError, match=f"one of {names}, got 'dino'"):
         make_objective(Recipe(objective="dino", model={"hidden_size": 32, "num_attention_heads": 2}))
