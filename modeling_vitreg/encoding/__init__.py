@@ -2,7 +2,7 @@
 
     counts = run_pass(encoder, images, consumers, settings=PassSettings(batch_size=64))
 
-A consumer says what it `needs`, is updated batch by batch, and computes its result at the end. The pass reads, cuts
+A consumer says what it `needs`, is updated batch by batch, and adds up over processes. The pass reads, cuts
 and encodes the images, leaves out what cannot be read or encoded and says what it was, shows a progress bar, ends in
 order on Ctrl-C, and splits the images among processes.
 """

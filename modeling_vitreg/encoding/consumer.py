@@ -5,10 +5,11 @@ Letters for shapes: B images of a batch, N tokens, Q prefix tokens, H heads, D w
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -140,7 +141,7 @@ class Shard:
     counts: PassCounts
 
 
-class Consumer:
+class Consumer(abc.ABC):
     """Base class of what is measured in a pass. It never sees a file, a device or a process.
 
     A consumer must pickle, so that the first process can merge those of the others; an `Encoder` that it holds does
@@ -156,24 +157,20 @@ class Consumer:
     name: str = ""
     skipped: str | None = None
 
+    @abc.abstractmethod
     def update(self, batch: EncodedBatch) -> None:
         """Add a batch."""
-        raise NotImplementedError
 
     def has_shard(self, index: int) -> bool:
         """Whether a shard was stored by an earlier pass, so that this consumer is not given its images."""
         return False
 
-    def end_shard(self, shard: Shard) -> None:
+    def end_shard(self, shard: Shard) -> None:  # noqa: B027 (few consumers store anything)
         """Store a shard, after all of its images were given to `update`. Called only with `shard_size`."""
 
+    @abc.abstractmethod
     def merge(self, others: Sequence[Self]) -> None:
         """Add what the consumers of other processes saw, in order of rank."""
-        raise NotImplementedError
-
-    def compute(self) -> Any:
-        """The result, for a report."""
-        raise NotImplementedError
 
 
 __all__ = ["Consumer", "EncodedBatch", "ImageFacts", "Needs", "Shard"]

@@ -32,6 +32,10 @@ class Kept(Consumer):
     def end_shard(self, shard):
         self.shards.append(shard)
 
+    def merge(self, others):
+        for other in others:
+            self.tokens |= other.tokens
+
 
 def _run(images, *consumers, model=None, failures=None, **settings):
     encoder = load_encoder(model or plain_model(), name="model")
@@ -149,6 +153,15 @@ class _NotFinite(torch.nn.Module):
         return torch.where(
             (state[:, -16:, 0] < -1).any(dim=1)[:, None, None], torch.nan, self.layer(state, *arguments)
         )
+
+
+def test_a_consumer_that_could_not_be_merged_is_refused_before_any_image_is_read():
+    class Half(Consumer):
+        def update(self, batch):
+            pass
+
+    with pytest.raises(TypeError, match="merge"):
+        Half()
 
 
 def test_a_consumer_that_fails_is_dropped_and_the_others_go_on(tmp_path):

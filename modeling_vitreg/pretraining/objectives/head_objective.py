@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import pathlib
 
 import torch
@@ -55,8 +56,9 @@ class HeadObjective(Objective):
             parts = [self._predict(model, part.to(model.device)).cpu() for part in images.split(batch_size)]
         return torch.cat(parts)
 
+    @abc.abstractmethod
     def _predict(self, model: nn.Module, images: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Predictions of a saved model for a batch."""
 
 
 def name_classes(config: ViTWithRegistersConfig, names: tuple[str, ...]) -> None:
