@@ -149,27 +149,45 @@ def retrofit(
             return _write_unchanged(model, folder, output, facts, str(error))
         repaired = add_test_time_register(model, found, num_registers=settings.num_registers)
         report = RetrofitReport(register_neurons={str(layer): found[layer] for layer in found}, **facts, **measured)
-        if page is not None:
-            data = split.data(images, settings, source_of_images)
-            report = compare_on_page(report, (model, repaired), data, folder, page)
-        if not settings.force:
-            refuse_failure(report, page)
-        write_model(repaired, folder, output, report)
-    return report
+        data = None if page is None else split.data(images, settings, source_of_images)
+        return finish(report, (model, repaired), folder, output, page=page, data=data, is_forced=settings.force)
 
 
-def refuse_failure(report: RetrofitReport, page: pathlib.Path | None) -> None:
-    """Refuse a repair that fails or harms.
+def finish(
+    report: RetrofitReport,
+    models: tuple[nn.Module, nn.Module],
+    folder: pathlib.Path,
+    output: pathlib.Path,
+    *,
+    page: pathlib.Path | None,
+    data: HeldOutData | None,
+    is_forced: bool,
+) -> RetrofitReport:
+    """Compare original and result on a page, refuse a repair that fails or harms, and write the model.
+
+    Args:
+        report: without the comparison.
+        models: original and result.
+        folder: of the original.
+        output: folder of the model.
+        page: folder of the page; None: no page.
+        data: held-out images for the page; None: nothing to compare.
+        is_forced: write the model whatever the verdict is.
 
     Raises:
         RetrofitError: with the verdict in words.
     """
-    if not report.verdict["is_repaired"]:
-        written = f"No model was written, {page / 'index.html'} shows why" if page else "Nothing was written"
+    has_page = page is not None and data is not None
+    if has_page:
+        report = _compare_on_page(report, models, data, folder, page)
+    if not (is_forced or report.verdict["is_repaired"]):
+        written = f"No model was written, {page / 'index.html'} shows why" if has_page else "Nothing was written"
         raise RetrofitError(f"{report.verdict['sentence']} {written}; --force writes the model anyway")
+    _write_model(models[1], folder, output, report)
+    return report
 
 
-def compare_on_page(
+def _compare_on_page(
     report: RetrofitReport,
     models: tuple[nn.Module, nn.Module],
     data: HeldOutData,
@@ -195,7 +213,7 @@ def _write_unchanged(
     report = RetrofitReport(
         outliers={}, register_neurons={}, tried=[], control={}, result={}, verdict=verdict, **facts
     )
-    write_model(model, folder, output, report)
+    _write_model(model, folder, output, report)
     return report
 
 
@@ -343,7 +361,7 @@ def time_ratio(original: nn.Module, repaired: nn.Module, images: Tensor, *, roun
     return min(seconds[1]) / min(seconds[0])
 
 
-def write_model(model: nn.Module, original: pathlib.Path, output: pathlib.Path, report: RetrofitReport) -> None:
+def _write_model(model: nn.Module, original: pathlib.Path, output: pathlib.Path, report: RetrofitReport) -> None:
     with atomic_folder(output) as folder:
         model.to("cpu").save_pretrained(folder)
         for path in (path for pattern in _KEPT_FILES for path in original.glob(pattern)):
@@ -358,14 +376,12 @@ __all__ = [
     "RetrofitError",
     "RetrofitSettings",
     "as_folder",
-    "compare_on_page",
     "describe_outliers",
+    "finish",
     "judge",
     "load_model",
     "read_images",
-    "refuse_failure",
     "refuse_second",
     "retrofit",
     "time_ratio",
-    "write_model",
 ]

@@ -32,15 +32,13 @@ from .repair import (
     RetrofitError,
     RetrofitSettings,
     as_folder,
-    compare_on_page,
     describe_outliers,
+    finish,
     judge,
     load_model,
     read_images,
-    refuse_failure,
     refuse_second,
     time_ratio,
-    write_model,
 )
 
 
@@ -142,13 +140,8 @@ def finish_training(
         command=command,
         made_with=encoder.made_with(),
     )
-    if page is not None and result:
-        data = split.data(images, settings, source_of_images)
-        report = compare_on_page(report, (model, repaired), data, folder, page)
-    if not settings.force:
-        refuse_failure(report, page)
-    write_model(repaired, folder, output, report)
-    return report
+    data = split.data(images, settings, source_of_images) if page is not None and result else None
+    return finish(report, (model, repaired), folder, output, page=page, data=data, is_forced=settings.force)
 
 
 _FIELDS = ("layer", "threshold", "highest_layer", "shares")
