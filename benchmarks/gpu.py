@@ -157,20 +157,16 @@ def time_commands(options: argparse.Namespace) -> list[str]:
         rows = [f"| `vitreg analyze`, ViT-{preset} | {rate:,.0f} images/s | | |"]
         words = ["--recipe", "demo-cpu" if options.tiny else "small-data", "--data", str(folder / "photos")]
         words += ["--output", str(folder / "run"), "--log-every", "1", "--num-eval-images", "8"]
-        words += [
-            "--set",
-            f"num_steps={2 if options.tiny else 60}",
-            "--workers",
-            str(0 if options.tiny else options.workers),
-        ]
+        workers = 0 if options.tiny else options.workers
+        words += ["--set", f"num_steps={2 if options.tiny else 60}", "--workers", str(workers)]
         words += ["--set", "batch_size=4"] if options.tiny else ["--precision", "bf16"]
         subprocess.run(
             [sys.executable, str(ROOT / "examples" / "pretrain.py"), *words], check=True, capture_output=True
         )
         lines = (folder / "run" / "log.jsonl").read_text().splitlines()
-    rates = [json.loads(line).get("images_per_second") for line in lines]
-    rate = statistics.median([each for each in rates if each][len(rates) // 2 :])
-    return [*rows, f"| `pretrain.py`, {options.workers} workers | {rate:,.0f} images/s | | |"]
+    rates = [rate for line in lines if (rate := json.loads(line).get("images_per_second"))]
+    rate = statistics.median(rates[len(rates) // 2 :])  # the first steps are slower
+    return [*rows, f"| `pretrain.py`, {workers} workers | {rate:,.0f} images/s | | |"]
 
 
 def write_photographs(folder: pathlib.Path, number: int) -> None:
