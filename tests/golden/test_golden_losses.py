@@ -148,6 +148,8 @@ def test_a_state_of_an_older_version_goes_on_with_the_same_losses(name, one_thre
     step = load_state(state, objective=objective, optimizer=optimizer)["step"]
     expected = json.loads((folder / "expected.json").read_text())
     losses = take_steps(objective, optimizer, range(step + 1, step + 6))
+    # Colours of views were changed since. From the views of today, the code before that change gives these losses too,
+    # bit for bit (run once on 8979c2c, dinov2).
     assert_same(losses, expected["losses"], made_on={})  # layers have been rearranged since: to rounding
 
 
