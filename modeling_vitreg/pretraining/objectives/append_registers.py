@@ -44,11 +44,6 @@ class AppendSettings(AverageSettings):
                 "settings: registers_only is a share of the steps, lora_rank is 0 or more and first_layer 1 or more, "
                 f"got {self.registers_only}, {self.lora_rank} and {self.first_layer}"
             )
-        if min(self.class_weight, self.patch_weight, self.norm_weight) < 0:
-            raise ValueError(
-                f"settings: weights are 0 or more, got class_weight {self.class_weight}, patch_weight "
-                f"{self.patch_weight} and norm_weight {self.norm_weight}"
-            )
 
 
 class AppendRegisters(RetrofitObjective):

@@ -32,14 +32,6 @@ class DistillRegistersSettings(AverageSettings):
     error_weight: float = 1.0
     class_weight: float = 0.0
 
-    def __post_init__(self):
-        super().__post_init__()
-        if min(self.error_weight, self.class_weight) < 0:
-            raise ValueError(
-                f"settings: error_weight and class_weight are 0 or more, got {self.error_weight} and "
-                f"{self.class_weight}"
-            )
-
 
 class DistillRegisters(RetrofitObjective):
     """Fresh registers that learn from the denoised original; see `RetrofitObjective`."""

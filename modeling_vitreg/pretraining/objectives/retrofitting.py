@@ -42,6 +42,9 @@ class OriginalSettings:
                 f"settings: layer and threshold are 0 or more, got {self.layer} and {self.threshold}: let `retrofit` "
                 "find them, or set both"
             )
+        for name, value in vars(self).items():
+            if name.endswith("_weight") and value < 0:
+                raise ValueError(f"settings: expected {name} of 0 or more, got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True)
