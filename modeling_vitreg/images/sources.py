@@ -177,6 +177,8 @@ class ImageSource(_Images):
         tables = self._dataset.select_columns(self._columns.image).with_format("arrow").iter(10_000)
         chunks = itertools.chain.from_iterable(table[self._columns.image].chunks for table in tables)
         paths = [path or "" for chunk in chunks for path in chunk.field("path").to_pylist()]
+        if os.path.exists(min(paths, default="")):  # or the hash would know whether the folder was named from here
+            paths = list(map(os.path.abspath, paths))
         ends = [os.path.dirname(path) for path in (min(paths, default=""), max(paths, default=""))]
         folder = os.path.commonpath(ends) if all(map(os.path.isabs, ends)) else ""
         paths = [path[len(folder) :] for path in paths]

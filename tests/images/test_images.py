@@ -374,11 +374,14 @@ def test_scenes_are_a_source():
             open_images("scenes", **keywords)
 
 
-def test_a_fingerprint_follows_the_data_and_not_the_place(tmp_path):
+def test_a_fingerprint_follows_the_data_and_not_the_place(tmp_path, monkeypatch):
     names = ["cat/a.png", "cat/b.png", "dog/a.png"]
     folder = _write_folder(tmp_path / "one", names)
     first = open_images(folder).dataset_hash
     assert open_images(shutil.copytree(folder, tmp_path / "copy" / "deep")).dataset_hash == first
+    for place, name in ((folder, "."), (tmp_path, "one"), (f"{folder}/cat", "..")):
+        monkeypatch.chdir(place)
+        assert open_images(name).dataset_hash == first
     assert open_images(_write_folder(tmp_path / "renamed", [*names[:2], "dog/b.png"])).dataset_hash != first
     assert open_images(_write_folder(tmp_path / "more", [*names, "dog/b.png"])).dataset_hash != first
     Image.new("RGB", (9, 30)).save(tmp_path / "one" / "cat" / "a.png")
