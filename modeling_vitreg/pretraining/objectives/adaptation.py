@@ -75,8 +75,11 @@ def add_lora(
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ValueError("settings: lora_rank needs peft, which is not installed: pip install peft") from error
-    places = {} if layers is None else {"layers_to_transform": list(layers), "layers_pattern": "layers"}
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=targets, **places)
+    if layers is not None:  # spelled out: peft 0.17 finds no layers by number in a model that nothing is around
+        places = tuple(f"layers.{layer}." for layer in layers)
+        names = [name for name, _ in backbone.named_modules() if name.startswith(places)]
+        targets = [name for name in names if name.rpartition(".")[2] in targets]
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=targets)
     trained = {name for name, parameter in backbone.named_parameters() if parameter.requires_grad}
     inject_adapter_in_model(config, backbone)
     added = [parameter for name, parameter in backbone.named_parameters() if "lora_" in name]
