@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import enum
 import importlib.util
 import os
 import pathlib
 import subprocess
 import sys
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -26,6 +27,15 @@ _REPORT = "Folder for a page that compares the model before and after on held-ou
 _FORCE = "Write the model even if there is nothing to repair or the result is worse."
 
 
+class Method(str, enum.Enum):
+    """Values of `--method`; typer 0.16 knows no `Literal`."""
+
+    test_time = "test-time"
+    append = "append"
+    distill = "distill"
+    refine = "refine"
+
+
 def retrofit(
     model: Annotated[str, typer.Argument(help="Folder of a model, or anything that `vitreg convert` takes.")],
     output: Annotated[pathlib.Path, typer.Argument(help="Folder to write.")],
@@ -34,7 +44,7 @@ def retrofit(
     annotations: options.Annotations = None,
     split: options.Split = "train",
     num_images: Annotated[int, option(DATA, "Number of images; a quarter is held out.", min=16)] = 200,
-    method: Annotated[Literal["test-time", "append", "distill", "refine"], option(MODEL, _METHOD)] = "test-time",
+    method: Annotated[Method, option(MODEL, _METHOD)] = Method.test_time,
     num_registers: Annotated[int | None, option(MODEL, _NUMBER, min=1)] = None,
     recipe: Annotated[str | None, option(MODEL, _RECIPE)] = None,
     device: options.Device = None,
@@ -60,12 +70,12 @@ def retrofit(
         options.check_output(output)
         if report is not None:
             options.check_output(report)
-        if method != "test-time":
+        if method is not Method.test_time:
             if output.is_dir() and any(output.iterdir()):
                 raise ValueError(f"{output} exists and is not empty: name another folder")
             if columns or annotations:
                 raise ValueError("--columns and --annotations are for --method test-time: see examples/retrofit.py")
-            train = {"init": model, "output": output, "method": method, "data": images, "split": split}
+            train = {"init": model, "output": output, "method": method.value, "data": images, "split": split}
             train |= {"num-images": num_images, "num-registers": num_registers, "recipe": recipe, "report": report}
             return _train(train, settings or [], device=device, force=force)
         if recipe is not None:
