@@ -171,9 +171,23 @@ def _reduce(values: Tensor, operation) -> Tensor:
 
 
 def _all_gather(rows: Tensor) -> Tensor:
-    from torch.distributed.nn.functional import all_gather
+    return _AllGather.apply(rows)
 
-    return torch.cat(all_gather(rows.contiguous()))
+
+class _AllGather(torch.autograd.Function):
+    # Not torch.distributed.nn.functional.all_gather: under torchrun its gradient fails on CPUs with torch 2.8.
+
+    @staticmethod
+    def forward(ctx, rows: Tensor) -> Tensor:
+        parts = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        gradient = _reduce(gradient.contiguous(), torch.distributed.ReduceOp.SUM)
+        return gradient.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
 
 
 __all__ = [
