@@ -256,5 +256,9 @@ def test_a_model_of_timm_goes_in_from_memory_and_out_with_its_bytes(name, tmp_pa
     ],
 )
 def test_a_model_of_timm_that_cannot_be_represented_names_the_part_in_the_way(name, part, tmp_path):
+    try:
+        theirs = timm.create_model(name, **SMALL)
+    except TypeError as error:  # timm 1.0.20 passes its EVA-CLIP E an argument that it does not take
+        pytest.skip(f"timm {timm.__version__} cannot make {name}: {error}")
     with pytest.raises(ConversionError, match=part):
-        convert(timm.create_model(name, **SMALL), tmp_path / "in", settings=QUIET)
+        convert(theirs, tmp_path / "in", settings=QUIET)
