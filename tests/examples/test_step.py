@@ -26,7 +26,7 @@ WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2
 # What other libraries read: random numbers drawn on the host, labels as one-hot vectors (on CPUs only), the mask of
 # texts, and the norm of a part without gradients, which is a constant on the host.
 EXEMPT = ("torchvision/transforms/v2/_augment.py", "torchvision/transforms/v2/_container.py", "masking_utils.py")
-EXEMPT += ("nn/utils/clip_grad.py",)
+EXEMPT += ("modeling_attn_mask_utils.py", "nn/utils/clip_grad.py")  # the first is the mask of texts in 4.57
 
 
 class _Waits(TorchDispatchMode):
