@@ -188,15 +188,3 @@ class _AllGather(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> Tensor:
         gradient = _reduce(gradient.contiguous(), torch.distributed.ReduceOp.SUM)
         return gradient.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
-
-
-__all__ = [
-    "SINGLE_PROCESS",
-    "DistributedContext",
-    "distributed_context",
-    "first_process_first",
-    "gather_to_first",
-    "joined_processes",
-    "new_control_group",
-    "tell_others",
-]

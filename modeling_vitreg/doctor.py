@@ -381,16 +381,3 @@ def _plural(count: int, noun: str) -> str:
 
 def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-__all__ = [
-    "DISTRIBUTION",
-    "Finding",
-    "check_cache",
-    "check_checkpoint",
-    "check_hardware",
-    "check_torchvision",
-    "check_versions",
-    "diagnose",
-    "render_findings",
-]

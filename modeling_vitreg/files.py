@@ -200,15 +200,3 @@ def _errors_about(path: pathlib.Path) -> Iterator[None]:
         if "PytorchStreamWriter" in text or "inline_container" in text:
             raise OSError(errno.EIO, "Could not be written; the disk may be full", str(path)) from error
         raise
-
-
-__all__ = [
-    "DISK_ERRORS",
-    "atomic_folder",
-    "atomic_write",
-    "check_writable",
-    "checksum",
-    "make_folder",
-    "to_json",
-    "write_text",
-]

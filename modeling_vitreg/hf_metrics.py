@@ -119,6 +119,3 @@ def _info(description: str, inputs: str, features: object) -> evaluate.MetricInf
         inputs_description=f"predictions and references: {inputs}.",
         features=features,
     )
-
-
-__all__ = ["Accuracy", "CorLoc", "DepthErrors", "MeanIoU"]

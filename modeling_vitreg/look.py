@@ -154,6 +154,3 @@ def _describe_map(each: Look, query: str) -> str:
     text = f"{values.sum():.0%}, peak {values.max() / max(values.mean(), 1e-30):.1f}x"
     is_shared = query == "class token" and each.register_share is not None
     return f"{each.register_share:.0%} via registers\n{text}" if is_shared else text
-
-
-__all__ = ["NUM_REGISTERS", "Look", "draw_looks", "look"]

@@ -182,17 +182,3 @@ def corloc(
     if len(predicted) != len(truth) or not len(truth):
         raise ValueError(f"expected one box for each of one or more images, got {len(predicted)} for {len(truth)}")
     return sum(best_iou(box, boxes) >= iou_threshold for box, boxes in zip(predicted, truth)) / len(truth)
-
-
-__all__ = [
-    "DEPTH_ERRORS",
-    "IOU_THRESHOLD",
-    "METRICS",
-    "MetricDescription",
-    "best_iou",
-    "box_iou",
-    "check_masks",
-    "corloc",
-    "depth_errors",
-    "measure_areas",
-]

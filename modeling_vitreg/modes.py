@@ -42,6 +42,3 @@ def fast_attention(device_type: str) -> contextlib.AbstractContextManager:
     if device_type != "cuda":
         return contextlib.nullcontext()
     return sdpa_kernel(ATTENTION_BACKENDS, set_priority=True)
-
-
-__all__ = ["eval_mode", "fast_attention"]

@@ -94,13 +94,3 @@ def _check_absent(name: str, what: str, expected: str) -> None:
 
 def _holds_model(folder: pathlib.Path) -> bool:
     return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
-
-
-__all__ = [
-    "CHECKPOINT_SUFFIXES",
-    "check_image_source",
-    "check_model_name",
-    "check_source_name",
-    "is_hub_name",
-    "suggest_path",
-]

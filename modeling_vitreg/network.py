@@ -36,6 +36,3 @@ def causes_of(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
-
-
-__all__ = ["causes_of", "is_hub_known", "is_of_network"]

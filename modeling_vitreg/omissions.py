@@ -85,6 +85,3 @@ class Failures:
             write_text(path, "\n".join(parts))
         else:
             path.unlink(missing_ok=True)
-
-
-__all__ = ["Failures", "list_left_out"]

@@ -59,6 +59,3 @@ def format_number(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-
-
-__all__ = ["format_number", "render_template"]

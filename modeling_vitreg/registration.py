@@ -66,6 +66,3 @@ class _Watch(importlib.abc.MetaPathFinder):
         if self.num_running == 0 and self in sys.meta_path:
             sys.meta_path.remove(self)
             register_auto_classes()
-
-
-__all__ = ["HUB_MODULES", "register_auto_classes", "register_when_imported"]

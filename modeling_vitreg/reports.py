@@ -374,20 +374,3 @@ def _rename(value: object, renamed: dict, parent: str) -> object:
         return value
     names = {key: renamed.get(f"{parent}.{key}", renamed.get(key, key)) for key in value}
     return {names[key]: _rename(entry, renamed, names[key]) for key, entry in value.items()}
-
-
-__all__ = [
-    "ArtifactReport",
-    "ConversionReport",
-    "DiscoveryReport",
-    "EvaluationReport",
-    "command_line",
-    "escape_markdown",
-    "find_commit",
-    "made_with",
-    "read_report",
-    "rename_old_keys",
-    "short_hash",
-    "versions",
-    "write_report",
-]

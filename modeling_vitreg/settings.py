@@ -140,6 +140,3 @@ def _number(text: str, name: str) -> int | float:
     except ValueError:
         raise ValueError(f"{name} is a number, got {text!r}") from None
     return int(value) if value.is_integer() else value
-
-
-__all__ = ["check_values", "make_keywords", "make_settings", "read_assignments", "suggest_name"]

@@ -112,25 +112,3 @@ def save_figure(figure: Figure, path: str | os.PathLike, *, dpi: int = 120) -> p
     with atomic_write(path) as sibling:
         figure.savefig(sibling, format=path.suffix.removeprefix(".") or "png", dpi=dpi)
     return path
-
-
-__all__ = [
-    "BLUE",
-    "COLOURS",
-    "FAINT",
-    "GREEN",
-    "INK",
-    "ORANGE",
-    "PINK",
-    "SKY",
-    "YELLOW",
-    "add_legend",
-    "label_axes",
-    "make_cells",
-    "make_panels",
-    "plain_text",
-    "save_figure",
-    "set_log_scale",
-    "show_image",
-    "show_titles",
-]

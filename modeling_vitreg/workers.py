@@ -63,6 +63,3 @@ def _find_tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (dict, list, tuple)):
         for part in value.values() if isinstance(value, dict) else value:
             yield from _find_tensors(part)
-
-
-__all__ = ["ignore_interrupts", "share", "take"]

@@ -300,6 +300,3 @@ def _count(number: int) -> str:
         if number >= unit:
             return f"{number / unit:.3g} {name}"
     return str(number)
-
-
-__all__ = ["RESULTS_FILE", "citations_of", "code_block", "code_span", "make_metadata", "render_card", "render_results"]

@@ -79,6 +79,3 @@ def _last(error: BaseException) -> str:
     *_, first = causes_of(error)
     words = str(first).strip().splitlines()
     return words[0] if words else type(first).__name__
-
-
-__all__ = ["CardError", "PublishError", "in_words"]

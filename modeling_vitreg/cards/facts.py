@@ -280,6 +280,3 @@ def _licence_of(start: pathlib.Path) -> str | None:
     except (CardError, RecursionError):  # not on this disk any more, of another kind, or runs in a circle
         return None
     return parent.licence if parent else None
-
-
-__all__ = ["Facts", "Parent", "collect_facts", "find_on_hub", "read_results"]

@@ -183,14 +183,3 @@ def _last_words(text: str) -> str:
 
 def _numbers(summary: dict) -> list[float]:
     return [*(summary[name] for name in probe.MEASURES), *summary["first"]]
-
-
-__all__ = [
-    "TOLERANCE",
-    "compare_outputs",
-    "describe_outputs",
-    "read_outputs",
-    "record_expected_outputs",
-    "run_apart",
-    "run_here",
-]

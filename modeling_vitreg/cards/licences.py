@@ -111,6 +111,3 @@ def _check_identifier(identifier: str, licences: dict, *, parent: str | None) ->
 @functools.cache
 def _read_licences() -> dict:
     return yaml.safe_load(pathlib.Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
-
-
-__all__ = ["TEXT_FILE", "Licence", "decide_licence"]

@@ -243,15 +243,3 @@ def _code(model: pathlib.Path, settings: dict, files: dict[str, pathlib.Path]) -
             text = files[name].read_text(encoding="utf-8", errors="replace")
             names |= {f"{module}.py" for module in _RELATIVE_IMPORT.findall(text)}
     return sorted(found)
-
-
-__all__ = [
-    "EXPECTED_OUTPUTS",
-    "OLD_EXPECTED_OUTPUTS",
-    "REPORTS",
-    "ModelFolder",
-    "list_code",
-    "open_folder",
-    "read_json",
-    "read_shapes",
-]

@@ -136,6 +136,3 @@ def _summarise(tensor: Tensor) -> dict:
 
 def _pair(side) -> tuple[int, int]:
     return (side, side) if isinstance(side, int) else tuple(side)
-
-
-__all__ = ["MEASURES", "NUM_FIRST", "load", "main", "probe_images", "probe_text", "take_outputs"]

@@ -278,6 +278,3 @@ def _open_repository(api: HfApi, repo_id: str, *, is_public: bool) -> None:
 
 def _is_replaced(path: str) -> bool:
     return path.endswith(_REPLACED) or path.startswith(_REPLACED_FOLDERS)
-
-
-__all__ = ["Published", "UploadPlan", "check_plan", "make_plan", "publish"]

@@ -92,6 +92,3 @@ def analyze(
     for report in reports:
         typer.echo(f"{report.model}: {report.verdict['sentence']}")
     typer.echo(f"wrote {output / 'index.html'}")
-
-
-__all__ = ["analyze"]

@@ -56,6 +56,3 @@ def card(
             return
         write_text(output, plan.card)
     typer.echo(f"wrote {output}")
-
-
-__all__ = ["card"]

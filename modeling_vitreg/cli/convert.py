@@ -94,6 +94,3 @@ def _describe_verification(found: dict) -> str:
         f"verified against {found['reference']}: largest error of any token {found['largest_relative_error']:.1e} "
         f"(limit {found['tolerance']:g}) at {sizes}{notes}"
     )
-
-
-__all__ = ["convert"]

@@ -107,6 +107,3 @@ def _describe(report) -> str:
     if not best:
         return line
     return f"{line}; best of the sweep {best['corloc']:.1%} ({best['feature']}, bias {best['bias']:g}), same images"
-
-
-__all__ = ["discover"]

@@ -32,6 +32,3 @@ def doctor(
     typer.echo(render_findings(findings))
     if any(finding.level == "problem" for finding in findings):
         raise typer.Exit(1)
-
-
-__all__ = ["doctor"]

@@ -77,6 +77,3 @@ def embed(
     if counts.stopped_by:
         typer.echo(f"{counts.stopped_by}; the same command goes on", err=True)
     typer.echo(f"{output} holds the features of {counts.num_images} images, computed in {counts.precision}")
-
-
-__all__ = ["embed"]

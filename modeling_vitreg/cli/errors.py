@@ -66,6 +66,3 @@ def _describe(error: Exception) -> str:
 def _library_of(file: str) -> str:
     parts = pathlib.Path(file).parts
     return parts[parts.index("site-packages") + 1] if "site-packages" in parts[:-1] else pathlib.Path(file).stem
-
-
-__all__ = ["TRACEBACK", "plain_errors"]

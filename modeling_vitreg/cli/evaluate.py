@@ -173,6 +173,3 @@ def _read_settings(texts, columns, encoding: dict, seed: int, *, is_scenes: bool
     usual = {"encoding": encoding, "discovery": {"batch_size": min(_DISCOVERY_BATCH, encoding["batch_size"])}}
     groups = {name: kinds[name](**(usual.get(name, {}) | values)) for name, values in found.items()}
     return EvaluationSettings(**groups, seed=seed), data
-
-
-__all__ = ["evaluate"]

@@ -60,6 +60,3 @@ def look(
             typer.echo(looks[-1].sentence)
         draw_looks(looks, output)
     typer.echo(f"wrote {output}")
-
-
-__all__ = ["look"]

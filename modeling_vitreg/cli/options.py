@@ -160,39 +160,3 @@ def read_settings(texts: Sequence[str] | None, kinds: dict[str, type]) -> dict[s
             raise ValueError(f"--set: expected {group}.NAME=VALUE, got {group}={inner!r}")
         values[group] = check_values(kinds[group], inner, of=f"--set {group}")
     return {group: values.get(group, {}) for group in kinds}
-
-
-__all__ = [
-    "COMPUTE",
-    "DATA",
-    "MODEL",
-    "OUTPUT",
-    "AcceptLicense",
-    "Annotations",
-    "BatchSize",
-    "Compare",
-    "Compile",
-    "Device",
-    "Images",
-    "License",
-    "LicenseLink",
-    "LicenseName",
-    "Model",
-    "NumImages",
-    "Precision",
-    "RepoId",
-    "Reports",
-    "Run",
-    "Seed",
-    "Set",
-    "Split",
-    "TrustRemoteCode",
-    "Workers",
-    "check_inputs",
-    "check_output",
-    "choose_device",
-    "option",
-    "read_settings",
-    "scene_settings",
-    "weights_dtype",
-]

@@ -26,6 +26,3 @@ def start_the_others() -> None:
         program = ["-m", "modeling_vitreg"] if sys.argv[0].endswith("__main__.py") else sys.argv[:1]
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(told.num_processes)]
         os.execv(sys.executable, [sys.executable, *launcher, *program, *sys.argv[1:]])
-
-
-__all__ = ["start_the_others"]

@@ -61,6 +61,3 @@ def publish(
             typer.echo(done.plan.card)
             return
     typer.echo(f'next: AutoModel.from_pretrained("{name}", trust_remote_code=True, revision="{done.commit}")')
-
-
-__all__ = ["publish"]

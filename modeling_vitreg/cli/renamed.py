@@ -81,6 +81,3 @@ def rewrite(arguments: list[str]) -> tuple[list[str], list[str]]:
             rewritten += [option, content] if content else [option]
     merged = [word for name, pair in pairs.items() for word in (name, ",".join(pair).rstrip(","))]
     return [*arguments[:1], *merged, *rewritten], notes
-
-
-__all__ = ["RENAMED", "RenamingGroup", "rewrite"]

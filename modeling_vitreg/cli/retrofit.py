@@ -130,6 +130,3 @@ def _train(chosen: dict, settings: list[str], *, device: str | None, force: bool
     environment = os.environ | ({"ACCELERATE_USE_CPU": "true"} if device == "cpu" else {})
     if code := subprocess.run([sys.executable, str(program), *given], env=environment).returncode:
         raise typer.Exit(code)
-
-
-__all__ = ["retrofit"]

@@ -17,6 +17,3 @@ def tell_unreadable(images: dict, *, part: str = "") -> None:
     """
     for line in list_left_out(images, name=f"{part} images" if part else "images"):
         typer.echo(line, err=True)
-
-
-__all__ = ["tell_unreadable"]

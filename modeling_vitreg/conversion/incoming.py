@@ -236,6 +236,3 @@ def _write(folder: pathlib.Path, model, ledger: Ledger, tensors: Source, process
             stale.unlink()
         write_safetensors(folder / "model.safetensors", entries, read=tensors.read, on_tensor=lambda _: bar.update())
     return folder
-
-
-__all__ = ["plan_import"]

@@ -286,6 +286,3 @@ def _listed(names: list[str]) -> str:
     shown = ", ".join(names[:_NUM_NAMED])
     rest = len(names) - _NUM_NAMED
     return f"{len(names)}: {shown}" + (f" and {rest} more" if rest > 0 else "")
-
-
-__all__ = ["Entry", "Ledger", "balance_to_source", "balance_to_target"]

@@ -56,6 +56,3 @@ def download(address: str) -> pathlib.Path:
                 f"{address}: {error}: download it yourself to {path} and run this command again"
             ) from error
     return path
-
-
-__all__ = ["download", "run"]

@@ -303,6 +303,3 @@ def _reference(
     if to == "dinov2" and code is not None:
         return repository_reference("dinov2", code, target, config)
     return find_reference("dinov2" if to == "dinov2" else "transformers", target, config)
-
-
-__all__ = ["TARGETS", "plan_export"]

@@ -161,6 +161,3 @@ class _ScriptReader(pickle.Unpickler):
             self._storages[key] = torch.frombuffer(data, dtype=_STORAGES[kind]) if data else torch.empty(0)
         tensor = self._storages[key]
         return torch.storage.TypedStorage(wrap_storage=tensor.untyped_storage(), dtype=tensor.dtype, _internal=True)
-
-
-__all__ = ["read_pickle"]

@@ -196,6 +196,3 @@ def _check_room(output: pathlib.Path, num_bytes: int) -> None:
             f"{output}: needs {num_bytes:,} bytes, the disk has {free:,} left: free some space, "
             f"or choose another output"
         )
-
-
-__all__ = ["REPORT_FILE", "convert", "export", "run"]

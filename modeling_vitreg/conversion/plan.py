@@ -122,6 +122,3 @@ def quietly() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if was_on:
             transformers_logging.enable_progress_bar()
-
-
-__all__ = ["ConversionPlan", "ConversionSettings", "check_types", "make_empty", "quietly", "short"]

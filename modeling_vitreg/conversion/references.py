@@ -358,6 +358,3 @@ def _on_path(folder: pathlib.Path) -> Iterator[None]:
             file = getattr(sys.modules[name], "__file__", None)
             if file and pathlib.Path(file).is_relative_to(folder.resolve()):
                 del sys.modules[name]
-
-
-__all__ = ["find_reference", "repository_reference", "run_transformers"]

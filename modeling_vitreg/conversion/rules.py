@@ -209,24 +209,3 @@ def _compile(pattern: str) -> re.Pattern:
             for number, part in enumerate(parts)
         )
     )
-
-
-__all__ = [
-    "ConversionError",
-    "Drop",
-    "Fill",
-    "Join",
-    "Rename",
-    "Rule",
-    "Split",
-    "add_axes",
-    "add_axis",
-    "drop_axes",
-    "drop_axis",
-    "keep",
-    "match_source",
-    "match_target",
-    "matches",
-    "stage",
-    "transpose",
-]

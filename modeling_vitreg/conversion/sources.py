@@ -370,6 +370,3 @@ def _wrap(value: Tensor) -> _Part:
     if found := [kind for kind, is_so in kinds.items() if is_so]:
         raise ValueError(f"it is {' and '.join(found)}")
     return _Part(tuple(value.shape), value.dtype, value.numel() * value.element_size(), lambda: value.detach())
-
-
-__all__ = ["CHECKPOINT_KEYS", "Source", "hash_files", "open_source"]

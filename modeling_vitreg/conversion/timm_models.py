@@ -286,15 +286,3 @@ def _import_timm():
         return importlib.import_module("timm")
     except ImportError as error:
         raise ConversionError("timm is needed for this conversion, and is not installed: pip install timm") from error
-
-
-__all__ = [
-    "build",
-    "build_folder",
-    "create",
-    "run_timm",
-    "sizes_of",
-    "timm_arguments",
-    "timm_positions",
-    "timm_reference",
-]

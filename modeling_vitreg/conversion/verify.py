@@ -165,6 +165,3 @@ def _pictures() -> tuple[Tensor, ...]:
 
 def _fit(image: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.nn.functional.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0]
-
-
-__all__ = ["TOLERANCE", "Reference", "check_errors", "probe_images", "probe_sizes", "title_of", "verify"]

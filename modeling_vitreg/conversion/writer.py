@@ -97,6 +97,3 @@ def _result(entry: Entry, read: Callable[[str], Tensor]) -> tuple[torch.dtype, l
         raise ConversionError(f"{entry.sources[0]} has type {dtype}: expected one of {', '.join(map(str, DTYPES))}")
     made = entry.make(*(torch.empty(source.shape, dtype=source.dtype, device="meta") for source in sources))
     return (dtype if sources else made.dtype), list(made.shape)
-
-
-__all__ = ["DTYPES", "check_finite", "make", "write_safetensors"]

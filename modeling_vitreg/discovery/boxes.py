@@ -87,11 +87,3 @@ def _label(masks: np.ndarray) -> np.ndarray:
 def _extent(lines: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Index of the first true entry and of the one after the last, for rows (B, entries)."""
     return lines.argmax(axis=1), lines.shape[1] - lines[:, ::-1].argmax(axis=1)
-
-
-__all__ = [
-    "component_boxes",
-    "largest_components",
-    "pad_to_patches",
-    "seed_components",
-]

@@ -49,6 +49,3 @@ def dino_seg(attention: Tensor, *, attention_share: float = ATTENTION_SHARE) -> 
     values, order = attention.sort(dim=-1, stable=True)
     is_kept = (values / values.sum(dim=-1, keepdim=True)).cumsum(dim=-1) > 1 - attention_share
     return torch.zeros_like(is_kept).scatter(-1, order, is_kept)
-
-
-__all__ = ["ATTENTION_SHARE", "dino_seg"]

@@ -116,6 +116,3 @@ def _legend(report: DiscoveryReport) -> list[Rectangle]:
         _rectangle((0, 0, 1, 1), MISSED, linewidth=2, label="predicted, wrong"),
         _rectangle((0, 0, 1, 1), TRUE, linestyle="--", linewidth=1.2, label="true"),
     ]
-
-
-__all__ = ["draw_discoveries", "draw_sweep"]

@@ -184,6 +184,3 @@ def _boxes(components: np.ndarray, batch: EncodedBatch) -> np.ndarray:
     )
     boxes = component_boxes(components, patch_shape=batch.encoder.patch_shape, image_sizes=sizes)
     return boxes * np.tile((original / sizes)[:, ::-1], 2)
-
-
-__all__ = ["ObjectFinder"]

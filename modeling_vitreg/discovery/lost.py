@@ -188,14 +188,3 @@ def check_finite(values: Tensor) -> None:
         raise ValueError(
             f"expected finite features, got NaN or infinity in images {images}: the encoder may have diverged"
         )
-
-
-__all__ = [
-    "NUM_CANDIDATES",
-    "LostResult",
-    "check_finite",
-    "check_patches",
-    "count_similar",
-    "lost",
-    "lost_with_biases",
-]

@@ -149,6 +149,3 @@ def write_folder(report: DiscoveryReport, images: Sequence[AnnotatedImage], fold
     if report.best_of_sweep:
         files.append(save_figure(draw_sweep(report), folder / "sweep.png"))
     return files
-
-
-__all__ = ["OPTIMISTIC", "DiscoveryReport", "discover", "write_folder"]

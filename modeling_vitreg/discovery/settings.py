@@ -127,6 +127,3 @@ class Sweep:
                 f"expected a sweep over at least one feature out of {', '.join(FEATURES)}, layer and bias, got "
                 f"{self.features}, {self.layers} and {self.biases}"
             )
-
-
-__all__ = ["METHODS", "DiscoverySettings", "Sweep"]

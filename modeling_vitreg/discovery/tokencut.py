@@ -101,6 +101,3 @@ def second_eigenvector(weights: Tensor) -> tuple[Tensor, Tensor]:
     if weights.shape[-1] > 2:
         is_shared = values[:, -2] - values[:, -3] < _SAME
     return vectors[:, :, -2] / roots, is_shared
-
-
-__all__ = ["EPSILON", "TAU", "TokenCutResult", "second_eigenvector", "tokencut"]

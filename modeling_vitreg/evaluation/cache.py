@@ -206,6 +206,3 @@ class Features:
         number = bisect.bisect_right(self._ends, row)
         start = self._ends[number - 1] if number else 0
         return self._shards[number].get_slice(name)[row - start]
-
-
-__all__ = ["NUM_LAYERS", "TARGETS", "FeatureCache", "Features"]

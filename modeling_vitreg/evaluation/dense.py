@@ -109,6 +109,3 @@ def initialise(layer: nn.Conv2d, *, seed: int) -> None:
     with torch.no_grad():
         layer.weight.copy_(torch.empty_like(layer.weight, device="cpu").normal_(std=0.01, generator=generator))
         layer.bias.zero_()
-
-
-__all__ = ["Descent", "fit_head", "initialise"]

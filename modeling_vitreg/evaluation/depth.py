@@ -109,11 +109,3 @@ def measure_depth(errors: Tensor, *, seed: int = 0) -> list[MetricValue]:
         statistic_of_images(name, of_column(errors[:, number]), num_images=len(errors), seed=seed)
         for number, name in enumerate(DEPTH_ERRORS)
     ]
-
-
-__all__ = [
-    "DepthSettings",
-    "fit_depth",
-    "join_class_token",
-    "measure_depth",
-]

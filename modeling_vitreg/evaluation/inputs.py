@@ -87,6 +87,3 @@ def count_mask_classes(parts: Sequence[Features], *, ignore_index: int) -> int:
     if highest < 1:
         raise ValueError(f"expected masks of two classes or more, got {highest} as the largest class")
     return highest + 1
-
-
-__all__ = ["ROWS_AT_ONCE", "count_mask_classes", "linear_inputs", "name_of_vector", "one_vector", "with_labels"]

@@ -109,15 +109,3 @@ def bootstrap_interval(
         raise ValueError("expected a statistic that is defined in at least one draw of images, got NaN in all")
     low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
     return low, high
-
-
-__all__ = [
-    "BOOTSTRAP",
-    "WILSON",
-    "MetricValue",
-    "bootstrap_interval",
-    "share_of_counts",
-    "share_of_images",
-    "statistic_of_images",
-    "wilson_interval",
-]

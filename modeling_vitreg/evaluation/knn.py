@@ -99,6 +99,3 @@ def _check_rows(name: str, features: Tensor, labels: Tensor) -> None:
         raise ValueError(
             f"expected finite {name}, got NaN or infinity: the encoder may have diverged; check its training loss"
         )
-
-
-__all__ = ["knn_accuracy"]

@@ -188,14 +188,3 @@ def train_heads(
             velocity.mul_(_MOMENTUM).add_(torch.einsum("bd,kbc->kdc", inputs, error), alpha=1 / len(batch))
             rows -= (rates * factor).to(rows) * velocity
     return {name: (rows[:, :-1], rows[:, -1]) for name, (rows, _) in heads.items()}
-
-
-__all__ = [
-    "LEARNING_RATES",
-    "LinearHead",
-    "LinearSettings",
-    "draw_batches",
-    "fit_linear",
-    "initial_heads",
-    "train_heads",
-]

@@ -106,6 +106,3 @@ def fit_once(
         warnings.simplefilter("ignore", ConvergenceWarning)  # the number of steps is part of the protocol
         model = LogisticRegression(C=strength, max_iter=settings.max_steps, tol=settings.tolerance)
         return model.fit(features, labels)
-
-
-__all__ = ["LogisticFit", "LogisticSettings", "fit_logistic", "fit_once"]

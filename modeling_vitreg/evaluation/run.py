@@ -313,6 +313,3 @@ class _Run:
 
     def _is_of(self, result: dict, name: str, prompts: Prompts) -> bool:
         return all(result[key] == value for key, value in self._identify(name, prompts).items())
-
-
-__all__ = ["REPORT_NAME", "evaluate", "notes_of"]

@@ -109,10 +109,3 @@ def measure_segmentation(areas: Tensor, *, seed: int = 0) -> list[MetricValue]:
         statistic_of_images(name, of_weights(statistic), num_images=len(areas), seed=seed)
         for name, statistic in statistics.items()
     ]
-
-
-__all__ = [
-    "SegmentationSettings",
-    "fit_segmentation",
-    "measure_segmentation",
-]

@@ -88,6 +88,3 @@ class EvaluationSettings:
     zero_shot: ZeroShotSettings = field(default_factory=ZeroShotSettings)
     discovery: DiscoverySettings = field(default_factory=DiscoverySettings)
     seed: int = 0
-
-
-__all__ = ["EncodingSettings", "EvaluationSettings", "KnnSettings"]

@@ -139,6 +139,3 @@ def _name_sizes(rows: dict, labels: Sequence[str]) -> str:
         models.setdefault(size, {})[labels[number]] = None
     sizes = "; ".join(f"{', '.join(names)} at {size}" for size, names in models.items())
     return f"Image sizes in pixels: {sizes}. " if len(models) > 1 else ""
-
-
-__all__ = ["compare", "find_best"]

@@ -259,6 +259,3 @@ TASKS = {
     "zero_shot": Task("embeddings", measure_zero_shot, reads_train=False, unavailable_reason=_no_text),
     "discovery": Task(OBJECTS, measure_discovery, reads_train=False, unavailable_reason=_no_boxes),
 }
-
-
-__all__ = ["TASKS", "Prompts", "Task", "TaskInputs"]

@@ -30,6 +30,3 @@ def rank_classes(scores: Tensor, *, classes: Tensor, num_best: int) -> Tensor:
 def best_counts(num_classes: int) -> tuple[int, ...]:
     """Values of k for top-k accuracy: 1, and 5 if there are more than 5 classes."""
     return (1, 5) if num_classes > 5 else (1,)
-
-
-__all__ = ["best_counts", "rank_classes"]

@@ -116,6 +116,3 @@ def load_tokenizer(encoder: Encoder) -> Callable | None:
     if not hasattr(encoder.model, "get_text_features"):
         return None
     return AutoTokenizer.from_pretrained(encoder.name)
-
-
-__all__ = ["ZeroShotSettings", "embed_classes", "embed_images", "load_tokenizer", "similarities"]

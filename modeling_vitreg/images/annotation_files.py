@@ -235,6 +235,3 @@ def _share(part: list, total: int, what: str) -> str:
 
 def _first(values: list) -> str:
     return list_names(values[:1]) + (" ..." if len(values) > 1 else "")
-
-
-__all__ = ["open_annotation_files"]

@@ -307,17 +307,3 @@ def _has_aspect(size: Sequence[int], other: Sequence[int]) -> bool:
     """Whether two sizes (width, height) have one aspect ratio, up to rounding."""
     first, second = size[0] * other[1], size[1] * other[0]
     return abs(first - second) <= _SAME_ASPECT * max(first, second)
-
-
-__all__ = [
-    "AnnotatedImage",
-    "NoteCounter",
-    "default_format",
-    "reaches_out",
-    "read_annotated",
-    "read_boxes",
-    "read_frame",
-    "to_xyxy",
-    "turn_boxes",
-    "turn_map",
-]

@@ -122,6 +122,3 @@ def hash_map(value: dict | list | np.ndarray) -> str | int | None:
     if isinstance(value, dict):
         return hash_content(value)
     return hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
-
-
-__all__ = ["Columns", "find_columns", "hash_content", "join_texts"]

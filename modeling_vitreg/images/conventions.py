@@ -256,6 +256,3 @@ def _try_decode(raw: dict, kind: str) -> np.ndarray | None:
         return decode_map(raw["maps"][kind])
     except Exception:
         return None
-
-
-__all__ = ["NUM_LOOKED_AT", "check_annotations", "find_conventions"]

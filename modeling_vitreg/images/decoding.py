@@ -104,6 +104,3 @@ def open_file(raw: dict):
 
     with xopen(raw["path"], "rb") as file:
         return io.BytesIO(file.read())
-
-
-__all__ = ["RawImage", "UnreadableImage", "check_channels", "decode_image", "open_file"]

@@ -222,6 +222,3 @@ def _read_class_folders(splits: dict[str, list[pathlib.Path]], images: list[str]
         origin,
         notes,
     )
-
-
-__all__ = ["open_folder"]

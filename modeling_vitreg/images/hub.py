@@ -94,6 +94,3 @@ def _find_builder(source: str) -> datasets.DatasetBuilder:
             "connect, or leave out the revision to use the cached one."
         )
     return builder
-
-
-__all__ = ["open_hub", "split_hub_name"]

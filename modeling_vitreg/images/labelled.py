@@ -162,6 +162,3 @@ def _draw(part: ImageSource, number: int | None, seed: int) -> ImageSource:
     if number < 1:
         raise ValueError(f"expected one image or more to draw, got {number}")
     return part.select(np.sort(np.random.default_rng(seed).permutation(len(part))[:number]))
-
-
-__all__ = ["FIRST_TEST_SCENE", "NUM_SCENES", "TEST_SHARE", "TEST_SPLITS", "LabelledData", "open_data"]

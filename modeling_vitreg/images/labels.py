@@ -160,6 +160,3 @@ def _clean(value: object) -> int | str | None:
     if value != int(value):
         raise ValueError(f"open_images: labels are words or whole numbers, got {value!r}")
     return int(value) if value >= 0 else None
-
-
-__all__ = ["Labels", "describe_labels", "find_labels", "holds_classes"]

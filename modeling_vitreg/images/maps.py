@@ -105,15 +105,3 @@ def _read_voc_colours(colours: np.ndarray) -> np.ndarray:
         colour = tuple(colours[is_unknown][0][:3].tolist())
         raise Contradiction(f"holds the colour {colour}, which Pascal VOC does not use")
     return places
-
-
-__all__ = [
-    "NOT_FINITE",
-    "UNKNOWN_CLASS",
-    "Contradiction",
-    "decode_map",
-    "is_grey",
-    "read_class_numbers",
-    "read_depth",
-    "voc_palette",
-]

@@ -51,6 +51,3 @@ def list_names(names, *, num_shown: int = 8) -> str:
     names = sorted(map(str, names))
     more = f" and {len(names) - num_shown} more" if len(names) > num_shown else ""
     return ", ".join(map(repr, names[:num_shown])) + more
-
-
-__all__ = ["EXPECTED", "MissingSplit", "choose_split", "list_names", "show_name", "suggest"]

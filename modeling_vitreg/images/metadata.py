@@ -153,6 +153,3 @@ def _check_name(name: object, table: pathlib.Path) -> str:
             "relative to it"
         )
     return os.path.join(table.parent, path)
-
-
-__all__ = ["METADATA", "list_files", "names_images", "plain_path", "read_metadata", "read_table"]

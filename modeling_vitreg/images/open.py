@@ -126,6 +126,3 @@ def open_dataset(source: str, *, split: str = "train", is_streaming: bool = Fals
     if not opened.is_stream and len(opened.dataset) == 0:
         raise ValueError(f"open_images: the split {split!r} of {source!r} holds no images.")
     return opened
-
-
-__all__ = ["OpenedDataset", "open_dataset", "open_images"]

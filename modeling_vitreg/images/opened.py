@@ -37,6 +37,3 @@ class OpenedDataset:
         import datasets
 
         return isinstance(self.dataset, datasets.IterableDataset)
-
-
-__all__ = ["OpenedDataset"]

@@ -101,6 +101,3 @@ def parse_columns(texts: Iterable[str]) -> dict[str, str]:
             raise ValueError(f"--columns: there is no kind of column {kind!r}; {hint}")
         found[COLUMNS["box" if kind == "boxes" else kind]] = column
     return found
-
-
-__all__ = ["BOX_FORMATS", "COLUMNS", "SCENE_COLUMNS", "DataOptions", "parse_columns"]

@@ -138,6 +138,3 @@ def _to_number(content: bytes, place: str) -> int | None:
         return int(text) if text else None
     except ValueError:
         raise ValueError(f"open_images: {place} holds {text[:40]!r}, expected the number of a class") from None
-
-
-__all__ = ["expand", "names_shards", "open_shards"]

@@ -315,6 +315,3 @@ class ImageStream(_Images):
 def derive_seed(*words: int) -> int:
     """The seed in 1 ... 2 ** 63 - 1 that stands for a sequence of integers: 0 or positive, of any size."""
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1)) or 1
-
-
-__all__ = ["ImageSource", "ImageStream", "derive_seed"]

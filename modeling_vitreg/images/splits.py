@@ -34,6 +34,3 @@ def require_classes(labels: Tensor) -> Tensor:
             "class, and a part of a sorted data set may hold one class only"
         )
     return classes
-
-
-__all__ = ["hold_out", "require_classes"]

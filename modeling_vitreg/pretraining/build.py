@@ -162,6 +162,3 @@ def _take_over(objective: Objective, weights: dict[str, torch.Tensor]) -> None:
 def _wrap(backbone: ViTWithRegistersModel, recipe: Recipe, processes: DistributedContext) -> Objective:
     kind = objective_class(recipe.objective)
     return kind.from_recipe(backbone, recipe, num_steps=recipe.num_steps, processes=processes)
-
-
-__all__ = ["is_of_this_family", "make_config", "make_objective"]

@@ -395,6 +395,3 @@ def _bytes(tensors) -> int:
 
 def _count(parameters) -> int:
     return sum(parameter.numel() for parameter in parameters)
-
-
-__all__ = ["DEVICES", "PRECISIONS", "UTILISATION", "Estimate", "estimate"]

@@ -120,6 +120,3 @@ def _features() -> datasets.Features:
             "depth": Image(),
         }
     )
-
-
-__all__ = ["make_scenes_dataset", "stream_scenes"]

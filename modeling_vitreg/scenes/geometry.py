@@ -152,6 +152,3 @@ SHAPES = {
         (Quadric((1, 1, 1), (0, 1, 0), 0.75), _SLAB._replace(level=0.25)),
     ),
 }
-
-
-__all__ = ["SHAPES", "Quadric", "Shape", "column", "dot", "rotation", "turn"]

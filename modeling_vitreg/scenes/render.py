@@ -119,6 +119,3 @@ def _relate(world: World, solids: list[Solid], boxes: np.ndarray) -> str:
     if abs(aside) > 0.15:
         return "to the left of" if aside < 0 else "to the right of"
     return "in front of" if solids[0].centre[2, 0] < solids[1].centre[2, 0] else "behind"
-
-
-__all__ = ["render_scene"]

@@ -127,22 +127,3 @@ def require(is_true: bool, message: str) -> None:
     """Raise a ValueError with `message` unless `is_true`."""
     if not is_true:
         raise ValueError(f"scenes: {message}.")
-
-
-__all__ = [
-    "CLASSES",
-    "CLASS_NAMES",
-    "FARTHEST",
-    "FIRST_TEST_SCENE",
-    "PRESETS",
-    "SEMANTIC_NAMES",
-    "SHAPE_NAMES",
-    "TEXTURE_NAMES",
-    "Scene",
-    "SceneSettings",
-    "describe_preset",
-    "is_count",
-    "is_scenes",
-    "preset_settings",
-    "require",
-]

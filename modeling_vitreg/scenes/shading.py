@@ -233,6 +233,3 @@ def cell_table() -> np.ndarray:
 def fraction(x: np.ndarray) -> np.ndarray:
     """The part of x above its floor, at least 0 and below 1."""
     return x - np.floor(x)
-
-
-__all__ = ["TEXTURES", "Texture", "paint"]

@@ -264,6 +264,3 @@ def _cast_solid(rng: np.random.Generator, *, size: float) -> Solid:
 def _choose_colours(rng: np.random.Generator) -> tuple[str, str]:
     first = str(rng.choice(list(_COLOURS)))
     return first, str(rng.choice(_SECOND[first]))
-
-
-__all__ = ["COLOUR_NAMES", "LOOKS", "Camera", "Plane", "Solid", "World", "arrange"]

@@ -85,5 +85,3 @@ LAYOUT = Layout(
     model_types=("aimv2_vision_model", "aimv2"),
     write_settings=_write_settings,
 )
-
-__all__ = ["LAYOUT"]

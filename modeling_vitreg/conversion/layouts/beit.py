@@ -90,5 +90,3 @@ LAYOUT = Layout(
     model_types=("beit", "data2vec-vision"),
     write_settings=_write_settings,
 )
-
-__all__ = ["LAYOUT"]

@@ -54,6 +54,3 @@ def read_sizes(info: CheckpointInfo, *, num_prefix_positions: int | None = 1) ->
         num_patches = info.size("pos_embed", -2) - num_prefix_positions
         sizes["image_size"] = image_size_of(info, num_patches, patch)
     return sizes
-
-
-__all__ = ["GAMMAS", "HEAD", "LAYERS", "MLP", "POSITIONS", "SCALES", "STEM", "read_sizes"]

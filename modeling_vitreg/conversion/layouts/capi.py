@@ -84,5 +84,3 @@ LAYOUT = Layout(
     prepare=lambda info, config: prepare_crop(config.image_size, **IMAGENET),
     canonical=each(_canonical),
 )
-
-__all__ = ["LAYOUT"]

@@ -86,5 +86,3 @@ LAYOUT = Layout(
     canonical=_canonical,
     hashes=HASHES,
 )
-
-__all__ = ["HASHES", "LAYOUT", "is_openai"]

@@ -55,5 +55,3 @@ LAYOUT = Layout(
     prepare=_prepare,
     is_hinted=lambda info: info.checkpoint_key == "model" or info.file_name.lower().startswith("deit"),
 )
-
-__all__ = ["LAYOUT"]

@@ -36,5 +36,3 @@ LAYOUT = Layout(
         or ("dino" in info.file_name.lower() and "dinov" not in info.file_name.lower())
     ),
 )
-
-__all__ = ["LAYOUT"]

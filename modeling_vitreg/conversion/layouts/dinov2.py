@@ -121,6 +121,3 @@ def configure_head(shapes: dict[str, tuple], config: ViTWithRegistersConfig, *, 
         f"{title}: is no linear head of a backbone of width {width}: expected weight (classes, 2 or 5 x {width}) and "
         f"bias, decode_head.conv_seg or decode_head.conv_depth; got {', '.join(list(shapes)[:5])}"
     )
-
-
-__all__ = ["LAYOUT", "configure_head"]

@@ -93,5 +93,3 @@ LAYOUT = Layout(
     canonical=each(lambda name: name.removeprefix("backbone.")),
     is_hinted=lambda info: info.has("storage_tokens") or info.has("rope_embed.periods"),
 )
-
-__all__ = ["LAYOUT"]

@@ -186,19 +186,3 @@ def prepare_square(image_size: int, *, resample: int = BICUBIC, **statistics) ->
 
 def _split(name: str) -> list[str]:
     return [part for part in re.split(r"(\(\\d\+\)|\*)", name) if part]
-
-
-__all__ = [
-    "BICUBIC",
-    "BILINEAR",
-    "CLIP",
-    "IMAGENET",
-    "INCEPTION",
-    "CheckpointInfo",
-    "Layout",
-    "each",
-    "heads_of",
-    "image_size_of",
-    "prepare_crop",
-    "prepare_square",
-]

@@ -75,5 +75,3 @@ LAYOUT = Layout(
     prepare=lambda info, config: prepare_crop(config.image_size, **IMAGENET),
     is_hinted=_is_hinted,
 )
-
-__all__ = ["FIXED", "LAYOUT", "is_sincos"]

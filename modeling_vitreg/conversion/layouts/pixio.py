@@ -42,5 +42,3 @@ LAYOUT = Layout(
     model_types=("pixio",),
     write_settings=_write_settings,
 )
-
-__all__ = ["LAYOUT"]

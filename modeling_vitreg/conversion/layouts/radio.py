@@ -128,5 +128,3 @@ LAYOUT = Layout(
     in_file=_in_file,
     extras=_extras,
 )
-
-__all__ = ["LAYOUT"]

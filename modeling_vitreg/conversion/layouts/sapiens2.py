@@ -118,5 +118,3 @@ LAYOUT = Layout(
     model_types=("sapiens2",),
     write_settings=_write_settings,
 )
-
-__all__ = ["LAYOUT", "join_heads"]

@@ -43,6 +43,3 @@ def labels_of(info: CheckpointInfo, name: str = "classifier") -> dict:
 def side_of(config: ViTWithRegistersConfig) -> int:
     """Shorter side, in pixels, of the images of the position table."""
     return config.image_size if isinstance(config.image_size, int) else min(config.image_size)
-
-
-__all__ = ["complete", "labels_of", "side_of"]

@@ -93,5 +93,3 @@ LAYOUT = Layout(
     model_types=("siglip_vision_model", "siglip"),
     write_settings=_write_settings,
 )
-
-__all__ = ["HEAD", "LAYOUT", "canonical"]

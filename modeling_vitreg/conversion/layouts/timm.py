@@ -218,5 +218,3 @@ LAYOUT = Layout(
     canonical=each(lambda name: name.removeprefix("visual.trunk.")),
     is_hinted=lambda info: info.module is not None or "timm" in info.file_name.lower(),
 )
-
-__all__ = ["LAYOUT", "has_gate_apart", "has_heads_apart", "is_of_eva"]

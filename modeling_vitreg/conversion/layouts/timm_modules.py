@@ -136,6 +136,3 @@ def _name(module: object) -> str:
 
 def _plain(sides: tuple) -> int | tuple:
     return sides[0] if sides[0] == sides[1] else tuple(sides)
-
-
-__all__ = ["read_module"]

@@ -81,5 +81,3 @@ LAYOUT = Layout(
     model_types=("tipsv2_vision_model", "tipsv2"),
     write_settings=_write_settings,
 )
-
-__all__ = ["LAYOUT"]

@@ -381,6 +381,3 @@ LAYOUTS = {
 }
 LAYOUTS |= dict.fromkeys((*CLIP_WHOLE, *CLIP_TOWERS), LAYOUTS["clip_vision_model"])
 LAYOUTS["vit_msn"] = LAYOUTS["vit"]
-
-
-__all__ = ["CLIP_TOWERS", "CLIP_WHOLE", "LAYOUTS", "read_settings"]

@@ -144,6 +144,3 @@ def name_in_file(layout: Layout, settings: dict, name: str) -> str:
     if kind.endswith("Model") or "classifier" in name or name == "visual_projection.weight":
         return name
     return f"{'vision_model' if model_type == 'clip_vision_model' else model_type}.{name}"
-
-
-__all__ = ["LAYOUTS", "name_in_file", "transformers_class", "transformers_settings"]

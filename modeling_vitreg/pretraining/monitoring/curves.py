@@ -217,6 +217,3 @@ def _dress(ax: Axes, title: str, *, steps: list) -> None:
     margin = 0.03 * (max(steps) - min(steps)) or 1
     ax.set_xlim(min(steps) - margin, max(steps) + margin)  # the same for all panels, however few points one has
     ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-
-
-__all__ = ["COMMON_PANELS", "draw_curves", "draw_norms"]

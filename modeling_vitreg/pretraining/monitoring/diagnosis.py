@@ -248,6 +248,3 @@ def _best_and_now(records: list[dict], key: str) -> tuple[int | None, float, flo
         return None, 0.0, 0.0
     best_step, best = max(known, key=lambda point: point[1])
     return best_step, best, max(known[-1][1], known[-2][1])
-
-
-__all__ = ["MIN_EVALUATIONS", "MIN_RECORDS", "diagnose", "read_series"]

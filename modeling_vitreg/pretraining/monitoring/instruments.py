@@ -132,13 +132,3 @@ def _check_matrix(name: str, values: Tensor) -> None:
             f"expected {name} (rows, columns) with at least one row, got shape {tuple(values.shape)}: join views and "
             "images by `.flatten(0, -2)`"
         )
-
-
-__all__ = [
-    "collapse_line",
-    "effective_rank",
-    "entropy",
-    "entropy_of_mean",
-    "perplexity_of_mean",
-    "register_similarity",
-]

@@ -61,6 +61,3 @@ def _line(record: dict[str, Any]) -> str:
         for name, value in record.items()
     }
     return json.dumps(plain) + "\n"
-
-
-__all__ = ["JsonlLogger", "read_jsonl"]

@@ -48,6 +48,3 @@ class NonFiniteDetector:
             "(--set ...), or use bf16 or no mixed precision instead of fp16, and start from this run in another "
             "output folder (--init, --output)."
         )
-
-
-__all__ = ["NonFiniteDetector"]

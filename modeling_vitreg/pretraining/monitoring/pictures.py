@@ -135,6 +135,3 @@ def _unnormalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) ->
     pixels = (images.float().cpu() * std + mean).clamp(0, 1)[:, :3]  # alpha is not shown
     pixels = pixels.expand(-1, 3, -1, -1)
     return pixels.permute(0, 2, 3, 1).numpy()  # [B, 3, height, width] -> [B, height, width, 3]
-
-
-__all__ = ["draw_attention", "draw_maps"]

@@ -98,6 +98,3 @@ def merge_lora(model: nn.Module) -> nn.Module:
                 child.merge()
                 setattr(module, name, child.base_layer)
     return model
-
-
-__all__ = ["AdaptationSettings", "add_lora", "freeze_or_lora", "merge_lora"]

@@ -111,6 +111,3 @@ def excess(norms: Tensor, threshold: float) -> Tensor:
     divide by the number of patches
     """
     return (norms / threshold - 1).relu().mean()
-
-
-__all__ = ["AppendRegisters", "AppendSettings", "excess"]

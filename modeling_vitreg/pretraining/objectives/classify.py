@@ -276,6 +276,3 @@ def _make_classifier(
     model = ViTWithRegistersForImageClassification(config)
     model.vitreg = backbone
     return model
-
-
-__all__ = ["Classification", "ClassificationSettings", "classification_loss", "distillation_loss"]

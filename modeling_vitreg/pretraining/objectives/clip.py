@@ -287,15 +287,3 @@ def _make_text_model(settings: CLIPSettings, tokenizer: PreTrainedTokenizerFast)
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-
-
-__all__ = [
-    "CLIP",
-    "CLIPSettings",
-    "CaptionTokens",
-    "contrastive_loss",
-    "embed_images",
-    "find_words",
-    "make_tokenizer",
-    "save_tokenizer",
-]

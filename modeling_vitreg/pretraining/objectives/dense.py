@@ -312,6 +312,3 @@ class _SharedBatchNorm(nn.BatchNorm2d):
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
         scale = self.weight * (variance + self.eps).rsqrt()
         return centred * scale[:, None, None] + self.bias[:, None, None]
-
-
-__all__ = ["DensePrediction", "DepthEstimation", "DepthSettings", "Segmentation", "SegmentationSettings"]

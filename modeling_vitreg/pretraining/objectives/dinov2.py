@@ -245,6 +245,3 @@ def _patch_weights(masks: Tensor, masked_patches: Tensor) -> Tensor:
     """One over the number of masked patches in the view of each masked patch, (M,)."""
     per_view = 1 / masks.sum(dim=1).clamp(min=1)
     return per_view[masked_patches // masks.shape[1]]
-
-
-__all__ = ["DINOv2", "DINOv2Settings"]

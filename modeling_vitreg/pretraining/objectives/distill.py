@@ -260,12 +260,3 @@ def _check_networks(backbone: ViTWithRegistersModel, teacher: ViTWithRegistersMo
                 f"crops: global_size is a multiple of the patches of the {name}, {config.patch_shape}, got "
                 f"{crops.global_size}: change crops.global_size, student or teacher"
             )
-
-
-__all__ = [
-    "Distillation",
-    "DistillationSettings",
-    "class_distance",
-    "patch_distance",
-    "resize_patches",
-]

@@ -73,6 +73,3 @@ class DistillRegisters(RetrofitObjective):
             losses["class_distance"] = cosine_distance(output.cls_token, cls_targets)
             losses["total"] = losses["total"] + self.settings.class_weight * losses["class_distance"]
         return losses
-
-
-__all__ = ["DistillRegisters", "DistillRegistersSettings"]

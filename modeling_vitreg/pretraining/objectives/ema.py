@@ -22,6 +22,3 @@ def update_ema(ema_model: nn.Module, model: nn.Module, *, decay: float) -> None:
     average = [parameter.detach() for parameter in ema_model.parameters()]
     weights = [parameter.detach() for parameter in model.parameters()]
     torch._foreach_lerp_(average, weights, 1 - decay)
-
-
-__all__ = ["make_ema_model", "update_ema"]

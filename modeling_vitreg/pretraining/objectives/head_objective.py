@@ -65,6 +65,3 @@ def name_classes(config: ViTWithRegistersConfig, names: tuple[str, ...]) -> None
     """Write names of classes into a configuration."""
     config.id2label = dict(enumerate(names))
     config.label2id = {name: number for number, name in config.id2label.items()}
-
-
-__all__ = ["HeadObjective", "name_classes"]

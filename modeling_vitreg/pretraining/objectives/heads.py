@@ -88,6 +88,3 @@ class SyncedBatchNorm(nn.Module):
     def _mean(self, rows: Tensor) -> Tensor:
         """Over the rows of all processes, each of which has the same number."""
         return self.processes.all_gather(rows.mean(dim=0, keepdim=True)).mean(dim=0)
-
-
-__all__ = ["PrototypeHead", "PrototypeLayer", "SyncedBatchNorm"]

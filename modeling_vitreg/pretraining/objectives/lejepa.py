@@ -213,6 +213,3 @@ def _quadrature(
     weights = 2 * max_frequency / (num_frequencies - 1) * gaussian
     weights[0], weights[-1] = weights[0] / 2, weights[-1] / 2
     return weights, gaussian
-
-
-__all__ = ["LeJEPA", "LeJEPASettings", "invariance_loss", "sigreg_loss", "sigreg_of_gaussian"]

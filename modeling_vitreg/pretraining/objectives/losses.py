@@ -237,6 +237,3 @@ class _CrossEntropy(torch.autograd.Function):
         # In place: at this size to ask for fresh memory costs as much as the arithmetic.
         difference = probabilities.mul_(mass).sub_(targets)
         return difference.mul_(gradient.unsqueeze(-1) / ctx.temperature).to(ctx.dtype), None, None
-
-
-__all__ = ["EmaCenter", "characteristic_function", "cross_view_loss", "koleo_loss", "masked_patch_loss", "sinkhorn"]

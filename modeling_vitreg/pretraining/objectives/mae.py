@@ -279,12 +279,3 @@ def _check_config(config: ViTWithRegistersConfig) -> None:
             "in MAE every image has its own rotary table, which drop_path_mode='batch_subset' does not support: set "
             "drop_path_mode='sample' in the model"
         )
-
-
-__all__ = [
-    "MAE",
-    "MAEDecoder",
-    "MAESettings",
-    "patchify",
-    "standardise",
-]

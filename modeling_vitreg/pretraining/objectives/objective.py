@@ -273,6 +273,3 @@ def compile_layers(network: nn.Module) -> None:
         if isinstance(module, ViTWithRegistersLayer):
             module.attention_branch = torch.compile(module.attention_branch, dynamic=True)
             module.mlp_branch = torch.compile(module.mlp_branch, dynamic=True)
-
-
-__all__ = ["TARGETS", "DataSummary", "Objective", "Panel", "compile_layers"]

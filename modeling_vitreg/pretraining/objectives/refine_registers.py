@@ -291,15 +291,3 @@ def record_queries_and_keys(model: ViTWithRegistersModel, layers: range | tuple)
     finally:
         for handle in handles:
             handle.remove()
-
-
-__all__ = [
-    "RefineRegisters",
-    "RefineSettings",
-    "add_ring",
-    "beside_strip",
-    "cut_boxes",
-    "draw_boxes",
-    "record_queries_and_keys",
-    "split_ring",
-]

@@ -52,6 +52,3 @@ def citation_of(name: object) -> str | None:
 
 def _is_known(name: object) -> bool:
     return isinstance(name, str) and name in OBJECTIVES
-
-
-__all__ = ["OBJECTIVES", "citation_of", "describe_objective", "objective_class"]

@@ -219,13 +219,3 @@ def train_only(backbone: ViTWithRegistersModel, *parts: nn.Module | nn.Parameter
 def _vector(output) -> Tensor:
     """Class tokens, or the mean of the patches of a model without one."""
     return output.patch_tokens.mean(dim=1) if output.cls_token is None else output.cls_token
-
-
-__all__ = [
-    "AverageSettings",
-    "OriginalSettings",
-    "RetrofitObjective",
-    "cosine_distance",
-    "patch_norms",
-    "train_only",
-]

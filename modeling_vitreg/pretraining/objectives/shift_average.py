@@ -102,6 +102,3 @@ def _overlap(length: int, shift: int) -> tuple[slice, slice]:
     """What stays visible of an axis, and where it lies after the shift."""
     start, stop = max(shift, 0), min(length, length + shift)
     return slice(start, stop), slice(start - shift, stop - shift)
-
-
-__all__ = ["average_patches", "draw_copies", "farthest_points", "shift_images"]

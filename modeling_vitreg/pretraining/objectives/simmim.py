@@ -95,6 +95,3 @@ def _check_masks(masks: MaskSettings) -> None:
             f"the SimMIM objective is trained on masked patches only: expected masks such as kind='random', "
             f"ratio=(0.6, 0.6), share=1, got ratio={masks.ratio}, share={masks.share}"
         )
-
-
-__all__ = ["SimMIM"]

@@ -145,17 +145,3 @@ def _logsumexp(similarity: Tensor) -> Tensor:
 def _minmax(similarity: Tensor) -> Tensor:
     low, high = similarity.amin(dim=-1, keepdim=True), similarity.amax(dim=-1, keepdim=True)
     return (similarity - low) / (high - low + 1e-10)
-
-
-__all__ = [
-    "absorption_loss",
-    "alignment_loss",
-    "clean_threshold",
-    "consistency_loss",
-    "hijackee_scores",
-    "is_no_hijackee",
-    "match",
-    "most_similar",
-    "sample_spurious",
-    "separation_loss",
-]

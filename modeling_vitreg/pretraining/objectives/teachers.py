@@ -88,6 +88,3 @@ def check_teacher_channels(teacher: torch.nn.Module, student: ViTWithRegistersMo
             f"settings: expected a teacher with num_channels {own}, that of the student, got {theirs}: set "
             f"model.num_channels={theirs}, or choose another teacher"
         )
-
-
-__all__ = ["check_teacher_channels", "load_class_teacher", "load_teacher", "model_of_run"]

@@ -71,6 +71,3 @@ class Lamb(torch.optim.Optimizer):
             torch._foreach_mul_(steps, ratios)
         torch._foreach_mul_(steps, group["lr"])
         torch._foreach_sub_(parameters, steps)
-
-
-__all__ = ["Lamb"]

@@ -90,6 +90,3 @@ def set_rates(optimizer, *, learning_rate: float, weight_decay: float, is_last_l
         is_frozen = is_last_layer_frozen and group["is_last_layer"]
         group["lr"] = 0.0 if is_frozen else learning_rate * group["lr_multiplier"]
         group["weight_decay"] = weight_decay * group["weight_decay_multiplier"]
-
-
-__all__ = ["is_decayed", "learning_rate_multiplier", "parameter_groups", "set_rates"]

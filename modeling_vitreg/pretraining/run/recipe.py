@@ -236,6 +236,3 @@ def _new_name(name: str, *, tell: bool) -> str:
     if new != name and tell:
         print(f"recipe: {name} was renamed to {new}", file=sys.stderr)
     return new
-
-
-__all__ = ["Recipe", "make_recipe", "read_recipe"]

@@ -35,6 +35,3 @@ def scale_learning_rate(base: float, *, batch_size: int, rule: str) -> float:
     if rule not in rules:
         raise ValueError(f"learning rate: expected the rule to be one of {', '.join(rules)}, got {rule!r}")
     return base * rules[rule]
-
-
-__all__ = ["cosine", "linear", "scale_learning_rate"]

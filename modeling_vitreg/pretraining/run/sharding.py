@@ -82,6 +82,3 @@ def gather_model(objective: Objective) -> PreTrainedModel:
     kind = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
     whole = kind.from_pretrained(None, config=copy.deepcopy(model.config), state_dict=weights)
     return whole.to(next(model.parameters()).device)
-
-
-__all__ = ["KINDS", "gather_model", "shard"]

@@ -136,6 +136,3 @@ def _draw_jitter(jitter: tuple[float, float, float, float]) -> Changes:
 @functools.lru_cache
 def _color_jitter(jitter: tuple[float, float, float, float]) -> v2.ColorJitter:
     return v2.ColorJitter(*jitter)
-
-
-__all__ = ["DinoColors", "RandomColors", "ThreeColors"]

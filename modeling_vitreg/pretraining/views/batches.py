@@ -119,6 +119,3 @@ class BatchBuilder:
 def require(is_true: bool, message: str) -> None:
     if not is_true:
         raise ValueError(f"ViewLoader: {message}.")
-
-
-__all__ = ["SEED_OF_ORDER", "BatchBuilder", "BatchSpec", "require"]

@@ -252,5 +252,3 @@ _BY_NAME = {  # and the number of parameters
 }
 _NUMBERS = {name: number for number, name in enumerate(_BY_NAME, start=1)}
 _OPERATIONS = dict(enumerate(_BY_NAME.values(), start=1))
-
-__all__ = ["change", "change_batch", "change_colors", "gaussian_kernel"]

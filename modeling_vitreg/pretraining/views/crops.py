@@ -211,6 +211,3 @@ def _colors(
     if settings.color_augmentation == "three":
         return ThreeColors(jitter)
     return DinoColors(jitter, settings.color_jitter_probability, settings.gray, blur, solarize)
-
-
-__all__ = ["IGNORED", "CropSettings", "MultiCrop"]

@@ -271,6 +271,3 @@ def _permute(length: int, seed: int, turn: int) -> np.ndarray:
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-__all__ = ["ViewLoader"]

@@ -146,6 +146,3 @@ def draw_random_masks(
     num_hidden = math.ceil(settings.ratio[0] * math.prod(units) - 1e-6)
     masks = (noise.argsort(dim=1).argsort(dim=1) < num_hidden).unflatten(1, units)
     return masks.repeat_interleave(unit, dim=1).repeat_interleave(unit, dim=2)
-
-
-__all__ = ["MaskMaker", "MaskSettings", "draw_block_masks", "draw_masks", "draw_random_masks"]

@@ -81,6 +81,3 @@ def _indices(model: ViTWithRegistersModel, state: Tensor, patches: Tensor | None
     first = kinds["patches"].start
     num_patches = num_tokens - first
     return torch.cat([indices, patches // num_patches * num_tokens + first + patches % num_patches])
-
-
-__all__ = ["encode_views"]
