@@ -244,38 +244,53 @@ def image_tower(model: nn.Module) -> ViTWithRegistersModel:
     return towers[0]
 
 
+@dataclass(frozen=True)
+class Observed:
+    """What a model makes of B images.
+
+    Args:
+        norms: of the patches at the detection layer (B, P).
+        vectors: class tokens (B, D), mean patches of a model without one.
+    """
+
+    norms: Tensor
+    vectors: Tensor
+
+    def __add__(self, other: Observed) -> Observed:
+        return Observed(torch.cat([self.norms, other.norms]), torch.cat([self.vectors, other.vectors]))
+
+
 @torch.no_grad()
-def measure_repair(
-    original: ViTWithRegistersModel, repaired: ViTWithRegistersModel, batches, outliers: Outliers
-) -> dict:
-    """Compare a repaired model with its original on some images.
+def observe(model: ViTWithRegistersModel, batches: Iterable[Tensor], outliers: Outliers) -> Observed:
+    """Run a model once over some images."""
+    norms, vectors = [], []
+    for images in batches:
+        output = model(images, output_hidden_states=[outliers.layer])
+        state = output.hidden_states[outliers.layer]
+        norms.append(state[:, model.config.num_prefix_tokens :].float().norm(dim=-1).cpu())
+        vector = output.patch_tokens.mean(dim=1) if output.cls_token is None else output.cls_token
+        vectors.append(vector.double().cpu())
+    return Observed(torch.cat(norms), torch.cat(vectors))
+
+
+def measure_repair(before: Observed, after: Observed, outliers: Outliers) -> dict:
+    """Compare a repaired model with its original on the same images.
 
     Returns:
         `share_before`, `share`, of patches above the threshold at the detection layer, with `interval_before` and
         `interval` of 95 % over images (None for one image); `largest_norm_before`, `largest_norm` there; `cosine`, the
         mean cosine of the class tokens (of mean patches, for a model without one); `num_images`.
     """
-    norms: dict[str, list[Tensor]] = {"before": [], "after": []}
-    cosines = []
-    for images in batches:
-        outputs = []
-        for name, model in (("before", original), ("after", repaired)):
-            output = model(images, output_hidden_states=[outliers.layer])
-            state = output.hidden_states[outliers.layer]
-            norms[name].append(state[:, model.config.num_prefix_tokens :].float().norm(dim=-1).cpu())
-            outputs.append(output.patch_tokens.mean(dim=1) if output.cls_token is None else output.cls_token)
-        cosines.append(torch.cosine_similarity(*(output.double() for output in outputs), dim=-1).cpu())
-    before, after = (torch.cat(norms[name]) for name in ("before", "after"))
-    shares = [(each >= outliers.threshold).double().mean(dim=1) for each in (before, after)]  # [B, P] -> [B]
+    shares = [(each.norms >= outliers.threshold).double().mean(dim=1) for each in (before, after)]  # [B, P] -> [B]
     return {
         "share_before": shares[0].mean().item(),
         "interval_before": _interval(shares[0]),
         "share": shares[1].mean().item(),
         "interval": _interval(shares[1]),
-        "largest_norm_before": before.max().item(),
-        "largest_norm": after.max().item(),
-        "cosine": torch.cat(cosines).mean().item(),
-        "num_images": len(before),
+        "largest_norm_before": before.norms.max().item(),
+        "largest_norm": after.norms.max().item(),
+        "cosine": torch.cosine_similarity(before.vectors, after.vectors, dim=-1).mean().item(),
+        "num_images": len(before.norms),
     }
 
 
@@ -301,6 +316,7 @@ def choose_num_units(
     batches: list[Tensor],
     outliers: Outliers,
     *,
+    original: Observed,
     candidates: Iterable[int] = NUM_UNITS,
 ) -> tuple[int, list[dict]]:
     """The smallest number of units whose largest patch norm is within 5 % of the best.
@@ -310,6 +326,7 @@ def choose_num_units(
     Args:
         ranking: of `rank_units`.
         batches: held-out images.
+        original: what the model makes of these.
 
     Returns:
         The number, and for each candidate `num_units` and what `measure_repair` returns.
@@ -318,7 +335,8 @@ def choose_num_units(
     numbers = [number for number in candidates if number <= len(ranking)]
     for number in tqdm(numbers, desc="choose units", unit="candidate"):
         repaired = add_test_time_register(model, group_units(ranking[:number]))
-        tried.append({"num_units": number, **measure_repair(model, repaired, batches, outliers)})
+        measured = measure_repair(original, observe(repaired, batches, outliers), outliers)
+        tried.append({"num_units": number, **measured})
     allowed = [entry for entry in tried if is_acceptable(entry)] or tried
     lowest = min(entry["largest_norm"] for entry in allowed)
     chosen = next(entry for entry in allowed if entry["largest_norm"] <= TOLERATED_RISE * lowest)
@@ -330,6 +348,7 @@ __all__ = [
     "LEAST_COSINE",
     "NUM_UNITS",
     "NothingToRepair",
+    "Observed",
     "Outliers",
     "add_test_time_register",
     "choose_num_units",
@@ -338,6 +357,7 @@ __all__ = [
     "image_tower",
     "is_acceptable",
     "measure_repair",
+    "observe",
     "rank_units",
     "score_units",
 ]

@@ -41,6 +41,7 @@ from .register_neurons import (
     LARGEST_SHARE,
     LEAST_COSINE,
     NothingToRepair,
+    Observed,
     Outliers,
     add_test_time_register,
     choose_num_units,
@@ -48,6 +49,7 @@ from .register_neurons import (
     group_units,
     image_tower,
     measure_repair,
+    observe,
     rank_units,
     score_units,
 )
@@ -55,6 +57,7 @@ from .register_neurons import (
 
 LEAST_IMAGES = 16
 HELD_OUT = 4  # one image in so many
+TRIED = 3  # of the held-out images one in so many, 16 or more, chooses the number of units: all judge the result
 # Files beside the weights that belong to the result too.
 _KEPT_FILES = (PROCESSOR_FILE, "conversion.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json")
 
@@ -242,18 +245,25 @@ def _search(
         tower, seen, layer=settings.layer, threshold=settings.threshold, highest_layer=settings.highest_layer
     )
     ranking = rank_units(score_units(tower, tqdm(batches, desc="score units", unit="batch"), outliers))
+    before = observe(tower, held_out, outliers)
+    step = max(1, min(TRIED, len(before.norms) // LEAST_IMAGES))
+    tried_on = list(torch.cat(held_out)[::step].split(settings.batch_size))
+    few = Observed(before.norms[::step], before.vectors[::step])
     candidates = {} if settings.num_units is None else {"candidates": [settings.num_units]}
-    number, tried = choose_num_units(tower, ranking, held_out, outliers, **candidates)
+    number, tried = choose_num_units(tower, ranking, tried_on, outliers, original=few, **candidates)
     units = group_units(ranking[:number])
-    repaired = add_test_time_register(tower, units, num_registers=settings.num_registers)
-    control = add_test_time_register(tower, {}, num_registers=settings.num_registers)
-    result = measure_repair(tower, repaired, held_out, outliers)
+    repaired, control = (
+        add_test_time_register(tower, each, num_registers=settings.num_registers) for each in (units, {})
+    )
+    result, of_control = (
+        measure_repair(before, observe(model, held_out, outliers), outliers) for model in (repaired, control)
+    )
     result["time_ratio"] = time_ratio(tower, repaired, held_out[0])
     moved = f"with {number} units moved" if number > 1 else "with 1 unit moved"
     return units, {
         "outliers": describe_outliers(outliers),
         "tried": tried,
-        "control": measure_repair(tower, control, held_out, outliers),
+        "control": of_control,
         "result": result,
         "verdict": judge(result, outliers, change=moved),
     }
@@ -350,7 +360,7 @@ def read_images(encoder: Encoder, images: object, settings: RetrofitSettings) ->
 
 
 @torch.no_grad()
-def time_ratio(original: nn.Module, repaired: nn.Module, images: Tensor, *, rounds: int = 8) -> float:
+def time_ratio(original: nn.Module, repaired: nn.Module, images: Tensor, *, rounds: int = 4) -> float:
     """Time of a forward of the repaired model in units of the original's; the quickest of rounds in turn, for other
     programs only ever add time."""
     seconds: dict[int, list[float]] = {0: [], 1: []}

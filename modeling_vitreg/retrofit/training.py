@@ -27,7 +27,7 @@ from modeling_vitreg.pretraining.run.recipe import Recipe
 from modeling_vitreg.reports import RetrofitReport
 
 from .added_registers import add_registers, cluster_means, outlier_embeddings, replace_tower
-from .register_neurons import NothingToRepair, Outliers, find_outliers, image_tower, measure_repair
+from .register_neurons import NothingToRepair, Outliers, find_outliers, image_tower, measure_repair, observe
 from .repair import (
     RetrofitError,
     RetrofitSettings,
@@ -123,7 +123,8 @@ def finish_training(
     held_out = split.batches[1]
     if prepared["outliers"]:
         outliers = Outliers(**{name: prepared["outliers"][name] for name in _FIELDS}, masks=())
-        result = measure_repair(tower, image_tower(repaired), held_out, outliers)
+        seen = (observe(each, held_out, outliers) for each in (tower, image_tower(repaired)))
+        result = measure_repair(*seen, outliers)
         result["time_ratio"] = time_ratio(tower, image_tower(repaired), held_out[0])
         count = trained.config.num_register_tokens - tower.config.num_register_tokens
         verdict = judge(result, outliers, change=f"with {prepared['method']} and {_count(count, 'register')}")

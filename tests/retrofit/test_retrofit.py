@@ -19,6 +19,7 @@ from modeling_vitreg.cards.model_folder import EXPECTED_OUTPUTS
 from modeling_vitreg.cli import app
 from modeling_vitreg.features import load_encoder
 from modeling_vitreg.images import SCENE_COLUMNS, DataOptions, open_images
+from modeling_vitreg.modeling_vitreg import ViTWithRegistersLayer
 from modeling_vitreg.reports import RetrofitReport, read_report
 from modeling_vitreg.retrofit import NothingToRepair, RetrofitError, RetrofitSettings, retrofit
 from modeling_vitreg.retrofit.register_neurons import (
@@ -28,6 +29,7 @@ from modeling_vitreg.retrofit.register_neurons import (
     find_outliers,
     group_units,
     measure_repair,
+    observe,
     rank_units,
     score_units,
 )
@@ -77,7 +79,7 @@ def test_units_carry_over_to_another_image_size(planted):
     repaired = add_test_time_register(planted, units)
     larger = _batches(planted, size=48)
     outliers = find_outliers(planted, larger)
-    measured = measure_repair(planted, repaired, larger, outliers)
+    measured = measure_repair(*(observe(model, larger, outliers) for model in (planted, repaired)), outliers)
     assert measured["share_before"] > 0.05 and measured["share"] == 0
 
 
@@ -141,16 +143,32 @@ def test_the_verdict_is_a_whole_sentence(changes, sentence):
 
 
 def test_the_number_of_units_is_one_that_leaves_the_class_token(monkeypatch):
-    def measure(*arguments):
-        number = sum(map(len, arguments[1].config.register_neurons.values()))
+    def measure(_, number, __):
         return {"share_before": 0.1, "share": 0.1 / number, "largest_norm": 9.0 / number, "cosine": 1 - number / 1500}
 
-    monkeypatch.setattr("modeling_vitreg.retrofit.register_neurons.measure_repair", measure)
+    module = "modeling_vitreg.retrofit.register_neurons"
+    monkeypatch.setattr(f"{module}.observe", lambda model, *_: sum(map(len, model.config.register_neurons.values())))
+    monkeypatch.setattr(f"{module}.measure_repair", measure)
     ranking = [(1, unit) for unit in range(32)]
-    number, tried = choose_num_units(plain_model(), ranking, [], None)
+    number, tried = choose_num_units(plain_model(), ranking, [], None, original=None)
     assert [entry["num_units"] for entry in tried] == [1, 2, 5, 10, 20] and number == 10  # 20 units cost too much
-    number, _ = choose_num_units(plain_model(), ranking, [], None, candidates=[1, 2])
+    number, _ = choose_num_units(plain_model(), ranking, [], None, original=None, candidates=[1, 2])
     assert number == 2  # none is acceptable: the one that lowers norms most, which is refused then
+
+
+def test_the_search_costs_at_most_three_passes_over_200_images(tmp_path, monkeypatch):
+    planted = planted_model(layer=4, magnitude=60.0)  # the last layer is searched too
+    planted.save_pretrained(tmp_path / "model")
+    seen, forward = [], ViTWithRegistersLayer.forward
+    monkeypatch.setattr(
+        ViTWithRegistersLayer, "forward", lambda layer, x, *rest: seen.append(len(x)) or forward(layer, x, *rest)
+    )
+    monkeypatch.setattr("modeling_vitreg.retrofit.repair.time_ratio", lambda *_: 1.0)
+    report = retrofit(tmp_path / "model", tmp_path / "repaired", images=pictures(200)[0])
+    assert [entry["num_images"] for entry in (report.tried[0], report.result)] == [17, 50]
+    assert len(report.tried) == 8 and report.outliers["highest_layer"] == 4
+    passes = (150 + 150 + 50 + 8 * 17 + 50 + 50) * len(planted.layers)  # find, score, original, tried, result, control
+    assert sum(seen) == passes <= 3 * 200 * len(planted.layers)
 
 
 def test_a_head_keeps_its_weights_and_classes(tmp_path):
