@@ -500,8 +500,8 @@ class ViTWithRegistersAttention(AttentionBackend):
         """Probabilities (B, H, Q, N), in float32, of the first Q tokens over all; nothing of size N x N is built."""
         return self.prefix_probabilities(self.qkv(hidden_states), rotary, num_queries)
 
-    def prefix_probabilities(self, packed: Tensor, rotary: tuple | None, num_queries: int) -> Tensor:
-        """`prefix_attention` from queries, keys and values (B, N, D + 2 K d)."""
+    def prefix_probabilities(self, packed: Tensor, rotary: tuple | None, num_queries: int | None) -> Tensor:
+        """`prefix_attention` from queries, keys and values (B, N, D + 2 K d); of all tokens without a number."""
         parts = self.split_heads(packed, rotary)
         query, key, _ = parts if self.register_gates is None else self.apply_gates(*parts)
         scores = query[:, :, :num_queries].float() @ key.float().transpose(-2, -1) * self.scaling

@@ -88,6 +88,7 @@ class ArtifactReport:
         attention: attention of the class token and the registers; see `analysis.attention`.
         ablation: effect of replacing the registers; see `analysis.ablation`.
         probes: linear probes on tokens; see `analysis.probes`.
+        sinks: what heads do that attend to one token; see `analysis.sinks`.
         command: command that made the report.
         made_with: see `made_with`.
     """
@@ -108,6 +109,7 @@ class ArtifactReport:
     probes: dict
     command: str
     made_with: dict = field(default_factory=dict)
+    sinks: dict = field(default_factory=lambda: {"skipped": "not measured by the version that made this report"})
 
 
 @dataclass(frozen=True)
@@ -351,8 +353,7 @@ def read_report(path: str | os.PathLike, *, kind: type[Report] = ArtifactReport)
     del content["kind"], content["version"]
     names = {entry.name for entry in dataclasses.fields(kind)}
     missing = names - set(content)
-    if kind is RetrofitReport:
-        missing -= {"comparison"}  # version 1 has none
+    missing -= {RetrofitReport: {"comparison"}, ArtifactReport: {"sinks"}}.get(kind, set())  # later than the others
     if missing or set(content) - names:
         raise ValueError(
             f"{path}: expected the fields {', '.join(sorted(names))}; missing {sorted(missing)}, unknown "

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
+from matplotlib.colors import LogNorm, to_rgb
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from modeling_vitreg.reports import ArtifactReport
@@ -37,6 +37,7 @@ from modeling_vitreg.style import (
 )
 
 from .sections import Examples
+from .sinks import CLASSES
 from .verdict import MANY_SHARE
 
 
@@ -46,6 +47,12 @@ RULES = {  # colour, line and words of each rule
     "moments": (PINK, "-.", "mean + 3 std"),
     "percentile": (SKY, ":", "98th percentile"),
     "fixed": (INK, (0, (1, 1)), "150, fixed"),
+}
+SINK_COLOURS = (BLUE, ORANGE, FAINT)  # of `CLASSES`
+SINK_LINES = {
+    "cosine_before_norm": ("cosine of class token and patches", INK, "-"),
+    "cosine_behind_norm": ("the same behind the first norm", INK, ":"),
+    "register_share": ("class token: share of update through registers", GREEN, "-"),
 }
 MAX_MAPS = 8  # registers, layers or images in a row
 
@@ -250,6 +257,39 @@ def draw_massive_activations(report: ArtifactReport, path: str | os.PathLike) ->
     return save_figure(figure, path)
 
 
+def draw_sinks(report: ArtifactReport, path: str | os.PathLike) -> pathlib.Path:
+    """Draw the sinks of an image by layer, the class of each head, and cosines and effective rank by layer."""
+    figure, (bars, heads, lines, ranks) = make_panels(4, height=3.0)
+    layers = report.sinks["layers"]
+    depth, below = [layer["layer"] for layer in layers], np.zeros(len(layers))
+    shares = np.array([[layer["heads"][name] for name in CLASSES] for layer in layers])  # [L, classes, H]
+    colours = np.array([to_rgb(colour) for colour in SINK_COLOURS])
+    for place, name in enumerate(CLASSES):
+        counts = shares[:, place].sum(axis=1)
+        bars.bar(depth, counts, bottom=below, color=SINK_COLOURS[place], label=name.replace("_", "-"))
+        below += counts
+    label_axes(bars, "Sinks of an image", x="layer", y="heads, mean over images")
+    mixed = 1 - np.einsum("lch,cx->hlx", shares, 1 - colours)  # white: a sink in no image
+    extent = (0.5, len(layers) + 0.5, mixed.shape[0] + 0.5, 0.5)
+    heads.imshow(mixed.clip(0, 1), aspect="auto", interpolation="nearest", extent=extent)
+    label_axes(heads, "Each head (strong colour: in all images)", x="layer", y="head")
+    heads.yaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    for name, (words, colour, line) in SINK_LINES.items():
+        if name in layers[0]:
+            values = [layer[name] for layer in layers]
+            lines.plot(depth, values, color=colour, linestyle=line, marker="o", markersize=3, label=words)
+    label_axes(lines, "Class token, patches and registers", x="layer", y="cosine, or share")
+    ranks.plot(depth, [layer["effective_rank"] for layer in layers], color=BLUE, marker="o", markersize=3)
+    ranks.set_ylim(0, 1.15 * max(layer["effective_rank"] for layer in layers))
+    label_axes(ranks, "Effective rank of the patches of an image", x="layer", y="dimensions")
+    for ax in (bars, heads, lines, ranks):
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
+    add_legend(bars)
+    if lines.lines:
+        add_legend(lines)
+    return save_figure(figure, path)
+
+
 # Images ------------------------------------------------------------------------------------------------------------
 
 
@@ -335,4 +375,5 @@ __all__ = [
     "draw_positions",
     "draw_series",
     "draw_shares",
+    "draw_sinks",
 ]

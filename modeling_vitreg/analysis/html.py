@@ -22,6 +22,7 @@ CAPTIONS = {
     "own scale; the text gives the share of attention on patches, and the peak over the mean.",
     "heads": "Attention of each head of the last layer, on the first image.",
     "massive_activations": "Largest activation of each layer, and share of the squared norm in the largest channels.",
+    "sinks": "Sinks: how many heads of each layer send most attention of most tokens to one token, and what it does.",
     "series": "Norms of the patches of the last layer with the automatic threshold, and share of outliers.",
 }
 _WIDE = ("norm_maps", "attention", "heads")
@@ -41,6 +42,7 @@ def render_page(report: ArtifactReport, figures: dict[str, pathlib.Path]) -> str
         "ablation_rows": _ablation_rows(report.ablation),
         "patch_probe_rows": _patch_probe_rows(report.probes),
         "class_probe_rows": _class_probe_rows(report.probes),
+        "sink_rows": _sink_rows(report.sinks),
         **_attention_tables(report.attention),
         **_activation_table(report.massive_activations),
     }
@@ -150,6 +152,17 @@ def _activation_table(activations: dict) -> dict:
     ]
     heads += [f"entries per image {words}" for words in activations["criteria"].values()]
     return {"activation_heads": heads, "activation_rows": rows}
+
+
+def _sink_rows(sinks: dict) -> list[list]:
+    """Sinks per image behind layer 1: a row for each class, with a column for each kind of token."""
+    rows = []
+    for name, total in sinks.get("totals", {}).items():
+        interval = "-" if total["low"] is None else f"{total['low']:.2f} to {total['high']:.2f}"
+        kinds = [layer["per_image"][name] for layer in sinks["layers"][1:]]
+        places = [sum(layer[kind] for layer in kinds) for kind in ("cls", "registers", "patches")]
+        rows.append([name.replace("_", "-"), *(f"{value:.2f}" for value in (total["mean"], *places)), interval])
+    return rows
 
 
 def _ablation_rows(ablation: dict) -> list[list]:

@@ -3,6 +3,7 @@
     index.html       page with all figures embedded
     artifacts.json   the `ArtifactReport`
     norms.png  shares.png  norm_maps.png  outlier_positions.png  attention.png  heads.png  massive_activations.png
+    sinks.png
     errors.log       tracebacks, if a section or a figure failed
 
 A comparison holds `index.html`, `shares.png`, `series.png`, and one folder as above per model, named 1, 2, ...
@@ -30,6 +31,7 @@ from .figures import (
     draw_positions,
     draw_series,
     draw_shares,
+    draw_sinks,
 )
 from .html import render_comparison, render_page
 from .survey import Examples, SurveySettings, survey
@@ -118,6 +120,8 @@ def write_folder(report: ArtifactReport, examples: Examples, folder: str | os.Pa
             "outlier_positions": lambda path: draw_positions(report, path),
             "massive_activations": lambda path: draw_massive_activations(report, path),
         }
+    if report.layers and "skipped" not in report.sinks:
+        tasks["sinks"] = lambda path: draw_sinks(report, path)
     if report.layers and examples.images is not None:
         tasks["norm_maps"] = lambda path: draw_norm_maps(report, examples, path)
         if examples.attention:

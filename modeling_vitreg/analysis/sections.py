@@ -24,6 +24,7 @@ from .histograms import NormHistograms, bin_numbers
 from .positions import PositionCounts, neighbour_similarity
 from .reservoir import TokenReservoir, draw_tokens, make_sample
 from .settings import Examples, SurveySettings
+from .sinks import SinkSection
 from .verdict import judge, summarise_layer
 
 
@@ -136,8 +137,8 @@ class AttentionSection:
         self._similarity, self._num_images = torch.zeros(first.kinds["registers"], first.kinds["registers"]), 0
         self.grid, self.last_maps = first.grid, None  # (B, H, Q, P) of the first batch
 
-    def update(self, batch: Batch) -> None:
-        """Add a batch."""
+    def update(self, batch: Batch, probabilities: list[Tensor] | None) -> None:
+        """Add a batch; `probabilities` (B, H, Q, N) of each layer where they were read already."""
         if len(self._similarity):
             self._similarity += register_similarity(batch.layers[-1].register_tokens).cpu() * len(batch.pixels)
         self._num_images += len(batch.pixels)
@@ -145,8 +146,9 @@ class AttentionSection:
         if not first or not self.means.queries or self._problem:
             return
         try:
-            layers = list(range(1, batch.encoder.num_layers + 1))
-            probabilities = batch.encoded.attend(layers, first=first)
+            if probabilities is None:
+                layers = list(range(1, batch.encoder.num_layers + 1))
+                probabilities = batch.encoded.attend(layers, first=first)
         except Exception as error:  # a layer whose attention cannot be read; the other sections can be measured
             reason = self._failures.note("attention", error)
             self._problem = f"the attention of this model cannot be read, so there are no attention maps: {reason}"
@@ -266,7 +268,7 @@ class Sections(Consumer):
         settings: how much is measured.
     """
 
-    PARTS: ClassVar = ("outlier_positions", "massive_activations", "attention", "ablation", "probes")
+    PARTS: ClassVar = ("outlier_positions", "massive_activations", "attention", "sinks", "ablation", "probes")
 
     def __init__(self, encoder: Encoder, settings: SurveySettings):
         features = tuple((number, "token") for number in range(encoder.num_layers + 1))
@@ -287,7 +289,8 @@ class Sections(Consumer):
         self._probes.update(batch)
         self._ablation.update(batch)
         self.num_images += len(batch.pixels)
-        self._attention.update(batch)
+        first = encoded.count_first(self.settings.num_attention_images)
+        self._attention.update(batch, self._sinks.read(encoded, first) if first else None)
         if self.examples.images is None and self.settings.num_shown:
             self._show(batch)
 
@@ -302,7 +305,7 @@ class Sections(Consumer):
             full[0].failures.tracebacks |= self.failures.tracebacks
             self.__dict__ |= full[0].__dict__
         for other in full[1:]:
-            for name in ("_norms", "_positions", "_activations", "_attention", "_ablation", "_probes"):
+            for name in ("_norms", "_positions", "_activations", "_attention", "_sinks", "_ablation", "_probes"):
                 getattr(self, name).merge(getattr(other, name))
             self.num_images += other.num_images
 
@@ -321,6 +324,7 @@ class Sections(Consumer):
             "outlier_positions": positions,
             "massive_activations": self._activations.summarise(),
             "attention": self._attention.compute(),
+            "sinks": attempt("attention sinks", self._sinks.compute),
             "ablation": attempt("register ablation", self._ablation.compute),
             "probes": attempt("linear probes", lambda: self._probes.compute(last)),
         }
@@ -331,6 +335,8 @@ class Sections(Consumer):
         self._positions = PositionCounts(depth, grid=first.grid)
         self._activations = MassiveActivations(depth, width=width, kinds=first.kinds)
         self._attention = AttentionSection(first, num_images=settings.num_attention_images, failures=self.failures)
+        heads = (depth, first.encoder.num_heads)
+        self._sinks = SinkSection(*heads, kinds=first.kinds, failures=self.failures)
         self._ablation = AblationSection(first, num_images=settings.num_ablation_images, seed=settings.seed)
         probes = {"num_images": settings.num_probe_images, "seed": settings.seed}
         self._probes = ProbeSection(first, **probes, failures=self.failures)

@@ -40,8 +40,9 @@ def record_feature(layers: list[nn.Module], number: int, feature: str, keep: Cal
         yield from record_projection(find_part(layer, "attention"), feature, keep)
 
 
-def record_attention(layer: nn.Module, keep: Callable, *, num_heads: int, num_queries: int) -> Iterator:
-    """Hooks that keep the attention probabilities (B, H, Q, N) of the first Q tokens of a layer, in float32."""
+def record_attention(layer: nn.Module, keep: Callable, *, num_heads: int, num_queries: int | None) -> Iterator:
+    """Hooks that keep the attention probabilities (B, H, Q, N) of the first Q tokens of a layer, in float32; None: of
+    all tokens."""
     attention = find_part(layer, "attention")
     if hasattr(attention, "prefix_probabilities"):  # ours, which knows its norms, gates and biases
         yield from _record_own(attention, keep, num_queries=num_queries)
@@ -58,7 +59,7 @@ def record_attention(layer: nn.Module, keep: Callable, *, num_heads: int, num_qu
     yield attention.register_forward_hook(finish, with_kwargs=True)
 
 
-def _record_own(attention: nn.Module, keep: Callable, *, num_queries: int) -> Iterator:
+def _record_own(attention: nn.Module, keep: Callable, *, num_queries: int | None) -> Iterator:
     packed: list[Tensor] = []
 
     def finish(_, arguments: tuple, keywords: dict, __) -> None:
@@ -97,7 +98,7 @@ def _find_rotary(attention: nn.Module, arguments: tuple, keywords: dict) -> tupl
 
 
 def _probabilities(
-    attention: nn.Module, query: Tensor, key: Tensor, *, rotary: tuple | None, num_heads: int, num_queries: int
+    attention: nn.Module, query: Tensor, key: Tensor, *, rotary: tuple | None, num_heads: int, num_queries: int | None
 ) -> Tensor:
     """Softmax (B, H, Q, N) of what the prefix tokens ask, from queries and keys (B, N, D)."""
     heads = [part.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in (query, key)]

@@ -14,15 +14,12 @@ import functools
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .encoder import Encoder, layer_numbers
 from .families import find_part
+from .heads import TOLERANCE, output_weights, split_values
 from .hooks import record_attention, record_projection
-
-
-TOLERANCE = 1e-3  # relative difference between the parts' sum and what the model itself adds up
 
 
 @torch.no_grad()
@@ -40,14 +37,14 @@ def class_token_updates(encoder: Encoder, pixel_values: Tensor, *, layer: int = 
 
     Returns:
         (B, D) for each of "prefix" (class and distillation token), "registers" and "patches"; None for a model without
-        class token, or whose attention does more than average its values (gates, shared heads).
+        class token, or whose attention does more than average its values, as with a gate.
 
     Raises:
         ValueError: images that do not fit, or no such layer.
     """
     (number,) = layer_numbers(layer, encoder.num_layers, first=1)
     block = encoder.layers[number - 1]
-    projection, scale = find_part(block, "projection"), find_part(block, "scale")
+    projection = find_part(block, "projection")
     if not encoder.has_cls_token or projection is None:
         return None
 
@@ -58,24 +55,32 @@ def class_token_updates(encoder: Encoder, pixel_values: Tensor, *, layer: int = 
         yield projection.register_forward_pre_hook(lambda _, inputs: keep("sum", inputs[0][:, 0]))
 
     found = encoder.run(pixel_values, hooks, num_expected=3)
-    attention, value = found["attention"][:, :, 0], found["value"].float()  # [B, H, N], [B, N, D]
-    if value.shape[-1] % encoder.num_heads or value.shape[-1] != projection.weight.shape[1]:
+    attention, expected = found["attention"][:, :, 0], found["sum"].float()  # [B, H, N], [B, D]
+    try:
+        values = split_values(found["value"], num_heads=encoder.num_heads, width=expected.shape[-1])
+    except ValueError:
         return None
-    value = value.unflatten(-1, (encoder.num_heads, -1))  # [B, N, D] -> [B, N, H, d]
+    averaged = torch.einsum("bhn,bhnd->bhd", attention, values).flatten(1)
+    if (averaged - expected).norm() > TOLERANCE * expected.norm():
+        return None
+    return split_update(attention, values, output_weights(block, num_heads=encoder.num_heads), encoder=encoder)
+
+
+def split_update(attention: Tensor, values: Tensor, weights: Tensor, *, encoder: Encoder) -> dict[str, Tensor]:
+    """What the heads of a layer add to a token, by the kind of token that it comes from; see `class_token_updates`.
+
+    Args:
+        attention: (B, H, N) of the token.
+        values, weights: see `heads.LayerHeads`.
+        encoder: says where the prefix ends.
+    """
     num_registers, first = encoder.num_register_tokens, encoder.num_prefix_tokens
     counts = {"prefix": first - num_registers, "registers": num_registers, "patches": attention.shape[-1] - first}
-    parts = {}
-    for kind, weights, values in zip(
-        counts, attention.split(list(counts.values()), dim=-1), value.split(list(counts.values()), dim=1)
-    ):
-        parts[kind] = torch.einsum("bhn,bnhd->bhd", weights, values).flatten(1)  # [B, D]
-    expected = found["sum"].float()
-    if (sum(parts.values()) - expected).norm() > TOLERANCE * expected.norm():
-        return None
-    updates = {kind: F.linear(part, projection.weight.float()) for kind, part in parts.items()}
-    return (
-        updates if scale is None else {kind: scale(part.to(encoder.dtype)).float() for kind, part in updates.items()}
-    )
+    sizes = list(counts.values())
+    return {
+        kind: torch.einsum("bhd,hcd->bc", torch.einsum("bhn,bhnd->bhd", shares, part), weights)
+        for kind, shares, part in zip(counts, attention.split(sizes, dim=-1), values.split(sizes, dim=2))
+    }
 
 
 def register_share(encoder: Encoder, pixel_values: Tensor, *, layer: int = -1) -> Tensor | None:
@@ -88,8 +93,13 @@ def register_share(encoder: Encoder, pixel_values: Tensor, *, layer: int = -1) -
     updates = class_token_updates(encoder, pixel_values, layer=layer) if encoder.num_register_tokens else None
     if updates is None:
         return None
+    return share_of_registers(updates).cpu()
+
+
+def share_of_registers(updates: dict[str, Tensor]) -> Tensor:
+    """(B,): `register_share` of updates (B, D) by kind of token."""
     lengths = {kind: part.norm(dim=-1) for kind, part in updates.items()}
-    return (lengths["registers"] / sum(lengths.values()).clamp(min=1e-30)).cpu()
+    return lengths["registers"] / sum(lengths.values()).clamp(min=1e-30)
 
 
 __all__ = ["class_token_updates", "register_share"]

@@ -109,6 +109,7 @@ def test_every_model_has_a_page_and_what_it_lacks_is_left_out(drawn, tmp_path, c
     page = write_folder(report, examples, tmp_path).read_text()
     names = {path.stem for path in tmp_path.glob("*.png")}
     expected = {"norms", "shares", "outlier_positions", "massive_activations"}
+    expected |= {"sinks"} if settings.get("num_attention_images", 1) else set()
     if settings.get("num_shown", 4):
         expected |= {"norm_maps"}
         if changes.get("has_cls_token", True) and settings.get("num_attention_images", 1):

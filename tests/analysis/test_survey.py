@@ -199,7 +199,7 @@ def test_features_that_are_all_zero_have_a_report(tmp_path):
         parameter.zero_()
     report = analyze(load_encoder(model), pictures(3)[0], output_folder=tmp_path, settings=SurveySettings(**QUICK))
     assert report.verdict["level"] == "none" and report.layers[0]["max_over_median"] is None
-    assert len(list(tmp_path.glob("*.png"))) == 7
+    assert len(list(tmp_path.glob("*.png"))) == 8
 
 
 def test_half_precision_finds_the_same():
@@ -300,6 +300,7 @@ def test_a_folder_holds_page_report_and_figures(tmp_path):
         "attention",
         "heads",
         "massive_activations",
+        "sinks",
     }
     assert names == {"index.html", "artifacts.json"} | {f"{name}.png" for name in pictures_written}
     page = (tmp_path / "index.html").read_text()
