@@ -14,6 +14,7 @@ from modeling_vitreg.files import DISK_ERRORS
 
 # What torch says, by back end and version, when another process is gone.
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+_KEPT: list[torch.distributed.ProcessGroup] = []  # the group of all processes, until nothing else of the run is left
 
 
 def make_accelerator(**settings) -> Accelerator:
@@ -30,6 +31,10 @@ def make_accelerator(**settings) -> Accelerator:
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         **settings,
     )
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # In torch 2.8 a process hangs at its end if DistributedDataParallel is the last that holds the group: it waits
+        # for the threads of the group, and they for the lock of the interpreter.
+        _KEPT.append(torch.distributed.group.WORLD)
     if accelerator.num_processes != world_size:
         raise SystemExit(
             f"the launcher started {world_size} processes, but accelerate sees {accelerator.num_processes}: "
@@ -81,5 +86,7 @@ def ends_in_words(main: Callable) -> Callable:
                     "continues from the last state"
                 ) from None
             raise
+        finally:
+            _KEPT.clear()
 
     return run
