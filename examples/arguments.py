@@ -17,10 +17,11 @@ from huggingface_hub import snapshot_download
 from tqdm import tqdm
 
 from modeling_vitreg import reports
+from modeling_vitreg.cli.renamed import rewrite
 from modeling_vitreg.conversion import convert
 from modeling_vitreg.distributed import DistributedContext
 from modeling_vitreg.features.folders import conversion_command
-from modeling_vitreg.images import DataOptions, ImageSource, open_images
+from modeling_vitreg.images import SCENE_COLUMNS, DataOptions, ImageSource, open_images, parse_columns
 from modeling_vitreg.names import is_hub_name
 from modeling_vitreg.pretraining.build import is_of_this_family, make_config
 from modeling_vitreg.pretraining.objectives.objective import DataSummary
@@ -35,12 +36,15 @@ from modeling_vitreg.settings import make_settings, suggest_name
 RECIPES = pathlib.Path(__file__).parent / "recipes"
 MAPS = ("mask", "depth")  # annotations of each pixel
 EVAL_SCENES = "evaluation scenes"  # those from FIRST_TEST_SCENE on; training scenes are numbered from 0
-RENAMED = {  # options of older versions
-    "--look-every": "--eval-every",
-    "--num-looked-at": "--num-eval-images",
-    "--held-out": "--eval-split",
-    "--licence": "--license",
-    "--push_to_hub": "--push-to-hub",
+RENAMED = {  # options of older versions, see `modeling_vitreg.cli.renamed`
+    "--look-every": "--eval-every {}",
+    "--num-looked-at": "--num-eval-images {}",
+    "--held-out": "--eval-split {}",
+    "--licence": "--license {}",
+    "--push_to_hub": "--push-to-hub {}",
+    **{f"--{kind}-column": f"--columns {kind}={{}}" for kind in ("image", "label", "text", "mask", "depth")},
+    "--reduce-labels": "--set data.reduce_labels=true",
+    "--depth-scale": "--set data.depth_scale={}",
 }
 
 
@@ -118,17 +122,15 @@ def parse_options(description: str, default_recipe: str, arguments: list[str] | 
     data.add_argument("--split", default="train", help="training split (default: train)")
     data.add_argument("--eval-split", help="evaluation split (default: validation or test, if there is one)")
     data.add_argument("--streaming", action="store_true", help="stream the data instead of preparing it first")
-    data.add_argument("--image-column", help="column of images (default: found by its type)")
     data.add_argument(
-        "--label-column",
-        help="column of labels (default: found by its type). Scenes have colours (of the main object, default) and "
-        "label (its shape and texture, which is much harder)",
+        "--columns",
+        action="append",
+        default=[],
+        metavar="KIND=COLUMN,...",
+        help="columns of the data: image, label, text, mask, depth (default: found by type; caption, mask, depth). "
+        "Scenes have label=colours (of the main object, default) and label=label (its shape and texture, harder). "
+        "The meaning of their values: --set data.reduce_labels=true, --set data.depth_scale=0.001 ...",
     )
-    data.add_argument("--text-column", help="column of captions (default: caption)")
-    data.add_argument("--mask-column", help="column of masks, in which 255 is ignored (default: mask)")
-    data.add_argument("--reduce-labels", action="store_true", help="masks: ignore 0 and count classes from 1 (ADE20k)")
-    data.add_argument("--depth-column", help="column of depth maps (default: depth)")
-    data.add_argument("--depth-scale", type=float, default=1.0, help="metres per unit of depth; 0.001 for millimetres")
     data.add_argument("--num-scenes", type=int, default=4096, help="number of scenes (default: 4096)")
     data.add_argument(
         "--max-unreadable",
@@ -166,6 +168,10 @@ def parse_options(description: str, default_recipe: str, arguments: list[str] | 
             parser.error(f"--{name.replace('_', '-')} is 1 or more, got {getattr(options, name)}")
     if options.workers is not None and options.workers < 0:
         parser.error(f"--workers is 0 or more, got {options.workers}")
+    try:
+        options.columns = parse_columns(options.columns)
+    except ValueError as error:
+        parser.error(str(error))
     if options.workers is None:
         options.workers = min(os.cpu_count() or 1, 8)
     return options
@@ -173,12 +179,9 @@ def parse_options(description: str, default_recipe: str, arguments: list[str] | 
 
 def parse_known(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
     """Parse a command; older names are accepted, and unknown ones are answered with the nearest known name."""
-    current = []
-    for argument in arguments:
-        name, separator, value = argument.partition("=")
-        if name in RENAMED:
-            print(f"{name} was renamed to {RENAMED[name]}", file=sys.stderr)
-        current.append(f"{RENAMED.get(name, name)}{separator}{value}")
+    current, notes = rewrite(arguments, RENAMED)
+    if notes:
+        print(f"renamed: {', '.join(notes)}", file=sys.stderr)
     options, unknown = parser.parse_known_args(current)
     if unknown:
         name = unknown[0].partition("=")[0]
@@ -294,14 +297,19 @@ def name_data(options: argparse.Namespace, recipe: Recipe) -> str:
 
 def make_data_options(options: argparse.Namespace, recipe: Recipe) -> DataOptions:
     """Columns that the objective needs, and the meaning of their values."""
-    of_scenes = {"mask": "semantic_mask", "label": "colours"} if is_scenes(options.data) else {}
-    columns = {"image_column": options.image_column, "label_column": options.label_column or of_scenes.get("label")}
     kind = annotation_of(recipe)
-    if kind == "text":
-        columns["text_column"] = options.text_column or "caption"
-    if kind in MAPS:
-        columns[f"{kind}_column"] = getattr(options, f"{kind}_column") or of_scenes.get(kind, kind)
-    settings = {"depth_scale": options.depth_scale, "reduce_labels": options.reduce_labels}
+    columns: dict[str, str | None] = {"image_column": None, "label_column": None}
+    if kind in MAPS or kind == "text":
+        columns[f"{kind}_column"] = "caption" if kind == "text" else kind
+    if is_scenes(options.data):
+        columns |= {"label_column": "colours"} | {
+            name: SCENE_COLUMNS[name] for name in columns if name in SCENE_COLUMNS
+        }
+    settings = {name: column for name, column in options.columns.items() if name in columns}
+    for name in sorted(options.columns.keys() - columns.keys()):
+        print(
+            f"--columns {name.removesuffix('_column')}: not read by the objective {recipe.objective}", file=sys.stderr
+        )
     if kind == "depth":
         settings["max_depth"] = recipe.settings.get("max_depth", DataOptions.max_depth)
     if kind == "mask":

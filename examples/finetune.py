@@ -13,10 +13,10 @@ Segmentation and depth need another recipe; images and maps are cropped together
     accelerate launch examples/finetune.py --recipe segment-cpu --init outputs/demo-cpu # masks of built-in scenes
     accelerate launch examples/finetune.py --recipe depth-cpu --init outputs/demo-cpu
     accelerate launch examples/finetune.py --recipe segment-vitb14 --init my-dinov2 --data owner/ade20k \\
-        --mask-column annotation --reduce-labels
+        --columns mask=annotation --set data.reduce_labels=true
 
-Masks hold class numbers; 255 is ignored (--reduce-labels: 0 is ignored, classes count from 1). Depth is in metres, or
-in units of --depth-scale metres. Folders of images name their masks in metadata.jsonl; see docs/data/annotations.md.
+Masks hold class numbers; 255 is ignored (data.reduce_labels: 0 is ignored, classes count from 1). Depth is in metres,
+or in units of data.depth_scale metres. Folders name their masks in metadata.jsonl; see docs/data/annotations.md.
 
 The loop is that of pretrain.py, with another recipe. The output folder holds model/, which loads by
 AutoModelForImageClassification, -SemanticSegmentation or -DepthEstimation.

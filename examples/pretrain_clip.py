@@ -1,8 +1,8 @@
 """Pretrain an image tower with registers on captions, beside a text tower of transformers.
 
     accelerate launch examples/pretrain_clip.py                                        # built-in scenes and captions
-    accelerate launch examples/pretrain_clip.py --data owner/dataset --text-column text
-    accelerate launch examples/pretrain_clip.py --recipe clip-vitb16 --data "shards/{000..099}.tar" --text-column txt
+    accelerate launch examples/pretrain_clip.py --data owner/dataset --columns text=text
+    accelerate launch examples/pretrain_clip.py --recipe clip-vitb16 --data "shards/{000..099}.tar" --columns text=txt
 
 The loop is that of pretrain.py, with another recipe. The output folder holds model/: a dual encoder with code,
 tokenizer and image processor, for zero-shot classification:

@@ -51,19 +51,25 @@ class RenamingGroup(TyperGroup):
 
     def main(self, args: Sequence[str] | None = None, *others: Any, **options: Any) -> Any:
         """Rewrite the arguments, then parse them."""
-        arguments, notes = rewrite(list(sys.argv[1:] if args is None else args))
+        arguments = list(sys.argv[1:] if args is None else args)
+        rewritten, notes = rewrite(arguments[1:], RENAMED.get(arguments[0], {})) if arguments else ([], [])
         if notes:
             typer.echo(f"renamed: {', '.join(notes)}", err=True)
-        return super().main(arguments, *others, **options)
+        return super().main([*arguments[:1], *rewritten], *others, **options)
 
 
-def rewrite(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Arguments in today's spelling, and for each old option "OLD is now NEW"."""
-    table = dict(RENAMED.get(arguments[0], {})) if arguments else {}
+def rewrite(arguments: list[str], renamed: dict[str, str]) -> tuple[list[str], list[str]]:
+    """Arguments in today's spelling, and for each old option "OLD is now NEW".
+
+    Args:
+        arguments: of a verb or a program.
+        renamed: a table such as those of `RENAMED`.
+    """
+    table = dict(renamed)
     names = {argument.partition("=")[0] for argument in arguments}
     if any(name in names and table[name].startswith(_PAIRS) for name in table):
         table |= {name: f"{name} {{}}" for name in _PAIRS}  # to merge with what the old options say
-    rewritten, notes, pairs, rest = [], [], {}, iter(arguments[1:])
+    rewritten, notes, pairs, rest = [], [], {}, iter(arguments)
     for argument in rest:
         name, separator, value = argument.partition("=")
         if argument == "--" or name not in table:
@@ -80,4 +86,4 @@ def rewrite(arguments: list[str]) -> tuple[list[str], list[str]]:
         else:
             rewritten += [option, content] if content else [option]
     merged = [word for name, pair in pairs.items() for word in (name, ",".join(pair).rstrip(","))]
-    return [*arguments[:1], *merged, *rewritten], notes
+    return [*merged, *rewritten], notes

@@ -97,17 +97,17 @@ def test_old_spellings_lead_to_options_that_exist():
 
 
 def test_old_spellings_are_rewritten_and_named():
-    old = ["evaluate", "m", "d", "--mask-column", "annotation", "--depth-scale=0.001", "--reduce-labels"]
+    old = ["m", "d", "--mask-column", "annotation", "--depth-scale=0.001", "--reduce-labels"]
     old += ["--split", "learn", "--test-split", "measure", "--num-test", "30", "--box-layout", "corners"]
-    rewritten, notes = rewrite([*old, "--", "--report"])
-    assert rewritten[:5] == ["evaluate", "--split", "learn,measure", "--num-images", ",30"]
-    assert rewritten[5:] == [
+    rewritten, notes = rewrite([*old, "--", "--report"], RENAMED["evaluate"])
+    assert rewritten[:4] == ["--split", "learn,measure", "--num-images", ",30"]
+    assert rewritten[4:] == [
         *("m", "d", "--columns", "mask=annotation", "--set", "data.depth_scale=0.001"),
         *("--set", "data.reduce_labels=true", "--set", "data.box_format=xyxy", "--", "--report"),
     ]
     assert notes[0] == "--mask-column is now --columns mask=VALUE" and len(notes) == 6
-    assert rewrite(["evaluate", "m", "--split", "a,b"]) == (["evaluate", "m", "--split", "a,b"], [])
-    assert rewrite(["card", "f", "u/n", "--report", "r"])[0] == ["card", "f", "u/n", "--reports", "r"]
+    assert rewrite(["m", "--split", "a,b"], RENAMED["evaluate"]) == (["m", "--split", "a,b"], [])
+    assert rewrite(["f", "u/n", "--report", "r"], RENAMED["card"])[0] == ["f", "u/n", "--reports", "r"]
 
 
 def test_an_old_spelling_works_and_is_told_in_one_line(tmp_path):
@@ -232,7 +232,7 @@ def test_errors_of_users_and_libraries_are_words_and_our_bugs_have_a_traceback(c
     name, text = fails(lambda: raise_(ModuleNotFoundError("x", name="matplotlib")))
     assert name == "Exit" and "pip install" in text
     assert fails(lambda: raise_(KeyboardInterrupt()))[1] == "stopped\n"
-    assert fails(lambda: rewrite(None))[0] == "TypeError"  # a bug of this package
+    assert fails(lambda: rewrite(None, {}))[0] == "TypeError"  # a bug of this package
     # Through this package into a library: its error, in words.
     name, text = fails(lambda: options.read_settings([], _Through(json)))
     assert name == "Exit" and "failed with TypeError" in text

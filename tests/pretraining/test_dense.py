@@ -337,8 +337,8 @@ def test_maps_of_a_dataset_on_the_disk_are_named_by_their_columns(folder, whole)
     features = datasets.Features({"photo": datasets.Image(), "truth": datasets.Image()})
     datasets.Dataset.from_dict({"photo": photos, "truth": stored}, features=features).save_to_disk(folder / "saved")
     options = {
-        "segment": ["--mask-column", "truth", "--reduce-labels", "--set", "settings.num_classes=3"],
-        "depth": ["--depth-column", "truth", "--depth-scale", "0.001"],
+        "segment": ["--columns", "mask=truth", "--set", "data.reduce_labels=true", "--set", "settings.num_classes=3"],
+        "depth": ["--columns", "depth=truth", "--set", "data.depth_scale=0.001"],
     }
     told = run(folder, "--data", "saved", *options[kind], output="saved-run")
     assert "held-out images of the training data" in told

@@ -147,7 +147,7 @@ class Classification(HeadObjective):
         if not data.class_names:
             raise ValueError(
                 "classification needs classes: give --data a folder with a subfolder for each class, a dataset with a "
-                "column of classes (--label-column), or name them with --set settings.class_names=[cat,dog]"
+                "column of classes (--columns label=NAME), or name them with --set settings.class_names=[cat,dog]"
             )
         return {"class_names": list(data.class_names)}
 
