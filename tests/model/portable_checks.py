@@ -299,9 +299,11 @@ def bfloat16_is_loaded_and_saved(folder: Path, scratch: Path) -> None:
     assert {parameter.dtype for parameter in again.parameters()} == {torch.bfloat16}
     exact, rounded = (named(each(**inputs(folder))) for each in (open_model(folder), model))
     assert_same(named(again(**inputs(folder))), rounded)
+    # Rounding may choose another token's activation for a test-time register, of the other sign.
+    limit = 0.5 if json.loads((folder / "config.json").read_text()).get("register_neurons") else 0.05
     for name in exact:
         error = (rounded[name].float() - exact[name]).norm()
-        assert error <= 0.05 * exact[name].norm(), (name, error)
+        assert error <= limit * exact[name].norm(), (name, error)
 
 
 @on()
