@@ -651,7 +651,7 @@ class ViTWithRegistersLayer(GradientCheckpointingLayer):
         self.mlp = ViTWithRegistersMLP(config)
         if register_neurons:
             self.mlp = ViTWithRegistersRegisterNeuronMLP(config, register_neurons)
-        has_scale &= config.has_mlp_layer_scale
+        has_scale = has_scale and bool(config.has_mlp_layer_scale)
         self.layer_scale2 = ViTWithRegistersLayerScale(config) if has_scale else nn.Identity()
         self.drop_path = ViTWithRegistersDropPath(config, drop_path_rate)
 
