@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modeling_vitreg import ViTWithRegistersModel
+from modeling_vitreg.modeling_vitreg import ViTWithRegistersRegisterNeuronMLP
 from modeling_vitreg.modes import eval_mode
 
 
@@ -155,12 +156,22 @@ def _replaced(base: ViTWithRegistersModel, substitutes: list[Tensor], from_layer
 
 @contextlib.contextmanager
 def _removed(base: ViTWithRegistersModel) -> Iterator[None]:
-    registers, number = base.embeddings.register_tokens, base.config.num_register_tokens
-    base.embeddings.register_tokens, base.config.num_register_tokens = None, 0
+    """Without registers: gates have no token to act on, and units of test-time registers none to move to."""
+    counts = ("num_register_tokens", "num_gated_registers", "num_test_time_registers")
+    changes = [(base.embeddings, "register_tokens", None), *((base.config, name, 0) for name in counts)]
+    for module in base.modules():
+        if isinstance(module, ViTWithRegistersRegisterNeuronMLP):
+            changes.append((module, "registers", (0, 0)))
+        elif getattr(module, "register_gates", None) is not None:
+            changes.append((module, "register_gates", None))
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
     try:
+        for owner, name, value in changes:
+            setattr(owner, name, value)
         yield
     finally:
-        base.embeddings.register_tokens, base.config.num_register_tokens = registers, number
+        for owner, name, value in before:
+            setattr(owner, name, value)
 
 
 def _compare(changed: Tensor, whole: Tensor) -> dict:

@@ -64,6 +64,24 @@ def test_removed_registers_are_those_of_a_model_without(model, tiny):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("added", [{"num_test_time_registers": 2}, {"num_gated_registers": 2}], ids=str)
+def test_with_registers_that_were_added_what_only_they_read_is_removed_too(tiny, randomise, added):
+    units = {"1": [0, 5], "3": [7]} if "num_test_time_registers" in added else {}
+    model = randomise(ViTWithRegistersModel(tiny(num_register_tokens=3, register_neurons=units, **added)))
+    without = ViTWithRegistersModel(tiny(num_register_tokens=0)).eval()
+    without.load_state_dict(model.state_dict(), strict=False)
+    for number, zeroed in units.items():  # their activation goes to no token
+        without.layers[int(number) - 1].mlp.fc2.weight[:, zeroed] = 0
+    for side in (16, 32):  # fewer patches than registers, and more
+        images = torch.randn(IMAGES, 3, side, side)
+        before = model(images).last_hidden_state
+        report = ablate_registers(model, images)["modes"]["removed"]
+        expected = F.cosine_similarity(without(images).patch_tokens, model(images).patch_tokens, dim=-1).mean()
+        assert report["patches"]["cosine"] == pytest.approx(expected.item(), abs=1e-5)
+        assert torch.equal(model(images).last_hidden_state, before)
+
+
+@torch.no_grad()
 def test_noise_has_the_mean_and_deviation_of_the_registers_and_a_seed(model):
     images = torch.randn(IMAGES, 3, 32, 32)
     one, two, other = (ablate_registers(model, images, seed=seed)["modes"]["noise"] for seed in (0, 0, 1))
