@@ -78,7 +78,6 @@ class ObjectFinder(Consumer):
         )
 
     def update(self, batch: EncodedBatch) -> None:
-        """Find the objects of a batch."""
         found = [None] * len(self.settings)
         for each, numbers in self._groups.items():
             biases = [self.settings[number].bias for number in numbers]
@@ -96,7 +95,6 @@ class ObjectFinder(Consumer):
             }
 
     def has_shard(self, index: int) -> bool:
-        """See `Consumer`; the rows of the shard are read."""
         if self._folder is None or not self._file(index).exists():
             return False
         if index not in self.resumed:
@@ -106,14 +104,12 @@ class ObjectFinder(Consumer):
         return True
 
     def end_shard(self, shard: Shard) -> None:
-        """See `Consumer`."""
         if self._folder is not None:
             self.stored[shard.index] = shard.counts
             rows = [{"number": number, **self.rows[number]} for number in shard.numbers if number in self.rows]
             write_text(self._file(shard.index), json.dumps({"counts": shard.counts.to_json(), "rows": rows}))
 
     def merge(self, others: Sequence[ObjectFinder]) -> None:
-        """See `Consumer`."""
         for other in others:
             self.rows |= other.rows
             self.stored |= other.stored

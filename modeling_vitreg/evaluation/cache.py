@@ -102,11 +102,9 @@ class FeatureCache(Consumer):
             self._parts[kind].append(self._pack({"numbers": batch.numbers, **tensors}, kind))
 
     def has_shard(self, index: int) -> bool:
-        """See `Consumer`."""
         return all(self._file(index, kind).exists() for kind in self._kinds)
 
     def end_shard(self, shard: Shard) -> None:
-        """See `Consumer`."""
         for kind in self._kinds:
             file, parts = self._file(shard.index, kind), self._parts.pop(kind, [{"numbers": torch.empty(0).long()}])
             tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -93,7 +93,6 @@ class Classification(HeadObjective):
         settings: settings of the objective.
         crops: one global view.
         teacher: images (B, 3, h, w) to logits (B, C), without gradient; None without distillation.
-        num_steps, processes: see `Objective`.
 
     Raises:
         ValueError: fewer than two classes, several views, or a backbone that lacks what is read.
@@ -133,7 +132,6 @@ class Classification(HeadObjective):
 
     @classmethod
     def arguments_of(cls, recipe: Recipe) -> dict:
-        """See `Objective`; a teacher is loaded if there is one."""
         arguments = super().arguments_of(recipe)
         settings = arguments["settings"]
         teacher = load_class_teacher(settings.teacher, settings.class_names) if settings.teacher else None
@@ -159,24 +157,20 @@ class Classification(HeadObjective):
 
     @property
     def saved(self) -> ViTWithRegistersForImageClassification:
-        """Backbone and classifier, or the average of their weights if there is one."""
         return self.model if self.ema_model is None else self.ema_model
 
     @property
     def trained(self) -> dict[str, nn.Module]:
-        """Backbone and classifiers."""
         heads = {"classifier": self.model.classifier, "distillation_classifier": self.model.distillation_classifier}
         return {"backbone": self.model.vitreg, **{name: head for name, head in heads.items() if head is not None}}
 
     def train(self, mode: bool = True) -> Classification:
-        """Set the mode; the average of the weights stays in evaluation mode."""
         super().train(mode)
         if self.ema_model is not None:
             self.ema_model.eval()
         return self
 
     def after_step(self, *, step: int) -> None:
-        """Update the average of the weights."""
         if self.ema_model is not None:
             update_ema(self.ema_model, self.model, decay=self.settings.ema_decay)
 
@@ -225,7 +219,6 @@ class Classification(HeadObjective):
         return model(images).logits.argmax(dim=1)
 
     def example_targets(self, num_images: int) -> dict[str, Tensor]:
-        """See `Objective`."""
         return {"labels": torch.empty(num_images, dtype=torch.long)}
 
 

@@ -90,7 +90,6 @@ class CLIP(HeadObjective):
         backbone: the image tower.
         settings: settings of the objective.
         crops: one global view.
-        num_steps, processes: see `Objective`.
 
     Raises:
         ValueError: several views, or a backbone with a mask token.
@@ -149,22 +148,18 @@ class CLIP(HeadObjective):
 
     @property
     def trained(self) -> dict[str, nn.Module]:
-        """Image tower, text tower, their projections and the scale."""
         joints = nn.ModuleList([self.model.visual_projection, self.model.text_projection])
         scale = nn.ParameterList([self.model.logit_scale])
         return {"backbone": self.encoder, "text": self.model.text_model, "projections": joints, "scale": scale}
 
     def encoder_of(self, model: ViTWithRegistersDualEncoderModel) -> ViTWithRegistersModel:
-        """See `Objective`."""
         return model.vision_model
 
     def write(self, model: ViTWithRegistersDualEncoderModel, folder: pathlib.Path) -> None:
-        """See `Objective`: both towers, with what they are loaded with, and the tokenizer."""
         super().write(model, folder)
         save_tokenizer(self.make_text.tokenizer, folder)
 
     def after_step(self, *, step: int) -> None:
-        """Keep the scale below its limit, beyond which training is unstable."""
         with torch.no_grad():
             self.model.logit_scale.clamp_(0, LARGEST_SCALE)
 
@@ -199,7 +194,6 @@ class CLIP(HeadObjective):
         return (embed_images(model, images) @ classes.T).argmax(dim=1)
 
     def example_targets(self, num_images: int) -> dict[str, Tensor]:
-        """See `Objective`."""
         return {"texts": torch.zeros((num_images, self.settings.num_tokens), dtype=torch.long)}
 
 

@@ -92,7 +92,6 @@ class DensePrediction(HeadObjective):
         backbone: without a mask token.
         settings: settings of the objective.
         crops: one global view.
-        num_steps, processes: see `Objective`.
 
     Raises:
         ValueError: several views, a backbone with a mask token, or fewer layers than are read.
@@ -131,7 +130,6 @@ class DensePrediction(HeadObjective):
         return {"total": self._loss(images, maps)}
 
     def example_targets(self, num_images: int) -> dict[str, Tensor]:
-        """See `Objective`."""
         size = self.crops.global_size
         return {TARGETS[self.annotation]: torch.empty((1, num_images, size, size), dtype=self.target_dtype)}
 
@@ -182,7 +180,6 @@ class Segmentation(DensePrediction):
 
     @property
     def trained(self) -> dict[str, nn.Module]:
-        """Backbone, and the head's norm and classifier."""
         head = nn.ModuleList([self.model.segmentation_norm, self.model.segmentation_classifier])
         return {"backbone": self.model.vitreg, "head": head}
 
@@ -250,7 +247,6 @@ class DepthEstimation(DensePrediction):
 
     @property
     def trained(self) -> dict[str, nn.Module]:
-        """Backbone and classifier of bins."""
         return {"backbone": self.model.vitreg, "head": self.model.depth_classifier}
 
     @torch.no_grad()

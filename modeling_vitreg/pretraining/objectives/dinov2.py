@@ -81,7 +81,6 @@ class DINOv2(Objective):
         settings: settings of the objective.
         crops: at least two global views, or one and local ones.
         masks: masks of the student's global views.
-        num_steps, processes: see `Objective`.
 
     Raises:
         ValueError: the backbone lacks a class token or a mask token.
@@ -147,26 +146,21 @@ class DINOv2(Objective):
 
     @property
     def encoder(self) -> ViTWithRegistersModel:
-        """The backbone of the teacher."""
         return self.teacher["backbone"]
 
     @property
     def trained(self) -> dict[str, nn.Module]:
-        """Backbone and heads of the student."""
         return dict(self.student.items())
 
     def train(self, mode: bool = True) -> DINOv2:
-        """Set the mode of the student; the teacher always evaluates."""
         super().train(mode)
         self.teacher.eval()
         return self
 
     def after_step(self, *, step: int) -> None:
-        """Update the teacher."""
         update_ema(self.teacher, self.student, decay=self.rates(step=step)["momentum"])
 
     def rates(self, *, step: int) -> dict[str, float]:
-        """Momentum and temperature of the teacher at a step."""
         first, last = self.settings.momentum
         coldest, warmest = self.settings.teacher_temperature
         num_warmup = int(self.settings.temperature_warmup * self.num_steps)

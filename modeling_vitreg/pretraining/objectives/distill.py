@@ -76,7 +76,6 @@ class Distillation(Objective):
         teacher: with a class token; it is made to evaluate and to need no gradient.
         settings: settings of the objective.
         crops: any number of views; the patches of both models divide the global ones.
-        num_steps, processes: see `Objective`.
 
     Raises:
         ValueError: student, teacher and crops do not fit together.
@@ -118,7 +117,6 @@ class Distillation(Objective):
 
     @classmethod
     def arguments_of(cls, recipe: Recipe) -> dict:
-        """See `Objective`; the teacher is loaded."""
         arguments = super().arguments_of(recipe)
         return arguments | {"teacher": load_teacher(arguments["settings"].teacher, recipe)}
 
@@ -129,31 +127,25 @@ class Distillation(Objective):
 
     @property
     def encoder(self) -> ViTWithRegistersModel:
-        """The moving average of the student."""
         return self.ema_model
 
     @property
     def trained(self) -> dict[str, nn.Module]:
-        """Backbone and heads of the student."""
         return dict(self.student.items())
 
     def train(self, mode: bool = True) -> Distillation:
-        """Set the mode of the student; its average always evaluates, as the teacher does."""
         super().train(mode)
         self.ema_model.eval()
         return self
 
     def after_step(self, *, step: int) -> None:
-        """Update the average."""
         update_ema(self.ema_model, self.student["backbone"], decay=self.rates(step=step)["momentum"])
 
     def rates(self, *, step: int) -> dict[str, float]:
-        """Momentum of the average at a step."""
         first, last = self.settings.momentum
         return {"momentum": cosine(step, base=first, final=last, num_steps=self.num_steps)}
 
     def compile_layers(self) -> None:
-        """Compile the layers of student, average and teacher."""
         super().compile_layers()
         compile_layers(self._teacher[0])
 

@@ -30,23 +30,19 @@ class HeadObjective(Objective):
 
     @property
     def encoder(self) -> ViTWithRegistersModel:
-        """The backbone of the saved model."""
         return self.encoder_of(self.saved)
 
     @property
     def saved(self) -> PreTrainedModel:
-        """Backbone and head."""
         return self.model
 
     def train(self, mode: bool = True) -> HeadObjective:
-        """Set the mode; a frozen backbone stays in evaluation mode."""
         super().train(mode)
         if self.settings.freeze_backbone:
             self.encoder_of(self.model).eval()
         return self
 
     def write(self, model: PreTrainedModel, folder: pathlib.Path) -> None:
-        """See `Objective`; LoRA is merged into a copy."""
         super().write(merge_lora(model) if self.settings.lora_rank else model, folder)
 
     @torch.no_grad()

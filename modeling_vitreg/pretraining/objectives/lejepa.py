@@ -64,7 +64,6 @@ class LeJEPA(Objective):
         backbone: a model with a class token.
         settings: settings of the objective.
         crops: two views of an image or more, at least one of them global.
-        num_steps, processes: see `Objective`.
 
     Raises:
         ValueError: crops or backbone do not fit the objective.
@@ -105,12 +104,10 @@ class LeJEPA(Objective):
 
     @property
     def encoder(self) -> ViTWithRegistersModel:
-        """The backbone."""
         return self.backbone
 
     @property
     def trained(self) -> dict[str, nn.Module]:
-        """Backbone and projector."""
         return {"backbone": self.backbone, "projector": self.projector}
 
     def forward(self, batch: dict[str, Tensor], *, step: int) -> dict[str, Tensor]:

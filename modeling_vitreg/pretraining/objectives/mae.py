@@ -59,7 +59,6 @@ class MAE(Objective):
         settings: settings of the objective.
         crops: one global view.
         masks: "random", so that each image hides the same number of patches.
-        num_steps, processes: see `Objective`.
 
     Raises:
         ValueError: crops, masks or backbone do not fit the objective.
@@ -90,12 +89,10 @@ class MAE(Objective):
 
     @property
     def encoder(self) -> ViTWithRegistersModel:
-        """The backbone."""
         return self.backbone
 
     @property
     def trained(self) -> dict[str, nn.Module]:
-        """Backbone and decoder."""
         return {"backbone": self.backbone, "decoder": self.decoder}
 
     def forward(self, batch: dict[str, Tensor], *, step: int) -> dict[str, Tensor]:

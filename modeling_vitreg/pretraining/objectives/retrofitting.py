@@ -79,7 +79,6 @@ class RetrofitObjective(Objective):
         settings: settings of the objective.
         white: values of white, one for each channel, normalised as the images are.
         crops: one global view.
-        num_steps, processes: see `Objective`.
 
     Raises:
         ValueError: backbone and teacher do not fit together.
@@ -123,7 +122,6 @@ class RetrofitObjective(Objective):
 
     @classmethod
     def arguments_of(cls, recipe: Recipe) -> dict:
-        """See `Objective`; the original is loaded."""
         arguments = super().arguments_of(recipe)
         teacher = load_teacher(arguments["settings"].teacher, recipe)
         pixels = recipe.statistics(teacher.config.num_channels)
@@ -132,25 +130,20 @@ class RetrofitObjective(Objective):
 
     @property
     def encoder(self) -> ViTWithRegistersModel:
-        """The model that learns."""
         return self.backbone
 
     @property
     def trained(self) -> dict[str, nn.Module]:
-        """The model that learns; most of its parameters may be frozen."""
         return {"backbone": self.backbone}
 
     def encoder_of(self, model: PreTrainedModel) -> ViTWithRegistersModel:
-        """See `Objective`."""
         return model
 
     def compile_layers(self) -> None:
-        """Compile the layers of model and original."""
         super().compile_layers()
         compile_layers(self._teacher[0])
 
     def write(self, model: PreTrainedModel, folder: pathlib.Path) -> None:
-        """See `Objective`; LoRA is merged into a copy."""
         super().write(merge_lora(model), folder)
 
     def teacher_for(self, images: Tensor) -> ViTWithRegistersModel:

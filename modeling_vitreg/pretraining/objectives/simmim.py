@@ -31,7 +31,6 @@ class SimMIM(Objective):
         backbone: the encoder, with a mask token.
         crops: one global view.
         masks: masks of that view; SimMIM hides squares of 32 pixels at random, 60 % of all.
-        num_steps, processes: see `Objective`.
 
     Raises:
         ValueError: crops, masks or backbone do not fit the objective.
@@ -61,12 +60,10 @@ class SimMIM(Objective):
 
     @property
     def encoder(self) -> ViTWithRegistersModel:
-        """The backbone."""
         return self.backbone
 
     @property
     def trained(self) -> dict[str, nn.Module]:
-        """Backbone and decoder."""
         return {"backbone": self.backbone, "decoder": self.decoder}
 
     def forward(self, batch: dict[str, Tensor], *, step: int) -> dict[str, Tensor]:
