@@ -312,7 +312,7 @@ def test_a_folder_holds_page_report_and_figures(tmp_path):
     assert json.loads((tmp_path / "artifacts.json").read_text())["version"] == 2
 
 
-def test_models_are_compared_side_by_side(tmp_path):
+def test_models_are_compared_side_by_side(tmp_path, drawn):
     encoders = [
         load_encoder(plain_model(num_register_tokens=0), name="without"),
         load_encoder(planted_model(layer=3, magnitude=50.0), name="with"),

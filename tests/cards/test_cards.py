@@ -26,6 +26,7 @@ from modeling_vitreg import (
     ViTWithRegistersModel,
 )
 from modeling_vitreg.cards import CardError, check_plan, make_plan, record_expected_outputs
+from modeling_vitreg.cards.isolation import compare_outputs, read_outputs, run_here
 from modeling_vitreg.reports import ArtifactReport, ConversionReport, write_report
 from modeling_vitreg.retrofit import retrofit
 
@@ -409,19 +410,18 @@ def test_weights_that_changed_since_the_fingerprint_are_refused(folder):
         check_plan(plan, say=said.append)
 
 
-@pytest.mark.parametrize("name", ["layers.0.mlp.fc1.weight", "embeddings.token_embedding.weight", "logit_scale"])
-def test_a_change_in_any_part_of_a_dual_encoder_is_seen(tiny, randomise, tmp_path, name):
+def test_a_change_in_any_part_of_a_dual_encoder_is_seen(tiny, randomise, tmp_path):
     config = ViTWithRegistersDualEncoderConfig(tiny(), TEXT_TOWERS["clip"], projection_dim=16)
     folder = write(randomise(ViTWithRegistersDualEncoderModel(config)), tmp_path / "model")
-    record_expected_outputs(folder)
-    recorded = json.loads((folder / "expected_outputs.json").read_text())
+    recorded = read_outputs(record_expected_outputs(folder))
     assert {"logits_per_image", "text_embeds", "image_embeds"} <= set(recorded["outputs"])
-    tensors = load_file(folder / "model.safetensors")
-    (changed,) = [tensor for key, tensor in tensors.items() if key.endswith(name) and "text_model.encoder" not in key]
-    changed *= 1.01
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CardError, match=r"differs by .* weights, configuration or code were changed"):
-        check_plan(make_plan(folder, "user/name"), say=lambda text: None)
+    assert compare_outputs(run_here(folder), recorded, title="model") == 0
+    original = load_file(folder / "model.safetensors")
+    for name in ("layers.0.mlp.fc1.weight", "embeddings.token_embedding.weight", "logit_scale"):
+        (key,) = [key for key in original if key.endswith(name) and "text_model.encoder" not in key]
+        save_file(original | {key: original[key] * 1.01}, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(CardError, match=r"differs by .* weights, configuration or code were changed"):
+            compare_outputs(run_here(folder), recorded, title="model")
 
 
 @pytest.mark.parametrize("name", ["dual_encoder_vitreg.py", "modeling_vitreg.py", "configuration_vitreg.py"])

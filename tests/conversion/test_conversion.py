@@ -15,8 +15,10 @@ from reference_models import randomise
 from safetensors.torch import load_file, save_file
 from test_equal_to_transformers import build_mae
 from test_remote_code import run_without_the_package
+from typer.testing import CliRunner
 
 from modeling_vitreg import ViTWithRegistersConfig, ViTWithRegistersModel
+from modeling_vitreg.cli import app
 from modeling_vitreg.conversion import ConversionError, ConversionSettings, convert, export
 from modeling_vitreg.conversion.layouts import describe_checkpoint, recognise
 from modeling_vitreg.conversion.ledger import balance_to_target
@@ -546,24 +548,25 @@ def test_a_converted_folder_gives_the_reference_in_a_process_without_the_package
     assert float(run.stdout) <= LIMIT
 
 
-def test_the_command_tells_what_it_did_and_what_to_type_next(tmp_path):
+def test_the_command_tells_what_it_did_and_what_to_type_next(tmp_path, monkeypatch):
     torch.save(official.fill(official.dinov3(32, 2, heads=2, patch=8)), tmp_path / "dinov3.pth")
-
-    def run(*arguments) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "modeling_vitreg", "convert", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-
-    first = run("dinov3.pth", "out")
+    command = [sys.executable, "-m", "modeling_vitreg", "convert", "dinov3.pth", "out"]
+    first = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     assert "source tensors accounted for" in first.stdout and "verified against timm" in first.stdout
     assert 'AutoModel.from_pretrained("out", trust_remote_code=True)' in first.stdout
     assert "verification" in first.stderr  # a bar
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        return CliRunner().invoke(app, ["convert", *arguments])
+
     second = run("dinov3.pth", "out")
-    assert second.returncode == 1 and "exists and is not empty" in second.stderr and "Traceback" not in second.stderr
+    assert second.exit_code == 1 and "exists and is not empty" in second.output and "Traceback" not in second.output
     third = run("out", "theirs", "--to", "transformers")
-    assert third.returncode == 0 and "verified against transformers" in third.stdout
-    assert "NOT VERIFIED" in run("dinov3.pth", "skipped", "--no-verify").stdout
-    assert run("missing.pth", "x").returncode == 1
+    assert third.exit_code == 0 and "verified against transformers" in third.output
+    assert "NOT VERIFIED" in run("dinov3.pth", "skipped", "--no-verify").output
+    assert run("missing.pth", "x").exit_code == 1
 
 
 def test_a_verification_that_fails_saves_nothing(tmp_path):

@@ -379,7 +379,10 @@ def _launch(folder, command: str, *options: str, output: str):
     )
 
 
-@pytest.mark.parametrize("command", ON_CPUS.values(), ids=ON_CPUS)
+# That of torch is launched by four quick tests below, and one of them compares its losses.
+@pytest.mark.parametrize(
+    "command", [pytest.param(ON_CPUS["torch"], marks=pytest.mark.slow), ON_CPUS["accelerate"]], ids=ON_CPUS
+)
 def test_the_commands_for_two_processes_on_cpus_are_those_of_the_page(folder, without_depth, command):
     assert command in PAGE
     output = command.split()[0] + "-two"
@@ -443,10 +446,10 @@ def _processes_of(launcher, output: pathlib.Path, *, step: int) -> dict[str, psu
     return {child.environ()["RANK"]: child for child in children if "RANK" in child.environ()}
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("rank", ["0", pytest.param("1", marks=pytest.mark.slow)])
 def test_a_killed_process_comes_back_by_itself_from_the_last_state(folder, two, rank):
     command = ON_CPUS["torch"].replace("--nproc", "--max-restarts 3 --nproc")
-    assert "--max-restarts 3" in PAGE
+    assert "--max-restarts 3" in PAGE and ON_CPUS["torch"] in PAGE
     output = folder / f"restarted-{rank}"
     launcher = _launch(folder, command, *LONGER, "--save-every", "3", output=output.name)
     _processes_of(launcher, output, step=8)[rank].kill()

@@ -109,7 +109,7 @@ def test_a_clean_model_is_left_alone(tmp_path):
     assert read_report(tmp_path / "same" / "retrofit.json", kind=RetrofitReport) == forced
 
 
-def test_a_repair_that_harms_is_not_written(tmp_path, monkeypatch):
+def test_a_repair_that_harms_is_not_written(tmp_path, monkeypatch, drawn):
     planted_model(layer=2, magnitude=60.0).save_pretrained(tmp_path / "model")
     worse = {"share_before": 0.1, "share": 0.0, "largest_norm_before": 9.0, "largest_norm": 1.0, "cosine": 0.9}
     worse |= {"interval_before": [0.05, 0.15], "interval": [0.0, 0.3], "num_images": 8}
@@ -269,7 +269,7 @@ def test_the_verb_repairs_and_compares(tmp_path, monkeypatch):
     assert again.exit_code == 1 and "repaired exists and is not empty" in again.output
 
 
-def test_the_page_has_every_task_that_the_annotations_allow(tmp_path):
+def test_the_page_has_every_task_that_the_annotations_allow(tmp_path, drawn):
     torch.manual_seed(0)
     text = CLIPTextModel(TEXT_TOWERS["clip"])
     planted = planted_model(layer=2, magnitude=60.0)
@@ -298,7 +298,7 @@ def test_the_page_has_every_task_that_the_annotations_allow(tmp_path):
     AutoTokenizer.from_pretrained(tmp_path / "repaired")
 
 
-def test_held_out_images_are_those_of_the_judgement(tmp_path):
+def test_held_out_images_are_those_of_the_judgement(tmp_path, drawn):
     planted_model(layer=2, magnitude=60.0).save_pretrained(tmp_path / "model")
     held_out = [image for number, image in enumerate(IMAGES) if number % 4 == 3]
     report = retrofit(tmp_path / "model", tmp_path / "out", images=IMAGES, report_folder=tmp_path / "page")
