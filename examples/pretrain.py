@@ -87,12 +87,14 @@ def main(*, description: str = __doc__, default_recipe: str = "demo-cpu", argume
         objective.trained["backbone"].gradient_checkpointing_enable()
     if options.compile:
         objective.compile_layers()
-    objective = objective.to(accelerator.device)
-    if options.shard:
+    if options.shard:  # goes to the device layer by layer: no device ever holds the whole
         try:
-            objective = shard(objective, precision=accelerator.mixed_precision, kind=options.shard)
+            words = {"precision": accelerator.mixed_precision, "kind": options.shard}
+            objective = shard(objective, device=accelerator.device, **words)
         except (ValueError, RuntimeError) as error:
             raise SystemExit(str(error)) from None
+    else:
+        objective = objective.to(accelerator.device)
     optimizer = make_optimizer(objective, recipe)
     model = objective if options.shard else accelerator.prepare_model(objective)
 

@@ -20,13 +20,17 @@ from ..objectives.objective import Objective
 KINDS = ("full", "hybrid")
 
 
-def shard(objective: Objective, *, precision: str = "no", kind: str = "full") -> Objective:
-    """Shard an objective in place, on the device it lies on: each layer, each head, and the rest.
+def shard(
+    objective: Objective, *, device: torch.device | None = None, precision: str = "no", kind: str = "full"
+) -> Objective:
+    """Shard an objective in place: each layer, each head, and the rest, one after the other.
 
     Student and teacher are sharded alike, so that the average is updated shard by shard.
 
     Args:
         objective: before its optimiser is made.
+        device: where the shards go; None: where the objective lies. A layer moves there before it is sharded, so an
+            objective that lies on the CPU is never whole on a GPU.
         precision: "no", "bf16" or "fp16": of what is gathered and computed with; sums of gradients stay float32.
         kind: "full" shards over all processes, "hybrid" over those of a machine, with a copy on each machine.
 
@@ -43,7 +47,7 @@ def shard(objective: Objective, *, precision: str = "no", kind: str = "full") ->
     scalars = [name for name, parameter in objective.named_parameters() if not parameter.ndim]
     if scalars:
         raise ValueError(f"torch cannot shard {', '.join(scalars)}, which is a single number: leave out --shard")
-    device = next(objective.parameters()).device.type
+    device = (device or next(objective.parameters()).device).type
     mesh = _make_mesh(device, kind)
     dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
