@@ -48,6 +48,8 @@ ARCHITECTURES = {
         "layer_scale_init_value": 0.1,
     },
     "retrofitted rope": {**ROPE, "num_test_time_registers": 2, "register_neurons": {"2": [1, 3, 9]}},
+    "appended": {"num_register_tokens": 4, "num_gated_registers": 3, "layer_scale_init_value": 0.1},
+    "appended rope": {**ROPE, "num_gated_registers": 2},
     "distilled": {"has_distillation_token": True, "pooling": "cls_distillation", "interpolate_antialias": False},
 }
 TEXT = {
@@ -429,6 +431,8 @@ def assert_loaded_or_initial(model, loaded: dict) -> None:
             assert (tensor == 1).all(), name
         elif "layer_scale" in module:
             assert (tensor == torch.tensor(model.config.layer_scale_init_value)).all(), name
+        elif kind == "register_gates":
+            assert (tensor == torch.tensor(1e-8)).all(), name  # closed
         elif module == "position_embeddings" and model.config.position_embedding_type == "sincos":
             torch.testing.assert_close(tensor[0], torch.stack([sines_and_cosines(patch) for patch in range(16)]))
         else:

@@ -24,6 +24,7 @@ ARCHITECTURES = {
     "rope": {"position_embedding_type": "rope", "hidden_act": "swiglu", "has_key_bias": False},
     "none": {"position_embedding_type": "none", "num_register_tokens": 0},
     "gated registers": {"num_gated_registers": 2},
+    "test-time registers": {"num_test_time_registers": 1, "register_neurons": {1: [0, 5], 2: [7]}},
 }
 # The second has the size of the position table; a square one first would tie height and width together.
 SHAPES = [(2, 3, 48, 40), (3, 3, 32, 32), (4, 3, 24, 80)]
@@ -181,10 +182,11 @@ def test_a_dry_run_gives_shapes_and_leaves_nothing_behind(model, cls, size):
     with torch.no_grad():
         expected = model(images)
         mode = FakeTensorMode()
-        state = {name: mode.from_tensor(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+        tensors = model.state_dict(keep_vars=True) | dict(model.named_buffers())  # those that are not saved too
+        state = {name: mode.from_tensor(tensor) for name, tensor in tensors.items()}
         with mode:
             fake = functional_call(model, state, (torch.randn(2, 3, *size),))
-        shapes = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
+        shapes = {name: tensor.to("meta") for name, tensor in tensors.items()}
         meta = functional_call(model, shapes, (images.to("meta"),))
         again = model(images)
     for name, value in expected.items():
