@@ -67,7 +67,7 @@ def evaluate(
         names, device = options.check_inputs([model, *(compare or [])], data, device)
         counts = _read_counts(num_images)
         from modeling_vitreg import evaluation
-        from modeling_vitreg.distributed import first_process_first, joined_processes
+        from modeling_vitreg.distributed import first_process_first, joined_processes, tell_others
         from modeling_vitreg.features import load_encoder
         from modeling_vitreg.files import write_text
         from modeling_vitreg.scenes import is_scenes
@@ -85,7 +85,11 @@ def evaluate(
                 opened = evaluation.open_data(data, image_size=_scene_size(data, side), **opening)
             if not annotations and not context.rank:
                 typer.echo(opened.train.describe_labels(), err=True)
-            found = [_measure(encoder, wanted, opened, folder, chosen) for encoder, folder in zip(encoders, folders)]
+            found = []
+            for encoder, folder in zip(encoders, folders):
+                found.append(_measure(encoder, wanted, opened, folder, chosen))
+                if tell_others(found[-1].stopped_by, context):  # Ctrl-C ends the command, not only this model
+                    break
         if context.rank:
             return
         measured = [report for report in found if report.results]

@@ -53,6 +53,17 @@ def test_planted_outliers_are_found_exactly(layer, magnitude):
     assert report.outlier_positions["similarity"]["outlier"]["num_patches"] == is_white.sum()
 
 
+@pytest.mark.parametrize("settings", [{"layer": 1, "magnitude": 30.0}, {"layer": 3, "magnitude": 12.0},
+                                      {"layer": 4, "magnitude": 400.0, "channel": 5}, None])  # fmt: skip
+def test_the_verdict_in_bfloat16_is_that_in_float32(settings):
+    model, images = planted_model(**settings) if settings else plain_model(), pictures(24)[0]
+    exact, reduced = (_survey(model, images, precision=precision) for precision in ("float32", "bfloat16"))
+    names = ("level", "layer", "rule", "share", "from_layer", "to_layer", "num_images_above")
+    assert exact.verdict["level"] == ("many" if settings else "none")
+    assert [reduced.verdict[name] for name in names] == [exact.verdict[name] for name in names]
+    assert (exact.made_with["precision"], reduced.made_with["precision"]) == ("float32", "bfloat16")
+
+
 def test_a_clean_model_has_none():
     report = _survey(plain_model(), pictures(24)[0])
     assert report.verdict["level"] == "none"

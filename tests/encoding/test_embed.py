@@ -7,12 +7,14 @@ import re
 import subprocess
 import sys
 import time
+import weakref
 
 import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
+import tqdm
 from datasets import load_dataset
 from PIL import Image
 from planted_models import pictures, plain_model
@@ -86,10 +88,39 @@ def test_shards_that_are_there_are_not_computed_again(folder, tmp_path):
     files[1].unlink()
     _, counts = _embed(folder, tmp_path / "out")
     assert files[0].stat().st_mtime_ns == times[0] and files[1].stat().st_mtime_ns > times[1]
-    assert (
-        counts.num_images == 23
-        and sorted(_load(tmp_path / "out")["number"][:]) == [n for n in range(24) if n not in counts.unreadable]
-    ) or len(_load(tmp_path / "out")) == 23
+    assert counts.num_images == 23
+    assert sorted(_load(tmp_path / "out")["number"][:]) == [n for n in range(24) if n not in counts.unreadable]
+
+
+def test_the_progress_bar_counts_shards_that_are_there(folder, tmp_path, monkeypatch):
+    places = []
+
+    class Bar(tqdm.tqdm):
+        def close(self):
+            if not self.disable:
+                places.append((self.initial, self.n, self.total))
+            super().close()
+
+    monkeypatch.setattr("modeling_vitreg.encoding.one_pass.tqdm.tqdm", Bar)
+    reading = PassSettings(batch_size=4)
+    _embed(folder, tmp_path / "out", reading=reading)
+    (tmp_path / "out" / "features-00001.parquet").unlink()
+    _embed(folder, tmp_path / "out", reading=reading)
+    assert places == [(0, 24, 24), (19, 24, 24)]
+
+
+@pytest.mark.parametrize("number", [30, 90])
+def test_no_more_than_a_shard_is_held_however_many_images_there_are(number, tmp_path, monkeypatch):
+    batches, held, update = weakref.WeakSet(), [], parquet.ParquetStore.update
+
+    def count(store, batch):
+        update(store, batch)
+        batches.add(batch)
+        held.append((sum(len(rows["number"]) for rows in store._rows), len(batches)))
+
+    monkeypatch.setattr(parquet.ParquetStore, "update", count)
+    _embed(_write_images(tmp_path / "images", number), tmp_path / "out")
+    assert len(held) >= number // 5 and np.max(held, axis=0).tolist() == [5, 1]  # images of a shard, one batch
 
 
 @pytest.mark.parametrize(

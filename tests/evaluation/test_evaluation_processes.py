@@ -140,9 +140,10 @@ COMMANDS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
-@pytest.mark.parametrize("verb", ["evaluate", "discover"])
+@pytest.mark.parametrize("verb", ["analyze", "evaluate", "discover"])
 def test_the_commands_for_two_processes_write_one_report(folder, tmp_path, command, verb):
     words = {"evaluate": ["scenes", "--num-images", "40,20", "--tasks", "knn"], "discover": ["--num-images", "20"]}
+    words["analyze"] = ["--num-images", "40", "--set", "encoding.image_size=32"]
     words = [verb, str(folder / "model"), *words[verb], "--workers", "0"]
     runs = []
     for name, start in (("two", command), ("one", "-m modeling_vitreg")):
