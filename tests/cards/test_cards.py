@@ -27,8 +27,9 @@ from modeling_vitreg import (
 )
 from modeling_vitreg.cards import CardError, check_plan, make_plan, record_expected_outputs
 from modeling_vitreg.cards.isolation import compare_outputs, read_outputs, run_here
+from modeling_vitreg.pretraining.run.recipe import make_recipe
 from modeling_vitreg.reports import ArtifactReport, ConversionReport, write_report
-from modeling_vitreg.retrofit import retrofit
+from modeling_vitreg.retrofit import METHODS, RetrofitSettings, finish_training, prepare_training, retrofit
 
 
 RESULT = {
@@ -268,6 +269,25 @@ def test_a_repair_is_told_with_its_numbers_its_original_and_its_licence(tmp_path
         assert f"| {report.result[name]:.4g} " in plan.card, name
     assert "These numbers are of the model before its repair." in plan.card and "retrofit.json" in plan.files
     data = _metadata(plan.card)
+    assert (data.base_model, data.base_model_relation, data.license) == ("timm/vit_large", "finetune", "apache-2.0")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_trained_repair_is_told_likewise(method, tmp_path):
+    planted_model(layer=2, magnitude=60.0).save_pretrained(tmp_path / "original")
+    conversion_report(tmp_path / "original", path="timm:vit_large")
+    values = {"objective": METHODS[method], "num_steps": 2, "crops": {"num_global": 1, "num_local": 0}}
+    words = {"images": pictures(32)[0], "settings": RetrofitSettings(num_registers=3, force=True)}
+    prepare_training(tmp_path / "original", tmp_path / "run", method=method, recipe=make_recipe(values), **words)
+    trained = ViTWithRegistersModel.from_pretrained(tmp_path / "run" / "start" / "model")
+    torch.nn.init.zeros_(trained.layers[1].mlp.fc2.weight)  # of the unit that was planted
+    trained.save_pretrained(tmp_path / "run" / "model")
+    report = finish_training(tmp_path / "run", tmp_path / "repaired", **words)
+    card = make_plan(tmp_path / "repaired", "user/repaired").card
+    assert report.verdict["sentence"] in card and f"by the method `{method}`." in card
+    for name in ("share_before", "largest_norm_before", "largest_norm", "cosine", "time_ratio"):
+        assert f"| {report.result[name]:.4g} " in card, name
+    data = _metadata(card)
     assert (data.base_model, data.base_model_relation, data.license) == ("timm/vit_large", "finetune", "apache-2.0")
 
 

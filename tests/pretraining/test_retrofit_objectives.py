@@ -85,6 +85,11 @@ def test_only_the_published_parameters_are_trained_and_all_of_them_get_a_gradien
     assert not {name for name in objective.state_dict() if "teacher" in name}
 
 
+def test_more_layers_are_distilled_on_request(make):
+    one, two = (_trained(make("distill_registers", num_layers=number)) for number in (1, 2))
+    assert one < two and all(".layers.1." in name for name in two - one)
+
+
 def test_appended_registers_start_as_the_original(make):
     objective = make("append_registers").eval()
     (teacher,) = objective._teacher

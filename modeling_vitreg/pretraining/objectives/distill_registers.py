@@ -1,7 +1,7 @@
 """Self-distillation of registers: a copy of a finished model with fresh registers learns its denoised patches.
 
 The target is the frozen original, averaged over shifted and flipped copies of the image. Registers, position table,
-patch embedding and last layer are trained; all other weights stay.
+patch embedding and last layers are trained; all other weights stay.
 
 Letters: B images, P patches, D width.
 
@@ -27,10 +27,17 @@ class DistillRegistersSettings(AverageSettings):
     Args:
         error_weight: weight of the mean squared error of the patches; that of their cosine is 1.
         class_weight: weight of the cosine of the class token with the original's; 0 in PH-Reg.
+        num_layers: last layers that are trained; 1 in PH-Reg. What an earlier layer writes stays.
     """
 
     error_weight: float = 1.0
     class_weight: float = 0.0
+    num_layers: int = 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_layers < 0:
+            raise ValueError(f"settings: expected num_layers of 0 or more, got {self.num_layers}")
 
 
 class DistillRegisters(RetrofitObjective):
@@ -52,7 +59,8 @@ class DistillRegisters(RetrofitObjective):
                 "num_register_tokens, or start with `vitreg retrofit --method distill`"
             )
         parts = (embeddings.register_tokens, embeddings.position_embeddings, embeddings.patch_embeddings)
-        train_only(self.backbone, *parts, self.backbone.layers[-1])
+        first = max(len(self.backbone.layers) - self.settings.num_layers, 0)
+        train_only(self.backbone, *parts, *self.backbone.layers[first:])
 
     def forward(self, batch: dict[str, Tensor], *, step: int) -> dict[str, Tensor]:
         """Terms `patch_distance`, `squared_error`, `class_distance` where there is a class token, and `total`.
