@@ -31,6 +31,10 @@ ROPE_STYLES = ("dinov3", "capi", "axial", "mixed")
 INTERPOLATIONS = ("bicubic", "bilinear", "bilinear_crop")
 ATTENTION_GATES = ("head", "element")
 POSITION_BIASES = ("layer", "shared")
+# What `token_reduction` may hold, by its kind, with the defaults.
+TOKEN_REDUCTIONS = {
+    "merge": {"per_layer": None, "inflection": 0.0, "is_proportional": True},
+}
 MOST_LAYERS = 1000  # more than any published model has by far: a damaged file must not fill the memory
 
 # width, depth, heads; the giant is DINOv2's, with its SwiGLU.
@@ -129,6 +133,12 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
             MAE); only with pooling "mean".
         num_classifier_layers: number of last layers whose class tokens the classifier reads (DINOv2's 4-layer head).
         has_zero_init_classifier: initialise the classifier at zero, as the ViT paper does for fine-tuning.
+        token_reduction: None, or how layers work on fewer tokens, as a dictionary with its "kind". "merge" (ToMe;
+            Bolya et al. 2023, arXiv 2210.09461) joins the most similar patches between attention and MLP, and outputs
+            give each patch the token that it went into. "per_layer" is the number of patches that each layer joins,
+            or a list with one number for each; "inflection" i in [-1, 1] lets a single number r fall along the layers
+            from (1 + |i|) r to (1 - |i|) r for i < 0, or rise for i > 0; "is_proportional": a token counts in the
+            softmax as often as it has patches, which a model that was not trained with merging needs.
         out_features, out_indices: stages that a backbone, a segmentation head and a depth head read. Stage 0, "stem",
             is the embedding, stage i the output of layer i. Default: the last.
         reshape_hidden_states: whether a backbone returns maps (B, D, rows, columns) or, for DPT, tokens (B, 1 + P, D)
@@ -216,6 +226,7 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
         projection_size=None,
         has_pooled_norm=False,
         num_classifier_layers=1,
+        token_reduction=None,
         has_zero_init_classifier=False,
         out_features=None,
         out_indices=None,
@@ -303,6 +314,7 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
         self.projection_size = projection_size
         self.has_pooled_norm = has_pooled_norm
         self.num_classifier_layers = num_classifier_layers
+        self.token_reduction = token_reduction
         self.has_zero_init_classifier = has_zero_init_classifier
         self.reshape_hidden_states = reshape_hidden_states
         self.apply_layernorm = apply_layernorm
@@ -413,6 +425,70 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
         deepest = max(self.num_hidden_layers - 1, 1)
         return [self.drop_path_rate * layer / deepest for layer in range(self.num_hidden_layers)]
 
+    @property
+    def reduction(self) -> dict | None:
+        """`token_reduction` with its defaults, checked anew: `from_pretrained` sets fields of a checked configuration.
+
+        Raises:
+            ValueError: a value outside its range, or one that contradicts the architecture.
+        """
+        given = self.token_reduction
+        if given is None:
+            return None
+        kind = given.get("kind") if isinstance(given, dict) else None
+        _require(
+            kind in TOKEN_REDUCTIONS,
+            f"token_reduction is None or a dictionary whose kind is {' or '.join(TOKEN_REDUCTIONS)}, got {given!r}",
+        )
+        unknown = set(given) - {"kind"} - set(TOKEN_REDUCTIONS[kind])
+        _require(
+            not unknown,
+            f"token_reduction of kind {kind!r} has {', '.join(TOKEN_REDUCTIONS[kind])}, got {sorted(unknown)}",
+        )
+        reduction = {"kind": kind, **TOKEN_REDUCTIONS[kind], **given}
+        _require(
+            self.relative_position_bias is None and self.rope_style != "mixed",
+            "token_reduction needs positions that move with a token: relative_position_bias and rope_style='mixed' "
+            "have none",
+        )
+        self._validate_merging(reduction)
+        return reduction
+
+    @property
+    def merges_per_layer(self) -> list:
+        """Patches that each layer joins to others; for token_reduction of kind "merge"."""
+        reduction, layers = self.reduction, self.num_hidden_layers
+        count, inflection = reduction["per_layer"], reduction["inflection"]
+        if isinstance(count, (list, tuple)):
+            return list(count)
+        first = int(count * (1 - inflection))
+        step = (2 * count - 2 * first) / max(layers - 1, 1)
+        return [int(first + step * layer) for layer in range(layers)]
+
+    def _validate_merging(self, reduction):
+        count, layers, patches = reduction["per_layer"], self.num_hidden_layers, math.prod(self.grid_shape)
+        is_list = isinstance(count, (list, tuple))
+        counts = count if is_list else [count] * layers
+        _require(
+            all(_is_count(each) and each >= 0 for each in counts) and len(counts) == layers,
+            "token_reduction: per_layer is a number of patches, 0 or more, or a list of num_hidden_layers "
+            f"({layers}) of them, got {count!r}",
+        )
+        _require(
+            sum(counts) < patches,
+            f"token_reduction: the layers would join {sum(counts)} of {patches} patches, which leaves none: a number "
+            f"for all layers is at most {(patches - 1) // layers}",
+        )
+        inflection = reduction["inflection"]
+        _require(
+            _is_number(inflection) and -1 <= inflection <= 1 and not (is_list and inflection),
+            f"token_reduction: inflection lies in [-1, 1], and is 0 for a list per_layer, got {inflection!r}",
+        )
+        proportional = reduction["is_proportional"]
+        _require(
+            isinstance(proportional, bool), f"token_reduction: is_proportional is true or false, got {proportional!r}"
+        )
+
     def _set_stages(self, out_features, out_indices):
         self.stage_names = ["stem"] + [f"stage{layer}" for layer in range(1, self.num_hidden_layers + 1)]
         self._out_features = self._out_indices = None
@@ -439,6 +515,7 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
         self._validate_pooling()
         self._validate_added_registers()
         self._validate_positions()
+        self.token_reduction = self.reduction  # with its defaults
         for name, allowed in (
             ("hidden_act", ACTIVATIONS),
             ("norm_type", NORMS),

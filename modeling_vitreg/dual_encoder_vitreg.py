@@ -240,6 +240,7 @@ class ViTWithRegistersDualEncoderModel(ViTWithRegistersMixin, PreTrainedModel):
         # Up to 4.57 a loader of remote code copies only the files that this one names itself.
         from .image_processing_vitreg import PROCESSORS  # noqa: F401
         from .positions_vitreg import rotate  # noqa: F401
+        from .token_reduction_vitreg import make_tracker  # noqa: F401
 
         self.vision_model._save_image_processor(folder)
 

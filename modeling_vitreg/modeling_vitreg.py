@@ -40,8 +40,9 @@ from .positions_vitreg import (
     ViTWithRegistersRotaryFrequencies,
     is_traced,
     make_rotation,
-    rotary_tables,
+    rotary_angles,
 )
+from .token_reduction_vitreg import MergingAttention, MergingLayer, TokenReduction, make_tracker
 
 
 logger = logging.get_logger(__name__)
@@ -138,6 +139,7 @@ class ViTWithRegistersModelOutput(ModelOutput):
         pre_norm: the same tokens before the final norm, where outlier norms are measured; on request.
         image_embeds: (B, `config.projection_size`), or None for a model without projection.
         cls_tokens: (B, C, D), for a model with several class tokens.
+        reduction: what became of the patches in a model with `config.token_reduction`, or None.
     """
 
     last_hidden_state: Tensor | None = None
@@ -152,6 +154,7 @@ class ViTWithRegistersModelOutput(ModelOutput):
     pre_norm: ViTWithRegistersTokens | None = None
     image_embeds: Tensor | None = None
     cls_tokens: Tensor | None = None
+    reduction: TokenReduction | None = None
 
 
 _NAMED_TOKENS = ("cls_token", "distillation_token", "register_tokens", "patch_tokens", "patch_grid", "cls_tokens")
@@ -381,6 +384,8 @@ class ViTWithRegistersAttention(AttentionBackend):
         number: of the layer, from 1 on.
     """
 
+    bias_field = "relative_position_bias"
+
     def __init__(self, config: ViTWithRegistersConfig, number: int = 1):
         super().__init__()
         self.config = config
@@ -487,12 +492,12 @@ class ViTWithRegistersAttention(AttentionBackend):
         return output.flatten(2), probabilities if output_attentions else None  # [B, N, H, d] -> [B, N, D]
 
     def score_bias(self, positions: tuple | Tensor, dtype: torch.dtype) -> Tensor:
-        """The relative position bias (1, H, N, N) of the scores."""
+        """What is added to the scores: the relative position bias (1, H, N, N), or what token reduction says."""
         implementation = self.config._attn_implementation
         if implementation not in ("eager", "sdpa"):
             raise ValueError(
-                f"relative_position_bias needs attention 'eager' or 'sdpa', got {implementation!r}, which takes no "
-                "bias for each head: choose one with model.set_attn_implementation"
+                f"{self.bias_field} needs attention 'eager' or 'sdpa', got {implementation!r}, which takes no "
+                "bias of the scores: choose one with model.set_attn_implementation"
             )
         return self.position_bias(positions).to(dtype)
 
@@ -635,6 +640,8 @@ class ViTWithRegistersLayer(GradientCheckpointingLayer):
     The two branches have one signature each and no random number, so that they compile to one graph each.
     """
 
+    attention_class = ViTWithRegistersAttention
+
     def __init__(
         self,
         config: ViTWithRegistersConfig,
@@ -645,7 +652,7 @@ class ViTWithRegistersLayer(GradientCheckpointingLayer):
         super().__init__()
         has_scale = config.layer_scale_init_value is not None
         self.norm1 = make_norm(config)
-        self.attention = ViTWithRegistersAttention(config, number)
+        self.attention = self.attention_class(config, number)
         self.layer_scale1 = ViTWithRegistersLayerScale(config) if has_scale else nn.Identity()
         self.norm2 = make_norm(config)
         self.mlp = ViTWithRegistersMLP(config)
@@ -702,6 +709,19 @@ class ViTWithRegistersLayer(GradientCheckpointingLayer):
             hidden_states = hidden_states[reads]
             mlp_choice = mlp_choice and (None, mlp_choice[1][reads])
         return self.drop_path.add(hidden_states, self.mlp_branch, mlp_choice)
+
+
+class ViTWithRegistersMergingAttention(MergingAttention, ViTWithRegistersAttention):
+    """Attention among tokens that stand for several patches."""
+
+
+class ViTWithRegistersMergingLayer(MergingLayer, ViTWithRegistersLayer):
+    """A layer that joins similar patches."""
+
+    attention_class = ViTWithRegistersMergingAttention
+
+
+LAYER_CLASSES = {None: ViTWithRegistersLayer, "merge": ViTWithRegistersMergingLayer}
 
 
 class ViTWithRegistersAttentionPooling(nn.Module):
@@ -818,7 +838,7 @@ class ViTWithRegistersPreTrainedModel(ViTWithRegistersMixin, PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ["ViTWithRegistersEmbeddings", "ViTWithRegistersLayer"]
+    _no_split_modules = ["ViTWithRegistersEmbeddings", *(layer.__name__ for layer in LAYER_CLASSES.values())]
     _keys_to_ignore_on_load_unexpected = [r"embeddings\.mask_token", r"(^|\.)projection\.weight"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -1271,12 +1291,14 @@ class ViTWithRegistersModel(ViTWithRegistersPreTrainedModel):
         # CODEPATH: CLIP.
         if config.has_pre_norm:
             self.pre_layernorm = make_norm(config)
+        layer_class = LAYER_CLASSES[config.reduction and config.reduction["kind"]]
         self.layers = nn.ModuleList(
-            ViTWithRegistersLayer(config, rate, config.register_neurons.get(str(number)), number)
+            layer_class(config, rate, config.register_neurons.get(str(number)), number)
             for number, rate in enumerate(config.drop_path_rates, start=1)
         )
         # CODEPATH: all but RADIO and PE spatial.
         self.layernorm = make_norm(config) if config.has_final_norm else nn.Identity()
+        self.track_positions = make_tracker(config)
         self.rotary_frequencies = self.position_bias = self.attention_pooling = None
         # CODEPATH: RoPE-ViT, mixed.
         if config.rope_style == "mixed":
@@ -1349,6 +1371,7 @@ class ViTWithRegistersModel(ViTWithRegistersPreTrainedModel):
             hidden_states=tuple(hidden_states) if wanted else None,
             attentions=tuple(attentions) if output_attentions else None,
             pre_norm=self.split_tokens(hidden_state, grid) if output_pre_norm else None,
+            reduction=getattr(rotary, "output", None),
             **{name: getattr(tokens, name) for name in _NAMED_TOKENS},
         )
         return self._as_asked(output, return_dict)
@@ -1363,7 +1386,8 @@ class ViTWithRegistersModel(ViTWithRegistersPreTrainedModel):
     def embed(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None) -> tuple:
         """The input of the first layer (B, N, D), what the layers need to know of the positions, and the grid.
 
-        Layers need the tables of a rotary embedding, or the grid or the values of a relative position bias, or None.
+        Layers need the tables of a rotary embedding, or the grid or the values of a relative position bias, or None;
+        with token reduction, the record of what becomes of the patches.
         """
         hidden_state = self.pre_layernorm(self.embeddings(pixel_values, bool_masked_pos))
         grid = self.embeddings.grid_of(pixel_values)
@@ -1372,11 +1396,11 @@ class ViTWithRegistersModel(ViTWithRegistersPreTrainedModel):
         if self.config.has_rope:
             frequencies = None if self.rotary_frequencies is None else self.rotary_frequencies.weight
             options = {"training": self.training, "device": hidden_state.device, "frequencies": frequencies}
-            rotary = rotary_tables(self.config, grid, **options)
+            rotary = rotary_angles(self.config, grid, **options)
         # CODEPATH: BEiT, data2vec.
         elif self.config.relative_position_bias is not None:
             rotary = grid if self.position_bias is None else self.position_bias(grid)
-        return hidden_state, rotary, grid
+        return hidden_state, self.track_positions(rotary, grid), grid
 
     def norm_tokens(self, hidden_state: Tensor) -> Tensor:
         """Apply the final norm, unless the model norms the pooled vector instead."""

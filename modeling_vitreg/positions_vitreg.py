@@ -166,7 +166,19 @@ class ViTWithRegistersPositionEmbeddings(nn.Module):
 def rotary_tables(
     config: ViTWithRegistersConfig, grid: tuple, *, training: bool, device, frequencies: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (N, d), in float32, of a 2-D rotary embedding. Class and distillation token are not rotated.
+    """Cosines and sines of `rotary_angles`."""
+    return turn(rotary_angles(config, grid, training=training, device=device, frequencies=frequencies))
+
+
+def turn(angles: Tensor, grid: tuple | None = None) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of angles, as `rotate` takes them."""
+    return angles.cos(), angles.sin()
+
+
+def rotary_angles(
+    config: ViTWithRegistersConfig, grid: tuple, *, training: bool, device, frequencies: Tensor | None = None
+) -> Tensor:
+    """Angles (N, d), in float32, of a 2-D rotary embedding. Class and distillation token are not rotated.
 
     DINOv3 (Simeoni et al. 2025): patch centres lie in [-1, 1] on each axis; a quarter of a head encodes the row, a
     quarter the column, and the other half repeats both. Registers are not rotated.
@@ -174,7 +186,7 @@ def rotary_tables(
     border; one half of a head encodes the row, the other the column.
     Axial (EVA-02, Perception Encoder, RoPE-ViT): rows and columns are counted, and neighbouring channels form a pair;
     one half of a head encodes the first coordinate, the other the second.
-    Mixed (RoPE-ViT): the same count, with the learned `frequencies` (2, L, H, d / 2); the tables are (L, H, N, d).
+    Mixed (RoPE-ViT): the same count, with the learned `frequencies` (2, L, H, d / 2); the angles are (L, H, N, d).
     """
     if frequencies is not None:
         angles = _mixed_angles(config, grid, frequencies)
@@ -182,8 +194,7 @@ def rotary_tables(
         # CODEPATH: CAPI; EVA-02, Perception Encoder, RoPE-ViT; else DINOv3.
         make = {"capi": _capi_angles, "axial": _axial_angles}.get(config.rope_style, _dinov3_angles)
         angles = make(config, grid, training=training, device=device)
-    angles = F.pad(angles, (0, 0, config.num_prefix_tokens + math.prod(grid) - angles.shape[-2], 0))
-    return angles.cos(), angles.sin()
+    return F.pad(angles, (0, 0, config.num_prefix_tokens + math.prod(grid) - angles.shape[-2], 0))
 
 
 class ViTWithRegistersRotaryFrequencies(nn.Module):
@@ -361,7 +372,9 @@ __all__ = [
     "is_traced",
     "make_rotation",
     "resize_position_table",
+    "rotary_angles",
     "rotary_tables",
     "rotate",
     "sincos_position_table",
+    "turn",
 ]

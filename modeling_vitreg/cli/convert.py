@@ -15,6 +15,7 @@ from .options import COMPUTE, DATA, MODEL, OUTPUT, option
 
 
 _KEY = "Key of the state dict to load when the file holds several (student, teacher)."
+_MERGE = "Patches that each layer joins to similar ones (ToMe); no training is needed."
 _CODE = "Clone of the original repository, used to verify the outputs."
 
 
@@ -33,6 +34,7 @@ def convert(
         list[str] | None,
         option(MODEL, "Set a field of the configuration (repeatable).", "--set", metavar="FIELD=VALUE"),
     ] = None,
+    merge: Annotated[int | None, option(MODEL, _MERGE, min=1)] = None,
     code: Annotated[pathlib.Path | None, option(COMPUTE, _CODE)] = None,
     tolerance: Annotated[float, option(COMPUTE, "Maximum relative error of a token.", min=0.0, max=1.0)] = 1e-5,
     no_verify: Annotated[bool, option(COMPUTE, "Do not compare with the original model.", "--no-verify")] = False,
@@ -43,6 +45,8 @@ def convert(
     * `vitreg convert dinov2_vits14_reg4_pretrain.pth dinov2-small-registers`
 
     * `vitreg convert timm:vit_small_patch16_dinov3 dinov3-small`
+
+    * `vitreg convert deit_small.pth deit-small-merged --merge 13`
 
     * `vitreg convert outputs/demo-cpu/model demo-timm --to timm`
 
@@ -59,11 +63,14 @@ def convert(
         from modeling_vitreg.conversion import export as run_export
         from modeling_vitreg.settings import read_assignments
 
+        overrides = read_assignments(settings or ())
+        if merge is not None:
+            overrides["token_reduction"] = {"kind": "merge", "per_layer": merge}
         known = ConversionSettings(
             family=family,
             checkpoint_key=checkpoint_key,
             head=head,
-            config_overrides=read_assignments(settings or ()),
+            config_overrides=overrides,
             code=code,
             tolerance=tolerance,
             skip_verification=no_verify,

@@ -6,6 +6,7 @@ The folder holds `config.json`, `model.safetensors`, `preprocessor_config.json`,
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 
@@ -51,11 +52,14 @@ def plan_import(source: str | pathlib.Path | nn.Module, settings: ConversionSett
     Raises:
         ConversionError: see `pipeline.convert`.
     """
+    settings, reduction = _without_reduction(settings)
     opened, module = _open(source, settings)
     opened = inner_model(opened, family=settings.family)
     layout = recognise(opened, family=settings.family, module=module)
     info = describe_checkpoint(opened, layout, module=module, config_overrides=settings.config_overrides)
     kind, config, rules, head = _decide(layout, info, settings, opened)
+    with stage(f"{opened.path}: its tokens cannot be reduced", remedy="choose other values, or leave them out"):
+        type(config)(**{**config.to_dict(), "token_reduction": reduction})
     title = f"{layout.title} to vitreg"
     original = opened.renamed(layout.canonical(list(opened.shapes)))
     tensors = original if head is None else original.beside(head)
@@ -98,7 +102,9 @@ def plan_import(source: str | pathlib.Path | nn.Module, settings: ConversionSett
         left=opened.left,
         write=lambda folder: _write(folder, model, ledger, tensors, processor, title, settings.is_quiet),
         compare=compare,
-        notes=["only the tokens were compared, not the outputs of the head"] if head else [],
+        notes=(["only the tokens were compared, not the outputs of the head"] if head else [])
+        + (["compared without token_reduction, which was set afterwards"] if reduction else []),
+        finish=functools.partial(_reduce_tokens, reduction=reduction),
     )
 
 
@@ -236,3 +242,16 @@ def _write(folder: pathlib.Path, model, ledger: Ledger, tensors: Source, process
             stale.unlink()
         write_safetensors(folder / "model.safetensors", entries, read=tensors.read, on_tensor=lambda _: bar.update())
     return folder
+
+
+def _without_reduction(settings: ConversionSettings) -> tuple[ConversionSettings, dict | None]:
+    """The settings without a reduction of tokens, and that reduction."""
+    overrides = dict(settings.config_overrides)
+    reduction = overrides.pop("token_reduction", None)
+    return dataclasses.replace(settings, config_overrides=overrides), reduction
+
+
+def _reduce_tokens(folder: pathlib.Path, *, reduction: dict | None) -> None:
+    if reduction is not None:
+        fields = json.loads((folder / "config.json").read_text()) | {"token_reduction": reduction}
+        (folder / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")

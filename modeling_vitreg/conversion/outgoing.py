@@ -72,6 +72,7 @@ _FIELDS = (
     "has_mlp_layer_scale",
     "has_pooled_norm",
     "projection_size",
+    "token_reduction",
 )
 # Fields of poolings with parameters of their own, or that no other layout has.
 _OF_POOLING = ("pooling", "pooled_cls_tokens", "pooling_num_heads", "pooling_intermediate_size")

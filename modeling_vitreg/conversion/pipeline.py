@@ -156,6 +156,7 @@ def run(
             command=command or command_line(),
             made_with=made_with(),
         )
+        plan.finish(folder)
         write_report(report, folder / report_name)
     return report
 

@@ -28,7 +28,8 @@ class ConversionSettings:
         family: name of the layout; None infers it.
         checkpoint_key: key of the state dict in a file that holds several; None takes the usual ones.
         head: file with a linear head of DINOv2 for this backbone.
-        config_overrides: fields of the configuration that no tensor shows.
+        config_overrides: fields of the configuration that no tensor shows. A `token_reduction` is written after the
+            comparison, which needs all tokens.
         code: clone of the original repository to compare with; None uses installed libraries.
         tolerance: largest relative error.
         skip_verification: do not compare with the original, for models that do not fit into memory twice.
@@ -60,6 +61,7 @@ class ConversionPlan:
         write: writes the result into a folder, and returns what `compare` needs.
         compare: returns our model and the reference, or in words why there is none.
         notes: what the comparison does not show.
+        finish: changes the folder after the comparison.
     """
 
     title: str
@@ -73,6 +75,7 @@ class ConversionPlan:
     write: Callable[[pathlib.Path], object]
     compare: Callable[[object], tuple[ViTWithRegistersPreTrainedModel, Reference | str]]
     notes: list[str] = dataclasses.field(default_factory=list)
+    finish: Callable[[pathlib.Path], None] = lambda folder: None
 
 
 def make_empty(kind: type[PreTrainedModel], config: ViTWithRegistersConfig) -> ViTWithRegistersPreTrainedModel:

@@ -161,4 +161,9 @@ def _take_over(objective: Objective, weights: dict[str, torch.Tensor]) -> None:
 
 def _wrap(backbone: ViTWithRegistersModel, recipe: Recipe, processes: DistributedContext) -> Objective:
     kind = objective_class(recipe.objective)
+    if kind.needs_all_patches and backbone.config.token_reduction is not None:
+        raise ValueError(
+            f"objective: {recipe.objective} needs all patches, and the model has token_reduction="
+            f"{backbone.config.token_reduction}: train with classify, or set model.token_reduction to null"
+        )
     return kind.from_recipe(backbone, recipe, num_steps=recipe.num_steps, processes=processes)

@@ -132,6 +132,7 @@ def test_what_is_published_gives_the_same_outputs_to_a_stranger(hub, publisher, 
         "modeling_vitreg.py",
         "positions_vitreg.py",
         "preprocessor_config.json",
+        "token_reduction_vitreg.py",
     }
     assert hub.repos["user/name"]["private"]
     assert hub.read("user/name", "model.safetensors") == (folder / "model.safetensors").read_bytes()

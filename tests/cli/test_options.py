@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 # A new knob is a field of a settings dataclass, reached by --set. This list changes on purpose only.
 OPTIONS = {
     "look": "--model --trust-remote-code --device --output",
-    "convert": "--family --checkpoint-key --head --set --code --tolerance --no-verify --to",
+    "convert": "--family --checkpoint-key --head --set --merge --code --tolerance --no-verify --to",
     "retrofit": "--images --columns --annotations --split --num-images --method --num-registers --recipe --device "
     "--set --report --force",
     "analyze": "--split --num-images --compare --trust-remote-code --probes --batch-size --precision --workers "

@@ -345,6 +345,23 @@ def test_images_are_prepared_as_the_family_does(name, mean, crop, tmp_path):
     assert saved["image_mean"][0] == mean and saved["size"] == crop and saved["resample"] == 3
 
 
+def test_merging_is_set_after_the_tokens_were_compared(tmp_path):
+    file_name, make, _, _ = OFFICIAL["dinov2 with registers"]
+    torch.save(make(), tmp_path / file_name)
+    chosen = TWO_HEADS | {"token_reduction": {"kind": "merge", "per_layer": 3}}
+    report = convert(tmp_path / file_name, tmp_path / "out", settings=settle(config_overrides=chosen))
+    assert report.verification["is_verified"]
+    assert report.verification["notes"] == ["compared without token_reduction, which was set afterwards"]
+    merging = ViTWithRegistersModel.from_pretrained(tmp_path / "out").eval()
+    assert merging(torch.randn(1, 3, 28, 56)).reduction.token_sizes.shape[1] < 8
+    with pytest.raises(ConversionError, match="cannot represent token_reduction"):
+        export(tmp_path / "out", tmp_path / "timm", to="timm", settings=settle())
+    chosen["token_reduction"] = {"kind": "merge", "per_layer": 10_000}
+    with pytest.raises(ConversionError, match="which leaves none"):
+        convert(tmp_path / file_name, tmp_path / "none", settings=settle(config_overrides=chosen))
+    assert not (tmp_path / "none").exists()
+
+
 # Out -----------------------------------------------------------------------------------------------------------------
 
 

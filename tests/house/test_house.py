@@ -18,7 +18,7 @@ import modeling_vitreg
 
 ROOT = pathlib.Path(__file__).parents[2]
 PACKAGE = ROOT / "modeling_vitreg"
-_HUB_NAMES = ("configuration", "image_processing", "positions", "modeling", "dual_encoder")
+_HUB_NAMES = ("configuration", "image_processing", "positions", "token_reduction", "modeling", "dual_encoder")
 HUB_FILES = [PACKAGE / f"{name}_vitreg.py" for name in _HUB_NAMES]
 
 # Layer of each module or subpackage; a module imports from lower layers and from its own subpackage only.
@@ -27,6 +27,7 @@ LAYERS = {
     "image_processing_vitreg": 0,
     "modeling_vitreg": 0,
     "positions_vitreg": 0,
+    "token_reduction_vitreg": 0,
     "dual_encoder_vitreg": 0,
     "__init__": 0,
     "registration": 0,

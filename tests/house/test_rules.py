@@ -11,7 +11,10 @@ ROOT = pathlib.Path(__file__).parents[2]
 PACKAGE = ROOT / "modeling_vitreg"
 FILES = sorted(PACKAGE.rglob("*.py"))
 PROGRAMS = sorted((ROOT / "examples").glob("*.py"))
-HUB_FILES = {PACKAGE / f"{name}_vitreg.py" for name in ("configuration", "positions", "modeling", "dual_encoder")}
+HUB_FILES = {
+    PACKAGE / f"{name}_vitreg.py"
+    for name in ("configuration", "positions", "token_reduction", "modeling", "dual_encoder")
+}
 
 MODULE_LINES, FUNCTION_LINES, NUM_PARAMETERS = 400, 60, 10
 VERB_LINES = 80  # parameters and help of a verb of the command line included

@@ -40,7 +40,8 @@ TEXT_TOWERS = {
     ),
     "bert": BertConfig(vocab_size=10, max_position_embeddings=12, pad_token_id=0, **SIZES),
 }
-CODE = {f"{name}_vitreg.py" for name in ("configuration", "image_processing", "positions", "dual_encoder", "modeling")}
+PARTS = ("configuration", "image_processing", "positions", "token_reduction", "modeling", "dual_encoder")
+CODE = {f"{name}_vitreg.py" for name in PARTS}
 PAIRS = {
     "input_ids": torch.tensor([[1, 4, 9, 5, 3], [1, 6, 7, 3, 0]]),
     "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]),

@@ -16,7 +16,8 @@ from modeling_vitreg import (
     ViTWithRegistersForMaskedImageModeling,
     ViTWithRegistersModel,
 )
-from modeling_vitreg.modeling_vitreg import AUTO_MODELS, rotary_tables
+from modeling_vitreg.modeling_vitreg import AUTO_MODELS
+from modeling_vitreg.positions_vitreg import rotary_tables
 
 
 POSITIONS = ("learned", "sincos", "rope", "none")

@@ -136,6 +136,7 @@ def test_a_folder_is_flat_complete_and_lists_every_auto_class(folders):
             "modeling_vitreg.py",
             "positions_vitreg.py",
             "preprocessor_config.json",
+            "token_reduction_vitreg.py",
         }
         auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
         expected = {cls._auto_class: f"modeling_vitreg.{cls.__name__}" for cls in AUTO_MODELS}

@@ -121,6 +121,10 @@ class DinoV3Test(ArchitectureTest, unittest.TestCase):
     architecture = "dinov3"
 
 
+class MergingTest(ArchitectureTest, unittest.TestCase):
+    architecture = "merging"
+
+
 class DeiTTest(ArchitectureTest, unittest.TestCase):
     architecture = "deit"
 

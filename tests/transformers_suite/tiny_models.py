@@ -1,4 +1,4 @@
-"""The tiny models that transformers' tests run on: four architectures, which together use most options of the family.
+"""The tiny models that transformers' tests run on: five architectures, which together use most options of the family.
 
 As a program, `python tiny_models.py FOLDER` saves one model of every class the way a user would, with its code and its
 image processor, in the layout that the pipeline tests look for: `FOLDER/vitreg/<class>/`, and a table of contents.
@@ -21,6 +21,7 @@ SIZES = {
 ARCHITECTURES = {
     "dinov2": {"num_register_tokens": 3, "layer_scale_init_value": 0.1, "pooling": "cls_mean", "out_indices": [1, 2]},
     "dinov3": {"position_embedding_type": "rope", "hidden_act": "swiglu", "has_key_bias": False},
+    "merging": {"num_register_tokens": 3, "token_reduction": {"kind": "merge", "per_layer": 4}},
     "deit": {"num_register_tokens": 1, "has_distillation_token": True, "pooling": "cls_distillation"},
     "mae": {
         "position_embedding_type": "sincos",

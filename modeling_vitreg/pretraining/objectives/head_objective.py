@@ -20,6 +20,7 @@ class HeadObjective(Objective):
     """A model with a head in `model`, around a backbone that `settings` may freeze; see `Objective`."""
 
     has_head = has_single_view = True
+    needs_all_patches = False
 
     settings: AdaptationSettings
     model: PreTrainedModel

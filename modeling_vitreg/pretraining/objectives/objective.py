@@ -77,6 +77,7 @@ class Objective(nn.Module, abc.ABC):
             refused, because it would not be trained.
         has_masks: `masks` of the recipe are used.
         has_single_view: it takes one global view and no local ones.
+        needs_all_patches: it cannot train a model with `config.token_reduction`.
         has_head: it adds a head to any pretrained backbone.
         has_external_teacher: it needs the weights of another model.
 
@@ -91,6 +92,7 @@ class Objective(nn.Module, abc.ABC):
     metrics: tuple[str, ...] = ()
     panels: tuple[Panel, ...] = (Panel("Loss", {"total": "total"}),)
     needs_cls_token = needs_mask_token = needs_normed_tokens = False
+    needs_all_patches = True
     has_masks = has_single_view = has_head = has_external_teacher = False
 
     make_text: Callable[[str], Tensor] | None = None  # caption of an image to tokens

@@ -1,0 +1,309 @@
+"""Fewer tokens inside the network: layers that join similar patches (ToMe; Bolya et al. 2023, arXiv 2210.09461).
+
+Layers with merging take and return whole sequences (B, N, D), in which the patches of one token are equal: a token of
+size s is worth s equal patches. Hidden states, heads and attention maps are therefore those of a plain model. Inside a
+layer the sequence is short. The prefix (class tokens, distillation token, registers) is never merged.
+
+Letters for shapes: B images, N tokens, P patches, M tokens that the patches went into, Q tokens of the prefix,
+D width, H heads, d = D / H.
+
+This file travels next to the weights and runs without the package.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from .configuration_vitreg import ViTWithRegistersConfig
+from .positions_vitreg import turn
+
+
+WHOLE_IMAGES = (
+    "a model with token_reduction takes whole images, and this objective reads single patches or several views at "
+    "once: load the model with token_reduction=None"
+)
+
+
+@dataclass
+class TokenReduction(ModelOutput):
+    """What became of the patches of each image.
+
+    Args:
+        token_assignment: (B, rows, columns), the token in 0 ... M - 1 that each patch went into.
+        token_sizes: (B, M), the patches of each token.
+    """
+
+    token_assignment: Tensor | None = None
+    token_sizes: Tensor | None = None
+
+    def merge(self, patches: Tensor) -> Tensor:
+        """Means over the patches of each token: (B, P, D) or (B, rows, columns, D) to (B, M, D)."""
+        assignment, values = self.token_assignment.flatten(1), patches.reshape(len(patches), -1, patches.shape[-1])
+        sums = values.new_zeros(len(values), self.token_sizes.shape[1], values.shape[-1])
+        sums = sums.scatter_add(1, assignment.unsqueeze(-1).expand_as(values), values)
+        return sums / self.token_sizes.unsqueeze(-1).to(sums.dtype)
+
+    def unmerge(self, tokens: Tensor) -> Tensor:
+        """Give each patch the value of its token: (B, M, D) to (B, rows, columns, D)."""
+        return take(tokens, self.token_assignment.flatten(1)).unflatten(1, self.token_assignment.shape[1:])
+
+
+def take(tokens: Tensor, index: Tensor) -> Tensor:
+    """Tokens (B, n, D) by their numbers in each image (B, m), as (B, m, D)."""
+    starts = torch.arange(tokens.shape[0], device=index.device) * tokens.shape[1]
+    rows = tokens.flatten(0, 1).index_select(0, (starts[:, None] + index).flatten())  # several times as fast as gather
+    return rows.unflatten(0, index.shape)
+
+
+def make_tracker(config: ViTWithRegistersConfig) -> Callable:
+    """How a model prepares for its layers what it knows of positions, such as the angles of a rotary embedding."""
+    # CODEPATH: models with fewer tokens; else all others.
+    if config.token_reduction is not None:
+        return functools.partial(TokenMerges, config)
+    return turn if config.has_rope else _keep
+
+
+def _keep(positions: object, grid: tuple) -> object:
+    return positions
+
+
+@dataclass
+class Merged:
+    """The tokens that the patches went into.
+
+    Args:
+        assignment: (B, P), the token of each patch.
+        first: (B, M), one patch of each token.
+        sizes: (B, M), in float32.
+        angles: (B, 1, Q + M, d), the mean of a rotary embedding over the patches, which is that of the mean
+            coordinate, because angles are linear in it; or None.
+    """
+
+    assignment: Tensor
+    first: Tensor
+    sizes: Tensor
+    angles: Tensor | None
+
+
+class TokenMerges:
+    """The merges of one forward pass. Layer n writes entry n and reads entry n - 1, so that it may run twice."""
+
+    def __init__(self, config: ViTWithRegistersConfig, angles: Tensor | None, grid: tuple):
+        self.grid, self.num_prefix = grid, config.num_prefix_tokens
+        self.angles, self.tables = angles, {}
+        self.entries: dict[int, Merged | None] = {0: None}  # None: no patch was merged yet
+        self.keys: dict[int, Tensor] = {}
+
+    @property
+    def output(self) -> TokenReduction | None:
+        """The last entry by name; None if no layer merged."""
+        merged = self.entries[max(self.entries)]
+        if merged is None:
+            return None
+        return TokenReduction(merged.assignment.unflatten(1, self.grid), merged.sizes.long())
+
+    def rotary(self, number: int) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines for the tokens in layer `number`."""
+        if self.angles is None:
+            return None
+        merged = self.entries[number - 1]
+        place = 0 if merged is None else number
+        if place not in self.tables:
+            self.tables[place] = turn(self.angles if merged is None else merged.angles)
+        return self.tables[place]
+
+    def compact(self, hidden_states: Tensor, number: int) -> Tensor:
+        """One patch of each token that goes into layer `number`: (B, N, D) to (B, Q + M, D)."""
+        merged = self.entries[number - 1]
+        return hidden_states if merged is None else self._take(hidden_states, merged.first)
+
+    def expand(self, tokens: Tensor, number: int) -> Tensor:
+        """Give each patch the token that it is in behind layer `number`: (B, Q + M, D) to (B, N, D)."""
+        merged = self.entries[number]
+        return tokens if merged is None else self._take(tokens, merged.assignment)
+
+    def expand_keys(self, probabilities: Tensor, number: int) -> Tensor:
+        """Share what is attended to tokens evenly among their patches: (B, H, n, Q + M) to (B, H, n, N)."""
+        merged = self.entries[number - 1]
+        if merged is None:
+            return probabilities
+        shares = probabilities / F.pad(merged.sizes, (self.num_prefix, 0), value=1.0)[:, None, None]
+        shares = self._take(shares.permute(0, 3, 1, 2).flatten(2), merged.assignment)
+        return shares.unflatten(2, probabilities.shape[1:3]).permute(0, 2, 3, 1)
+
+    def expand_queries(self, probabilities: Tensor, number: int) -> Tensor:
+        """Give each patch what its token attends to: (B, H, Q + M, n) to (B, H, N, n)."""
+        merged = self.entries[number - 1]
+        if merged is None:
+            return probabilities
+        rows = self._take(probabilities.transpose(1, 2).flatten(2), merged.assignment)
+        return rows.unflatten(2, probabilities.shape[1::2]).transpose(1, 2)
+
+    def _take(self, tokens: Tensor, index: Tensor) -> Tensor:
+        prefix = torch.arange(self.num_prefix, device=index.device).expand(index.shape[0], -1)
+        return take(tokens, torch.cat([prefix, self.num_prefix + index], dim=1))
+
+    def merge(self, tokens: Tensor, number: int, count: int) -> Tensor:
+        """Join `count` patches to their most similar ones, at most half of them: (B, Q + M, D) to (B, Q + M', D)."""
+        before = self.entries[number - 1]
+        if count:
+            keys = self.keys.pop(number)[:, self.num_prefix :]
+            before, count = before or self._unmerged(keys), min(count, keys.shape[1] // 2)
+        if count == 0:
+            self.entries[number] = before
+            return tokens
+        plan = match(keys, count, is_first_even=self.num_prefix % 2 == 0)
+        sizes = before.sizes.gather(1, plan.kept).scatter_add(1, plan.target, before.sizes.gather(1, plan.moved))
+        places = torch.arange(plan.kept.shape[1], device=keys.device).expand_as(plan.kept)
+        token_of = torch.zeros_like(before.first).scatter(1, plan.kept, places).scatter(1, plan.moved, plan.target)
+        join = functools.partial(self._join, plan=plan, before=before.sizes, after=sizes)
+        self.entries[number] = Merged(
+            assignment=token_of.gather(1, before.assignment),
+            first=before.first.gather(1, plan.kept),
+            sizes=sizes,
+            angles=None if before.angles is None else join(before.angles[:, 0]).unsqueeze(1),
+        )
+        return join(tokens)
+
+    def _unmerged(self, keys: Tensor) -> Merged:
+        """Each patch a token, for keys (B, P, d)."""
+        patches = torch.arange(keys.shape[1], device=keys.device).expand(len(keys), -1)
+        angles = None if self.angles is None else self.angles.expand(len(keys), 1, -1, -1)
+        return Merged(patches, patches, torch.ones_like(patches, dtype=torch.float32), angles)
+
+    def _join(self, tokens: Tensor, *, plan: "Matching", before: Tensor, after: Tensor) -> Tensor:
+        """Means weighted by size. A patch that is not merged has the weight 1 and stays as it is, bit for bit."""
+        shares = before.gather(1, plan.kept) / after
+        kept = (
+            self._take(tokens, plan.kept) * F.pad(shares, (self.num_prefix, 0), value=1.0).to(tokens.dtype)[..., None]
+        )
+        shares = before.gather(1, plan.moved) / after.gather(1, plan.target)
+        moved = take(tokens, self.num_prefix + plan.moved) * shares.to(tokens.dtype)[..., None]
+        target = (self.num_prefix + plan.target)[..., None].expand_as(moved)
+        return kept.scatter_add(1, target, moved)
+
+
+@dataclass
+class Matching:
+    """Which of the patches are kept (B, M'), in their new order; which are moved (B, r), and into which of the new."""
+
+    kept: Tensor
+    moved: Tensor
+    target: Tensor
+
+
+@torch.no_grad()
+def match(keys: Tensor, count: int, *, is_first_even: bool) -> Matching:
+    """Bipartite soft matching: patches at even places of the sequence may move to patches at odd places.
+
+    for each patch a at an even place: best[a] = the patch b at an odd place of largest cosine similarity
+    the `count` patches a with the largest similarities move to best[a]
+    new order: the other even patches in their order, then the odd ones
+
+    Args:
+        keys: (B, P, d), means over the heads.
+        count: at most P // 2.
+        is_first_even: whether the first patch is at an even place, that is, whether the prefix has an even number of
+            tokens. The places decide who may move, as in the reference.
+    """
+    start = 0 if is_first_even else 1
+    keys = F.normalize(keys.float(), dim=-1)
+    even, odd = keys[:, start::2], keys[:, 1 - start :: 2]
+    best, partner = (even @ odd.transpose(1, 2)).max(dim=-1)  # [B, P / 2]
+    order = best.argsort(dim=-1, descending=True, stable=True)
+    moved, stay = order[:, :count], order[:, count:].sort(dim=-1).values
+    places = torch.arange(odd.shape[1], device=keys.device).expand(len(keys), -1)
+    return Matching(
+        kept=torch.cat([2 * stay + start, 2 * places + 1 - start], dim=1),
+        moved=2 * moved + start,
+        target=partner.gather(1, moved) + stay.shape[1],
+    )
+
+
+class KeySizes(nn.Module):
+    """The bias (B, 1, 1, Q + M) of the scores in layer `number`: a key counts as often as it has patches."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
+
+    def forward(self, merges: TokenMerges) -> Tensor:
+        """The logarithms of the sizes, 0 for the prefix."""
+        return F.pad(merges.entries[self.number - 1].sizes.log(), (merges.num_prefix, 0))[:, None, None]
+
+
+class MergingAttention(nn.Module):
+    """What attention does in a layer with merging. It is mixed into the attention of the family."""
+
+    bias_field = "token_reduction"
+
+    def __init__(self, config: ViTWithRegistersConfig, number: int = 1):
+        super().__init__(config, number)
+        self.number, counts = number, config.merges_per_layer
+        self.keeps_keys = counts[number - 1] > 0
+        # Before the first merge there is no bias, so that a model that merges nothing is the plain one, bit for bit.
+        if config.reduction["is_proportional"] and any(counts[: number - 1]):
+            self.position_bias = KeySizes(number)
+
+    def split_heads(self, packed: Tensor, rotary: TokenMerges) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values; keeps the keys for the matching, normed, not rotated, as means over the heads."""
+        if self.keeps_keys:
+            with torch.no_grad():
+                keys = packed.split(self.sizes, dim=-1)[1].unflatten(-1, (-1, self.sizes[0] // self.num_heads))
+                rotary.keys[self.number] = self.key_norm(keys).mean(dim=2)  # [B, n, K, d] -> [B, n, d]
+        return super().split_heads(packed, rotary.rotary(self.number))
+
+    def prefix_attention(self, hidden_states: Tensor, rotary: TokenMerges, num_queries: int) -> Tensor:
+        """Probabilities (B, H, Q, N) from normed tokens (B, N, D)."""
+        return super().prefix_attention(rotary.compact(hidden_states, self.number), rotary, num_queries)
+
+    def prefix_probabilities(self, packed: Tensor, rotary: TokenMerges, num_queries: int) -> Tensor:
+        """Probabilities (B, H, Q, N) from queries, keys and values of the tokens inside the layer."""
+        return rotary.expand_keys(super().prefix_probabilities(packed, rotary, num_queries), self.number)
+
+
+class MergingLayer(nn.Module):
+    """A layer that joins patches between its two branches. It is mixed into the layer of the family."""
+
+    def __init__(
+        self,
+        config: ViTWithRegistersConfig,
+        drop_path_rate: float,
+        register_neurons: list | None = None,
+        number: int = 1,
+    ):
+        super().__init__(config, drop_path_rate, register_neurons, number)
+        self.number, self.num_merged = number, config.merges_per_layer[number - 1]
+
+    def forward(self, hidden_states: Tensor, rotary: TokenMerges, groups: tuple | None = None, reads=None) -> Tensor:
+        """Tokens (B, N, D) to tokens. `groups` and `reads` belong to objectives that need all patches: refused."""
+        if groups is not None:
+            raise ValueError(WHOLE_IMAGES)
+        return self._run(hidden_states, rotary)[0]
+
+    def forward_with_attentions(self, hidden_states: Tensor, rotary: TokenMerges) -> tuple[Tensor, Tensor]:
+        """Tokens (B, N, D) to tokens, and the attention probabilities (B, H, N, N), computed eagerly."""
+        hidden_states, probabilities = self._run(hidden_states, rotary, wants_attentions=True)
+        return hidden_states, rotary.expand_queries(rotary.expand_keys(probabilities, self.number), self.number)
+
+    def _run(self, hidden_states: Tensor, merges: TokenMerges, wants_attentions: bool = False) -> tuple:
+        tokens, probabilities = merges.compact(hidden_states, self.number), None
+        if wants_attentions:
+            normed = self.norm1(tokens)
+            attended, probabilities = self.attention.attend(self.attention.qkv(normed), merges, output_attentions=True)
+            branch = self.layer_scale1(self.attention.mix(attended, normed))
+        else:
+            branch = self.attention_branch(tokens, merges)
+        # The record of the merges has all images, so no image is left out of a branch: factors do the same.
+        tokens = self.drop_path.add(tokens, lambda _: branch, self.drop_path.choose(tokens, needs_all=True))
+        tokens = merges.merge(tokens, self.number, self.num_merged)
+        tokens = self.drop_path.add(tokens, self.mlp_branch, self.drop_path.choose(tokens))
+        return merges.expand(tokens, self.number), probabilities
+
+
+__all__ = ["MergingAttention", "MergingLayer", "TokenMerges", "TokenReduction", "make_tracker", "match", "take"]
