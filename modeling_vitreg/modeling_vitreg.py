@@ -563,7 +563,7 @@ class ViTWithRegistersRegisterNeuronMLP(ViTWithRegistersMLP):
         start, stop = self.registers
         # In place: a copy of all hidden units would cost more than the move, and no gradient reads them.
         hidden_states.index_fill_(-1, self.units, 0)
-        hidden_states[:, start:stop].index_copy_(-1, self.units, largest.expand(-1, stop - start, -1))
+        hidden_states[:, start:stop, self.units] = largest.expand(-1, stop - start, -1)
         return hidden_states
 
 
