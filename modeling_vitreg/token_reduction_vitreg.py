@@ -262,9 +262,14 @@ class MergingAttention(nn.Module):
         """Probabilities (B, H, Q, N) from normed tokens (B, N, D)."""
         return super().prefix_attention(rotary.compact(hidden_states, self.number), rotary, num_queries)
 
-    def prefix_probabilities(self, packed: Tensor, rotary: TokenMerges, num_queries: int) -> Tensor:
+    def prefix_probabilities(self, packed: Tensor, rotary: TokenMerges, num_queries: int | None) -> Tensor:
         """Probabilities (B, H, Q, N) from queries, keys and values of the tokens inside the layer."""
-        return rotary.expand_keys(super().prefix_probabilities(packed, rotary, num_queries), self.number)
+        probabilities = rotary.expand_keys(super().prefix_probabilities(packed, rotary, num_queries), self.number)
+        return rotary.expand_queries(probabilities, self.number) if num_queries is None else probabilities
+
+    def expand(self, tokens: Tensor, merges: TokenMerges) -> Tensor:
+        """Give each patch what its token has inside the layer: (B, Q + M, D) to (B, N, D)."""
+        return merges.expand(tokens, self.number - 1)
 
 
 class MergingLayer(nn.Module):

@@ -96,6 +96,11 @@ def read_heads(encoder: Encoder, pixel_values: Tensor, use: Callable[[LayerHeads
         ValueError: images that do not fit; attention that does more than average values, unless by a gate or a norm.
     """
 
+    if getattr(getattr(encoder.tower, "config", None), "token_reduction", None) is not None:
+        raise ValueError(
+            "expected attention among all tokens, got a model with token_reduction: load it with token_reduction=None"
+        )
+
     def hooks(keep: Callable) -> Iterator:
         for number, block in enumerate(encoder.layers, start=1):
             yield from _record_layer(encoder, number, block, lambda heads: keep(heads.number, use(heads)))

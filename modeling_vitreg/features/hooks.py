@@ -45,7 +45,7 @@ def record_attention(layer: nn.Module, keep: Callable, *, num_heads: int, num_qu
     all tokens."""
     attention = find_part(layer, "attention")
     if hasattr(attention, "prefix_probabilities"):  # ours, which knows its norms, gates and biases
-        yield from _record_own(attention, keep, num_queries=num_queries)
+        yield from _record_own(attention, lambda *found: keep(attention.prefix_probabilities(*found, num_queries)))
         return
     parts = {}
     yield from record_projection(attention, "query", lambda value: parts.update(query=value))
@@ -59,12 +59,12 @@ def record_attention(layer: nn.Module, keep: Callable, *, num_heads: int, num_qu
     yield attention.register_forward_hook(finish, with_kwargs=True)
 
 
-def _record_own(attention: nn.Module, keep: Callable, *, num_queries: int | None) -> Iterator:
+def _record_own(attention: nn.Module, keep: Callable) -> Iterator:
+    """Hooks that keep queries, keys and values in one tensor, and what the layer knows of positions."""
     packed: list[Tensor] = []
 
     def finish(_, arguments: tuple, keywords: dict, __) -> None:
-        positions = arguments[1] if len(arguments) > 1 else keywords.get("rotary")
-        keep(attention.prefix_probabilities(packed.pop(), positions, num_queries))
+        keep(packed.pop(), arguments[1] if len(arguments) > 1 else keywords.get("rotary"))
 
     yield attention.qkv.register_forward_hook(lambda _, __, value: packed.append(value))
     yield attention.register_forward_hook(finish, with_kwargs=True)
@@ -84,6 +84,11 @@ def record_projection(attention: nn.Module, name: str, keep: Callable) -> Iterat
         return
     # A copy, for a view would keep all three.
     sizes = getattr(attention, "sizes", None) or attention.qkv.out_features // 3
+    if hasattr(attention, "expand"):  # of a model with fewer tokens inside a layer
+        yield from _record_own(
+            attention, lambda packed, merges: keep(attention.expand(packed.split(sizes, dim=-1)[place], merges))
+        )
+        return
     yield attention.qkv.register_forward_hook(lambda _, __, value: keep(value.split(sizes, dim=-1)[place].clone()))
 
 

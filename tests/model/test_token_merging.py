@@ -13,7 +13,8 @@ from modeling_vitreg import (
     ViTWithRegistersForSemanticSegmentation,
     ViTWithRegistersModel,
 )
-from modeling_vitreg.features import extract_features, load_encoder
+from modeling_vitreg.features import class_token_updates, extract_features, load_encoder
+from modeling_vitreg.features.heads import read_heads
 from modeling_vitreg.positions_vitreg import rotary_angles
 from modeling_vitreg.pretraining.views.packing import encode_views
 from modeling_vitreg.token_reduction_vitreg import match
@@ -179,6 +180,14 @@ def test_back_ends_attentions_maps_and_features_agree(family, tiny, randomise):
     (tokens,) = extract_features(encoder, IMAGES, layers=3)
     states = merging(IMAGES, output_hidden_states=True).hidden_states
     assert torch.equal(tokens.patch_tokens, states[3][:, prefix:])
+    (values,) = extract_features(encoder, IMAGES, layers=4, feature="value")
+    layer = merging.layers[3]
+    expected_values = layer.attention.qkv(layer.norm1(states[3])).split(layer.attention.sizes, dim=-1)[2]
+    torch.testing.assert_close(values.patch_tokens, expected_values[:, prefix:], rtol=1e-5, atol=1e-5)
+    updates = class_token_updates(encoder, IMAGES, layer=4)
+    assert updates["patches"].abs().max() > 0
+    with pytest.raises(ValueError, match="among all tokens, got a model with token_reduction"):
+        read_heads(encoder, IMAGES, lambda heads: None)
     recorded = encoder.prefix_attention(IMAGES, layers=[4])[0]
     torch.testing.assert_close(recorded, shown.attentions[3][:, :, :prefix])
     merging.set_attn_implementation("eager")
