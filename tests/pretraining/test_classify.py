@@ -289,6 +289,22 @@ def test_a_classifier_starts_from_a_model_of_another_objective(tiny, tmp_path):
     assert objective.saved.config.id2label == {0: "a", 1: "b"} and objective.encoder.embeddings.mask_token is None
 
 
+def test_a_classifier_trains_with_merged_patches(tiny, tmp_path):
+    reduction = {"kind": "merge", "per_layer": 3}
+    ViTWithRegistersModel(tiny(token_reduction=reduction, initializer_range=0.3)).save_pretrained(tmp_path)
+    recipe = Recipe(
+        objective="classify",
+        model={"preset": "tiny/8"},
+        crops=ONE_VIEW,
+        settings={"class_names": ["a", "b"]},
+    )
+    model = make_objective(recipe, init=tmp_path).saved
+    output = model.vitreg(torch.randn(2, 3, 32, 32))
+    assert output.reduction.token_sizes.shape == (2, 16 - 9)
+    model(torch.randn(2, 3, 32, 32), labels=torch.tensor([0, 1])).loss.backward()
+    assert model.vitreg.layers[0].mlp.fc1.weight.grad.any()
+
+
 # The program ---------------------------------------------------------------------------------------------------------
 
 RECIPE = {
