@@ -184,8 +184,9 @@ class DiscoveryReport:
         architecture: family and sizes of the encoder.
         images: `source`, `num_images` measured, `num_annotated` of them, `num_unreadable`, `num_nonfinite`,
             `unreadable` (the first reasons), `is_complete`, and `stopped_by` if the pass ended early.
-        as_published: `settings`, `corloc`, `num_hits`, `mean_iou` (with the best true box) and `num_degenerate`, the
-            number of images in which the method found no structure.
+        as_published: `settings`, `corloc`, `num_hits`, `mean_iou` (with the best true box), `num_degenerate`, the
+            number of images in which the method found no structure, and `point_in_box`, the share of annotated images
+            whose patch most similar to the class token lies in a true box (arXiv 2602.22394).
         sweep: `settings` and `entries`, each with `feature`, `layer`, `bias` and the numbers above; empty without one.
         best_of_sweep: the entry with the most hits, the first of several, and a `note`; empty without a sweep.
         predictions: with the published settings, for each image in order: `name`, `box`, `iou` (None if not

@@ -1,4 +1,4 @@
-"""Register ablation: replace the registers inside a trained network and compare the final tokens.
+"""Ablation: replace the registers, or the class token, inside a trained network and compare the final tokens.
 
 A model has never seen registers of zeros, so zeros overstate the effect. Plausible values without information about
 the image (the mean over images, noise around it, registers of another image) are the controls (arXiv 2604.14433):
@@ -60,14 +60,17 @@ def ablate_registers(
         ValueError: a model of another package or without registers, fewer than two images, or no such layer.
     """
     base = _check(model, pixel_values, from_layer)
+    if not base.config.num_register_tokens:
+        raise ValueError("expected a model with registers, got a model without registers")
+    place = base.config.token_slices["registers"]
     with eval_mode(base):
-        states, whole = _run_and_record(base, pixel_values)
+        states, whole = _run_and_record(base, pixel_values, place)
         modes = {}
         for mode in MODES:
             if mode == "removed":
                 changed = _removed(base)
             else:
-                changed = _replaced(base, _substitutes(states, mode, seed), from_layer)
+                changed = _replaced(base, place, _substitutes(states, mode, seed), from_layer)
             with changed:
                 tokens = _tokens(base, pixel_values)
             modes[mode] = {
@@ -87,16 +90,50 @@ def ablate_registers(
     return report if score is None else {**report, "score": float(score(*whole))}
 
 
+@torch.no_grad()
+def ablate_class_token(model: nn.Module, pixel_values: Tensor, *, seed: int = 0) -> dict:
+    """Replace the class token at the input of every layer in the same five ways; measure the change of the patches.
+
+    A model whose patches change has put information about the image into the class token; registers take over this
+    role (arXiv 2604.14433). "removed" takes the token out of the sequence behind the embedding.
+
+    Args:
+        model, pixel_values, seed: as in `ablate_registers`.
+
+    Returns:
+        `num_images` and `modes`: for each of `MODES` its `meaning` and `patches`, as in `ablate_registers`; without
+        "removed" for attention that knows the place of the class token (relative position bias, gated registers).
+
+    Raises:
+        ValueError: a model of another package or without class token, or fewer than two images.
+    """
+    base = _check(model, pixel_values, 1)
+    if not base.config.has_cls_token:
+        raise ValueError("expected a model with a class token, got a model without")
+    place, modes = slice(0, base.config.num_cls_tokens), {}
+    is_fixed = base.config.relative_position_bias is not None or base.config.num_gated_registers
+    with eval_mode(base):
+        states, (_, whole) = _run_and_record(base, pixel_values, place)
+        for mode in (mode for mode in MODES if not (mode == "removed" and is_fixed)):
+            if mode == "removed":
+                state, rotary, _ = base.embed(pixel_values)
+                state = state[:, place.stop :]
+                for layer in base.layers:
+                    state = layer(state, rotary)
+                patches = base.norm_tokens(state)[:, -whole.shape[1] :].float()
+            else:
+                with _replaced(base, place, _substitutes(states, mode, seed), 1):
+                    patches = _tokens(base, pixel_values)[1]
+            modes[mode] = {"meaning": MODES[mode].replace("registers", "that"), "patches": _compare(patches, whole)}
+    return {"num_images": len(pixel_values), "modes": modes}
+
+
 def _check(model: nn.Module, pixel_values: Tensor, from_layer: int) -> ViTWithRegistersModel:
     base = getattr(model, "base_model", model)
     if not isinstance(base, ViTWithRegistersModel):
         raise ValueError(f"expected a model of this package, got {type(model).__name__}: convert it first")
-    if not base.config.num_register_tokens:
-        raise ValueError("expected a model with registers, got a model without registers")
     if len(pixel_values) < 2:
-        raise ValueError(
-            f"expected two images or more, got {len(pixel_values)}: registers are exchanged between images"
-        )
+        raise ValueError(f"expected two images or more, got {len(pixel_values)}: tokens are exchanged between images")
     if not 1 <= from_layer <= base.config.num_hidden_layers:
         raise ValueError(f"expected from_layer in 1 ... {base.config.num_hidden_layers}, got {from_layer}")
     return base
@@ -107,9 +144,9 @@ def _tokens(base: ViTWithRegistersModel, pixel_values: Tensor) -> tuple:
     return None if output.cls_token is None else output.cls_token.float(), output.patch_tokens.float()
 
 
-def _run_and_record(base: ViTWithRegistersModel, pixel_values: Tensor) -> tuple:
-    """Registers (B, R, D) at the input of each layer, and the normed class and patch tokens."""
-    states, place = [], base.config.token_slices["registers"]
+def _run_and_record(base: ViTWithRegistersModel, pixel_values: Tensor, place: slice) -> tuple:
+    """Tokens (B, n, D) of a place at the input of each layer, and the normed class and patch tokens."""
+    states = []
     record = lambda _, inputs: states.append(inputs[0][:, place].clone())  # noqa: E731
     hooks = [layer.register_forward_pre_hook(record) for layer in base.layers]
     try:
@@ -120,7 +157,7 @@ def _run_and_record(base: ViTWithRegistersModel, pixel_values: Tensor) -> tuple:
 
 
 def _substitutes(states: list[Tensor], mode: str, seed: int) -> list[Tensor]:
-    """Values that replace the registers (B, R, D) at the input of each layer."""
+    """Values that replace the tokens (B, n, D) at the input of each layer."""
     if mode == "zeroed":
         return [torch.zeros_like(state) for state in states]
     if mode == "shuffled":
@@ -134,9 +171,7 @@ def _substitutes(states: list[Tensor], mode: str, seed: int) -> list[Tensor]:
 
 
 @contextlib.contextmanager
-def _replaced(base: ViTWithRegistersModel, substitutes: list[Tensor], from_layer: int) -> Iterator[None]:
-    place = base.config.token_slices["registers"]
-
+def _replaced(base: ViTWithRegistersModel, place: slice, substitutes: list[Tensor], from_layer: int) -> Iterator[None]:
     def hook_for(substitute: Tensor):
         def replace(_, inputs: tuple) -> tuple:
             tokens = inputs[0].clone()

@@ -40,6 +40,8 @@ def render_page(report: ArtifactReport, figures: dict[str, pathlib.Path]) -> str
         "rule_rows": _rule_rows(report),
         "layer_rows": [_layer_row(layer) for layer in report.layers],
         "ablation_rows": _ablation_rows(report.ablation),
+        "class_token_rows": _class_token_rows(report.ablation.get("class_token", {})),
+        "edit_rows": _edit_rows(report.sinks.get("edits", {})),
         "patch_probe_rows": _patch_probe_rows(report.probes),
         "class_probe_rows": _class_probe_rows(report.probes),
         "sink_rows": _sink_rows(report.sinks),
@@ -163,6 +165,25 @@ def _sink_rows(sinks: dict) -> list[list]:
         places = [sum(layer[kind] for layer in kinds) for kind in ("cls", "registers", "patches")]
         rows.append([name.replace("_", "-"), *(f"{value:.2f}" for value in (total["mean"], *places)), interval])
     return rows
+
+
+def _edit_rows(edits: dict) -> list[list]:
+    return [
+        [name.replace("_", "-"), f"{head['layer']}, {head['head']}", head["num_events"], edits["meaning"][edit],
+         *(f"{row[key]:.4f}" for key in ("change", "shared", "donor_cosine")),
+         _percent(row["knn_before"]), _percent(row["knn"])]
+        for name, found in edits.get("classes", {}).items()
+        for head in found["heads"]
+        for edit, row in head["edits"].items()
+    ]  # fmt: skip
+
+
+def _class_token_rows(ablation: dict) -> list[list]:
+    rows = [(f"{mode}: {entry['meaning']}", entry["patches"]) for mode, entry in ablation.get("modes", {}).items()]
+    return [
+        [words, f"{part['cosine']:.4f}", f"{part['distance']:.4f} +- {part['distance_error']:.4f}"]
+        for words, part in rows
+    ]
 
 
 def _ablation_rows(ablation: dict) -> list[list]:

@@ -17,14 +17,15 @@ from modeling_vitreg.encoding import Consumer, Crop, EncodedBatch, Needs
 from modeling_vitreg.features import Encoder, TokenFeatures
 from modeling_vitreg.omissions import Failures
 
-from .ablation import ablate_registers
+from .ablation import ablate_class_token, ablate_registers
 from .activations import MassiveActivations
 from .attention import AttentionMeans, find_duplicates, register_similarity
+from .edits import edit_sinks
 from .histograms import NormHistograms, bin_numbers
 from .positions import PositionCounts, neighbour_similarity
 from .reservoir import TokenReservoir, draw_tokens, make_sample
 from .settings import Examples, SurveySettings
-from .sinks import SinkSection
+from .sinks import SinkSection, shift_consistency
 from .verdict import judge, summarise_layer
 
 
@@ -185,37 +186,54 @@ class AttentionSection:
         return self.means.summarise(list(range(1, len(self.means) + 1)))
 
 
-class AblationSection:
-    """The first images, on which registers are ablated at the end."""
+class InterventionSection:
+    """The first images, on which registers, class token, heads and positions are changed at the end."""
 
-    def __init__(self, first: Batch, *, num_images: int, seed: int):
-        self._encoder, self._wanted, self._seed = first.encoder, num_images, seed
-        self._has_registers, self._pixels = first.kinds["registers"] > 0, []
+    def __init__(self, first: Batch, settings: SurveySettings):
+        self._encoder, self._settings, self._kept = first.encoder, settings, []
+        self._has_registers, self._has_cls = first.kinds["registers"] > 0, first.kinds["cls"] > 0
 
     def update(self, batch: Batch) -> None:
         """Add a batch."""
-        first = batch.encoded.count_first(self._wanted)
-        if first and self._has_registers:
-            self._pixels.append((batch.encoded.images[0].number, batch.pixels[:first].cpu()))
+        wanted = max(self._settings.num_ablation_images, self._settings.num_edit_images)
+        if first := batch.encoded.count_first(wanted):
+            numbers, labels = batch.encoded.numbers.tolist(), batch.encoded.labels
+            self._kept += zip(numbers[:first], batch.pixels[:first].cpu(), labels[:first])
 
-    def merge(self, other: AblationSection) -> None:
+    def merge(self, other: InterventionSection) -> None:
         """Add the images of another process."""
-        self._pixels += other._pixels
+        self._kept += other._kept
 
-    def compute(self) -> dict:
-        """`ablation` of the report.
-
-        Raises:
-            ValueError: not requested, or the model has no registers.
-        """
-        if not self._wanted:
-            raise ValueError("not requested")
+    def ablate(self) -> dict:
+        """`ablation` of the report, of registers."""
+        pixels, _ = self._take("num_ablation_images")
         if not self._has_registers:
             raise ValueError("the model has no registers")
-        if not self._pixels:
-            raise ValueError(f"none of the first {self._wanted} images could be measured")
-        pixels = torch.cat([part for _, part in sorted(self._pixels, key=lambda pair: pair[0])])
-        return ablate_registers(self._encoder.model, pixels.to(self._encoder.device), seed=self._seed)
+        return ablate_registers(self._encoder.model, pixels, seed=self._settings.seed)
+
+    def ablate_cls(self) -> dict:
+        """The same of the class token."""
+        pixels, _ = self._take("num_ablation_images")
+        if not self._has_cls:
+            raise ValueError("the model has no class token")
+        return ablate_class_token(self._encoder.model, pixels, seed=self._settings.seed)
+
+    def shift(self) -> dict:
+        """`shift_consistency` of the report, see `sinks.shift_consistency`."""
+        return shift_consistency(self._encoder, self._take("num_ablation_images")[0])
+
+    def edit(self) -> dict:
+        """`edits` of the report, see `edits.edit_sinks`."""
+        pixels, labels = self._take("num_edit_images")
+        return edit_sinks(self._encoder, pixels, labels, seed=self._settings.seed)
+
+    def _take(self, name: str) -> tuple[Tensor, list]:
+        wanted = getattr(self._settings, name)
+        if not wanted:
+            raise ValueError("not requested")
+        if not (kept := [entry for entry in sorted(self._kept, key=lambda entry: entry[0]) if entry[0] < wanted]):
+            raise ValueError(f"none of the first {wanted} images could be measured")
+        return torch.stack([pixels for _, pixels, _ in kept]).to(self._encoder.device), [entry[2] for entry in kept]
 
 
 class ProbeSection:
@@ -287,7 +305,7 @@ class Sections(Consumer):
             self._activations.add(number, _parts(layer))
         self._activations.count(len(batch.pixels))
         self._probes.update(batch)
-        self._ablation.update(batch)
+        self._interventions.update(batch)
         self.num_images += len(batch.pixels)
         first = encoded.count_first(self.settings.num_attention_images)
         self._attention.update(batch, self._sinks.read(encoded, first) if first else None)
@@ -305,7 +323,7 @@ class Sections(Consumer):
             full[0].failures.tracebacks |= self.failures.tracebacks
             self.__dict__ |= full[0].__dict__
         for other in full[1:]:
-            for name in ("_norms", "_positions", "_activations", "_attention", "_sinks", "_ablation", "_probes"):
+            for name in ("_norms", "_positions", "_activations", "_attention", "_sinks", "_interventions", "_probes"):
                 getattr(self, name).merge(getattr(other, name))
             self.num_images += other.num_images
 
@@ -315,7 +333,7 @@ class Sections(Consumer):
             sentence = f"Unknown: the features of all {num_seen} images contain NaN or infinity."
             sections = {name: {"skipped": "no image has finite features"} for name in self.PARTS}
             return {"verdict": {"level": "unknown", "sentence": sentence}, "layers": [], **sections}
-        found, attempt = self._norms.compute(), self.failures.attempt
+        found, attempt, changes = self._norms.compute(), self.failures.attempt, self._interventions
         verdict, last = found["verdict"], found["layers"][-1]["rules"]["automatic"]["threshold"]
         self.examples.mean_maps = self._attention.mean_maps()
         positions = self._positions.summarise(verdict["layer"] - 1, threshold=verdict["threshold"])
@@ -324,8 +342,15 @@ class Sections(Consumer):
             "outlier_positions": positions,
             "massive_activations": self._activations.summarise(),
             "attention": self._attention.compute(),
-            "sinks": attempt("attention sinks", self._sinks.compute),
-            "ablation": attempt("register ablation", self._ablation.compute),
+            "sinks": {
+                **attempt("attention sinks", self._sinks.compute),
+                "shift_consistency": attempt("shift consistency", changes.shift),
+                "edits": attempt("edits of sinks", changes.edit),
+            },
+            "ablation": {
+                **attempt("register ablation", changes.ablate),
+                "class_token": attempt("class token ablation", changes.ablate_cls),
+            },
             "probes": attempt("linear probes", lambda: self._probes.compute(last)),
         }
 
@@ -337,7 +362,7 @@ class Sections(Consumer):
         self._attention = AttentionSection(first, num_images=settings.num_attention_images, failures=self.failures)
         heads = (depth, first.encoder.num_heads)
         self._sinks = SinkSection(*heads, kinds=first.kinds, failures=self.failures)
-        self._ablation = AblationSection(first, num_images=settings.num_ablation_images, seed=settings.seed)
+        self._interventions = InterventionSection(first, settings)
         probes = {"num_images": settings.num_probe_images, "seed": settings.seed}
         self._probes = ProbeSection(first, **probes, failures=self.failures)
 

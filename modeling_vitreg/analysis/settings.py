@@ -20,6 +20,8 @@ class SurveySettings:
         image_size: side of the square crop in pixels; None for that of the encoder.
         num_attention_images: number of first images of the source whose attention is measured, 0 to skip.
         num_ablation_images: number of first images on which registers are ablated, 0 to skip.
+        num_edit_images: number of first images on which heads with sinks are edited, 0 to skip; see `edits`. Each head
+            costs six passes over half of them.
         num_probe_images: number of first images whose tokens are probed, 0 to skip; probes take minutes.
         num_shown: number of first images to draw, at most one batch.
         seed: random seed.
@@ -36,6 +38,7 @@ class SurveySettings:
     image_size: int | None = None
     num_attention_images: int = 32
     num_ablation_images: int = 8
+    num_edit_images: int = 0
     num_probe_images: int = 0
     num_shown: int = 4
     seed: int = 0
@@ -47,7 +50,7 @@ class SurveySettings:
 
     def __post_init__(self):
         least = {"num_images": 1, "batch_size": 1, "image_size": 1, "num_attention_images": 0}
-        least |= {"num_ablation_images": 0, "num_probe_images": 0, "num_shown": 0}
+        least |= {"num_ablation_images": 0, "num_edit_images": 0, "num_probe_images": 0, "num_shown": 0}
         for name, smallest in least.items():
             value = getattr(self, name)
             if value is not None and value < smallest:

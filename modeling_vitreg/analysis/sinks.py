@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modeling_vitreg.encoding import EncodedBatch
-from modeling_vitreg.features import Encoder
+from modeling_vitreg.features import Encoder, extract_features
 from modeling_vitreg.features.heads import MAX_ENTRIES, LayerHeads, read_heads
 from modeling_vitreg.features.updates import share_of_registers, split_update
 from modeling_vitreg.omissions import Failures
@@ -115,6 +115,39 @@ def effective_rank(tokens: Tensor) -> Tensor:
 def class_patch_cosine(tokens: Tensor, num_prefix_tokens: int) -> Tensor:
     """(B,): cosine of the class token and a patch of tokens (B, N, D), mean over patches."""
     return F.cosine_similarity(tokens[:, :1].float(), tokens[:, num_prefix_tokens:].float(), dim=-1).mean(dim=1)
+
+
+def shift_consistency(encoder: Encoder, pixels: Tensor) -> dict:
+    """How well patches follow the content when an image moves by one patch, to the right and down.
+
+    Args:
+        encoder: the model.
+        pixels: (B, C, height, width); the free row or column is filled with the mean colour, 0.
+
+    Returns:
+        `num_images`; `same_content`, mean cosine of normed patches of the last layer with those of the same content,
+        and `same_place`, with those at the same place. Artifacts that are bound to places lower the former.
+
+    Raises:
+        ValueError: an image of one patch.
+    """
+    rows, columns = encoder.patch_shape
+    (tokens,) = extract_features(encoder, pixels, is_normed=True)
+    grids, found = tokens.patch_grid.float(), {"same_content": [], "same_place": []}  # [B, rows, columns, D]
+    for axis, step in ((1, rows), (2, columns)):
+        if grids.shape[axis] < 2:
+            continue
+        size = pixels.shape[axis + 1]
+        moved = torch.cat([torch.zeros_like(pixels.narrow(axis + 1, 0, step)),
+                           pixels.narrow(axis + 1, 0, size - step)], dim=axis + 1)  # fmt: skip
+        (shifted,) = extract_features(encoder, moved, is_normed=True)
+        ends, others = shifted.patch_grid.float(), grids.shape[axis] - 1
+        for name, start in (("same_content", 0), ("same_place", 1)):
+            cosines = F.cosine_similarity(grids.narrow(axis, start, others), ends.narrow(axis, 1, others), dim=-1)
+            found[name].append(cosines.mean().item())
+    if not found["same_content"]:
+        raise ValueError("an image of one patch cannot be shifted")
+    return {"num_images": len(pixels), **{name: float(np.mean(values)) for name, values in found.items()}}
 
 
 class SinkSection:

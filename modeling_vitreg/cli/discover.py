@@ -104,6 +104,8 @@ def _describe(report) -> str:
     if published["corloc"] is None:
         return f"{report.model}: a box for each of {num_images} images; CorLoc needs annotated boxes"
     line = f"{report.model}: CorLoc {published['corloc']:.1%} as published, {num_images} images"
+    if published.get("point_in_box") is not None:
+        line += f"; point in box {published['point_in_box']:.1%}"
     if not best:
         return line
     return f"{line}; best of the sweep {best['corloc']:.1%} ({best['feature']}, bias {best['bias']:g}), same images"

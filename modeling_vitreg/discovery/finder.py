@@ -10,6 +10,7 @@ row per image, so they depend neither on batches nor on processes:
 | box | box (4,) found by the first setting |
 | ious | for each setting the IoU with the best true box; None without a true box |
 | is_degenerate | for each setting whether the method found no structure |
+| point_in_box | whether the patch most similar to the class token lies in a true box; None without either |
 
 Letters for shapes: B images, P patches.
 """
@@ -25,6 +26,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch.nn.functional as F
 
 from modeling_vitreg.encoding import Consumer, EncodedBatch, Needs, Pad, PassCounts, Shard
 from modeling_vitreg.features import Encoder, layer_numbers
@@ -71,7 +73,10 @@ class ObjectFinder(Consumer):
             self._groups[dataclasses.replace(each, bias=0.0)].append(number)
         is_map = [each.method == "dino_seg" for each in self.settings]
         self.needs = Needs(
-            features=tuple({(e.layer, e.feature): None for e, skips in zip(self.settings, is_map) if not skips}),
+            features=tuple(
+                {(e.layer, e.feature): None for e, skips in zip(self.settings, is_map) if not skips}
+                | {(-1, "token"): None}
+            ),
             attention=tuple({each.layer: None for each, reads in zip(self.settings, is_map) if reads}),
             annotations=("box",),
             transform=Pad(self.settings[0].longest_side, self.settings[0].batch_size),
@@ -83,6 +88,7 @@ class ObjectFinder(Consumer):
             biases = [self.settings[number].bias for number in numbers]
             for number, (components, is_degenerate) in zip(numbers, _find(each, biases, batch)):
                 found[number] = _boxes(components, batch), is_degenerate.tolist()
+        points = _similar_points(batch)
         for place, image in enumerate(batch.images):
             boxes = None if image.boxes is None else np.asarray(image.boxes, dtype=np.float64)
             is_annotated = boxes is not None and len(boxes)
@@ -92,6 +98,7 @@ class ObjectFinder(Consumer):
                 "box": found[0][0][place].tolist(),
                 "ious": [best_iou(own[place], boxes) if is_annotated else None for own, _ in found],
                 "is_degenerate": [is_degenerate[place] for _, is_degenerate in found],
+                "point_in_box": _is_inside(points[place], boxes) if is_annotated and points is not None else None,
             }
 
     def has_shard(self, index: int) -> bool:
@@ -128,6 +135,12 @@ class ObjectFinder(Consumer):
         """IoUs of a setting with the best true box, of all annotated images in order."""
         rows = [self.rows[image] for image in sorted(self.rows)]
         return [row["ious"][number] for row in rows if row["ious"][number] is not None]
+
+    def point_in_box(self) -> float | None:
+        """Share of annotated images whose patch most similar to the class token lies in a true box."""
+        # A row that an earlier version stored has none.
+        hits = [row["point_in_box"] for row in self.rows.values() if row.get("point_in_box") is not None]
+        return sum(hits) / len(hits) if hits else None
 
     def _summarise(self, number: int) -> dict[str, Any]:
         ious = self.ious(number)
@@ -180,3 +193,29 @@ def _boxes(components: np.ndarray, batch: EncodedBatch) -> np.ndarray:
     )
     boxes = component_boxes(components, patch_shape=batch.encoder.patch_shape, image_sizes=sizes)
     return boxes * np.tile((original / sizes)[:, ::-1], 2)
+
+
+def _similar_points(batch: EncodedBatch) -> np.ndarray | None:
+    """Centre (B, 2) as x, y, in pixels of the decoded image, of the patch with the largest cosine to the class token.
+
+    Both are normed, of the last layer; patches whose centre is padding do not count. None without a class token.
+
+    Source: arXiv 2602.22394.
+    """
+    tokens = batch.tokens()
+    if tokens.cls_token is None:
+        return None
+    parts = (tokens.cls_token[:, None], tokens.patch_tokens)
+    prefix, patches = (batch.encoder.norm_tokens(part).float() for part in parts)
+    cosines = F.cosine_similarity(prefix, patches, dim=-1).unflatten(1, batch.grid)
+    shape, points = batch.encoder.patch_shape, []
+    for image, own in zip(batch.images, cosines):
+        rows, columns = (max(round(side / patch), 1) for side, patch in zip(image.size, shape))  # with their centre
+        row, column = divmod(own[:rows, :columns].flatten().argmax().item(), columns)
+        scales = [original / size for original, size in zip(image.original_size, image.size)]
+        points.append(((column + 0.5) * shape[1] * scales[1], (row + 0.5) * shape[0] * scales[0]))
+    return np.array(points)
+
+
+def _is_inside(point: np.ndarray, boxes: np.ndarray) -> bool:
+    return bool(((boxes[:, :2] <= point) & (point < boxes[:, 2:])).all(axis=1).any())

@@ -115,6 +115,7 @@ def _summarise(finder: ObjectFinder, sweep: Sweep | None) -> dict:
             "settings": dataclasses.asdict(finder.settings[0]),
             **published,
             "mean_overlap": published["mean_iou"],
+            "point_in_box": finder.point_in_box(),
         },
         "sweep": {"settings": dataclasses.asdict(sweep), "entries": entries} if sweep else {},
         "best_of_sweep": {**best, "note": OPTIMISTIC} if best and best["corloc"] is not None else {},

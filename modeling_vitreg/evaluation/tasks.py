@@ -208,6 +208,7 @@ def measure_discovery(inputs: TaskInputs) -> tuple[list[MetricValue], dict]:
     if not (ious := inputs.test.ious()):
         raise ValueError("expected images with boxes, got none: check the column of boxes (--columns box=NAME)")
     facts = {"layer": settings.layer, "mean_iou": found["mean_iou"], "num_degenerate": found["num_degenerate"]}
+    facts["point_in_box"] = inputs.test.point_in_box()
     return [share_of_counts("corloc", found["num_hits"], len(ious))], facts
 
 

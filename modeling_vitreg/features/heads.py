@@ -35,7 +35,7 @@ class LayerHeads:
         weights: (H, D, d), columns of the output projection with the LayerScale of the layer.
         inputs: (B, N, D), the residual stream in front of the layer.
         normed: (B, N, D), what the attention reads: the input behind the first norm.
-        is_plain: whether averaged values are all that enters the output projection; not so with a gate or a norm.
+        is_average: whether averaged values are what enters `entry_of` the layer; not so with a gate of timm.
     """
 
     number: int
@@ -44,7 +44,7 @@ class LayerHeads:
     weights: Tensor
     inputs: Tensor
     normed: Tensor
-    is_plain: bool
+    is_average: bool
 
 
 def split_values(values: Tensor, *, num_heads: int, width: int) -> Tensor:
@@ -150,5 +150,5 @@ def _assemble(encoder: Encoder, number: int, block: nn.Module, parts: dict) -> L
         weights=output_weights(block, num_heads=encoder.num_heads),
         inputs=parts["inputs"].float(),
         normed=parts["normed"].float(),
-        is_plain=is_average and not is_gated and isinstance(getattr(module, "norm", nn.Identity()), nn.Identity),
+        is_average=is_average,
     )

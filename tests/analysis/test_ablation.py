@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from modeling_vitreg import ViTWithRegistersForImageClassification, ViTWithRegistersModel
-from modeling_vitreg.analysis.ablation import MODES, ablate_registers
+from modeling_vitreg.analysis.ablation import MODES, ablate_class_token, ablate_registers
 
 
 IMAGES = 4
@@ -135,3 +135,32 @@ def test_what_cannot_be_ablated_is_refused(model, tiny):
     ):
         with pytest.raises(ValueError, match=words):
             ablate_registers(*arguments, **changes)
+
+
+@torch.no_grad()
+def test_a_class_token_is_replaced_and_removed_like_registers(model, tiny):
+    images = torch.randn(IMAGES, 3, 32, 32)
+    report = ablate_class_token(model, images)["modes"]
+    whole, (state, rotary, _) = model(images), model.embed(images)
+    states, moved = [], state.clone()
+    for layer in model.layers:
+        states.append(state[:, :1])
+        state = layer(state, rotary)
+    for clean, layer in zip(states, model.layers):
+        moved = layer(torch.cat([clean.roll(1, dims=0), moved[:, 1:]], dim=1), rotary)
+    without = ViTWithRegistersModel(tiny(num_register_tokens=2, has_cls_token=False, pooling="mean")).eval()
+    table = model.state_dict()
+    without.load_state_dict({**table, **_patch_positions(without, table)}, strict=False)
+    expected = {"shuffled": model.layernorm(moved)[:, 3:], "removed": without(images).patch_tokens}
+    for mode, patches in expected.items():
+        cosine = F.cosine_similarity(patches, whole.patch_tokens, dim=-1).mean().item()
+        assert report[mode]["patches"]["cosine"] == pytest.approx(cosine, abs=1e-5)
+    assert set(report) == set(MODES) and report["zeroed"]["patches"]["distance"] > 0
+    with pytest.raises(ValueError, match="a model with a class token, got a model without"):
+        ablate_class_token(without, images)
+
+
+def _patch_positions(model, table):
+    """The position table without the rows of the prefix."""
+    name = "embeddings.position_embeddings.weight"
+    return {name: table[name][..., -model.state_dict()[name].shape[-2] :, :]} if name in table else {}

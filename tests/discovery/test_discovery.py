@@ -1,5 +1,6 @@
 """From an encoder and annotated images to a report: exact boxes of scenes, one pass, padded and broken images."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -78,6 +79,22 @@ def test_images_of_other_sizes_are_padded_and_boxes_cut_to_them(transparent, met
     first, second = report.predictions
     assert first["box"] == [40, 24, 61, 43]
     assert (second["box"], second["iou"]) == ([40, 0, 64, 16], 1.0)
+
+
+@pytest.mark.parametrize("change, expected", [({}, 1), ({"boxes": (0, 0, 8, 8)}, 0)])
+def test_point_in_box_is_the_patch_that_the_class_token_resembles(transparent, change, expected):
+    image = painted("a", (40, 24, 61, 43), sides=(43, 61))
+    if change:
+        image = dataclasses.replace(image, boxes=np.array([change["boxes"]], dtype=float))
+    tokens = transparent.model.embeddings
+    with torch.no_grad():  # the class token looks like a painted patch
+        pixels = transparent.prepare([image.image.crop((40, 24, 56, 40)).resize((64, 64))])
+        transparent.model.layernorm.weight.fill_(1.0)
+        tokens.cls_token[:] = transparent.embed_patches(pixels)[0, 0] + 0 * tokens.cls_token
+    report = discover(transparent, [image, painted("none", BOXES["a"])], settings=DiscoverySettings(**QUIET))
+    assert report.as_published["point_in_box"] == (expected + 1) / 2
+    without = discover(transparent, [dataclasses.replace(image, boxes=None)], settings=DiscoverySettings(**QUIET))
+    assert without.as_published["point_in_box"] is None
 
 
 def test_boxes_of_shrunk_images_are_in_pixels_of_the_original(transparent):

@@ -48,7 +48,7 @@ def test_the_heads_add_up_to_what_the_layer_adds(name):
             update = gated
         torch.testing.assert_close(update, added["sum"], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(heads.normed, added["normed"])
-        assert heads.is_plain == (name != "gated")
+        assert heads.is_average
         if number == 2:
             torch.testing.assert_close(heads.attention[:, :, : encoder.num_prefix_tokens],
                                        encoder.prefix_attention(pixels, layers=[2])[0])  # fmt: skip
