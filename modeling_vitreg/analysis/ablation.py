@@ -102,7 +102,8 @@ def ablate_class_token(model: nn.Module, pixel_values: Tensor, *, seed: int = 0)
 
     Returns:
         `num_images` and `modes`: for each of `MODES` its `meaning` and `patches`, as in `ablate_registers`; without
-        "removed" for attention that knows the place of the class token (relative position bias, gated registers).
+        "removed" for a model that knows the place of the class token (relative position bias, gated and test-time
+        registers, merged patches).
 
     Raises:
         ValueError: a model of another package or without class token, or fewer than two images.
@@ -110,14 +111,17 @@ def ablate_class_token(model: nn.Module, pixel_values: Tensor, *, seed: int = 0)
     base = _check(model, pixel_values, 1)
     if not base.config.has_cls_token:
         raise ValueError("expected a model with a class token, got a model without")
-    place, modes = slice(0, base.config.num_cls_tokens), {}
-    is_fixed = base.config.relative_position_bias is not None or base.config.num_gated_registers
+    config, place, modes = base.config, slice(0, base.config.num_cls_tokens), {}
+    is_fixed = config.relative_position_bias is not None or config.token_reduction is not None
+    is_fixed = is_fixed or config.num_gated_registers or config.num_test_time_registers
     with eval_mode(base):
         states, (_, whole) = _run_and_record(base, pixel_values, place)
         for mode in (mode for mode in MODES if not (mode == "removed" and is_fixed)):
             if mode == "removed":
                 state, rotary, _ = base.embed(pixel_values)
                 state = state[:, place.stop :]
+                if config.has_rope:
+                    rotary = tuple(table[..., place.stop :, :] for table in rotary)
                 for layer in base.layers:
                     state = layer(state, rotary)
                 patches = base.norm_tokens(state)[:, -whole.shape[1] :].float()

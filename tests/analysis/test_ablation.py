@@ -160,6 +160,30 @@ def test_a_class_token_is_replaced_and_removed_like_registers(model, tiny):
         ablate_class_token(without, images)
 
 
+ROPE = {"position_embedding_type": "rope", "hidden_size": 32, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize("axes", [{"rope_style": style} for style in ("dinov3", "axial", "mixed")])
+@torch.no_grad()
+def test_positions_of_a_rotation_stay_with_their_patches_without_the_class_token(axes, tiny, randomise):
+    config = tiny(num_register_tokens=2, **{**ROPE, **axes})
+    model, images = randomise(ViTWithRegistersModel(config)), torch.randn(IMAGES, 3, 32, 48)
+    config = tiny(num_register_tokens=2, has_cls_token=False, pooling="mean", **{**ROPE, **axes})
+    without = ViTWithRegistersModel(config).eval()
+    missing, _ = without.load_state_dict(model.state_dict(), strict=False)
+    assert not missing
+    cosine = F.cosine_similarity(without(images).patch_tokens, model(images).patch_tokens, dim=-1).mean().item()
+    assert ablate_class_token(model, images)["modes"]["removed"]["patches"]["cosine"] == pytest.approx(
+        cosine, abs=1e-5
+    )
+
+
+def test_no_class_token_is_removed_where_the_model_counts_places_from_it(tiny, randomise):
+    model = randomise(ViTWithRegistersModel(tiny(token_reduction={"kind": "merge", "per_layer": 2})))
+    modes = ablate_class_token(model, torch.randn(IMAGES, 3, 32, 32))["modes"]
+    assert set(modes) == set(MODES) - {"removed"}
+
+
 def _patch_positions(model, table):
     """The position table without the rows of the prefix."""
     name = "embeddings.position_embeddings.weight"
