@@ -99,7 +99,7 @@ def _read_coco(path: pathlib.Path) -> tuple[list[_Entry], list[str]]:
             else:
                 entry.boxes.append(list(map(float, box)))
                 entry.crowds.append(bool(annotation.get("iscrowd", 0)))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected a COCO file of instances; {type(error).__name__}: {error}") from error
     total, notes = len(annotations), []
     if total and len(strays) + len(missing) == total:

@@ -74,7 +74,10 @@ def test_annotations_without_image_or_box_are_counted(folder):
         _open(folder, _coco(folder, [{"id": 1, "file_name": "a.jpg"}], [_box(8)]))
 
 
-@pytest.mark.parametrize("content", ["[1, 2]", "{}", "no json", '{"images": [{"id": 1}], "annotations": []}', "null"])
+NO_COCO = ["[1, 2]", "{}", "no json", '{"images": [{"id": 1}], "annotations": []}', "null", 200_000 * "["]
+
+
+@pytest.mark.parametrize("content", NO_COCO, ids=range(len(NO_COCO)))
 def test_a_file_that_is_no_coco_file_is_refused(folder, content):
     (folder / "boxes.json").write_text(content)
     with pytest.raises(ValueError, match=r"boxes\.json: expected a COCO file of instances"):
