@@ -104,7 +104,7 @@ class _Pass:
         reader = ImageReader(images, num_channels=self.encoder.num_channels, annotations=annotations)
         is_hidden = not settings.has_progress_bar or self.context.rank > 0
         total, title = reader.total(settings.limit), settings.title or self.encoder.name
-        bar = tqdm.tqdm(total=total, initial=self._count_done(total), unit="image", desc=title, disable=is_hidden)
+        bar = tqdm.tqdm(total=total, unit="image", desc=title, disable=is_hidden)
         words = {"context": self.context, "is_done": self._is_done, "pin_memory": device.type == "cuda"}
         try:
             compiled = self.encoder.compiled_layers() if settings.compile else contextlib.nullcontext()
@@ -146,12 +146,6 @@ class _Pass:
 
     def _is_done(self, shard: int) -> bool:
         return bool(self.settings.shard_size) and all(consumer.has_shard(shard) for consumer in self.consumers)
-
-    def _count_done(self, total: int | None) -> int:
-        """Images of the shards that are there; 0 of a stream of unknown length."""
-        size = self.settings.shard_size
-        starts = enumerate(range(0, total or 0, size)) if size else ()
-        return sum(min(size, total - start) for shard, start in starts if self._is_done(shard))
 
     def _take(self, chunk: Chunk) -> None:
         if self.settings.shard_size and (self._shard is None or self._shard.index != chunk.shard):
