@@ -115,7 +115,11 @@ def _walk(folder: str, ancestors: frozenset[str], notes: list[str]) -> Iterator[
         notes.append(f"{folder} could not be listed: {error.strerror}")
         return
     entries = [entry for entry in entries if not entry.name.startswith((".", "__"))]
-    yield from (os.path.join(folder, entry.name) for entry in entries if not entry.is_dir())
+    for entry in entries:
+        if entry.is_file() or not os.path.exists(entry.path):  # a link to nothing is named when it is read
+            yield os.path.join(folder, entry.name)
+        elif not entry.is_dir():
+            notes.append(f"{entry.path} is a pipe, socket or device and is left out")
     for entry in entries:
         if entry.is_dir():
             yield from _walk(os.path.join(folder, entry.name), ancestors | {place}, notes)

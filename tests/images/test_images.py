@@ -304,11 +304,13 @@ def test_links_in_a_circle_odd_names_and_empty_files_do_no_harm(tmp_path):
     (tmp_path / "set" / "dog" / "broken.png").symlink_to(tmp_path / "gone.png")
     (tmp_path / "set" / "dog" / "empty.png").write_bytes(b"")
     pathlib.Path(os.fsdecode(os.fsencode(tmp_path / "set" / "cat") + b"/\xff.png")).write_bytes(b"")
+    os.mkfifo(tmp_path / "set" / "dog" / "pipe.png")  # to open it waits forever
     source = open_images(folder)
     assert source.labels == [0, 1, 1, 1]
     assert "links to a folder above it: it is left out" in source.describe_labels()
     assert "that is not UTF-8 and is left out" in source.describe_labels()
-    assert source.describe_labels().count("\n") == 2
+    assert "pipe.png is a pipe, socket or device and is left out" in source.describe_labels()
+    assert source.describe_labels().count("\n") == 3
     for index in (2, 3):
         with pytest.raises(UnreadableImage, match=r"(broken|empty)\.png"):
             source.read(index)
