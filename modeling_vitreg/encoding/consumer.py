@@ -162,7 +162,10 @@ class Consumer(abc.ABC):
         """Add a batch."""
 
     def has_shard(self, index: int) -> bool:
-        """Whether a shard was stored by an earlier pass, so that this consumer is not given its images."""
+        """Whether a shard was stored by an earlier pass, so that this consumer is not given its images.
+
+        Asked only of shards of this process: those of others may be written while it is asked.
+        """
         return False
 
     def end_shard(self, shard: Shard) -> None:  # noqa: B027 (few consumers store anything)
@@ -171,6 +174,3 @@ class Consumer(abc.ABC):
     @abc.abstractmethod
     def merge(self, others: Sequence[Self]) -> None:
         """Add what the consumers of other processes saw, in order of rank."""
-
-
-__all__ = ["Consumer", "EncodedBatch", "ImageFacts", "Needs", "Shard"]

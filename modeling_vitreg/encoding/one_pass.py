@@ -104,7 +104,7 @@ class _Pass:
         reader = ImageReader(images, num_channels=self.encoder.num_channels, annotations=annotations)
         is_hidden = not settings.has_progress_bar or self.context.rank > 0
         total, title = reader.total(settings.limit), settings.title or self.encoder.name
-        bar = tqdm.tqdm(total=total, unit="image", desc=title, disable=is_hidden)
+        bar = tqdm.tqdm(total=total, initial=self._count_done(total), unit="image", desc=title, disable=is_hidden)
         words = {"context": self.context, "is_done": self._is_done, "pin_memory": device.type == "cuda"}
         try:
             compiled = self.encoder.compiled_layers() if settings.compile else contextlib.nullcontext()
@@ -146,6 +146,13 @@ class _Pass:
 
     def _is_done(self, shard: int) -> bool:
         return bool(self.settings.shard_size) and all(consumer.has_shard(shard) for consumer in self.consumers)
+
+    def _count_done(self, total: int | None) -> int:
+        """Images of the shards that are there, if the others are about as far; 0 of a stream of unknown length."""
+        size, context = self.settings.shard_size, self.context
+        starts = range(context.rank * size, total or 0, context.size * size) if size else ()
+        own = sum(min(size, total - start) for start in starts if self._is_done(start // size))
+        return min(own * context.size, total or 0)
 
     def _take(self, chunk: Chunk) -> None:
         if self.settings.shard_size and (self._shard is None or self._shard.index != chunk.shard):
@@ -319,6 +326,3 @@ def deferred_interrupt() -> Iterator[list]:
         yield pressed
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-__all__ = ["deferred_interrupt", "encode_batch", "run_pass"]

@@ -14,6 +14,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
+import tqdm
 from datasets import load_dataset
 from PIL import Image
 from planted_models import pictures, plain_model
@@ -89,6 +90,23 @@ def test_shards_that_are_there_are_not_computed_again(folder, tmp_path):
     assert files[0].stat().st_mtime_ns == times[0] and files[1].stat().st_mtime_ns > times[1]
     assert counts.num_images == 23
     assert sorted(_load(tmp_path / "out")["number"][:]) == [n for n in range(24) if n not in counts.unreadable]
+
+
+def test_the_progress_bar_counts_shards_that_are_there(folder, tmp_path, monkeypatch):
+    places = []
+
+    class Bar(tqdm.tqdm):
+        def close(self):
+            if not self.disable:
+                places.append((self.initial, self.n, self.total))
+            super().close()
+
+    monkeypatch.setattr("modeling_vitreg.encoding.one_pass.tqdm.tqdm", Bar)
+    reading = PassSettings(batch_size=4)
+    _embed(folder, tmp_path / "out", reading=reading)
+    (tmp_path / "out" / "features-00001.parquet").unlink()
+    _embed(folder, tmp_path / "out", reading=reading)
+    assert places == [(0, 24, 24), (19, 24, 24)]
 
 
 @pytest.mark.parametrize("number", [30, 90])

@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 from planted_models import pictures, plain_model
 
+from modeling_vitreg.distributed import DistributedContext
 from modeling_vitreg.encoding import Consumer, Crop, Needs, Pad, PassSettings, read_all, run_pass
+from modeling_vitreg.encoding.one_pass import _Pass
 from modeling_vitreg.features import Encoder, extract_features, load_encoder
 from modeling_vitreg.images import open_images
 from modeling_vitreg.omissions import Failures
@@ -253,3 +255,15 @@ def test_compiled_layers_give_the_same_and_are_compiled_twice_at_most(randomise,
     assert 1 <= counters["stats"]["unique_graphs"] <= 2  # batches of 4, and the last one of 3
     torch.testing.assert_close(list(compiled.tokens.values()), list(eager.tokens.values()))
     assert not any("forward" in vars(layer) for layer in encoder.layers)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_asks_for_its_own_shards_only(rank):
+    # A shard of another process may be written at the same time: whoever takes it over counts its images twice.
+    asked, kept = set(), Kept(done=range(5))
+    kept.has_shard = lambda index: asked.add(index) or True
+    encoder = load_encoder(plain_model(), name="model")
+    context = DistributedContext(rank=rank, size=2)
+    how = PassSettings(batch_size=2, shard_size=2, workers=0, has_progress_bar=False)
+    _Pass(encoder, [kept], how, context, None).read(pictures(10)[0])
+    assert asked >= set(range(rank, 5, 2)) and {index % 2 for index in asked} == {rank} and not kept.tokens
