@@ -222,6 +222,3 @@ def _compare(changed: Tensor, whole: Tensor) -> dict:
         "distance": distance.mean().item(),
         "distance_error": (distance.std() / len(distance) ** 0.5).item(),
     }
-
-
-__all__ = ["MODES", "ablate_registers"]

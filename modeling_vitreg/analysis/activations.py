@@ -130,6 +130,3 @@ def sample_medians(sizes: Tensor) -> Tensor:
 
 def _to_numpy(values: Tensor) -> np.ndarray:
     return values.cpu().double().numpy()
-
-
-__all__ = ["MASSIVE_RATIOS", "MASSIVE_VALUE", "MassiveActivations", "sample_medians"]

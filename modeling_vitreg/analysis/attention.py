@@ -149,13 +149,3 @@ class AttentionMeans:
 
 def _finite(values: np.ndarray) -> list:
     return [value if np.isfinite(value) else None for value in values.tolist()]
-
-
-__all__ = [
-    "DUPLICATE_COSINE",
-    "AttentionMeans",
-    "attention_entropy",
-    "find_duplicates",
-    "map_overlap",
-    "register_similarity",
-]

@@ -364,16 +364,3 @@ def _range(values: np.ndarray) -> str:
 
 def _aspect(examples: Examples) -> float:
     return examples.images.shape[1] / examples.images.shape[2]
-
-
-__all__ = [
-    "draw_attention",
-    "draw_heads",
-    "draw_massive_activations",
-    "draw_norm_maps",
-    "draw_norms",
-    "draw_positions",
-    "draw_series",
-    "draw_shares",
-    "draw_sinks",
-]

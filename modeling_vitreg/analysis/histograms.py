@@ -228,15 +228,3 @@ def _edge_number(threshold: float) -> int:
 def _centre(number: int) -> float:
     low, high = EDGES[max(number - 1, 0)], EDGES[min(number, len(EDGES) - 1)]
     return float(np.sqrt(float(low) * float(high)))
-
-
-__all__ = [
-    "EDGES",
-    "FIXED_THRESHOLD",
-    "NormHistograms",
-    "Valley",
-    "bin_numbers",
-    "count_bins",
-    "find_valley",
-    "next_edge",
-]

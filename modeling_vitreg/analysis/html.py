@@ -238,6 +238,3 @@ def _interval(entry: dict) -> str:
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f} %"
-
-
-__all__ = ["CAPTIONS", "render_comparison", "render_page"]

@@ -157,14 +157,3 @@ def _quantiles(norms: Tensor) -> dict:
     if not quantiles["median"] > 0:
         raise ValueError("expected a median norm above 0, got 0: half of the patches or more are zero vectors")
     return quantiles
-
-
-__all__ = [
-    "OUTLIER_MULTIPLE",
-    "QUANTILES",
-    "TokenNorms",
-    "outlier_share",
-    "outlier_threshold",
-    "summarise_norms",
-    "token_norms",
-]

@@ -132,6 +132,3 @@ class PositionCounts:
 
 def _first_bin(threshold: float) -> int:
     return int(np.searchsorted(EDGES, np.float32(threshold))) + 1
-
-
-__all__ = ["SIMILARITY_EDGES", "PositionCounts", "neighbour_similarity"]

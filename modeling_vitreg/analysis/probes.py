@@ -172,18 +172,3 @@ def _groups(is_outlier: np.ndarray, **values: np.ndarray) -> dict:
         means = {key: float(value[members].mean()) if members.any() else None for key, value in values.items()}
         groups[name] = {"num_test": int(members.sum()), **means}
     return groups
-
-
-__all__ = [
-    "NUM_DRAWS",
-    "TEST_SHARE",
-    "TokenSample",
-    "classifier",
-    "fit",
-    "normalise",
-    "probe_class",
-    "probe_pixels",
-    "probe_position",
-    "regressor",
-    "split_images",
-]

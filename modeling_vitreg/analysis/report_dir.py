@@ -193,6 +193,3 @@ def _write_page(path: pathlib.Path, text: str, failures: Failures) -> pathlib.Pa
     write_text(path, text)
     failures.write(path.parent)
     return path
-
-
-__all__ = ["analyze", "compare", "write_comparison", "write_folder"]

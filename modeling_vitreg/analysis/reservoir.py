@@ -128,6 +128,3 @@ def _take(values: Tensor, chosen: Tensor) -> np.ndarray:
 
 def _to_numpy(values: Tensor) -> np.ndarray:
     return values.detach().float().cpu().numpy()
-
-
-__all__ = ["NUM_LARGEST", "NUM_RANDOM", "TokenReservoir", "draw_tokens", "make_sample"]

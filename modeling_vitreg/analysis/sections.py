@@ -388,6 +388,3 @@ def _denormalise(pixels: Tensor, encoder: Encoder) -> np.ndarray:
     statistics = (encoder.image_mean, encoder.image_std)
     mean, std = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in statistics)
     return (pixels.float().cpu() * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
-
-
-__all__ = ["Batch", "Sections"]

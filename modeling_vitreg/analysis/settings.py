@@ -80,6 +80,3 @@ class Examples:
     attention: dict = field(default_factory=dict)
     mean_maps: dict = field(default_factory=dict)
     failures: Failures = field(default_factory=Failures)
-
-
-__all__ = ["Examples", "SurveySettings"]

@@ -70,6 +70,3 @@ def survey(
         **sections.compute(counts.num_seen),
     )
     return report, sections.examples
-
-
-__all__ = ["Examples", "SurveySettings", "survey"]

@@ -136,6 +136,3 @@ def _say(verdict: dict, *, num_layers: int) -> str:
 def format_share(share: float) -> str:
     """A share as a percentage of two figures, such as 2.4 %, 0.012 % or 0 %."""
     return f"{100 * share:.2g} %" if share < 0.0995 else f"{100 * share:.0f} %"
-
-
-__all__ = ["FEW_SHARE", "MANY_SHARE", "QUANTILES", "RULES", "format_share", "judge", "summarise_layer"]

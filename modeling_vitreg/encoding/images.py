@@ -297,6 +297,3 @@ def _stack(images: list[tuple[ImageFacts, np.ndarray, dict]]) -> Group:
 
 def _is_sequence(images: object) -> bool:
     return hasattr(images, "__len__") and hasattr(images, "__getitem__")
-
-
-__all__ = ["Chunk", "Group", "ImageReader", "read_all"]

@@ -274,6 +274,3 @@ def _to_column(values: Sequence | np.ndarray, kind: pa.DataType) -> pa.Array:
     for length in reversed(values.shape[1:]):
         column = pa.FixedSizeListArray.from_arrays(column, length)
     return column
-
-
-__all__ = ["EmbeddingSettings", "ParquetStore", "embed"]

@@ -44,6 +44,3 @@ def run_in(precision: str, encoder: Encoder) -> Iterator[None]:
         torch.autocast(device, getattr(torch, precision)) if is_mixed else contextlib.nullcontext(),
     ):
         yield
-
-
-__all__ = ["choose_precision", "run_in"]

@@ -124,6 +124,3 @@ class PassCounts:
             "is_complete": self.stopped_by is None,
             "stopped_by": self.stopped_by,
         }
-
-
-__all__ = ["NUM_NAMED", "PRECISIONS", "PassCounts", "PassSettings"]

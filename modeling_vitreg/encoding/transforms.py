@@ -85,6 +85,3 @@ class Pad:
             ValueError: image files have other channels than the encoder.
         """
         return Cut(encoder.image_mode, tuple(encoder.patch_shape), None, self.longest_side)
-
-
-__all__ = ["Crop", "Cut", "Pad"]

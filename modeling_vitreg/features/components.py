@@ -35,6 +35,3 @@ def principal_colours(patch_grid: Tensor) -> Tensor:
     missing = 3 - colours.shape[1]
     colours = nn.functional.pad(colours, (0, missing), value=0.5)
     return colours.unflatten(0, patch_grid.shape[:3]).float()
-
-
-__all__ = ["principal_colours"]

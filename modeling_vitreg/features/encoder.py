@@ -296,6 +296,3 @@ def _for_channels(values: Sequence[float], num_channels: int) -> tuple[float, ..
 
 class _Enough(Exception):
     """Everything that was asked for is there: the rest of the model need not run."""
-
-
-__all__ = ["Encoder", "layer_numbers"]

@@ -176,16 +176,3 @@ def follow(module: object, path: str) -> object:
     for name in path.split("."):
         module = getattr(module, name, None)
     return module
-
-
-__all__ = [
-    "FAMILIES",
-    "any_image_size",
-    "count_heads",
-    "find_image_size",
-    "find_layers",
-    "find_part",
-    "find_tower",
-    "follow",
-    "keywords_of",
-]

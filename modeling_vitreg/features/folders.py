@@ -140,12 +140,3 @@ def _unique(pairs: list[tuple]) -> dict:
         names = [name for name, _ in pairs]
         raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r:.60} occurs twice")
     return content
-
-
-__all__ = [
-    "check_settings",
-    "conversion_command",
-    "is_hub_name",
-    "list_shards",
-    "read_json",
-]

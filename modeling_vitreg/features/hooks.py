@@ -125,6 +125,3 @@ def _turn(heads: Tensor, cos: Tensor, sin: Tensor, has_halves: bool) -> Tensor:
     else:
         swapped = torch.stack([-turned[..., 1::2], turned[..., ::2]], dim=-1).flatten(-2)
     return torch.cat([kept, turned * cos.float() + swapped * sin.float()], dim=2)
-
-
-__all__ = ["record_attention", "record_feature", "record_projection"]

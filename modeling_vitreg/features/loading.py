@@ -179,6 +179,3 @@ def _own_statistics(model: nn.Module) -> tuple:
     source = follow(model, "config._name_or_path")
     saved = _saved_statistics(source, model, local_files_only=True) if source else None
     return saved or (IMAGENET_MEAN, IMAGENET_STD)
-
-
-__all__ = ["load_encoder"]

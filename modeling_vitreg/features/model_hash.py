@@ -49,6 +49,3 @@ def describe_model(encoder: Encoder) -> dict:
     """Family and sizes of a model, and its revision on the Hub if known."""
     revision = getattr(getattr(encoder.model, "config", None), "_commit_hash", None)
     return {**encoder.describe(), "revision": revision}
-
-
-__all__ = ["describe_model", "hash_weights"]

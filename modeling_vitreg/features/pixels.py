@@ -82,6 +82,3 @@ def _fit(width: int, height: int, sides: tuple[int, int]) -> tuple[tuple[int, in
 def _to_bytes(image: Image.Image) -> np.ndarray:
     pixels = np.asarray(image).reshape(image.height, image.width, -1)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))  # [rows, columns, C] -> [C, rows, columns]
-
-
-__all__ = ["crop_image", "crop_map", "normalise", "pad_image", "shrink_image"]

@@ -145,6 +145,3 @@ def _name_tokens(encoder: Encoder, tokens: Tensor, grid: tuple, pair: tuple, is_
         feature=pair[1],
         is_normed=is_normed,
     )
-
-
-__all__ = ["FEATURES", "TokenFeatures", "extract_features", "extract_many"]

@@ -100,6 +100,3 @@ def share_of_registers(updates: dict[str, Tensor]) -> Tensor:
     """(B,): `register_share` of updates (B, D) by kind of token."""
     lengths = {kind: part.norm(dim=-1) for kind, part in updates.items()}
     return lengths["registers"] / sum(lengths.values()).clamp(min=1e-30)
-
-
-__all__ = ["class_token_updates", "register_share"]

@@ -198,6 +198,3 @@ def _done(result) -> Future:
     future: Future = Future()
     future.set_result(result)
     return future
-
-
-__all__ = ["DamagedState", "ShardReader", "ShardWriter"]

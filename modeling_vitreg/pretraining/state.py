@@ -375,17 +375,3 @@ def _named(folder: pathlib.Path) -> tuple[pathlib.Path | None, list[str]]:
     if not _NAME.fullmatch(name):
         return None, [f"{pointer} is damaged: it holds {name[:40]!r}, not the name of a state"]
     return folder / name, [] if (folder / name).exists() else [f"{folder / name} is missing"]
-
-
-__all__ = [
-    "DamagedState",
-    "StateSaver",
-    "check_state",
-    "is_model_of",
-    "last_state",
-    "load_objective",
-    "load_state",
-    "read_metadata",
-    "record_model",
-    "save_state",
-]

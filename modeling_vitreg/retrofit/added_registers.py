@@ -91,6 +91,3 @@ def replace_tower(model: nn.Module, tower: ViTWithRegistersModel) -> nn.Module:
     for name in ("num_register_tokens", "num_gated_registers", "image_size"):
         setattr(own.config, name, getattr(tower.config, name))
     return model.eval()
-
-
-__all__ = ["add_registers", "cluster_means", "outlier_embeddings", "replace_tower"]

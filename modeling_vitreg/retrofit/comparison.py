@@ -173,6 +173,3 @@ def _pair(before: EvaluationReport | str, after: EvaluationReport | str) -> list
 def _skipped(*evaluations: EvaluationReport | str) -> dict[str, str]:
     reasons = [{"tasks": each} if isinstance(each, str) else each.skipped for each in evaluations]
     return reasons[1] | reasons[0]
-
-
-__all__ = ["HeldOutData", "compare_models"]

@@ -108,6 +108,3 @@ def _attention_rows(attention: dict) -> list[list]:
             cells += ["-" if first is None else form(first[name]), form(after[name])]
         rows.append([after["query"].replace("cls", "class token"), *cells])
     return rows
-
-
-__all__ = ["REPORT_FILE", "result_rows", "write_page"]

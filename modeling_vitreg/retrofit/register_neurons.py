@@ -341,23 +341,3 @@ def choose_num_units(
     lowest = min(entry["largest_norm"] for entry in allowed)
     chosen = next(entry for entry in allowed if entry["largest_norm"] <= TOLERATED_RISE * lowest)
     return chosen["num_units"], tried
-
-
-__all__ = [
-    "LARGEST_SHARE",
-    "LEAST_COSINE",
-    "NUM_UNITS",
-    "NothingToRepair",
-    "Observed",
-    "Outliers",
-    "add_test_time_register",
-    "choose_num_units",
-    "find_outliers",
-    "group_units",
-    "image_tower",
-    "is_acceptable",
-    "measure_repair",
-    "observe",
-    "rank_units",
-    "score_units",
-]

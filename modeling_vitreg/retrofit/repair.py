@@ -377,21 +377,3 @@ def _write_model(model: nn.Module, original: pathlib.Path, output: pathlib.Path,
         for path in (path for pattern in _KEPT_FILES for path in original.glob(pattern)):
             shutil.copyfile(path, folder / path.name)
         write_report(report, folder / REPORT_FILE)
-
-
-__all__ = [
-    "LARGEST_SHARE",
-    "LEAST_COSINE",
-    "NothingToRepair",
-    "RetrofitError",
-    "RetrofitSettings",
-    "as_folder",
-    "describe_outliers",
-    "finish",
-    "judge",
-    "load_model",
-    "read_images",
-    "refuse_second",
-    "retrofit",
-    "time_ratio",
-]

@@ -225,6 +225,3 @@ def _complete(recipe: Recipe, prepared: dict, start: pathlib.Path) -> Recipe:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-__all__ = ["METHODS", "NUM_REGISTERS", "finish_training", "prepare_training"]

@@ -74,6 +74,12 @@ def test_an_idea_has_one_home(pattern, homes):
     assert found <= homes | {"modeling_vitreg.py"}
 
 
+def test_only_packages_and_hub_files_list_their_names():
+    listing = {path for path in FILES if re.search("^__all__", path.read_text(), re.MULTILINE)}
+    others = (path for path in listing if path.name != "__init__.py" and not path.name.endswith("_vitreg.py"))
+    assert not sorted(others)
+
+
 def test_objectives_are_named_in_the_registry_only():
     from modeling_vitreg.pretraining.objectives.registry import OBJECTIVES
 
