@@ -686,16 +686,20 @@ class ViTWithRegistersLayer(GradientCheckpointingLayer):
         """The update of the tokens by attention."""
         return self.layer_scale1(self.attention(self.norm1(hidden_states), rotary, groups))
 
+    def attention_branch_with_probabilities(self, hidden_states: Tensor, rotary: tuple | None) -> tuple:
+        """The same of whole sequences (B, N, D), and the attention probabilities (B, H, N, N), computed eagerly."""
+        normed = self.norm1(hidden_states)
+        attended, probabilities = self.attention.attend(self.attention.qkv(normed), rotary, output_attentions=True)
+        return self.layer_scale1(self.attention.mix(attended, normed)), probabilities
+
     def mlp_branch(self, hidden_states: Tensor) -> Tensor:
         """The update of the tokens by the MLP."""
         return self.layer_scale2(self.mlp(self.norm2(hidden_states)))
 
     def forward_with_attentions(self, hidden_states: Tensor, rotary: tuple | None = None) -> tuple[Tensor, Tensor]:
         """Tokens (B, N, D) to tokens, and the attention probabilities (B, H, N, N), computed eagerly."""
-        normed = self.norm1(hidden_states)
-        attended, probabilities = self.attention.attend(self.attention.qkv(normed), rotary, output_attentions=True)
+        branch, probabilities = self.attention_branch_with_probabilities(hidden_states, rotary)
         choice = self.drop_path.choose(hidden_states, needs_all=True)
-        branch = self.layer_scale1(self.attention.mix(attended, normed))
         hidden_states = self.drop_path.add(hidden_states, lambda _: branch, choice)
         hidden_states = self.drop_path.add(hidden_states, self.mlp_branch, self.drop_path.choose(hidden_states))
         return hidden_states, probabilities
@@ -1293,7 +1297,7 @@ class ViTWithRegistersModel(ViTWithRegistersPreTrainedModel):
             self.pre_layernorm = make_norm(config)
         layer_class = LAYER_CLASSES[config.reduction and config.reduction["kind"]]
         self.layers = nn.ModuleList(
-            layer_class(config, rate, config.register_neurons.get(str(number)), number)
+            layer_class(config, rate, config.register_neurons.get(str(number)), number=number)
             for number, rate in enumerate(config.drop_path_rates, start=1)
         )
         # CODEPATH: all but RADIO and PE spatial.

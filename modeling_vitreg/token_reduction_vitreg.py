@@ -275,14 +275,8 @@ class MergingAttention(nn.Module):
 class MergingLayer(nn.Module):
     """A layer that joins patches between its two branches. It is mixed into the layer of the family."""
 
-    def __init__(
-        self,
-        config: ViTWithRegistersConfig,
-        drop_path_rate: float,
-        register_neurons: list | None = None,
-        number: int = 1,
-    ):
-        super().__init__(config, drop_path_rate, register_neurons, number)
+    def __init__(self, config: ViTWithRegistersConfig, drop_path_rate: float, *others, number: int):
+        super().__init__(config, drop_path_rate, *others, number=number)
         self.number, self.num_merged = number, config.merges_per_layer[number - 1]
 
     def forward(self, hidden_states: Tensor, rotary: TokenMerges, groups: tuple | None = None, reads=None) -> Tensor:
@@ -299,9 +293,7 @@ class MergingLayer(nn.Module):
     def _run(self, hidden_states: Tensor, merges: TokenMerges, wants_attentions: bool = False) -> tuple:
         tokens, probabilities = merges.compact(hidden_states, self.number), None
         if wants_attentions:
-            normed = self.norm1(tokens)
-            attended, probabilities = self.attention.attend(self.attention.qkv(normed), merges, output_attentions=True)
-            branch = self.layer_scale1(self.attention.mix(attended, normed))
+            branch, probabilities = self.attention_branch_with_probabilities(tokens, merges)
         else:
             branch = self.attention_branch(tokens, merges)
         # The record of the merges has all images, so no image is left out of a branch: factors do the same.
