@@ -22,6 +22,7 @@ from torch import Tensor
 from modeling_vitreg.features import Encoder
 from modeling_vitreg.features.heads import LayerHeads, entry_of, read_heads
 from modeling_vitreg.features.hooks import record_feature
+from modeling_vitreg.features.knn import knn_accuracy
 
 from .sinks import CLASSES, measure_heads
 
@@ -35,7 +36,7 @@ EDITS = {
     "control": "value of a random patch: 0",
 }
 _LEAST_EVENTS = 2  # images in which a head is a sink of its class
-_TEMPERATURE, _NUM_NEIGHBORS = 0.07, 10  # of the k-NN vote, as in DINO
+_NUM_NEIGHBORS = 10  # of the k-NN vote; there are few images
 _CHUNK = 16  # images whose attention is held
 
 
@@ -214,10 +215,9 @@ def _knn(
         return None
     first = encoder.num_prefix_tokens
     own, others = (part[:, 0] if encoder.has_cls_token else part[:, first:].mean(dim=1) for part in (tokens, bank))
-    cosines = F.normalize(own, dim=-1) @ F.normalize(others, dim=-1).T
-    cosines[torch.arange(len(own)), torch.arange(len(own))] = -torch.inf
-    best, places = cosines.topk(min(_NUM_NEIGHBORS, len(others) - 1), dim=1)
-    known = torch.from_numpy(np.unique(labels, return_inverse=True)[1]).to(bank.device)
-    votes = torch.zeros(len(own), int(known.max()) + 1, device=bank.device)
-    votes.scatter_add_(1, known[places], (best / _TEMPERATURE).exp())
-    return float((votes.argmax(dim=1) == known[: len(own)])[is_event].double().mean())
+    classes, hits = torch.from_numpy(np.unique(labels, return_inverse=True)[1]).to(bank.device), []
+    for number in is_event.nonzero()[:, 0].tolist():  # each against all images but itself
+        is_other, one = torch.arange(len(others), device=bank.device) != number, slice(number, number + 1)
+        query = own[one], classes[one]
+        hits.append(knn_accuracy(others[is_other], classes[is_other], *query, num_neighbors=_NUM_NEIGHBORS))
+    return sum(hits) / len(hits)

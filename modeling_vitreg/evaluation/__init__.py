@@ -12,11 +12,11 @@
 """
 
 from modeling_vitreg.discovery import DiscoverySettings
+from modeling_vitreg.features.knn import knn_accuracy
 from modeling_vitreg.images import LabelledData, open_data
 from modeling_vitreg.reports import EvaluationReport
 
 from .depth import DepthSettings
-from .knn import knn_accuracy
 from .linear import LinearSettings
 from .logistic import LogisticSettings
 from .run import evaluate, notes_of

@@ -55,7 +55,7 @@ class EncodingSettings:
 
 @dataclass(frozen=True)
 class KnnSettings:
-    """Settings of `knn.knn_accuracy`.
+    """Settings of `features.knn.knn_accuracy`.
 
     Args:
         num_neighbors: number of training images that vote.

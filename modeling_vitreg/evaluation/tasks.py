@@ -13,6 +13,7 @@ from torch import Tensor
 
 from modeling_vitreg.discovery.finder import ObjectFinder
 from modeling_vitreg.features import Encoder
+from modeling_vitreg.features.knn import knn_accuracy
 from modeling_vitreg.images import LabelledData
 from modeling_vitreg.images.splits import require_classes
 from modeling_vitreg.metrics import depth_errors, measure_areas
@@ -21,7 +22,6 @@ from .cache import Features
 from .depth import fit_depth, join_class_token, measure_depth
 from .inputs import ROWS_AT_ONCE, count_mask_classes, linear_inputs, name_of_vector, one_vector, with_labels
 from .intervals import MetricValue, share_of_counts
-from .knn import knn_accuracy
 from .linear import fit_linear
 from .logistic import fit_logistic
 from .segmentation import fit_segmentation, measure_segmentation
