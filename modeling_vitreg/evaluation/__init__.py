@@ -34,7 +34,6 @@ __all__ = [
     "EncodingSettings",
     "EvaluationReport",
     "EvaluationSettings",
-    "ImageSource",
     "KnnSettings",
     "LabelledData",
     "LinearSettings",

@@ -1,6 +1,7 @@
 """Sizes, homes and words: rules that keep the code and its language in shape."""
 
 import ast
+import importlib
 import pathlib
 import re
 
@@ -78,6 +79,11 @@ def test_only_packages_and_hub_files_list_their_names():
     listing = {path for path in FILES if re.search("^__all__", path.read_text(), re.MULTILINE)}
     others = (path for path in listing if path.name != "__init__.py" and not path.name.endswith("_vitreg.py"))
     assert not sorted(others)
+    for path in sorted(listing):
+        module = importlib.import_module(
+            ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        )
+        assert not [name for name in module.__all__ if not hasattr(module, name)], path
 
 
 def test_objectives_are_named_in_the_registry_only():
