@@ -110,8 +110,9 @@ def _by_config(source: Source, family: str | None, module) -> Layout | None:
     model_type = settings.get("model_type")
     if model_type == "vitreg":
         raise ConversionError(
-            f"{source.path}: is a model of this family already, which from_pretrained loads. To export it, add --to "
-            "dinov2, timm or transformers"
+            f"{source.path}: is a model of this family already, which from_pretrained loads, also with other settings "
+            "such as token_reduction={'kind': 'merge', 'per_layer': 13}. To export it, add --to dinov2, timm or "
+            "transformers"
         )
     if model_type in BY_MODEL_TYPE:
         return BY_MODEL_TYPE[model_type]
