@@ -8,7 +8,7 @@ import sys
 import datasets
 import numpy as np
 import pytest
-import transformers
+import torch
 from annotated_scenes import annotated_scenes
 from PIL import Image
 
@@ -41,8 +41,11 @@ def _own_cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def encoder(tiny):
-    return load_encoder(ViTWithRegistersModel(tiny(num_register_tokens=2, initializer_range=0.2)), name="tiny")
+def encoder(tiny, randomise):
+    """It finds some objects and not all, with the same weights in every version of transformers."""
+    model = ViTWithRegistersModel(tiny(num_register_tokens=2))
+    torch.manual_seed(3)
+    return load_encoder(randomise(model), name="tiny")
 
 
 def _run(encoder, data, folder, *, tasks=("discovery",), settings=SETTINGS):
@@ -66,8 +69,6 @@ def test_corloc_is_that_of_discover_on_the_same_images(encoder, scenes, tmp_path
     report = _run(encoder, scenes, tmp_path, settings=_with(**options))
     (result,) = report.results
     hits = expected.as_published["num_hits"]
-    if transformers.__version__.startswith("4.") and hits in (0, NUM_SCENES):
-        pytest.skip("the random weights of this version find no object, or all: anything would be equal")
     assert 0 < hits < NUM_SCENES
     assert (result["task"], result["metric"], result["n"]) == ("discovery", "corloc", NUM_SCENES)
     assert result["value"] == expected.as_published["corloc"]
