@@ -1,7 +1,7 @@
 """Causal edits of sinks: one head is changed while its attention stays fixed, and the rest of the network runs on.
 
-A no-operation should not care whether the value of its sink becomes zero, but it should if it becomes an ordinary one.
-A broadcast should care: with the value of another image's sink, the patches move towards those of the other image.
+In a no-operation the patches should not change if the value of the sink becomes zero, and should if it becomes an
+ordinary one. In a broadcast, with the value of another image's sink, they should move towards those of that image.
 
 Letters for shapes: B images, N tokens, P patches, D width, d = D / H.
 
