@@ -40,7 +40,7 @@ EXPLANATIONS = {
     "skipped by us": "^vitreg: ",
     "needs hardware or a library that is not here": "^test requires",
     "for pipelines of other tasks": "pipeline_model_mapping|run_pipeline_test",
-    "for models of text": "inputs_embeds|language modeling head|sliding window",
+    "for models of text": "inputs_embeds|language modeling head|sliding window|take a cache",
     "for mixtures of experts": "grouped_mm|experts|router",
     "for models made of several models; for plain ones there is another test": "composite|subconfig|SDPA",
     "for the library's own rotary embeddings and tables resized in place": "RoPE|position embeddings",
