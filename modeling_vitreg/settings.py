@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import inspect
 import math
+import operator
 import pathlib
 import sys
 import typing
@@ -44,6 +45,34 @@ def check_values(kind: type, values: dict[str, Any], *, of: str) -> dict[str, An
         is_text = default is None and isinstance(value, str) and str in typing.get_args(hints[name])
         checked[name] = value if is_text else _fit(value, default, f"{of}: {name}")
     return checked
+
+
+def expect(settings: Any, of: str, **limits: str | Iterable[str]) -> None:
+    """Check fields against their limits; all settings have the same form of message.
+
+    Args:
+        settings: object with the fields. Every value of a tuple is checked; None is always allowed.
+        of: prefix of the message, such as "recipe"; may be empty.
+        limits: an interval such as "[0, 1)" or "(0, inf)" for each field, or its valid choices.
+
+    Raises:
+        ValueError: the first field outside of its limits.
+    """
+    for name, limit in limits.items():
+        value = getattr(settings, name)
+        values = value if isinstance(value, tuple) else () if value is None else (value,)
+        if not isinstance(limit, str):
+            wanted, is_valid = f"to be one of {', '.join(limit)}", all(each in limit for each in values)
+        else:
+            low, high = (float(bound) for bound in limit[1:-1].split(","))
+            after = operator.ge if limit[0] == "[" else operator.gt
+            before = operator.le if limit[-1] == "]" else operator.lt
+            is_valid = all(after(each, low) and before(each, high) for each in values)
+            wanted = f"in {limit}"
+            if high == math.inf:
+                wanted = f"of {low:g} or more" if limit[0] == "[" else f"above {low:g}"
+        if not is_valid:
+            raise ValueError(f"{of}{': ' if of else ''}expected {name} {wanted}, got {value!r}")
 
 
 def read_assignments(texts: Iterable[str]) -> dict[str, Any]:

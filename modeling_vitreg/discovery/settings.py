@@ -11,6 +11,7 @@ from typing import ClassVar
 from modeling_vitreg.encoding import PassSettings
 from modeling_vitreg.features import FEATURES, layer_numbers
 from modeling_vitreg.metrics import IOU_THRESHOLD
+from modeling_vitreg.settings import expect
 
 from .dino_seg import ATTENTION_SHARE
 from .lost import NUM_CANDIDATES
@@ -65,17 +66,8 @@ class DiscoverySettings:
     has_progress_bar: bool = True
 
     def __post_init__(self):
-        if self.method not in METHODS or self.feature not in FEATURES:
-            raise ValueError(
-                f"expected a method out of {', '.join(METHODS)} and a feature out of {', '.join(FEATURES)}, got "
-                f"{self.method!r} and {self.feature!r}"
-            )
-        sizes = [self.batch_size, 1 if self.longest_side is None else self.longest_side]
-        if min(sizes) < 1 or not 0 < self.iou_threshold <= 1:
-            raise ValueError(
-                "expected batch_size and longest_side of 1 or more and iou_threshold in (0, 1], got "
-                f"{self.batch_size}, {self.longest_side} and {self.iou_threshold}"
-            )
+        expect(self, "", method=METHODS, feature=FEATURES, batch_size="[1, inf)", longest_side="[1, inf)")
+        expect(self, "", iou_threshold="(0, 1]")
 
     def for_pass(self, **changes: object) -> PassSettings:
         """Settings of a pass with these batches."""

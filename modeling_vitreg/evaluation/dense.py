@@ -15,6 +15,8 @@ import torch
 import tqdm
 from torch import Tensor, nn
 
+from modeling_vitreg.settings import expect
+
 
 @dataclass(frozen=True)
 class Descent:
@@ -39,11 +41,7 @@ class Descent:
     clip: float | None = None
 
     def __post_init__(self):
-        if self.num_steps < 1 or self.batch_size < 1 or self.learning_rate <= 0:
-            raise ValueError(
-                f"expected one or more steps and images per step, and a learning rate above 0, got {self.num_steps}, "
-                f"{self.batch_size} and {self.learning_rate}"
-            )
+        expect(self, "", num_steps="[1, inf)", batch_size="[1, inf)", learning_rate="(0, inf)")
 
     def rate(self, step: int) -> float:
         """Learning rate of a step, counted from 0."""

@@ -19,6 +19,7 @@ import tqdm
 from torch import Tensor
 
 from modeling_vitreg.images.splits import hold_out, require_classes
+from modeling_vitreg.settings import expect
 
 
 LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
@@ -45,11 +46,9 @@ class LinearSettings:
     validation_share: float = 0.1
 
     def __post_init__(self):
-        if not self.learning_rates or min(self.learning_rates) <= 0 or self.num_steps < 1 or self.batch_size < 1:
-            raise ValueError(
-                "expected learning rates above 0, and 1 or more steps and images per step, got "
-                f"{self.learning_rates}, {self.num_steps} and {self.batch_size}"
-            )
+        if not self.learning_rates:
+            raise ValueError("expected one learning rate or more, got none")
+        expect(self, "", learning_rates="(0, inf)", num_steps="[1, inf)", batch_size="[1, inf)")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import tqdm
 from torch import Tensor
 
 from modeling_vitreg.images.splits import hold_out, require_classes
+from modeling_vitreg.settings import expect
 
 
 if TYPE_CHECKING:
@@ -44,10 +45,7 @@ class LogisticSettings:
     validation_share: float = 0.1
 
     def __post_init__(self):
-        if self.num_strengths < 1 or self.max_steps < 1:
-            raise ValueError(
-                f"expected one or more values of C and steps, got {self.num_strengths} and {self.max_steps}"
-            )
+        expect(self, "", num_strengths="[1, inf)", max_steps="[1, inf)")
 
     @property
     def strengths(self) -> np.ndarray:

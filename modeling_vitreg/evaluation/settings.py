@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from modeling_vitreg.discovery import DiscoverySettings
 from modeling_vitreg.encoding import PassSettings
+from modeling_vitreg.settings import expect
 
 from .depth import DepthSettings
 from .linear import LinearSettings
@@ -41,10 +42,7 @@ class EncodingSettings:
     has_progress_bar: bool = True
 
     def __post_init__(self):
-        if self.image_size is not None and self.image_size < 1:
-            raise ValueError(f"expected image_size of 1 or more, got {self.image_size}")
-        if self.patch_precision not in ("float16", "float32"):
-            raise ValueError(f"expected patch_precision float16 or float32, got {self.patch_precision!r}")
+        expect(self, "", image_size="[1, inf)", patch_precision=("float16", "float32"))
         self.for_pass()
 
     def for_pass(self, **changes: object) -> PassSettings:
@@ -68,11 +66,7 @@ class KnnSettings:
     temperature: float = 0.07
 
     def __post_init__(self):
-        if self.num_neighbors < 1 or not self.temperature > 0:
-            raise ValueError(
-                f"expected num_neighbors of 1 or more and a temperature above 0, got {self.num_neighbors} and "
-                f"{self.temperature}"
-            )
+        expect(self, "", num_neighbors="[1, inf)", temperature="(0, inf)")
 
 
 @dataclass(frozen=True)

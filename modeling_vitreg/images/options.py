@@ -6,6 +6,8 @@ import dataclasses
 import difflib
 from collections.abc import Iterable
 
+from modeling_vitreg.settings import expect
+
 
 BOX_FORMATS = ("auto", "xyxy", "xywh", "cxcywh")  # as in torchvision.ops.box_convert
 _CHOICES = {
@@ -60,12 +62,7 @@ class DataOptions:
     annotation_frame: str = "auto"
 
     def __post_init__(self):
-        for name in ("depth_scale", "max_depth"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"data: expected {name} above 0, got {getattr(self, name)!r}")
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"data: expected {name} {', '.join(known)}, got {getattr(self, name)!r}")
+        expect(self, "data", depth_scale="(0, inf)", max_depth="(0, inf)", **_CHOICES)
 
     @property
     def maps(self) -> dict[str, str]:

@@ -242,9 +242,9 @@ def test_a_folder_holds_report_and_figures_whatever_images_are_called(transparen
 
 
 def test_settings_that_contradict_are_refused(encoder):
-    with pytest.raises(ValueError, match="method out of lost, tokencut, dino_seg"):
+    with pytest.raises(ValueError, match="expected method to be one of lost, tokencut, dino_seg"):
         DiscoverySettings(method="cut")
-    with pytest.raises(ValueError, match="feature out of token, query"):
+    with pytest.raises(ValueError, match="feature to be one of token, query"):
         DiscoverySettings(feature="keys")
     with pytest.raises(ValueError, match="iou_threshold in"):
         DiscoverySettings(iou_threshold=0)

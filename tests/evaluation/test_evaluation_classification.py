@@ -131,9 +131,9 @@ def test_a_head_that_diverged_is_neither_chosen_nor_measured():
 
 
 def test_settings_out_of_range_are_refused():
-    with pytest.raises(ValueError, match="learning rates above 0"):
+    with pytest.raises(ValueError, match="one learning rate or more"):
         LinearSettings(learning_rates=())
-    with pytest.raises(ValueError, match="values of C"):
+    with pytest.raises(ValueError, match="expected num_strengths of 1 or more"):
         LogisticSettings(num_strengths=0)
     with pytest.raises(ValueError, match=r"one \{\} each"):
         ZeroShotSettings(templates=("a photo",))

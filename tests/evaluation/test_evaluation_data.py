@@ -259,7 +259,7 @@ def test_the_fingerprint_of_a_model_changes_with_weights_and_settings_only(tiny,
 def test_settings_out_of_range_are_refused(encoder, tmp_path):
     with pytest.raises(ValueError, match="batch_size of 1 or more, got 0"):
         EncodingSettings(batch_size=0)
-    with pytest.raises(ValueError, match="float16 or float32, got 'int8'"):
+    with pytest.raises(ValueError, match="one of float16, float32, got 'int8'"):
         EncodingSettings(patch_precision="int8")
     with pytest.raises(ValueError, match="does not fit patches of 8 pixels"):
         _encode(encoder, _labelled(_dataset(2)), tmp_path, image_size=30)

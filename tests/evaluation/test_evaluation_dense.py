@@ -185,7 +185,7 @@ def test_the_rate_rises_and_falls_along_a_line_or_a_cosine():
     assert rates[:10] == sorted(rates[:10]) and rates[10] == 1 and rates[55] == pytest.approx(0.5)
     cosine = Descent(100, 4, 1.0, weight_decay=0, warmup_share=0.0, is_cosine=True)
     assert cosine.rate(0) == 1 and cosine.rate(50) == pytest.approx(0.5) and cosine.rate(99) < 0.001
-    with pytest.raises(ValueError, match="one or more steps"):
+    with pytest.raises(ValueError, match="expected num_steps of 1 or more, got 0"):
         Descent(0, 4, 1.0, weight_decay=0, warmup_share=0)
 
 

@@ -139,7 +139,7 @@ def test_a_single_view_is_refused(make):
     [
         ({"sigreg_weight": 1.5}, r"expected sigreg_weight in \[0, 1\], got 1.5"),
         ({"num_directions": 0}, "expected num_directions above 0, got 0"),
-        ({"num_frequencies": 1}, "expected num_frequencies of at least 2, got 1"),
+        ({"num_frequencies": 1}, "expected num_frequencies of 2 or more, got 1"),
     ],
 )
 def test_contradictory_settings_are_refused(values, message):

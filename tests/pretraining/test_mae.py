@@ -352,9 +352,9 @@ def test_contradictory_settings_are_refused(tiny, fields, arguments, message):
 
 
 def test_a_decoder_that_cannot_be_built_is_refused():
-    with pytest.raises(ValueError, match="decoder_width is a multiple of decoder_heads"):
+    with pytest.raises(ValueError, match="expected decoder_width to be a multiple of decoder_heads"):
         MAESettings(decoder_width=20, decoder_heads=3)
-    with pytest.raises(ValueError, match="decoder_layers is a positive integer, got 0"):
+    with pytest.raises(ValueError, match="expected decoder_layers of 1 or more, got 0"):
         MAESettings(decoder_layers=0)
 
 

@@ -172,9 +172,9 @@ def test_a_share_that_is_not_exact_in_binary_is_not_rounded_up():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"kind": "blocks"}, "'block' or 'random'"),
+        ({"kind": "blocks"}, "one of block, random"),
         ({"ratio": (0.5, 0.1)}, "low <= high"),
-        ({"ratio": (0.5, 1.0)}, "low <= high"),
+        ({"ratio": (0.5, 1.0)}, r"expected ratio in \[0, 1\)"),
         ({"share": 1.5}, "share in"),
         ({"kind": "random"}, "equal ratios"),
         ({"kind": "random", "ratio": (0.5, 0.5), "share": 0.5}, "share 1"),

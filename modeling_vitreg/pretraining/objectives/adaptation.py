@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersModel
+from modeling_vitreg.settings import expect
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +29,10 @@ class AdaptationSettings:
     lora_rank: int = 0
 
     def __post_init__(self):
-        if self.lora_rank < 0 or (self.lora_rank and self.freeze_backbone):
+        expect(self, "settings", lora_rank="[0, inf)")
+        if self.lora_rank and self.freeze_backbone:
             raise ValueError(
-                f"settings: lora_rank is 0 or more, and cannot be combined with freeze_backbone, got "
-                f"{self.lora_rank} and "
-                f"{self.freeze_backbone}"
+                f"settings: expected lora_rank 0 with freeze_backbone, got {self.lora_rank}: set one of them"
             )
 
 

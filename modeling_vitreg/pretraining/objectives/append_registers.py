@@ -13,6 +13,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from modeling_vitreg.settings import expect
+
 from .adaptation import add_lora
 from .objective import Panel
 from .retrofitting import AverageSettings, RetrofitObjective, cosine_distance, patch_norms, train_only
@@ -39,11 +41,7 @@ class AppendSettings(AverageSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 <= self.registers_only <= 1 or self.lora_rank < 0 or self.first_layer < 1:
-            raise ValueError(
-                "settings: registers_only is a share of the steps, lora_rank is 0 or more and first_layer 1 or more, "
-                f"got {self.registers_only}, {self.lora_rank} and {self.first_layer}"
-            )
+        expect(self, "settings", registers_only="[0, 1]", lora_rank="[0, inf)", first_layer="[1, inf)")
 
 
 class AppendRegisters(RetrofitObjective):

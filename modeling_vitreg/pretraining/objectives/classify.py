@@ -18,6 +18,7 @@ from torchvision.transforms import v2
 
 from modeling_vitreg.distributed import SINGLE_PROCESS, DistributedContext
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersForImageClassification, ViTWithRegistersModel
+from modeling_vitreg.settings import expect
 
 from ..run.recipe import Recipe
 from ..views.crops import CropSettings
@@ -61,23 +62,13 @@ class ClassificationSettings(AdaptationSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.loss not in LOSSES or self.distillation not in DISTILLATIONS:
-            raise ValueError(
-                f"settings: loss is one of {', '.join(LOSSES)}, distillation of {', '.join(DISTILLATIONS)}, got "
-                f"{self.loss!r} and {self.distillation!r}"
-            )
+        expect(self, "settings", loss=LOSSES, distillation=DISTILLATIONS, smoothing="[0, 1)", ema_decay="[0, 1)")
+        expect(self, "settings", mixup="[0, inf)", cutmix="[0, inf)", temperature="(0, inf)")
         if self.loss == "binary" and self.smoothing:
             raise ValueError(
                 f"settings: the binary loss needs smoothing 0, got {self.smoothing}: with smoothing, "
                 f"every class would be a target"
             )
-        if not (0 <= self.smoothing < 1 and self.mixup >= 0 and self.cutmix >= 0 and self.temperature > 0):
-            raise ValueError(
-                "settings: expected smoothing in [0, 1), mixup and cutmix of 0 or more, a positive temperature, got "
-                f"{self.smoothing}, {self.mixup}, {self.cutmix} and {self.temperature}"
-            )
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"settings: ema_decay is in [0, 1), got {self.ema_decay}")
         if (self.distillation != "none") != bool(self.teacher):
             raise ValueError(
                 f"settings: distillation {self.distillation!r} and teacher {self.teacher!r} contradict each other: "

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from modeling_vitreg.distributed import SINGLE_PROCESS, DistributedContext
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersModel
+from modeling_vitreg.settings import expect
 
 from ..monitoring.instruments import entropy, entropy_of_mean
 from ..run.schedules import cosine, linear
@@ -60,17 +61,9 @@ class DINOv2Settings:
     is_packed: bool | None = None
 
     def __post_init__(self):
-        if self.centering not in ("sinkhorn", "moving_mean"):
-            raise ValueError(f"objective: centering is 'sinkhorn' or 'moving_mean', got {self.centering!r}")
-        for name in ("student_temperature", "num_prototypes", "hidden_width", "bottleneck_width"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"objective: {name} is positive, got {getattr(self, name)!r}")
-        if self.num_patch_prototypes is not None and not self.num_patch_prototypes > 0:
-            raise ValueError(f"objective: num_patch_prototypes is positive or None, got {self.num_patch_prototypes!r}")
-        if not all(value > 0 for value in self.teacher_temperature):
-            raise ValueError(f"objective: teacher_temperature is two positive values, got {self.teacher_temperature}")
-        if not all(0 <= value <= 1 for value in self.momentum):
-            raise ValueError(f"objective: momentum is two values in [0, 1], got {self.momentum}")
+        positive = ("student_temperature", "teacher_temperature", "num_prototypes", "num_patch_prototypes")
+        limits = dict.fromkeys((*positive, "hidden_width", "bottleneck_width"), "(0, inf)")
+        expect(self, "settings", centering=("sinkhorn", "moving_mean"), momentum="[0, 1]", **limits)
 
 
 class DINOv2(Objective):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from modeling_vitreg.distributed import SINGLE_PROCESS, DistributedContext
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersModel
+from modeling_vitreg.settings import expect
 
 from ..run.recipe import Recipe
 from ..run.schedules import cosine
@@ -55,14 +56,8 @@ class DistillationSettings:
     is_packed: bool | None = None
 
     def __post_init__(self):
-        if not all(0 <= value <= 1 for value in self.momentum):
-            raise ValueError(f"objective: momentum is two values in [0, 1], got {self.momentum}")
-        if not (self.class_weight > 0 and self.patch_weight > 0):
-            # A head without gradient would stop distributed training.
-            raise ValueError(
-                f"objective: class_weight and patch_weight are positive, got {self.class_weight} and "
-                f"{self.patch_weight}"
-            )
+        # A head without gradient would stop distributed training.
+        expect(self, "settings", momentum="[0, 1]", class_weight="(0, inf)", patch_weight="(0, inf)")
 
 
 class Distillation(Objective):

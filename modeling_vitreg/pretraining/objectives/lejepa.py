@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from modeling_vitreg.distributed import SINGLE_PROCESS, DistributedContext
 from modeling_vitreg.images.sources import derive_seed
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersModel
+from modeling_vitreg.settings import expect
 
 from ..views.crops import CropSettings
 from ..views.packing import encode_views
@@ -48,13 +49,9 @@ class LeJEPASettings:
     is_packed: bool | None = None
 
     def __post_init__(self):
-        if not 0 <= self.sigreg_weight <= 1:
-            raise ValueError(f"objective: expected sigreg_weight in [0, 1], got {self.sigreg_weight!r}")
-        for name in ("num_directions", "max_frequency", "hidden_width", "projection_width"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"objective: expected {name} above 0, got {getattr(self, name)!r}")
-        if self.num_frequencies < 2:
-            raise ValueError(f"objective: expected num_frequencies of at least 2, got {self.num_frequencies!r}")
+        positive = ("num_directions", "max_frequency", "hidden_width", "projection_width")
+        limits = dict.fromkeys(positive, "(0, inf)")
+        expect(self, "settings", sigreg_weight="[0, 1]", num_frequencies="[2, inf)", **limits)
 
 
 class LeJEPA(Objective):

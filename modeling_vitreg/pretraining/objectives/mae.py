@@ -18,6 +18,7 @@ from modeling_vitreg.configuration_vitreg import ViTWithRegistersConfig
 from modeling_vitreg.distributed import SINGLE_PROCESS, DistributedContext
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersLayer, ViTWithRegistersModel
 from modeling_vitreg.positions_vitreg import sincos_position_table
+from modeling_vitreg.settings import expect
 
 from ..views.crops import CropSettings
 from ..views.masking import MaskSettings
@@ -41,13 +42,11 @@ class MAESettings:
     sees_registers: bool = False
 
     def __post_init__(self):
-        for name in ("decoder_width", "decoder_layers", "decoder_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"objective: {name} is a positive integer, got {getattr(self, name)!r}")
+        expect(self, "settings", **dict.fromkeys(("decoder_width", "decoder_layers", "decoder_heads"), "[1, inf)"))
         if self.decoder_width % self.decoder_heads or self.decoder_width % 4:
             raise ValueError(
-                f"objective: decoder_width is a multiple of decoder_heads and, because of the sine-cosine positions, "
-                f"of 4, got {self.decoder_width} and {self.decoder_heads}"
+                "settings: expected decoder_width to be a multiple of decoder_heads and, for the sine-cosine "
+                f"positions, of 4, got {self.decoder_width} and {self.decoder_heads}"
             )
 
 

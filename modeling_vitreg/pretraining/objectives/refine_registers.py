@@ -24,6 +24,7 @@ from torch import Tensor
 from torchvision.ops import roi_align
 
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersModel
+from modeling_vitreg.settings import expect
 
 from .adaptation import add_lora
 from .objective import Panel
@@ -85,12 +86,8 @@ class RefineSettings(OriginalSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, known in (("registers", KINDS), ("fill", FILLS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"settings: {name} is one of {', '.join(known)}, got {getattr(self, name)!r}")
-        for name in ("ring_factor", "num_crops", "lora_rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"settings: {name} is 1 or more, got {getattr(self, name)}")
+        counts = dict.fromkeys(("ring_factor", "num_crops", "lora_rank"), "[1, inf)")
+        expect(self, "settings", registers=KINDS, fill=FILLS, **counts)
         if len(self.hijack_layers) != 2 or not 0 <= self.hijack_layers[0] <= self.hijack_layers[1]:
             raise ValueError(f"settings: hijack_layers is a first and a last layer, got {self.hijack_layers}")
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from modeling_vitreg.distributed import SINGLE_PROCESS, DistributedContext
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersModel
 from modeling_vitreg.modes import eval_mode
+from modeling_vitreg.settings import expect
 
 from ..run.recipe import Recipe
 from ..views.crops import CropSettings
@@ -42,9 +43,7 @@ class OriginalSettings:
                 f"settings: layer and threshold are 0 or more, got {self.layer} and {self.threshold}: let `retrofit` "
                 "find them, or set both"
             )
-        for name, value in vars(self).items():
-            if name.endswith("_weight") and value < 0:
-                raise ValueError(f"settings: expected {name} of 0 or more, got {value!r}")
+        expect(self, "settings", **{name: "[0, inf)" for name in vars(self) if name.endswith("_weight")})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +60,7 @@ class AverageSettings(OriginalSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.num_copies < 1 or not 0 <= self.shift < 1:
-            raise ValueError(
-                f"settings: num_copies is 1 or more and shift lies in [0, 1), got {self.num_copies} and {self.shift}"
-            )
+        expect(self, "settings", num_copies="[1, inf)", shift="[0, 1)")
 
 
 class RetrofitObjective(Objective):

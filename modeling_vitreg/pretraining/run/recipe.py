@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from modeling_vitreg.modeling_vitreg import IMAGENET_MEAN, IMAGENET_STD
-from modeling_vitreg.settings import make_settings, suggest_name
+from modeling_vitreg.settings import expect, make_settings, suggest_name
 
 from ..views.crops import CropSettings
 from ..views.masking import MaskSettings
@@ -96,18 +96,9 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("num_steps", "batch_size", "repeated_augmentation"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"recipe: {name} is a positive integer, got {getattr(self, name)!r}")
-        for name in ("warmup_ratio", "freeze_last_layer"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"recipe: {name} is a share of the steps in [0, 1], got {getattr(self, name)!r}")
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"recipe: optimizer is one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
-        if self.num_register_tokens < 0:
-            raise ValueError(f"recipe: num_register_tokens is 0 or more, got {self.num_register_tokens!r}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"recipe: learning_rate is positive, got {self.learning_rate!r}")
+        counts = dict.fromkeys(("num_steps", "batch_size", "repeated_augmentation"), "[1, inf)")
+        expect(self, "recipe", num_register_tokens="[0, inf)", learning_rate="(0, inf)", **counts)
+        expect(self, "recipe", optimizer=OPTIMIZERS, warmup_ratio="[0, 1]", freeze_last_layer="[0, 1]")
         self.peak_learning_rate  # noqa: B018 - refuses an unknown rule now
 
     @property

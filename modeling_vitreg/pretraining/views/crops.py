@@ -21,6 +21,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
 from modeling_vitreg.image_processing_vitreg import MODES
+from modeling_vitreg.settings import expect
 
 from .augmentation import DinoColors, RandomColors, ThreeColors
 
@@ -78,27 +79,15 @@ class CropSettings:
                 )
         if not 0 < self.zoom[0] <= self.zoom[1]:
             raise ValueError(f"crops: zoom is two factors, 0 < low <= high, got {self.zoom}")
-        if self.num_global < 1 or self.num_local < 0:
-            raise ValueError(
-                f"crops: expected at least one global view and no negative number of local ones, got num_global="
-                f"{self.num_global}, num_local={self.num_local}"
-            )
-        for name, known in (("cut", CUTS), ("color_augmentation", COLOURS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"crops: {name} is one of {', '.join(known)}, got {getattr(self, name)!r}")
-        for name in ("global_size", "local_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"crops: {name} is a side in pixels, 1 or more, got {getattr(self, name)}")
+        counts = dict.fromkeys(("num_global", "global_size", "local_size"), "[1, inf)")
+        expect(self, "crops", num_local="[0, inf)", cut=CUTS, color_augmentation=COLOURS, **counts)
         if len(self.color_jitter) != 4 or len(self.blur) != 3:
             raise ValueError(
                 f"crops: color_jitter has 4 values (brightness, contrast, saturation, hue) and blur 3 (first global "
                 f"view, other global views, local views), got {self.color_jitter} and {self.blur}"
             )
-        for name in ("flip", "color_jitter_probability", "gray", "solarize"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"crops: {name} is a probability, got {getattr(self, name)}")
-        if not all(0 <= probability <= 1 for probability in self.blur):
-            raise ValueError(f"crops: blur is three probabilities, got {self.blur}")
+        probabilities = ("flip", "color_jitter_probability", "gray", "solarize", "blur")
+        expect(self, "crops", **dict.fromkeys(probabilities, "[0, 1]"))
 
 
 class _Mask(tv_tensors.Mask):

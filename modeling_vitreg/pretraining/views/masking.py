@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from modeling_vitreg.settings import expect
+
 
 SMALLEST_BLOCK = 4  # patches
 NARROWEST = 0.3  # aspect of a rectangle; the widest is its inverse
@@ -36,14 +38,9 @@ class MaskSettings:
 
     def __post_init__(self):
         low, high = self.ratio
-        if self.kind not in ("block", "random"):
-            raise ValueError(f"masks: kind is 'block' or 'random', got {self.kind!r}")
-        if not 0 <= low <= high < 1 or not 0 <= self.share <= 1:
-            raise ValueError(
-                f"masks: expected 0 <= low <= high < 1 in ratio and share in [0, 1], got {self.ratio}, {self.share}"
-            )
-        if self.unit < 1:
-            raise ValueError(f"masks: unit is a number of patches, 1 or more, got {self.unit}")
+        expect(self, "masks", kind=("block", "random"), ratio="[0, 1)", share="[0, 1]", unit="[1, inf)")
+        if low > high:
+            raise ValueError(f"masks: expected low <= high in ratio, got {self.ratio}")
         if self.kind == "random" and (low != high or self.share not in (0, 1)):
             raise ValueError(
                 f"masks: kind 'random' hides the same number of patches of every view: give equal ratios and share 1, "
