@@ -22,7 +22,7 @@ except ImportError:
 
 POSITION_EMBEDDINGS = ("learned", "sincos", "rope", "learned_rope", "none")
 ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "quick_gelu", "swiglu")
-POOLINGS = ("cls", "mean", "cls_mean", "cls_distillation", "cls_average", "cls_concat", "attention")
+POOLINGS = ("cls", "mean", "cls_mean", "cls_distillation", "cls_average", "cls_concat", "attention", "prr")
 DROP_PATH_SCHEDULES = ("linear", "constant")
 DROP_PATH_MODES = ("sample", "batch_subset")
 MASKED_TARGETS = ("pixels", "features")
@@ -121,7 +121,9 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
         pooling: `pooler_output`, the input of the classifier. "cls"; "mean" of patches; "cls_mean", both concatenated
             (DINOv2's linear head); "cls_distillation", two classifiers, averaged (DeiT); "cls_average", the mean of
             all class tokens (Pixio); "cls_concat", the class tokens of `pooled_cls_tokens`, concatenated (RADIO);
-            "attention", a learned query that attends to all normed tokens (SigLIP, Perception Encoder, AIMv2).
+            "attention", a learned query that attends to all normed tokens (SigLIP, Perception Encoder, AIMv2);
+            "prr", one attention without parameters among all normed tokens, of which the class token is read, or the
+            mean of all where there is none (LocAtViT, timm).
         pooled_cls_tokens: numbers, from 0, of the class tokens that pooling "cls_concat" reads; default all.
         pooling_num_heads: heads of pooling "attention"; default `num_attention_heads`.
         pooling_intermediate_size: width of the MLP behind pooling "attention"; default `intermediate_size`, 0 for none
@@ -647,7 +649,7 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
             "has_distillation_token=True needs has_cls_token=True",
         )
         _require(
-            self.has_cls_token or self.pooling in ("mean", "attention"),
+            self.has_cls_token or self.pooling in ("mean", "attention", "prr"),
             f"pooling={self.pooling!r} reads the class token, but has_cls_token=False: use pooling='mean'",
         )
         _require(

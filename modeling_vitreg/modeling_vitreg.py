@@ -1422,6 +1422,9 @@ class ViTWithRegistersModel(ViTWithRegistersPreTrainedModel):
         # CODEPATH: SigLIP, Perception Encoder, AIMv2.
         if self.config.pooling == "attention":
             return self.attention_pooling(tokens.hidden_state)
+        # CODEPATH: LocAtViT.
+        if self.config.pooling == "prr":
+            return self._refine(tokens.hidden_state)
         # CODEPATH: Pixio; RADIO.
         if self.config.pooling in ("cls_average", "cls_concat"):
             cls_tokens = tokens.hidden_state[:, self.config.token_slices["cls"]]
@@ -1435,6 +1438,12 @@ class ViTWithRegistersModel(ViTWithRegistersPreTrainedModel):
             return torch.cat([tokens.cls_token, mean], dim=-1)
         # CODEPATH: MAE fine-tuned, timm's gap models; else CAPI.
         return self.layernorm(mean) if self.config.has_pooled_norm else mean
+
+    def _refine(self, hidden_state: Tensor) -> Tensor:
+        """Attention with tokens (B, N, D) as queries, keys and values; then the class token, or the mean: (B, D)."""
+        heads = hidden_state.unflatten(-1, (self.config.num_attention_heads, -1)).transpose(1, 2)  # [B, H, N, d]
+        queries = heads[:, :, :1] if self.config.has_cls_token else heads
+        return F.scaled_dot_product_attention(queries, heads, heads).mean(dim=2).flatten(1)
 
     def prefix_attention(self, pixel_values: Tensor, layers: list) -> tuple[dict, tuple]:
         """Attention probabilities (B, H, prefix, N) of some layers by number, 1 ... L, and the grid."""

@@ -77,7 +77,7 @@ _FIELDS = (
 # Fields of poolings with parameters of their own, or that no other layout has.
 _OF_POOLING = ("pooling", "pooled_cls_tokens", "pooling_num_heads", "pooling_intermediate_size")
 _OF_POOLING += ("has_pooling_query", "has_pooling_bias")
-_WITH_PARTS = ("attention", "cls_average", "cls_concat")
+_WITH_PARTS = ("attention", "cls_average", "cls_concat", "prr")
 _IN_CLASSIFIERS = ("pooling", "num_classifier_layers", "num_labels")
 _TABLE = "embeddings.position_embeddings.weight"
 

@@ -152,6 +152,8 @@ def timm_arguments(config: ViTWithRegistersConfig, *, has_prefix_positions: bool
     if config.has_distillation_token:
         del arguments["class_token"], arguments["no_embed_class"], arguments["reg_tokens"]
         return "deit_tiny_distilled_patch16_224", arguments
+    if config.pooling == "prr" and hasattr(_import_timm().layers, "AttentionPoolPrr"):
+        arguments["global_pool"] = "prr"
     if config.has_pre_norm:
         return "vit_base_patch16_clip_224", arguments
     if config.has_patch_norm:

@@ -23,6 +23,7 @@ AXES = {
     "bias in layers": {"relative_position_bias": "layer", "position_embedding_type": "none"},
     "shared bias": {"relative_position_bias": "shared"},
     "attention pooling": {"pooling": "attention", "pooling_num_heads": 2, "has_cls_token": False},
+    "refined patches": {"pooling": "prr", "num_register_tokens": 2},
     "class tokens, no final norm": {"num_cls_tokens": 3, "pooling": "cls_concat", "has_final_norm": False},
     "mean class token, cut positions": {
         "num_cls_tokens": 2,

@@ -97,7 +97,7 @@ CONTRADICTIONS = [
     ({"hidden_act": "relu"}, "hidden_act is one of gelu, gelu_pytorch_tanh, quick_gelu, swiglu, got 'relu'"),
     (
         {"pooling": "max"},
-        "pooling is one of cls, mean, cls_mean, cls_distillation, cls_average, cls_concat, attention, got 'max'",
+        "pooling is one of cls, mean, cls_mean, cls_distillation, cls_average, cls_concat, attention, prr, got 'max'",
     ),
     ({"has_cls_token": False}, "pooling='cls' reads the class token, but has_cls_token=False: use pooling='mean'"),
     (

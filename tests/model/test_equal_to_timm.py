@@ -117,6 +117,15 @@ FAMILIES = {
         {**REGISTERED, "has_cls_token": False, "pooling": "mean", "has_pooled_norm": True},
         REGISTERS,
     ),
+    "refined patches": Family(
+        "vit_base_patch14_reg4_dinov2", {**REGISTERED, "pooling": "prr"}, CLS_REGISTERS, {"global_pool": "prr"}
+    ),
+    "refined patches without class token": Family(
+        "vit_medium_patch16_reg4_gap_256",
+        {**REGISTERED, "has_cls_token": False, "pooling": "prr"},
+        REGISTERS,
+        {"global_pool": "prr", "fc_norm": False},
+    ),
     "clip": Family("vit_base_patch16_clip_224", CLIP, CLS),
     "clip with quick gelu": Family("vit_base_patch16_clip_quickgelu_224", {**CLIP, "hidden_act": "quick_gelu"}, CLS),
     "dinov3": Family("vit_small_patch16_dinov3", DINOV3_NO_BIAS, CLS_REGISTERS),
@@ -141,6 +150,8 @@ FAMILIES = {
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_token_of_every_layer_and_the_logits_are_those_of_timm(name, tiny, record_property):
     family = FAMILIES[name]
+    if family.arguments.get("global_pool") == "prr" and not hasattr(timm.layers, "AttentionPoolPrr"):
+        pytest.skip(f"timm {timm.__version__} has no pooling prr")
     config = tiny(**family.fields, num_labels=5)
     theirs = randomise(make_small(family, config))
     states = record_inputs([*theirs.blocks, theirs.norm])

@@ -27,11 +27,11 @@ def read_module(module: nn.Module) -> dict:
     attention, rope = block.attn, getattr(module, "rope", None)
     refusals = {
         f"attention of class {_name(attention)}": _name(attention) not in _ATTENTIONS,
-        f"global_pool={module.global_pool!r}": module.global_pool not in ("token", "", "avg", "map"),
+        f"global_pool={module.global_pool!r}": module.global_pool not in ("token", "", "avg", "map", "prr"),
         f"the activation {_name(block.mlp.act)}": _name(block.mlp.act) not in _ACTS,
         f"rotary positions of class {_name(rope)}": _name(rope) not in _ROPES,
         f"norms of class {_name(block.norm1)}": _name(block.norm1) not in _NORMS,
-        "pool_include_prefix=True": getattr(module, "pool_include_prefix", False),
+        "pool_include_prefix=True": getattr(module, "pool_include_prefix", False) and module.global_pool != "prr",
         "heads of another width": attention.qkv is not None and attention.proj.in_features != module.embed_dim,
         "norms of tokens and of the pooled vector": _is_there(module.norm) and _is_there(module.fc_norm),
     }
@@ -112,6 +112,8 @@ def _read_positions(module: nn.Module, grid: list[int]) -> dict:
 
 
 def _read_pooling(module: nn.Module) -> dict:
+    if module.global_pool == "prr":
+        return {"pooling": "prr"}
     if module.global_pool != "map":
         has_cls = getattr(module, "cls_token", None) is not None
         return {"pooling": "cls" if module.global_pool != "avg" and has_cls else "mean"}
