@@ -170,6 +170,7 @@ def test_killed_twice_and_resumed_a_run_has_the_same_bits(folder, whole):
 
 def test_a_stream_under_accumulation_is_resumed_with_the_same_bits(folder):
     options = ("--streaming", "--workers", "1", "--micro-batch", "4", "--set", "num_steps=8")
+    options += ("--set", "schedule=wsd", "--set", "decay_ratio=0.5")
     _run(folder, *USUAL, *options, output="stream")
     for step in (3, 5):
         process = _start(folder, *USUAL, *options, output="stream-killed")

@@ -1,9 +1,11 @@
 """Schedules, groups of parameters and rates, against the numbers of DINOv2's default recipe."""
 
 import math
+import re
 
 import pytest
 import torch
+import transformers
 
 from modeling_vitreg import ViTWithRegistersModel
 from modeling_vitreg.pretraining.objectives.heads import PrototypeHead
@@ -13,6 +15,7 @@ from modeling_vitreg.pretraining.run.parameters import (
     parameter_groups,
     set_rates,
 )
+from modeling_vitreg.pretraining.run.recipe import make_recipe
 from modeling_vitreg.pretraining.run.schedules import cosine, linear, scale_learning_rate
 
 
@@ -54,6 +57,48 @@ def test_a_warm_up_of_no_or_one_step_starts_at_the_base(num_warmup):
 def test_a_run_that_is_all_warm_up_never_divides_by_zero():
     values = [cosine(step, base=1.0, final=0.1, num_steps=4, num_warmup=4) for step in range(6)]
     assert values == pytest.approx([0, 1 / 3, 2 / 3, 1, 0.1, 0.1])
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine", "1-sqrt"])
+@pytest.mark.parametrize(("warmup_ratio", "decay_ratio"), [(0.1, 0.3), (0.0, 0.0), (0.5, 0.5), (0.26, 1 / 3)])
+def test_warm_up_stable_decay_has_the_values_of_transformers(shape, warmup_ratio, decay_ratio):
+    words = {"schedule": "wsd", "warmup_ratio": warmup_ratio, "decay_ratio": decay_ratio, "decay_shape": shape}
+    words |= {"num_steps": 40, "learning_rate": 2.0, "learning_rate_rule": "none", "min_learning_rate": 0.25}
+    recipe = make_recipe(words)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    counts = {"num_warmup_steps": int(warmup_ratio * 40), "num_decay_steps": int(decay_ratio * 40)}
+    scheduler = transformers.get_wsd_schedule(
+        optimizer, **counts, num_training_steps=40, decay_type=shape, min_lr_ratio=0.125
+    )
+    for step in range(43):
+        assert recipe.rates(step)["learning_rate"] == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_before_its_decay_a_wsd_schedule_does_not_know_the_length_of_the_run():
+    short, long = (
+        make_recipe({"schedule": "wsd", "num_steps": number, "warmup_ratio": 4 / number, "decay_ratio": 0.2})
+        for number in (40, 80)
+    )
+    rates = [[recipe.rates(step)["learning_rate"] for step in range(34)] for recipe in (short, long)]
+    assert rates[0][:32] == rates[1][:32] and rates[0][33] < rates[1][33]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"schedule": "step"}, "recipe: expected schedule to be one of cosine, wsd, got 'step'"),
+        ({"decay_shape": "sqrt"}, "recipe: expected decay_shape to be one of linear, cosine, 1-sqrt, got 'sqrt'"),
+        (
+            {"schedule": "wsd", "warmup_ratio": 0.5, "decay_ratio": 0.6},
+            "recipe: warmup_ratio 0.5 and decay_ratio 0.6 are more than all steps",
+        ),
+    ],
+)
+def test_schedules_that_do_not_exist_or_do_not_fit_are_refused(values, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make_recipe(values)
 
 
 def test_a_line_of_no_or_one_step_is_at_its_end():

@@ -19,10 +19,10 @@ from modeling_vitreg.settings import expect, make_settings, suggest_name
 
 from ..views.crops import CropSettings
 from ..views.masking import MaskSettings
-from .schedules import cosine, scale_learning_rate
+from .schedules import DECAY_SHAPES, cosine, scale_learning_rate, warmup_stable_decay
 
 
-OPTIMIZERS = ("adamw", "lamb")
+OPTIMIZERS, SCHEDULES = ("adamw", "lamb"), ("cosine", "wsd")
 RENAMED = {  # names of older versions
     "clip": "max_grad_norm",
     "warmup": "warmup_ratio",
@@ -55,8 +55,11 @@ class Recipe:
         repeated_augmentation: how many times an image is in a step, each time with other crops (3 in DeiT).
         learning_rate: for the batch size that `learning_rate_rule` names.
         learning_rate_rule: see `scale_learning_rate`.
-        min_learning_rate: at the end of the cosine.
+        schedule: of the learning rate: "cosine", or "wsd", which is constant between warm-up and decay.
+        min_learning_rate: at the end of the run; "wsd" starts there too.
         warmup_ratio: share of the steps with a rising learning rate.
+        decay_ratio: share of the steps, the last ones, with a falling learning rate; only of "wsd".
+        decay_shape: "1-sqrt", "linear" or "cosine"; only of "wsd".
         weight_decay: at the first step.
         weight_decay_end: at the last step, along half a cosine; if it is left out, `weight_decay` is constant.
         decays_tokens: decay class token, registers, mask token and positions too, as DINOv2 does.
@@ -82,8 +85,11 @@ class Recipe:
     repeated_augmentation: int = 1
     learning_rate: float = 4e-3
     learning_rate_rule: str = "sqrt1024"
+    schedule: str = "cosine"
     min_learning_rate: float = 1e-6
     warmup_ratio: float = 0.1
+    decay_ratio: float = 0.2
+    decay_shape: str = "1-sqrt"
     weight_decay: float = 0.04
     weight_decay_end: float = 0.4
     decays_tokens: bool = True
@@ -97,8 +103,14 @@ class Recipe:
 
     def __post_init__(self):
         counts = dict.fromkeys(("num_steps", "batch_size", "repeated_augmentation"), "[1, inf)")
-        expect(self, "recipe", num_register_tokens="[0, inf)", learning_rate="(0, inf)", **counts)
-        expect(self, "recipe", optimizer=OPTIMIZERS, warmup_ratio="[0, 1]", freeze_last_layer="[0, 1]")
+        shares = dict.fromkeys(("warmup_ratio", "decay_ratio", "freeze_last_layer"), "[0, 1]")
+        choices = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "decay_shape": DECAY_SHAPES}
+        expect(self, "recipe", num_register_tokens="[0, inf)", learning_rate="(0, inf)", **counts, **shares, **choices)
+        if self.schedule == "wsd" and self.warmup_ratio + self.decay_ratio > 1:
+            raise ValueError(
+                f"recipe: warmup_ratio {self.warmup_ratio} and decay_ratio {self.decay_ratio} are more than all steps "
+                "(together at most 1): lower one of them"
+            )
         self.peak_learning_rate  # noqa: B018 - refuses an unknown rule now
 
     @property
@@ -143,14 +155,15 @@ class Recipe:
     def rates(self, step: int) -> dict[str, Any]:
         """Arguments of `parameters.set_rates` at a step."""
         num_steps = self.num_steps
+        words = {"base": self.peak_learning_rate, "final": self.min_learning_rate, "num_steps": num_steps}
+        words["num_warmup"] = int(self.warmup_ratio * num_steps)
+        if self.schedule == "wsd":
+            num_decay = int(self.decay_ratio * num_steps)
+            learning_rate = warmup_stable_decay(step, **words, num_decay=num_decay, shape=self.decay_shape)
+        else:
+            learning_rate = cosine(step, **words)
         return {
-            "learning_rate": cosine(
-                step,
-                base=self.peak_learning_rate,
-                final=self.min_learning_rate,
-                num_steps=num_steps,
-                num_warmup=int(self.warmup_ratio * num_steps),
-            ),
+            "learning_rate": learning_rate,
             "weight_decay": cosine(step, base=self.weight_decay, final=self.weight_decay_end, num_steps=num_steps),
             "is_last_layer_frozen": step < self.freeze_last_layer * num_steps,
         }

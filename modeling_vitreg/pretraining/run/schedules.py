@@ -18,6 +18,30 @@ def cosine(step: int, *, base: float, final: float, num_steps: int, num_warmup: 
     return final + (base - final) * (1 + math.cos(math.pi * progress)) / 2
 
 
+DECAY_SHAPES = {
+    "linear": lambda progress: 1 - progress,
+    "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
+    "1-sqrt": lambda progress: 1 - math.sqrt(progress),
+}
+
+
+def warmup_stable_decay(
+    step: int, *, base: float, final: float, num_steps: int, num_warmup: int, num_decay: int, shape: str
+) -> float:
+    """Linear warm-up from `final` to `base` (WSD), then `base`, and `final` at the end of the last `num_decay` steps.
+
+    Before its decay no value depends on `num_steps`. As `transformers.get_wsd_schedule`, whose warm-up is exclusive:
+    step `num_warmup` is the first with the base value. Source: Hu et al. 2024, arXiv 2404.06395; its shapes are those
+    of Haegele et al. 2024, arXiv 2405.18392.
+    """
+    if step >= num_steps:
+        return final
+    factor = step / num_warmup if step < num_warmup else 1.0
+    if step >= num_steps - num_decay:
+        factor = DECAY_SHAPES[shape]((step - num_steps + num_decay) / num_decay)
+    return final + (base - final) * factor
+
+
 def linear(step: int, *, start: float, final: float, num_steps: int) -> float:
     """A straight line from `start`, inclusive at both ends, then `final`."""
     return final if step >= num_steps - 1 else start + (final - start) * step / (num_steps - 1)
