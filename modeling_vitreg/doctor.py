@@ -23,6 +23,8 @@ from huggingface_hub.errors import HFValidationError
 from packaging.requirements import Requirement
 from safetensors import SafetensorError, safe_open
 
+from modeling_vitreg.workers import count_cores
+
 
 DISTRIBUTION = "modeling-vitreg"
 _LIBRARIES = ("torch", "torchvision", "transformers", "accelerate", "datasets", "huggingface_hub", "peft")
@@ -122,7 +124,7 @@ def check_hardware() -> Iterator[Finding]:
         )
     else:
         yield Finding("ok", "no accelerator: everything runs on the CPU")
-    threads, cores = torch.get_num_threads(), _num_cores()
+    threads, cores = torch.get_num_threads(), count_cores()
     yield Finding("ok", f"{_plural(threads, 'thread')} on {_plural(cores, 'core')}")
     if threads > cores:
         yield Finding("warning", "more threads than cores slow each other down", f"export OMP_NUM_THREADS={cores}")
@@ -377,7 +379,3 @@ def _declared() -> dict[str, Requirement]:
 
 def _plural(count: int, noun: str) -> str:
     return f"{count} {noun}{'s' * (count != 1)}"
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

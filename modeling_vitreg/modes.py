@@ -1,9 +1,9 @@
-"""How a model runs: in evaluation mode during training, and with the fastest attention of the device."""
+"""How a model runs: in evaluation mode, with other attributes for a while, with the fastest attention of a device."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -35,6 +35,19 @@ def eval_mode(model: nn.Module, *, is_eager: bool = True) -> Iterator[None]:
     finally:
         for module, is_training in modes:
             module.training = is_training
+
+
+@contextlib.contextmanager
+def changed_attributes(changes: Sequence[tuple[object, str, object]]) -> Iterator[None]:
+    """Other values of attributes, given as (owner, name, value), inside the block."""
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
+    try:
+        for owner, name, value in changes:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)
 
 
 def fast_attention(device_type: str) -> contextlib.AbstractContextManager:

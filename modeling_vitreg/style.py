@@ -12,8 +12,10 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colorbar import Colorbar
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from modeling_vitreg.files import atomic_write
 
@@ -70,6 +72,20 @@ def label_axes(ax: Axes, title: str, *, x: str, y: str = "", size: float = 9) ->
 def add_legend(ax: Axes, **options: object) -> None:
     """A legend without a frame."""
     ax.legend(**{"fontsize": 9, "frameon": False, "labelcolor": INK, **options})
+
+
+def add_colorbar(ax: Axes, drawn: ScalarMappable, label: str, *, size: float = 9, **options: object) -> Colorbar:
+    """A scale of colours beside a panel, without a frame."""
+    bar = ax.figure.colorbar(drawn, ax=ax, pad=0.02, **options)
+    bar.set_label(label, fontsize=size, color=INK)
+    bar.ax.tick_params(labelsize=size, color=FAINT, labelcolor=INK)
+    bar.outline.set_visible(False)
+    return bar
+
+
+def show_percent(ax: Axes) -> None:
+    """Shares from 0 to 1 as percent on the vertical axis."""
+    ax.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=None))
 
 
 def set_log_scale(ax: Axes, axis: str) -> None:

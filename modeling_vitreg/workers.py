@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,11 @@ from torch.utils.data import get_worker_info
 
 # What torch says when a process died, and when shared memory, whose files it calls torch_..., could not be had.
 _LOST = ("exited unexpectedly", "is killed by signal", "</torch_")
+
+
+def count_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def share(batch: Any) -> Any:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from modeling_vitreg import ViTWithRegistersModel
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersRegisterNeuronMLP
-from modeling_vitreg.modes import eval_mode
+from modeling_vitreg.modes import changed_attributes, eval_mode
 
 
 MODES = {
@@ -193,8 +194,7 @@ def _replaced(base: ViTWithRegistersModel, place: slice, substitutes: list[Tenso
             hook.remove()
 
 
-@contextlib.contextmanager
-def _removed(base: ViTWithRegistersModel) -> Iterator[None]:
+def _removed(base: ViTWithRegistersModel) -> AbstractContextManager:
     """Without registers: gates have no token to act on, and units of test-time registers none to move to."""
     counts = ("num_register_tokens", "num_gated_registers", "num_test_time_registers")
     changes = [(base.embeddings, "register_tokens", None), *((base.config, name, 0) for name in counts)]
@@ -203,14 +203,7 @@ def _removed(base: ViTWithRegistersModel) -> Iterator[None]:
             changes.append((module, "registers", (0, 0)))
         elif getattr(module, "register_gates", None) is not None:
             changes.append((module, "register_gates", None))
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
-    try:
-        for owner, name, value in changes:
-            setattr(owner, name, value)
-        yield
-    finally:
-        for owner, name, value in before:
-            setattr(owner, name, value)
+    return changed_attributes(changes)
 
 
 def _compare(changed: Tensor, whole: Tensor) -> dict:

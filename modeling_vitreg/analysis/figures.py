@@ -25,6 +25,7 @@ from modeling_vitreg.style import (
     ORANGE,
     PINK,
     SKY,
+    add_colorbar,
     add_legend,
     label_axes,
     make_cells,
@@ -33,6 +34,7 @@ from modeling_vitreg.style import (
     save_figure,
     set_log_scale,
     show_image,
+    show_percent,
     show_titles,
 )
 
@@ -89,10 +91,7 @@ def draw_norms(report: ArtifactReport, path: str | os.PathLike) -> pathlib.Path:
     left.set_ylim(low, max(high, 1.3 * max(thresholds)))
     label_axes(left, "Norms of patches, all layers", x="layer", y="norm of patch (residual units)")
     left.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
-    bar = figure.colorbar(drawn, ax=left, pad=0.02)
-    bar.set_label("share of patches of the layer", fontsize=9, color=INK)
-    bar.ax.tick_params(labelsize=9, color=FAINT, labelcolor=INK)
-    bar.outline.set_visible(False)
+    add_colorbar(left, drawn, "share of patches of the layer")
     _draw_layer(right, report, report.layers[report.verdict["layer"] - 1], edges)
     return save_figure(figure, path)
 
@@ -138,7 +137,7 @@ def draw_shares(reports: Sequence[ArtifactReport], path: str | os.PathLike) -> p
     ax.axhline(MANY_SHARE, color=INK, linewidth=0.8, linestyle=":")
     ax.annotate("many", (0, MANY_SHARE), (2, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
                 fontsize=9, color=INK)  # fmt: skip
-    ax.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=None))
+    show_percent(ax)
     ax.set_ylim(0, max(ax.get_ylim()[1], 2 * MANY_SHARE))
     ax.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
     if len(reports) > 1:
@@ -187,7 +186,7 @@ def draw_series(
     # Without outliers the interval reflects only the number of images, and would hide the other lines.
     errors = np.nan_to_num(np.clip(np.stack([share - low, high - share]), 0, None)) * (share > 0)
     right.errorbar(places, share, errors, color=BLUE, marker="o", markersize=4, capsize=3, linewidth=1.4)
-    right.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=None))
+    show_percent(right)
     right.set_ylim(0, max(right.get_ylim()[1], 2 * MANY_SHARE))
     label_axes(right, "Share of outliers, last layer (95 %)", x=axis, y="share of patches")
     for ax in (left, right):
@@ -208,10 +207,8 @@ def draw_positions(report: ArtifactReport, path: str | os.PathLike) -> pathlib.P
     places = report.outlier_positions
     heat = np.array(places["heat_map"])
     drawn = left.imshow(heat, cmap="viridis", vmin=0, vmax=max(heat.max(), 0.01), interpolation="nearest")
-    bar = figure.colorbar(drawn, ax=left, pad=0.02, shrink=0.85, format=PercentFormatter(xmax=1, decimals=None))
-    bar.set_label("share of images with an outlier", fontsize=9, color=INK)
-    bar.ax.tick_params(labelsize=9, color=FAINT, labelcolor=INK)
-    bar.outline.set_visible(False)
+    percent = PercentFormatter(xmax=1, decimals=None)
+    add_colorbar(left, drawn, "share of images with an outlier", shrink=0.85, format=percent)
     label_axes(left, f"Positions of outliers, layer {places['layer']}", x="column of patch", y="row of patch")
     left.grid(False)
     for axis in (left.xaxis, left.yaxis):
@@ -249,7 +246,7 @@ def draw_massive_activations(report: ArtifactReport, path: str | os.PathLike) ->
         share = [layer["top_shares"][place] for layer in layers]
         right.plot(depth, share, color=colour, marker="o", markersize=3, label=words)
     right.set_ylim(0, 1)
-    right.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=None))
+    show_percent(right)
     label_axes(right, "Squared norm in the top channels", x="layer", y="share of squared norm")
     for ax in (left, right):
         add_legend(ax)

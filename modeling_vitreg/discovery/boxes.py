@@ -1,4 +1,4 @@
-"""From masks of patches to boxes in pixels: connected components, boxes around them, padded images.
+"""From masks of patches to boxes in pixels: connected components, boxes around them.
 
 A box is (xmin, ymin, xmax, ymax) in pixels. The pixel in column x spans x ... x + 1, so a box is as wide as
 xmax - xmin. Components join patches that share a side.
@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
 
@@ -65,12 +64,6 @@ def component_boxes(
         limits = np.asarray(image_sizes, dtype=np.float64)[:, ::-1]
         boxes = np.minimum(boxes, np.concatenate([limits, limits], axis=1))
     return boxes
-
-
-def pad_to_patches(pixels: Tensor, *, patch_shape: tuple[int, int]) -> Tensor:
-    """Pixels (..., rows, columns), padded with zeros at the bottom and the right to a multiple of the patch."""
-    rows, columns = (-side % patch for side, patch in zip(pixels.shape[-2:], patch_shape))
-    return torch.nn.functional.pad(pixels, (0, columns, 0, rows))
 
 
 def _fold(mask: Tensor, grid: tuple[int, int]) -> np.ndarray:

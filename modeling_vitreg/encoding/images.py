@@ -11,7 +11,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -33,7 +32,7 @@ from modeling_vitreg.images import (
     read_annotated,
 )
 from modeling_vitreg.images.annotations import NoteCounter
-from modeling_vitreg.workers import ignore_interrupts, share, take
+from modeling_vitreg.workers import count_cores, ignore_interrupts, share, take
 
 from .consumer import ImageFacts
 from .settings import PassCounts, PassSettings
@@ -176,8 +175,7 @@ class ImageReader:
             return 0
         if settings.workers is not None:
             return settings.workers
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return min(max(cores // context.size - 1, 0), _MOST_WORKERS)
+        return min(max(count_cores() // context.size - 1, 0), _MOST_WORKERS)
 
     def _specs(
         self, settings: PassSettings, context: DistributedContext, is_done: Callable[[int], bool]

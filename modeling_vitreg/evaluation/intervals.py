@@ -35,17 +35,8 @@ class MetricValue:
     n: int
 
 
-def share_of_images(metric: str, is_right: Tensor) -> MetricValue:
-    """Share of correct images (I,) with Wilson's interval.
-
-    Raises:
-        ValueError: no image.
-    """
-    return share_of_counts(metric, int(is_right.sum()), len(is_right))
-
-
 def share_of_counts(metric: str, num_right: int, n: int) -> MetricValue:
-    """Share of correct images, from their number and the number `n` of all images."""
+    """Share of correct images, from their number and the number `n` of all images, with Wilson's interval."""
     return MetricValue(metric, num_right / max(n, 1), wilson_interval(num_right, n), WILSON, n)
 
 
@@ -81,9 +72,7 @@ def wilson_interval(num_right: int, n: int) -> tuple[float, float]:
     share, extra = num_right / n, _Z**2 / n
     middle, half = share + extra / 2, _Z * math.sqrt(share * (1 - share) / n + extra / (4 * n))
     low, high = (middle - half) / (1 + extra), (middle + half) / (1 + extra)
-    return (0.0 if num_right == 0 else low), (
-        1.0 if num_right == n else high
-    )  # exact at the ends in spite of rounding
+    return 0.0 if num_right == 0 else low, 1.0 if num_right == n else high  # exact at the ends
 
 
 def bootstrap_interval(

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from modeling_vitreg.modes import changed_attributes
+
 
 # Class of the module that holds embeddings, layers and final norm -> family.
 FAMILIES = {
@@ -139,7 +141,7 @@ def keywords_of(family: str, pixel_values: Tensor, patch_shape: tuple) -> dict:
 def any_image_size(tower: nn.Module, family: str, pixel_values: Tensor) -> Iterator[None]:
     """Make timm interpolate positions, and MAE keep all patches."""
     if family == "vit_mae":
-        with _changed([(tower.config, "mask_ratio", 0.0)]):
+        with changed_attributes([(tower.config, "mask_ratio", 0.0)]):
             yield
         return
     is_fixed = not getattr(tower, "dynamic_img_size", True)  # others than timm's interpolate unasked
@@ -152,23 +154,10 @@ def any_image_size(tower: nn.Module, family: str, pixel_values: Tensor) -> Itera
     resize_rotary = getattr(getattr(tower, "rope", None), "update_feat_shape", None) or (lambda grid: None)
     try:
         resize_rotary([side // patch for side, patch in zip(pixel_values.shape[2:], embed.patch_size)])
-        with _changed(changes):
+        with changed_attributes(changes):
             yield
     finally:
         resize_rotary(list(embed.grid_size))
-
-
-@contextlib.contextmanager
-def _changed(changes: list[tuple]) -> Iterator[None]:
-    """Other attributes, given as (owner, name, value), inside the block."""
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
-    try:
-        for owner, name, value in changes:
-            setattr(owner, name, value)
-        yield
-    finally:
-        for owner, name, value in before:
-            setattr(owner, name, value)
 
 
 def follow(module: object, path: str) -> object:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from modeling_vitreg.discovery.boxes import component_boxes, largest_components, pad_to_patches, seed_components
+from modeling_vitreg.discovery.boxes import component_boxes, largest_components, seed_components
 from modeling_vitreg.metrics import best_iou, box_iou, corloc
 
 
@@ -72,11 +72,3 @@ def test_corloc_counts_images_whose_box_overlaps_one_of_the_true_boxes_by_half()
     assert corloc(predicted[1:2] * 3 + predicted[3:], truth) == 0.75
     with pytest.raises(ValueError, match="got 4 for 0"):
         corloc(predicted, [])
-
-
-@pytest.mark.parametrize("sides, padded", [((5, 17), (8, 24)), ((16, 8), (16, 8)), ((1, 1), (8, 8))])
-def test_images_are_padded_below_and_to_the_right(sides, padded):
-    pixels = torch.ones(3, *sides)
-    result = pad_to_patches(pixels, patch_shape=(8, 8))
-    assert result.shape == (3, *padded)
-    assert result.sum() == pixels.numel() and result[:, : sides[0], : sides[1]].all()

@@ -9,7 +9,7 @@ from scipy.stats import binomtest
 from modeling_vitreg.evaluation.intervals import (
     BOOTSTRAP,
     bootstrap_interval,
-    share_of_images,
+    share_of_counts,
     statistic_of_images,
     wilson_interval,
 )
@@ -21,8 +21,8 @@ def test_wilson_interval_equals_that_of_scipy(num_right, n):
     assert wilson_interval(num_right, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
-def test_share_of_images_holds_value_interval_and_count():
-    measured = share_of_images("top1", torch.tensor([True, False, True, True]))
+def test_a_share_holds_value_interval_and_count():
+    measured = share_of_counts("top1", 3, 4)
     assert (measured.metric, measured.value, measured.n) == ("top1", 0.75, 4)
     assert measured.interval[0] < 0.75 < measured.interval[1]
 
@@ -53,6 +53,6 @@ def test_draws_in_which_a_statistic_is_not_defined_do_not_count():
 
 def test_intervals_of_nothing_are_refused():
     with pytest.raises(ValueError, match="n > 0, got 0 of 0"):
-        share_of_images("top1", torch.zeros(0, dtype=torch.bool))
+        share_of_counts("top1", 0, 0)
     with pytest.raises(ValueError, match="at least one image"):
         bootstrap_interval(lambda weights: weights.sum(dim=1), num_images=0)

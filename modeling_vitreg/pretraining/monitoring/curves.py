@@ -11,19 +11,20 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 
 from modeling_vitreg.style import (
     BLUE,
     COLOURS,
-    FAINT,
     INK,
     ORANGE,
+    add_colorbar,
     add_legend,
     label_axes,
     make_panels,
     save_figure,
     set_log_scale,
+    show_percent,
 )
 
 from ..objectives.objective import Objective, Panel
@@ -86,7 +87,7 @@ def draw_curves(
         if num_prototypes is not None and any(key in series for key in WITH_COLLAPSE_LINE):
             _draw_level(ax, collapse_line(num_prototypes), f"ln K = {collapse_line(num_prototypes):.2f}", "--")
         if panel.unit == "%":
-            ax.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=None))
+            show_percent(ax)
         if panel is KNN:
             _draw_chance(ax, records, best=max(series["knn"][1]))
         if "learning_rate" in series:
@@ -198,13 +199,11 @@ def _draw_shares(ax: Axes, steps: list, records: list[dict]) -> None:
         shares = [record["layers"][number]["outlier_share"] for record in records]
         ax.plot(steps, shares, color=colour, linewidth=1.4, marker="o", markersize=3)
     _dress(ax, f"Share of patches above {records[-1]['multiple']:g} x median", steps=steps)
-    ax.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=None))
+    show_percent(ax)
     ax.set_ylim(bottom=0, top=max(0.01, ax.get_ylim()[1]))
     scale = ListedColormap(colours)
-    bar = ax.figure.colorbar(ScalarMappable(Normalize(0.5, depth + 0.5), scale), ax=ax, ticks=[1, depth], pad=0.02)
-    bar.set_label("layer", fontsize=8, color=INK, labelpad=-6)
-    bar.ax.tick_params(labelsize=8, color=FAINT, labelcolor=INK)
-    bar.outline.set_visible(False)
+    bar = add_colorbar(ax, ScalarMappable(Normalize(0.5, depth + 0.5), scale), "layer", size=8, ticks=[1, depth])
+    bar.ax.yaxis.labelpad = -6
 
 
 def _panels(count: int, *, width: float, height: float) -> tuple:

@@ -59,11 +59,6 @@ def entropy_of_mean(probabilities: Tensor, *, processes: DistributedContext = SI
     return torch.special.entr(mean).sum()
 
 
-def perplexity_of_mean(probabilities: Tensor, *, processes: DistributedContext = SINGLE_PROCESS) -> Tensor:
-    """Number of prototypes in use, from 1 to K: exp of `entropy_of_mean`, with its arguments and errors."""
-    return entropy_of_mean(probabilities, processes=processes).exp()
-
-
 def collapse_line(num_prototypes: int) -> float:
     """ln K, in nats: loss and entropy of a run whose targets are uniform.
 
