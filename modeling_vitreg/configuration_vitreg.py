@@ -246,8 +246,10 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
     ):
         kwargs.pop("stage_names", None)  # derived from the depth, so that a stale list in a file cannot win
         num_labels, id2label = kwargs.get("num_labels", 2), kwargs.get("id2label")
-        _require(_is_count(num_labels) and num_labels >= 0, f"num_labels is an integer, 0 or more, got {num_labels!r}")
-        _require(id2label is None or isinstance(id2label, dict), f"id2label is a dictionary, got {id2label!r}")
+        is_count = _is_count(num_labels) and num_labels >= 0
+        _require(is_count, f"expected num_labels to be an integer, 0 or more, got {num_labels!r}")
+        is_table = id2label is None or isinstance(id2label, dict)
+        _require(is_table, f"expected id2label to be a dictionary, got {id2label!r}")
         super().__init__(**kwargs)
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
@@ -272,7 +274,7 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
         _require(
             isinstance(register_neurons, dict)
             and all(isinstance(u, (list, tuple)) for u in register_neurons.values()),
-            f"register_neurons is a dictionary of lists of units, got {register_neurons!r}",
+            f"expected register_neurons to be a dictionary of lists of units, got {register_neurons!r}",
         )
         self.register_neurons = {str(layer): list(units) for layer, units in register_neurons.items()}
         self.has_cls_token = has_cls_token
@@ -497,7 +499,7 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
         for name, value, kind in (("out_features", out_features, str), ("out_indices", out_indices, int)):
             _require(
                 value is None or (isinstance(value, (list, tuple)) and all(isinstance(each, kind) for each in value)),
-                f"{name} is None or a list of stages, got {value!r}",
+                f"expected {name} to be None or a list of stages, got {value!r}",
             )
         if out_features is not None:
             self.out_features = out_features
@@ -529,12 +531,9 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
             ("drop_path_mode", DROP_PATH_MODES),
             ("masked_target", MASKED_TARGETS),
         ):
-            _require(
-                getattr(self, name) in allowed,
-                f"{name} is one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}",
-            )
+            self._expect(name, getattr(self, name) in allowed, f"to be one of {', '.join(map(str, allowed))}")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
-            _require(0 <= getattr(self, name) < 1, f"{name} lies in [0, 1), got {getattr(self, name)}")
+            self._expect(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         _require(
             0 < self.min_depth < self.max_depth,
             f"expected 0 < min_depth < max_depth, got min_depth {self.min_depth} and max_depth {self.max_depth}",
@@ -546,40 +545,31 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
             *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_channels", "num_cls_tokens"),
             *("num_depth_bins", "masked_target_size"),
         ):
-            value = getattr(self, name)
-            _require(_is_count(value) and value > 0, f"{name} is a positive integer, got {value!r}")
-        _require(
-            self.num_hidden_layers <= MOST_LAYERS,
-            f"num_hidden_layers is at most {MOST_LAYERS}, got {self.num_hidden_layers}",
-        )
+            self._expect(name, _is_positive(getattr(self, name)), "to be a positive integer")
+        self._expect("num_hidden_layers", self.num_hidden_layers <= MOST_LAYERS, f"to be at most {MOST_LAYERS}")
         for name in (
             *("layer_norm_eps", "interpolate_offset", "rope_theta", "hidden_dropout_prob", "drop_path_rate"),
             *("attention_probs_dropout_prob", "min_depth", "max_depth", "initializer_range", "rope_grid_offset"),
         ):
             value = getattr(self, name)
-            _require(_is_number(value) and value >= 0, f"{name} is a finite number, 0 or more, got {value!r}")
+            self._expect(name, _is_number(value) and value >= 0, "to be a finite number, 0 or more")
         for name in ("layer_scale_init_value", "rope_shift", "rope_jitter", "rope_rescale"):
             value = getattr(self, name)
-            _require(value is None or _is_number(value), f"{name} is None or a finite number, got {value!r}")
+            self._expect(name, value is None or _is_number(value), "to be None or a finite number")
         for name, value in vars(self).items():
             is_truth = name.startswith("has_") or name in ("interpolate_antialias", "apply_layernorm")
             is_truth |= name in ("reshape_hidden_states", "rope_columns_first")
-            _require(not is_truth or isinstance(value, (bool, int)), f"{name} is true or false, got {value!r}")
+            self._expect(name, not is_truth or isinstance(value, (bool, int)), "to be true or false")
 
     def _validate_sizes(self):
-        value = self.intermediate_size
-        _require(_is_count(value) and value > 0, f"intermediate_size is a positive integer, got {value!r}")
+        self._expect("intermediate_size", _is_positive(self.intermediate_size), "to be a positive integer")
         _require(
             self.hidden_size % self.num_attention_heads == 0,
             f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}",
         )
         for name in ("image_size", "patch_size"):
-            value = getattr(self, name)
-            sides = _pair(value)
-            _require(
-                len(sides) == 2 and all(_is_count(side) and side > 0 for side in sides),
-                f"{name} is a positive integer or a pair (rows, columns) of them, got {value!r}",
-            )
+            is_valid = _are_sides(getattr(self, name))
+            self._expect(name, is_valid, "to be a positive integer or a pair (rows, columns) of them")
         _require(
             all(side % patch == 0 for side, patch in zip(_pair(self.image_size), self.patch_shape)),
             f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}",
@@ -589,15 +579,11 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
         heads, layers = self.num_attention_heads, self.num_hidden_layers
         value = self.num_key_value_heads
         is_list = isinstance(value, list)
-        _require(
-            not is_list or len(value) == layers,
-            f"num_key_value_heads is a number or a list of num_hidden_layers ({layers}) numbers, got {value!r}",
-        )
+        wanted = f"to be a number or a list of num_hidden_layers ({layers}) numbers"
+        self._expect("num_key_value_heads", not is_list or len(value) == layers, wanted)
         for count in value if is_list else [heads if value is None else value]:
-            _require(
-                _is_count(count) and count > 0 and heads % count == 0,
-                f"num_key_value_heads divides num_attention_heads ({heads}), got {value!r}",
-            )
+            is_divisor = _is_positive(count) and heads % count == 0
+            self._expect("num_key_value_heads", is_divisor, f"to divide num_attention_heads ({heads})")
         _require(
             not self.has_mlp_norm or not self.register_neurons,
             "register_neurons move activations that has_mlp_norm=True would norm",
@@ -610,15 +596,11 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
     def _validate_pooling(self):
         is_attention = self.pooling == "attention"
         heads = self.num_attention_heads if self.pooling_num_heads is None else self.pooling_num_heads
-        _require(
-            _is_count(heads) and heads > 0 and self.hidden_size % heads == 0,
-            f"pooling_num_heads divides hidden_size ({self.hidden_size}), got {self.pooling_num_heads!r}",
-        )
+        is_divisor = _is_positive(heads) and self.hidden_size % heads == 0
+        self._expect("pooling_num_heads", is_divisor, f"to divide hidden_size ({self.hidden_size})")
         width = self.pooling_intermediate_size
-        _require(
-            width is None or (_is_count(width) and width >= 0),
-            f"pooling_intermediate_size is None, 0 or a positive integer, got {width!r}",
-        )
+        is_width = width is None or (_is_count(width) and width >= 0)
+        self._expect("pooling_intermediate_size", is_width, "to be None, 0 or a positive integer")
         is_used = self.pooling_num_heads is not None or width is not None
         is_used |= not (self.has_pooling_query and self.has_pooling_bias)
         _require(
@@ -629,21 +611,18 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
             chosen is None or self.pooling == "cls_concat",
             f"pooled_cls_tokens need pooling='cls_concat', got {self.pooling!r}",
         )
-        _require(
-            chosen is None or (isinstance(chosen, list) and chosen and set(chosen) <= set(range(self.num_cls_tokens))),
-            f"pooled_cls_tokens lie in 0 ... num_cls_tokens - 1 ({self.num_cls_tokens - 1}), got {chosen!r}",
-        )
+        is_choice = isinstance(chosen, list) and chosen and set(chosen) <= set(range(self.num_cls_tokens))
+        limits = f"in 0 ... num_cls_tokens - 1 ({self.num_cls_tokens - 1})"
+        self._expect("pooled_cls_tokens", chosen is None or is_choice, limits)
         _require(
             self.has_final_norm or not self.has_pooled_norm,
             "has_pooled_norm=True moves the final norm behind the pooling, but has_final_norm=False",
         )
 
     def _validate_tokens(self):
-        _require(
-            _is_count(self.num_register_tokens) and self.num_register_tokens >= 0,
-            f"num_register_tokens is 0 or a positive integer, got {self.num_register_tokens!r}",
-        )
-        _require(self.pooling in POOLINGS, f"pooling is one of {', '.join(POOLINGS)}, got {self.pooling!r}")
+        is_number = _is_count(self.num_register_tokens) and self.num_register_tokens >= 0
+        self._expect("num_register_tokens", is_number, "to be 0 or a positive integer")
+        self._expect("pooling", self.pooling in POOLINGS, f"to be one of {', '.join(POOLINGS)}")
         _require(
             self.has_cls_token or not self.has_distillation_token,
             "has_distillation_token=True needs has_cls_token=True",
@@ -660,19 +639,15 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
             self.has_distillation_token or self.pooling != "cls_distillation",
             "pooling='cls_distillation' needs has_distillation_token=True",
         )
-        _require(
-            self.projection_size is None or (_is_count(self.projection_size) and self.projection_size > 0),
-            f"projection_size is None or a positive integer, got {self.projection_size!r}",
-        )
+        size = self.projection_size
+        self._expect("projection_size", size is None or _is_positive(size), "to be None or a positive integer")
         _require(
             not self.has_pooled_norm or self.pooling == "mean",
             f"has_pooled_norm=True needs pooling='mean', got {self.pooling!r}",
         )
-        _require(
-            _is_count(self.num_classifier_layers) and 1 <= self.num_classifier_layers <= self.num_hidden_layers,
-            f"num_classifier_layers lies in 1 ... num_hidden_layers ({self.num_hidden_layers}), "
-            f"got {self.num_classifier_layers!r}",
-        )
+        layers = self.num_hidden_layers
+        is_depth = _is_count(self.num_classifier_layers) and 1 <= self.num_classifier_layers <= layers
+        self._expect("num_classifier_layers", is_depth, f"in 1 ... num_hidden_layers ({layers})")
         _require(
             self.num_classifier_layers == 1 or self.pooling in ("cls", "cls_mean"),
             f"num_classifier_layers={self.num_classifier_layers} concatenates class tokens: it needs pooling='cls' or "
@@ -680,16 +655,12 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
         )
 
     def _validate_added_registers(self):
-        count, gated = self.num_test_time_registers, self.num_gated_registers
-        _require(
-            _is_count(count) and 0 <= count <= self.num_register_tokens,
-            f"num_test_time_registers lies in 0 ... num_register_tokens ({self.num_register_tokens}), got {count!r}",
-        )
-        _require(
-            _is_count(gated) and 0 <= gated <= self.num_register_tokens - count,
-            f"num_gated_registers lies in 0 ... {self.num_register_tokens - count}, the registers without test-time "
-            f"registers, got {gated!r}",
-        )
+        count, gated, registers = self.num_test_time_registers, self.num_gated_registers, self.num_register_tokens
+        is_number = _is_count(count) and 0 <= count <= registers
+        self._expect("num_test_time_registers", is_number, f"in 0 ... num_register_tokens ({registers})")
+        is_number = _is_count(gated) and 0 <= gated <= registers - count
+        limits = f"in 0 ... {registers - count}, the registers without test-time registers"
+        self._expect("num_gated_registers", is_number, limits)
         _require(
             count > 0 or not self.register_neurons,
             "register_neurons need a register to move to: set num_test_time_registers=1",
@@ -702,7 +673,7 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
         for layer, units in self.register_neurons.items():
             _require(
                 layer.isdigit() and 1 <= int(layer) <= self.num_hidden_layers,
-                f"register_neurons: layers lie in 1 ... {self.num_hidden_layers}, got {layer!r}",
+                f"register_neurons: expected layers in 1 ... {self.num_hidden_layers}, got {layer!r}",
             )
             _require(
                 len(units) == len(set(units)) > 0
@@ -713,10 +684,8 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
 
     def _validate_positions(self):
         kind = self.position_embedding_type
-        _require(
-            kind in POSITION_EMBEDDINGS,
-            f"position_embedding_type is one of {', '.join(POSITION_EMBEDDINGS)}, got {kind!r}",
-        )
+        known = ", ".join(POSITION_EMBEDDINGS)
+        self._expect("position_embedding_type", kind in POSITION_EMBEDDINGS, f"to be one of {known}")
         _require(
             not self.has_prefix_positions or (kind in ("learned", "learned_rope") and self.has_cls_token),
             "has_prefix_positions=True needs position_embedding_type='learned' and has_cls_token=True",
@@ -739,17 +708,15 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
             _require(value is None or self.rope_style == "dinov3", f"{name}={value} needs rope_style='dinov3'")
         for name in ("rope_jitter", "rope_rescale"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, f"{name} is None or at least 1, got {value}")
+            self._expect(name, value is None or value >= 1, "to be None or at least 1")
         is_capi = self.rope_style == "capi"
         _require(
             self.rope_style == "dinov3" or self.has_rope,
             f"rope_style={self.rope_style!r} needs position_embedding_type='rope' or 'learned_rope'",
         )
         grid = self.rope_reference_grid
-        _require(
-            grid is None or (len(_pair(grid)) == 2 and all(_is_count(side) and side > 0 for side in _pair(grid))),
-            f"rope_reference_grid is None or a pair (rows, columns) of positive integers, got {grid!r}",
-        )
+        is_grid = grid is None or _are_sides(grid)
+        self._expect("rope_reference_grid", is_grid, "to be None or a pair (rows, columns) of positive integers")
         is_axial = self.rope_style == "axial"
         _require(
             is_axial or (grid is None and not self.rope_grid_offset),
@@ -761,10 +728,13 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
         )
         _require(
             not is_capi or self.num_register_tokens % 4 == 0,
-            f"rope_style='capi' puts a quarter of the registers on each side of the image: num_register_tokens is a "
-            f"multiple of 4, got {self.num_register_tokens}",
+            f"rope_style='capi' puts a quarter of the registers on each side of the image: expected "
+            f"num_register_tokens to be a multiple of 4, got {self.num_register_tokens}",
         )
-        _require(self.rope_theta > 0, f"rope_theta is positive, got {self.rope_theta}")
+        self._expect("rope_theta", self.rope_theta > 0, "to be positive")
+
+    def _expect(self, name, is_valid, wanted):
+        _require(is_valid, f"expected {name} {wanted}, got {getattr(self, name)!r}")
 
 
 def _pair(value):
@@ -773,6 +743,14 @@ def _pair(value):
 
 def _is_count(value):
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_positive(value):
+    return _is_count(value) and value > 0
+
+
+def _are_sides(value):
+    return len(_pair(value)) == 2 and all(map(_is_positive, _pair(value)))
 
 
 def _is_number(value):

@@ -66,11 +66,11 @@ class ViTWithRegistersDualEncoderConfig(PretrainedConfig):
     ):
         for name, value in (("vision_config", vision_config), ("text_config", text_config)):
             if not isinstance(value, (PretrainedConfig, dict, type(None))):
-                raise ValueError(f"{name} is a configuration or a dictionary of its fields, got {value!r}")
+                raise ValueError(f"expected {name} to be a configuration or a dictionary of its fields, got {value!r}")
         if not isinstance(projection_dim, int) or isinstance(projection_dim, bool) or projection_dim < 1:
-            raise ValueError(f"projection_dim is a positive integer, got {projection_dim!r}")
+            raise ValueError(f"expected projection_dim to be a positive integer, got {projection_dim!r}")
         if not isinstance(logit_scale_init_value, (int, float)) or not math.isfinite(logit_scale_init_value):
-            raise ValueError(f"logit_scale_init_value is a finite number, got {logit_scale_init_value!r}")
+            raise ValueError(f"expected logit_scale_init_value to be a finite number, got {logit_scale_init_value!r}")
         # Before the constructor of the library, which hands the attention back end on to both, and therefore copies.
         self.vision_config = _make_config(vision_config, default=ViTWithRegistersConfig.model_type)
         self.text_config = _make_config(text_config, default="clip_text_model")
@@ -187,9 +187,8 @@ class ViTWithRegistersDualEncoderModel(ViTWithRegistersMixin, PreTrainedModel):
         """
         if input_ids is None or pixel_values is None:
             raise ValueError(
-                "expected texts and images, got no "
-                f"{'pixel_values' if pixel_values is None else 'input_ids'}: for one of them alone use "
-                "get_text_features or get_image_features"
+                f"expected texts and images, got no {'pixel_values' if pixel_values is None else 'input_ids'}: for "
+                "one of them alone use get_text_features or get_image_features"
             )
         wanted = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         images = self.vision_model(pixel_values, **wanted, return_dict=True)

@@ -34,8 +34,7 @@ def check_model_name(name: str) -> str:
         if folder is None:
             raise ValueError(
                 f"{name}: expected a folder with a config.json, but it has no config.json. Convert a checkpoint of "
-                f"another "
-                f"library first: vitreg convert {name} NEW_FOLDER"
+                f"another library first: vitreg convert {name} NEW_FOLDER"
             )
         return os.fspath(folder) if folder != pathlib.Path(name) else name
     if path.exists():

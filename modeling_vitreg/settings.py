@@ -39,7 +39,7 @@ def check_values(kind: type, values: dict[str, Any], *, of: str) -> dict[str, An
     for name, value in values.items():
         name = renamed.get(name, name)
         if name not in fields:
-            raise ValueError(f"{of}: no value is called {name!r}; {suggest_name(name, fields)}")
+            raise ValueError(f"{of}: there is no value {name!r}; {suggest_name(name, fields)}")
         field = fields[name]
         default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
         is_text = default is None and isinstance(value, str) and str in typing.get_args(hints[name])
@@ -125,7 +125,7 @@ def make_keywords(function: Callable, values: dict[str, Any], *, of: str) -> dic
     }
     unknown = [name for name in values if name not in known]
     if unknown:
-        raise ValueError(f"{of}: no value is called {unknown[0]!r}; {suggest_name(unknown[0], known)}")
+        raise ValueError(f"{of}: there is no value {unknown[0]!r}; {suggest_name(unknown[0], known)}")
     is_text = {name: isinstance(value, str) and not isinstance(known[name], str) for name, value in values.items()}
     return {name: _number(value, f"{of}: {name}") if is_text[name] else value for name, value in values.items()}
 
@@ -142,24 +142,24 @@ def _fit(value: Any, default: Any, name: str) -> Any:
         return _number(value, name) if isinstance(value, str) else value
     if default == ():  # words, as many as there are
         if not isinstance(value, (list, tuple)):
-            raise ValueError(f"{name} is a list of words, got {value!r}")
+            raise ValueError(f"{name}: expected a list of words, got {value!r}")
         return tuple(map(str, value))
     if isinstance(default, tuple):
         if not isinstance(value, (list, tuple)) or len(value) != len(default):
-            raise ValueError(f"{name} has {len(default)} values such as {list(default)}, got {value!r}")
+            raise ValueError(f"{name}: expected {len(default)} values such as {list(default)}, got {value!r}")
         return tuple(_fit(part, like, name) for part, like in zip(value, default))
     # YAML 1.1 reads 1e-4 as text: the number is what is meant.
     if isinstance(default, (int, float)) and not isinstance(default, bool) and isinstance(value, str):
         value = _number(value, name)
     if isinstance(default, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
         if not math.isfinite(value):
-            raise ValueError(f"{name} is a finite number, got {value!r}")
+            raise ValueError(f"{name}: expected a finite number, got {value!r}")
         return float(value)
     if isinstance(default, int) and not isinstance(default, bool) and isinstance(value, float) and value.is_integer():
         return int(value)
     if type(value) is not type(default):
         example = "" if dataclasses.is_dataclass(default) else f" such as {default!r}"
-        raise ValueError(f"{name} is {type(default).__name__}{example}, got {value!r}")
+        raise ValueError(f"{name}: expected {type(default).__name__}{example}, got {value!r}")
     return value
 
 
@@ -167,5 +167,5 @@ def _number(text: str, name: str) -> int | float:
     try:
         value = float(text)
     except ValueError:
-        raise ValueError(f"{name} is a number, got {text!r}") from None
+        raise ValueError(f"{name}: expected a number, got {text!r}") from None
     return int(value) if value.is_integer() else value

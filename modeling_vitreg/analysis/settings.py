@@ -8,6 +8,7 @@ import numpy as np
 
 from modeling_vitreg.encoding import PassSettings
 from modeling_vitreg.omissions import Failures
+from modeling_vitreg.settings import expect
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,9 @@ class SurveySettings:
     is_strict: bool = False
 
     def __post_init__(self):
-        least = {"num_images": 1, "batch_size": 1, "image_size": 1, "num_attention_images": 0}
-        least |= {"num_ablation_images": 0, "num_edit_images": 0, "num_probe_images": 0, "num_shown": 0}
-        for name, smallest in least.items():
-            value = getattr(self, name)
-            if value is not None and value < smallest:
-                raise ValueError(f"expected {name} of {smallest} or more, got {value}")
+        counts = ("num_attention_images", "num_ablation_images", "num_edit_images", "num_probe_images", "num_shown")
+        expect(self, "", **dict.fromkeys(("num_images", "batch_size", "image_size"), "[1, inf)"))
+        expect(self, "", **dict.fromkeys(counts, "[0, inf)"))
         self.reading()  # which checks the others
 
     def reading(self) -> PassSettings:

@@ -232,8 +232,7 @@ def _code(model: pathlib.Path, settings: dict, files: dict[str, pathlib.Path]) -
     if not names:
         raise CardError(
             f"{model / 'config.json'}: has no auto_map to code in the folder, so it cannot be loaded without this "
-            f"package: save the "
-            "model with save_pretrained"
+            "package: save the model with save_pretrained"
         )
     found: set[str] = set()
     while names - found:

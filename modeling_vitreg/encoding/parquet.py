@@ -40,6 +40,7 @@ from modeling_vitreg.features import Encoder
 from modeling_vitreg.features.model_hash import hash_weights
 from modeling_vitreg.files import atomic_write, check_writable
 from modeling_vitreg.images import ImageSource, ImageStream
+from modeling_vitreg.settings import expect
 
 from .consumer import Consumer, EncodedBatch, Needs, Shard
 from .images import ImageReader
@@ -76,12 +77,7 @@ class EmbeddingSettings:
     shard_size: int | None = None
 
     def __post_init__(self):
-        for name in ("image_size", "shard_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"expected {name} of 1 or more, got {value}")
-        if self.patch_precision not in ("float16", "float32"):
-            raise ValueError(f"expected patch_precision float16 or float32, got {self.patch_precision!r}")
+        expect(self, "", image_size="[1, inf)", shard_size="[1, inf)", patch_precision=("float16", "float32"))
 
 
 def embed(

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Iterable
 
 from modeling_vitreg.images.annotations import NoteCounter
+from modeling_vitreg.settings import expect
 
 
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -43,12 +44,8 @@ class PassSettings:
     title: str | None = None
 
     def __post_init__(self):
-        for name, least in {"batch_size": 1, "workers": 0, "limit": 1, "shard_size": 1}.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"expected {name} of {least} or more, got {value}")
-        if self.precision is not None and self.precision not in PRECISIONS:
-            raise ValueError(f"expected a precision out of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        counts = dict.fromkeys(("batch_size", "limit", "shard_size"), "[1, inf)")
+        expect(self, "", **counts, workers="[0, inf)", precision=PRECISIONS)
 
 
 @dataclasses.dataclass

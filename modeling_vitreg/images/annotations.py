@@ -179,8 +179,7 @@ class _Frame:
             if not _has_aspect(stated, target):
                 raise Contradiction(
                     f"the annotation is for an image of {stated[0]} x {stated[1]} pixels, the image has "
-                    f"{self.size[0]} "
-                    f"x {self.size[1]}"
+                    f"{self.size[0]} x {self.size[1]}"
                 )
             notes.append(SCALED)
             boxes = boxes * np.tile(np.divide(target, stated), 2)

@@ -51,8 +51,7 @@ def open_hub(source: str, *, split: str, is_streaming: bool) -> OpenedDataset:
     if not (is_hub_known() or _is_cached(parts[0])):
         raise RuntimeError(
             f"open_images: {source!r} is not a local path, and the Hub did not answer: its address cannot be looked "
-            f"up."
-            f"{suggest(source)} If it is a dataset of the Hub, check the connection."
+            f"up.{suggest(source)} If it is a dataset of the Hub, check the connection."
         )
     try:
         builder = _find_builder(source)

@@ -17,12 +17,7 @@ if TYPE_CHECKING:
 
 
 LABEL_NAMES = ("label", "labels", "cls", "class", "category")
-_WORDS = (
-    "string",
-    "large_string",
-    "bool",
-    "float",
-)  # types of columns whose values are read before they count as classes
+_WORDS = ("string", "large_string", "bool", "float")  # types whose values are read before they count as classes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,5 +153,5 @@ def _clean(value: object) -> int | str | None:
     if isinstance(value, (str, bool)):
         return str(value).strip() or None
     if value != int(value):
-        raise ValueError(f"open_images: labels are words or whole numbers, got {value!r}")
+        raise ValueError(f"open_images: expected labels to be words or whole numbers, got {value!r}")
     return int(value) if value >= 0 else None

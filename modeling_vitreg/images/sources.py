@@ -226,7 +226,7 @@ class ImageStream(_Images):
     ):
         opened = dataset if isinstance(dataset, OpenedDataset) else OpenedDataset(dataset)
         if block_size < 1:
-            raise ValueError(f"ImageStream: block_size is a positive integer, got {block_size!r}.")
+            raise ValueError(f"ImageStream: expected block_size to be a positive integer, got {block_size!r}.")
         if opened.dataset.features is None:
             raise ValueError(
                 "ImageStream: expected a stream whose column types are known: pass `features` when you create it."
@@ -277,7 +277,7 @@ class ImageStream(_Images):
         from datasets.distributed import split_dataset_by_node
 
         if not 0 <= rank < num_processes:
-            raise ValueError(f"ImageStream: rank is in 0 ... {num_processes - 1}, got {rank!r}.")
+            raise ValueError(f"ImageStream: expected rank in 0 ... {num_processes - 1}, got {rank!r}.")
         owner = {"seed": seed, "rank": rank, "num_processes": num_processes}
         state = {**owner, "pass": 0, "block": 0, "offset": 0, "dataset": None} if state is None else state
         found = {name: state.get(name) for name in owner}

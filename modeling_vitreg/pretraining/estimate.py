@@ -190,7 +190,7 @@ def _check(recipe: Recipe, num_processes: int, micro_batch: int, precision: str)
     if num_processes < 1 or micro_batch < 1:
         raise ValueError(f"estimate: expected one or more processes and images, got {num_processes} and {micro_batch}")
     if precision not in PRECISIONS:
-        raise ValueError(f"estimate: precision is one of {', '.join(PRECISIONS)}, got {precision!r}")
+        raise ValueError(f"estimate: expected precision to be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if recipe.batch_size % (num_processes * micro_batch):
         raise ValueError(
             f"estimate: batch_size {recipe.batch_size} is not a multiple of {num_processes} processes x {micro_batch} "

@@ -34,6 +34,7 @@ from modeling_vitreg.files import atomic_folder, check_writable
 from modeling_vitreg.images import ImageSource, LabelledData
 from modeling_vitreg.modeling_vitreg import PROCESSOR_FILE
 from modeling_vitreg.reports import RetrofitReport, write_report
+from modeling_vitreg.settings import expect
 
 from .comparison import HeldOutData, compare_models
 from .page import REPORT_FILE, write_page
@@ -93,12 +94,8 @@ class RetrofitSettings:
     force: bool = False
 
     def __post_init__(self):
-        for name in ("num_registers", "num_units", "num_images", "image_size", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"expected {name} of 1 or more, got {value}")
-        if self.num_images < LEAST_IMAGES:
-            raise ValueError(f"expected num_images of {LEAST_IMAGES} or more, got {self.num_images}")
+        counts = dict.fromkeys(("num_registers", "num_units", "image_size", "batch_size"), "[1, inf)")
+        expect(self, "", num_images=f"[{LEAST_IMAGES}, inf)", **counts)
 
 
 def retrofit(

@@ -75,8 +75,9 @@ def stream_scenes(
 
 
 def _check_range(num_scenes: int, start: int) -> None:
-    require(is_count(num_scenes) and num_scenes > 0, f"num_scenes is a positive integer, got {num_scenes!r}")
-    require(is_count(start), f"start is 0 or a positive integer, got {start!r}")
+    is_positive = is_count(num_scenes) and num_scenes > 0
+    require(is_positive, f"expected num_scenes to be a positive integer, got {num_scenes!r}")
+    require(is_count(start), f"expected start to be 0 or a positive integer, got {start!r}")
 
 
 def _split(num_scenes: int, start: int) -> list[tuple[int, int]]:

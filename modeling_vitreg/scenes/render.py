@@ -14,7 +14,7 @@ def render_scene(index: int, *, settings: SceneSettings) -> Scene:
     Raises:
         ValueError: `index` is negative or not an integer.
     """
-    require(is_count(index), f"the index of a scene is 0 or a positive integer, got {index!r}")
+    require(is_count(index), f"expected the index of a scene to be 0 or a positive integer, got {index!r}")
     rng = np.random.default_rng((settings.seed, index))
     world = arrange(rng, settings)
     with np.errstate(all="ignore"):  # a ray that misses divides by zero, and then loses every comparison

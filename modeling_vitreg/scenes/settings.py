@@ -44,18 +44,18 @@ class SceneSettings:
     def __post_init__(self):
         require(
             len(self.shape) == 2 and all(is_count(side) and side >= 16 for side in self.shape),
-            f"image_size is a side or a pair (rows, columns) of at least 16 pixels, got {self.image_size!r}",
+            f"expected image_size to be a side or (rows, columns) of at least 16 pixels, got {self.image_size!r}",
         )
         require(
             max(self.shape) <= 4 * min(self.shape),
-            f"the longer side of image_size is at most 4 times the shorter, got {self.image_size!r}",
+            f"expected the longer side of image_size to be at most 4 times the shorter, got {self.image_size!r}",
         )
         require(
             is_count(self.max_objects) and 1 <= self.max_objects <= 8,
-            f"max_objects is an integer in 1 ... 8, got {self.max_objects!r}",
+            f"expected max_objects to be 1 ... 8, got {self.max_objects!r}",
         )
-        require(0.5 <= self.zoom <= 2, f"zoom is a number in 0.5 ... 2, got {self.zoom!r}")
-        require(is_count(self.seed), f"seed is 0 or a positive integer, got {self.seed!r}")
+        require(0.5 <= self.zoom <= 2, f"expected zoom in [0.5, 2], got {self.zoom!r}")
+        require(is_count(self.seed), f"expected seed to be 0 or a positive integer, got {self.seed!r}")
 
     @property
     def shape(self) -> tuple[int, ...]:

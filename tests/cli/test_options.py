@@ -146,7 +146,7 @@ def test_what_cannot_exist_is_answered_without_loading_anything(tmp_path, monkey
 BAD_VALUES = {
     "--batch-size": (-1, "Invalid value for '--batch-size'"),
     "--workers": (-1, "Invalid value for '--workers'"),
-    "--precision": ("bf16", "expected a precision out of float32, bfloat16, float16, got 'bf16'"),
+    "--precision": ("bf16", "expected precision to be one of float32, bfloat16, float16, got 'bf16'"),
     "--device": ("cuda:99", "--device cuda:99"),
 }
 BAD_OPTIONS = [
@@ -174,7 +174,7 @@ def test_every_verb_that_encodes_refuses_bad_values_before_work(tmp_path, verb, 
     [
         (["--batch-size", -1], "Invalid value for '--batch-size'"),
         (["--workers", -1], "Invalid value for '--workers'"),
-        (["--precision", "bf16"], "expected a precision out of float32, bfloat16, float16, got 'bf16'"),
+        (["--precision", "bf16"], "expected precision to be one of float32, bfloat16, float16, got 'bf16'"),
         (["--device", "cuda:99"], "--device cuda:99"),
         (["--seed", -1], "Invalid value for '--seed'"),
         (["--device", "gpu"], "expected cpu, cuda"),
@@ -205,7 +205,7 @@ def test_bad_values_are_answered_before_the_model_is_loaded(tmp_path, arguments,
     ("arguments", "words"),
     [
         (["--workers", -1], "Invalid value for '--workers'"),
-        (["--precision", "bf16"], "expected a precision out of float32, bfloat16, float16, got 'bf16'"),
+        (["--precision", "bf16"], "expected precision to be one of float32, bfloat16, float16, got 'bf16'"),
         (["--device", "cuda:99"], "--device cuda:99"),
     ],
 )

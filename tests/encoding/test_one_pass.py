@@ -199,7 +199,7 @@ def test_what_does_not_exist_is_refused_before_an_image_is_read():
     [
         ({"batch_size": -1}, "expected batch_size of 1 or more, got -1"),
         ({"workers": -1}, "expected workers of 0 or more, got -1"),
-        ({"precision": "bf16"}, "expected a precision out of float32, bfloat16, float16, got 'bf16'"),
+        ({"precision": "bf16"}, "expected precision to be one of float32, bfloat16, float16, got 'bf16'"),
     ],
 )
 def test_settings_out_of_range_are_refused(changes, words):

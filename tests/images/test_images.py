@@ -588,11 +588,11 @@ def test_a_stream_refuses_what_it_cannot_do(tmp_path):
     _, state = next(stream.examples(seed=0))
     with pytest.raises(ValueError, match=r"expected the state of \{'seed': 0, 'rank': 0, 'num_processes': 2\}"):
         stream.examples(seed=0, num_processes=2, state=state)
-    with pytest.raises(ValueError, match=r"rank is in 0 \.\.\. 1, got 2"):
+    with pytest.raises(ValueError, match=r"rank in 0 \.\.\. 1, got 2"):
         stream.examples(seed=0, rank=2, num_processes=2)
     with pytest.raises(RuntimeError, match="process 12 of 13 found no image"):
         next(stream.examples(seed=0, rank=12, num_processes=13))
-    with pytest.raises(ValueError, match="block_size is a positive integer, got 0"):
+    with pytest.raises(ValueError, match="block_size to be a positive integer, got 0"):
         open_images(folder, block_size=0)
 
 

@@ -146,8 +146,8 @@ def test_views_of_several_sizes_in_one_sequence_are_those_one_by_one(model):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_gated_registers": 5}, r"num_gated_registers lies in 0 \.\.\. 4, .*, got 5"),
-        ({"num_gated_registers": 4, "num_test_time_registers": 1}, r"lies in 0 \.\.\. 3"),
+        ({"num_gated_registers": 5}, r"num_gated_registers in 0 \.\.\. 4, .*, got 5"),
+        ({"num_gated_registers": 4, "num_test_time_registers": 1}, r"in 0 \.\.\. 3"),
         ({"num_gated_registers": True}, "got True"),
         (
             {"num_gated_registers": 4, "position_embedding_type": "rope", "rope_style": "capi"},

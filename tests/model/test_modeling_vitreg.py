@@ -151,7 +151,7 @@ def test_resizing_registers_keeps_precision_and_frozen_state(tiny):
     registers = model.embeddings.register_tokens.weight
     assert registers.dtype == torch.bfloat16
     assert not registers.requires_grad
-    with pytest.raises(ValueError, match=r"num_register_tokens is 0 or a positive integer, got -1"):
+    with pytest.raises(ValueError, match=r"num_register_tokens to be 0 or a positive integer, got -1"):
         model.resize_register_tokens(-1)
 
 

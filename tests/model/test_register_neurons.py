@@ -100,12 +100,12 @@ def test_the_gradient_reaches_every_parameter(tiny, randomise):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_test_time_registers": 5}, r"lies in 0 \.\.\. num_register_tokens \(4\), got 5"),
-        ({"num_test_time_registers": -1}, "lies in 0"),
-        ({"num_test_time_registers": True}, "lies in 0"),
+        ({"num_test_time_registers": 5}, r"in 0 \.\.\. num_register_tokens \(4\), got 5"),
+        ({"num_test_time_registers": -1}, "in 0"),
+        ({"num_test_time_registers": True}, "in 0"),
         ({"register_neurons": {1: [0]}}, "set num_test_time_registers=1"),
-        ({"num_test_time_registers": 1, "register_neurons": {0: [0]}}, r"layers lie in 1 \.\.\. 3, got '0'"),
-        ({"num_test_time_registers": 1, "register_neurons": {4: [0]}}, "layers lie in"),
+        ({"num_test_time_registers": 1, "register_neurons": {0: [0]}}, r"layers in 1 \.\.\. 3, got '0'"),
+        ({"num_test_time_registers": 1, "register_neurons": {4: [0]}}, "layers in"),
         ({"num_test_time_registers": 1, "register_neurons": {1: [128]}}, r"distinct units in 0 \.\.\. 127"),
         ({"num_test_time_registers": 1, "register_neurons": {1: [2, 2]}}, "distinct units"),
         ({"num_test_time_registers": 1, "register_neurons": {1: []}}, "distinct units"),

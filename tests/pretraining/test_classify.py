@@ -181,9 +181,9 @@ def test_a_distilled_student_learns_from_labels_and_from_the_teacher(make, tiny)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"class_names": ("one",)}, "class_names are two or more, got 1"),
+        ({"class_names": ("one",)}, "two or more class_names, got 1"),
         ({"loss": "hinge"}, "expected loss to be one of softmax, binary"),
-        ({"loss": "binary"}, "the binary loss needs smoothing 0, got 0.1"),
+        ({"loss": "binary"}, "smoothing 0 with the binary loss, got 0.1"),
         ({"distillation": "hard"}, "contradict each other: set both or neither"),
         ({"distillation": "hard", "teacher": "x"}, "set has_distillation_token=True"),
         ({"model": {"has_mask_token": True}}, "would not train a mask token"),

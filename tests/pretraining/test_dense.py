@@ -181,7 +181,7 @@ def test_a_probe_leaves_the_backbone_as_it_is_and_lora_is_merged(make, kind, tmp
         ("segment", {"num_classes": 0}, "expected class_names or num_classes, 2 to 255"),
         ("segment", {"class_names": ("a", "b")}, "got 2 names and num_classes 5"),
         ("segment", {"num_classes": 300}, "2 to 255 of them"),
-        ("segment", {"num_layers": 9}, r"num_layers is in 1 \.\.\. 4 for this model, got 9"),
+        ("segment", {"num_layers": 9}, r"num_layers in 1 \.\.\. 4, got 9"),
         ("depth", {"min_depth": 3.0, "max_depth": 2.0}, "min_depth < max_depth"),
         ("depth", {"lora_rank": 2, "freeze_backbone": True}, "expected lora_rank 0 with freeze_backbone, got 2"),
         ("depth", {"model": {"has_mask_token": True}}, "set has_mask_token=False"),

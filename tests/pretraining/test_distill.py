@@ -251,7 +251,7 @@ def test_a_run_goes_on_with_the_same_numbers_from_a_state_without_the_teacher(ma
         (
             {},
             {"patch_size": 14, "image_size": 56},
-            "global_size is a multiple of the patches of the teacher, (14, 14)",
+            "global_size to be a multiple of the patches of the teacher, (14, 14)",
         ),
     ],
 )
@@ -314,7 +314,7 @@ def test_a_teacher_that_does_not_fit_is_refused(recipe, tiny, tmp_path):
         make_objective(recipe)
     with pytest.raises(ValueError, match="neither a folder of a model nor on the Hub"):
         make_objective(recipe.with_changes({"settings.teacher": str(tmp_path / "nowhere")}))
-    with pytest.raises(ValueError, match="does not mask patches"):
+    with pytest.raises(ValueError, match="masks: expected none for the objective"):
         make_objective(recipe.with_changes({"masks.kind": "random", "masks.ratio": [0.5, 0.5], "masks.share": 1}))
 
     folder = tmp_path / "teacher"

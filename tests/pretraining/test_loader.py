@@ -326,14 +326,14 @@ def test_views_and_masks_of_unexpected_shapes_are_refused(tmp_path):
 def test_bad_numbers_are_refused(tmp_path):
     source = _open_folder(tmp_path / "set")
     cases = {
-        "micro_batch_size is a positive integer, got 0": {"micro_batch_size": 0},
-        "num_accumulations is a positive integer, got 1.5": {"num_accumulations": 1.5},
-        "num_processes is a positive integer, got -1": {"num_processes": -1},
-        "rank is in 0 ... 1, got 2": {"rank": 2, "num_processes": 2},
-        "seed is 0 or a positive integer, got None": {"seed": None},
-        "num_workers is 0 or a positive integer, got -1": {"num_workers": -1},
-        "first_step is 0 or a positive integer, got -3": {"first_step": -3},
-        "max_unreadable_share is in 0 ... 1, got 5": {"max_unreadable_share": 5},
+        "micro_batch_size to be a positive integer, got 0": {"micro_batch_size": 0},
+        "num_accumulations to be a positive integer, got 1.5": {"num_accumulations": 1.5},
+        "num_processes to be a positive integer, got -1": {"num_processes": -1},
+        "rank in 0 ... 1, got 2": {"rank": 2, "num_processes": 2},
+        "seed to be 0 or a positive integer, got None": {"seed": None},
+        "num_workers to be 0 or a positive integer, got -1": {"num_workers": -1},
+        "first_step to be 0 or a positive integer, got -3": {"first_step": -3},
+        r"max_unreadable_share in \[0, 1\], got 5": {"max_unreadable_share": 5},
     }
     for message, changes in cases.items():
         with pytest.raises(ValueError, match=message):

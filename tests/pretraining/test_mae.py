@@ -319,7 +319,7 @@ def test_uneven_masks_are_refused_on_their_way_to_the_device(make):
     masks[0, 0, :4] = masks[0, 1, :6] = True
     loaded = {"global_views": views, "masks": masks}
     place = {"device": torch.device("cpu"), "mean": [0.5] * 3, "std": [0.5] * 3}
-    with pytest.raises(ValueError, match="as many patches in every image, got 4 to 6"):
+    with pytest.raises(ValueError, match=r"as many hidden patches in every image .*, got 4 to 6"):
         objective.to_device(loaded, **place)
     masks[0, 0, 4:6] = True
     assert objective.to_device(loaded, **place)["masked_patches"].tolist() == [*range(6), *range(16, 22)]

@@ -103,7 +103,7 @@ def test_a_new_objective_has_an_estimate_and_a_sentence_and_a_citation_in_the_ca
 
 def test_what_an_objective_does_not_use_is_refused(toy):
     for changes, message in (
-        ({"masks.ratio": [0.2, 0.3]}, "'toy' does not mask patches"),
+        ({"masks.ratio": [0.2, 0.3]}, "none for the objective 'toy'"),
         ({"settings.scael": 1}, "did you mean 'scale'"),
         ({"crops.num_local": 1}, "takes one view"),
         ({"model.has_mask_token": True}, "would not train a mask token"),

@@ -199,8 +199,8 @@ def test_queries_and_keys_are_those_of_the_layers(tiny):
     [
         ("append_registers", {"registers_only": 1.5}, r"registers_only in \[0, 1\]"),
         ("append_registers", {"norm_weight": -1.0}, "expected norm_weight of 0 or more, got -1.0"),
-        ("append_registers", {"threshold": -1.0}, "layer and threshold are 0 or more"),
-        ("append_registers", {"layer": 9}, r"layer lies in 0 \.\.\. 3, got 9"),
+        ("append_registers", {"threshold": -1.0}, "layer and threshold of 0 or more"),
+        ("append_registers", {"layer": 9}, r"layer in 0 \.\.\. 3, got 9"),
         ("append_registers", {"num_registers": 0}, "trains gated registers, and the model has none"),
         ("distill_registers", {"num_registers": 0}, "trains registers, and the model has none"),
         ("distill_registers", {"num_copies": 0}, "expected num_copies of 1 or more"),
@@ -210,8 +210,8 @@ def test_queries_and_keys_are_those_of_the_layers(tiny):
         ("refine_registers", {"registers": "pixels"}, "expected registers to be one of tokens, ring, got 'pixels'"),
         ("refine_registers", {"fill": "white"}, "expected fill to be one of zero, rand, randn"),
         ("refine_registers", {"num_crops": 0}, "expected num_crops of 1 or more, got 0"),
-        ("refine_registers", {"hijack_layers": [2, 1]}, "a first and a last layer"),
-        ("refine_registers", {"hijack_layers": [2, 9]}, r"hijack_layers lie in 1 \.\.\. 3"),
+        ("refine_registers", {"hijack_layers": [2, 1]}, "first <= last in hijack_layers"),
+        ("refine_registers", {"hijack_layers": [2, 9]}, r"hijack_layers in 1 \.\.\. 3"),
     ],
 )
 def test_contradictions_are_refused(make, kind, changes, message):

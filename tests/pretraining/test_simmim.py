@@ -199,5 +199,5 @@ def test_a_recipe_builds_it_with_a_mask_token_and_refuses_settings():
     objective = make_objective(recipe)
     assert isinstance(objective, SimMIM)
     objective(make_batch(), step=0)["total"].backward()
-    with pytest.raises(ValueError, match="'simmim' takes none, got decoder_width"):
+    with pytest.raises(ValueError, match="none for the objective 'simmim', got decoder_width"):
         make_objective(recipe.with_changes({"settings.decoder_width": 64}))

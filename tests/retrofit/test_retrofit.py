@@ -240,7 +240,7 @@ def test_an_output_that_is_not_empty_is_kept(tmp_path):
 
 @pytest.mark.parametrize("name", ["num_registers", "num_units", "num_images", "image_size", "batch_size"])
 def test_settings_are_checked(name):
-    with pytest.raises(ValueError, match=f"expected {name} of 1 or more, got 0"):
+    with pytest.raises(ValueError, match=f"expected {name} of {16 if name == 'num_images' else 1} or more, got 0"):
         RetrofitSettings(**{name: 0})
 
 

@@ -272,13 +272,13 @@ def test_images_may_be_small_or_not_square(size):
     ("arguments", "message"),
     [
         ({"image_size": 8}, "at least 16 pixels, got 8"),
-        ({"image_size": (64,)}, r"a pair \(rows, columns\)"),
+        ({"image_size": (64,)}, r"a side or \(rows, columns\)"),
         ({"image_size": 64.0}, "got 64.0"),
         ({"image_size": (16, 128)}, "at most 4 times the shorter"),
-        ({"max_objects": 0}, r"max_objects is an integer in 1 \.\.\. 8, got 0"),
+        ({"max_objects": 0}, r"max_objects to be 1 \.\.\. 8, got 0"),
         ({"max_objects": 9}, "got 9"),
-        ({"zoom": 3}, r"zoom is a number in 0.5 \.\.\. 2, got 3"),
-        ({"seed": -1}, "seed is 0 or a positive integer, got -1"),
+        ({"zoom": 3}, r"zoom in \[0.5, 2\], got 3"),
+        ({"seed": -1}, "seed to be 0 or a positive integer, got -1"),
     ],
 )
 def test_settings_outside_their_range_are_refused(arguments, message):
@@ -287,13 +287,13 @@ def test_settings_outside_their_range_are_refused(arguments, message):
 
 
 def test_counts_and_indices_outside_their_range_are_refused():
-    with pytest.raises(ValueError, match="the index of a scene is 0 or a positive integer, got -1"):
+    with pytest.raises(ValueError, match="the index of a scene to be 0 or a positive integer, got -1"):
         render_scene(-1, settings=SMALL)
-    with pytest.raises(ValueError, match="num_scenes is a positive integer, got -3"):
+    with pytest.raises(ValueError, match="num_scenes to be a positive integer, got -3"):
         make_scenes_dataset(-3, settings=SMALL)
-    with pytest.raises(ValueError, match="num_scenes is a positive integer, got 0"):
+    with pytest.raises(ValueError, match="num_scenes to be a positive integer, got 0"):
         stream_scenes(settings=SMALL, num_scenes=0)
-    with pytest.raises(ValueError, match="start is 0 or a positive integer, got -2"):
+    with pytest.raises(ValueError, match="start to be 0 or a positive integer, got -2"):
         make_scenes_dataset(3, settings=SMALL, start=-2)
 
 

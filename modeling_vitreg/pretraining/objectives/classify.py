@@ -66,8 +66,8 @@ class ClassificationSettings(AdaptationSettings):
         expect(self, "settings", mixup="[0, inf)", cutmix="[0, inf)", temperature="(0, inf)")
         if self.loss == "binary" and self.smoothing:
             raise ValueError(
-                f"settings: the binary loss needs smoothing 0, got {self.smoothing}: with smoothing, "
-                f"every class would be a target"
+                f"settings: expected smoothing 0 with the binary loss, got {self.smoothing}: with smoothing, every "
+                "class would be a target"
             )
         if (self.distillation != "none") != bool(self.teacher):
             raise ValueError(
@@ -112,7 +112,7 @@ class Classification(HeadObjective):
             check_teacher_channels(teacher, backbone)
         num_classes = len(settings.class_names)
         if num_classes < 2:
-            raise ValueError(f"settings: class_names are two or more, got {num_classes}: the data needs labels")
+            raise ValueError(f"settings: expected two or more class_names, got {num_classes}: the data needs labels")
         self.model = _make_classifier(backbone, settings)
         self.adapt_backbone()
         self.ema_model = make_ema_model(self.model) if settings.ema_decay else None

@@ -80,7 +80,7 @@ class CLIPSettings(AdaptationSettings):
         if not (self.words or self.tokenizer):
             raise ValueError("settings: expected words (taken from the captions) or a tokenizer, got neither")
         if "{}" not in self.prompt:
-            raise ValueError(f"settings: prompt needs {{}} in place of the class name, got {self.prompt!r}")
+            raise ValueError(f"settings: expected prompt to hold {{}} in place of the class name, got {self.prompt!r}")
 
 
 class CLIP(HeadObjective):

@@ -111,7 +111,7 @@ class DensePrediction(HeadObjective):
         super().__init__(backbone, crops, num_steps=num_steps, processes=processes)
         depth = backbone.config.num_hidden_layers
         if not 1 <= settings.num_layers <= depth:
-            raise ValueError(f"settings: num_layers is in 1 ... {depth} for this model, got {settings.num_layers}")
+            raise ValueError(f"settings: expected num_layers in 1 ... {depth}, got {settings.num_layers}")
         self.settings = settings
         backbone.config.out_indices = self._choose_layers(depth)
         self.model = self._make_model(backbone)

@@ -244,6 +244,6 @@ def _check_networks(backbone: ViTWithRegistersModel, teacher: ViTWithRegistersMo
             )
         if any(crops.global_size % side for side in config.patch_shape):
             raise ValueError(
-                f"crops: global_size is a multiple of the patches of the {name}, {config.patch_shape}, got "
-                f"{crops.global_size}: change crops.global_size, student or teacher"
+                f"crops: expected global_size to be a multiple of the patches of the {name}, {config.patch_shape}, "
+                f"got {crops.global_size}: change crops.global_size, student or teacher"
             )

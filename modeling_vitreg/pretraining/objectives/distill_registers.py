@@ -16,6 +16,8 @@ import dataclasses
 import torch.nn.functional as F
 from torch import Tensor
 
+from modeling_vitreg.settings import expect
+
 from .objective import Panel
 from .retrofitting import AverageSettings, RetrofitObjective, cosine_distance, train_only
 
@@ -36,8 +38,7 @@ class DistillRegistersSettings(AverageSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.num_layers < 0:
-            raise ValueError(f"settings: expected num_layers of 0 or more, got {self.num_layers}")
+        expect(self, "settings", num_layers="[0, inf)")
 
 
 class DistillRegisters(RetrofitObjective):

@@ -126,8 +126,8 @@ class MAE(Objective):
         low, high = batch["masks"].sum(dim=-1).aminmax()
         if low != high:
             raise ValueError(
-                f"the MAE objective expects masks with as many patches in every image, got {low} to {high}: draw them "
-                f"with kind 'random'"
+                f"masks: expected as many hidden patches in every image for the MAE objective, got {low} to {high}: "
+                "draw them with kind 'random'"
             )
         return super().to_device(batch, device=device, mean=mean, std=std)
 
@@ -253,9 +253,8 @@ def _gather(tokens: Tensor, places: Tensor) -> Tensor:
 def _check_masks(masks: MaskSettings) -> None:
     if masks.kind != "random" or masks.share != 1 or not masks.ratio[0] > 0:
         raise ValueError(
-            f"the MAE objective hides the same number of patches of every image: expected masks such as "
-            f"kind='random', ratio=(0.75, 0.75), share=1, got kind={masks.kind!r}, ratio={masks.ratio}, "
-            f"share={masks.share}"
+            "the MAE objective hides the same number of patches of every image: expected masks such as kind='random', "
+            f"ratio=(0.75, 0.75), share=1, got kind={masks.kind!r}, ratio={masks.ratio}, share={masks.share}"
         )
 
 

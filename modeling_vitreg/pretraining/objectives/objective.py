@@ -152,13 +152,14 @@ class Objective(nn.Module, abc.ABC):
             arguments["masks"] = recipe.masks
         elif recipe.masks != MaskSettings():
             raise ValueError(
-                f"masks: the objective {recipe.objective!r} does not mask patches, got {recipe.masks}: remove masks"
+                f"masks: expected none for the objective {recipe.objective!r}, got {recipe.masks}: remove masks"
             )
         if cls.settings_class is not None:
             arguments["settings"] = make_settings(cls.settings_class, recipe.settings, of="settings")
         elif recipe.settings:
             raise ValueError(
-                f"settings: the objective {recipe.objective!r} takes none, got {', '.join(recipe.settings)}: remove"
+                f"settings: expected none for the objective {recipe.objective!r}, got {', '.join(recipe.settings)}: "
+                "remove them"
             )
         return arguments
 

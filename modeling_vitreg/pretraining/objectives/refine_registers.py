@@ -89,7 +89,7 @@ class RefineSettings(OriginalSettings):
         counts = dict.fromkeys(("ring_factor", "num_crops", "lora_rank"), "[1, inf)")
         expect(self, "settings", registers=KINDS, fill=FILLS, **counts)
         if len(self.hijack_layers) != 2 or not 0 <= self.hijack_layers[0] <= self.hijack_layers[1]:
-            raise ValueError(f"settings: hijack_layers is a first and a last layer, got {self.hijack_layers}")
+            raise ValueError(f"settings: expected 0 <= first <= last in hijack_layers, got {self.hijack_layers}")
 
 
 class RefineRegisters(RetrofitObjective):
@@ -117,7 +117,7 @@ class RefineRegisters(RetrofitObjective):
             )
         if settings.hijack_layers[1] > len(backbone.layers):
             raise ValueError(
-                f"settings: hijack_layers lie in 1 ... {len(backbone.layers)}, got {settings.hijack_layers}"
+                f"settings: expected hijack_layers in 1 ... {len(backbone.layers)}, got {settings.hijack_layers}"
             )
         gates = [layer.attention.register_gates for layer in backbone.layers]
         train_only(backbone, *([registers, *gates] if settings.registers == "tokens" else []))

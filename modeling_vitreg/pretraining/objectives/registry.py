@@ -33,8 +33,9 @@ def objective_class(name: str) -> type[Objective]:
         ValueError: no objective has this name.
     """
     if name not in OBJECTIVES:
+        known = ", ".join(OBJECTIVES)
         raise ValueError(
-            f"recipe: objective is one of {', '.join(OBJECTIVES)}, got {name!r}; {suggest_name(name, OBJECTIVES)}"
+            f"recipe: expected objective to be one of {known}, got {name!r}; {suggest_name(name, OBJECTIVES)}"
         )
     module, _, attribute = OBJECTIVES[name].partition(":")
     return getattr(importlib.import_module(module), attribute)

@@ -40,8 +40,8 @@ class OriginalSettings:
     def __post_init__(self):
         if self.layer < 0 or self.threshold < 0:
             raise ValueError(
-                f"settings: layer and threshold are 0 or more, got {self.layer} and {self.threshold}: let `retrofit` "
-                "find them, or set both"
+                f"settings: expected layer and threshold of 0 or more, got {self.layer} and {self.threshold}: let "
+                "`retrofit` find them, or set both"
             )
         expect(self, "settings", **{name: "[0, inf)" for name in vars(self) if name.endswith("_weight")})
 
@@ -105,7 +105,7 @@ class RetrofitObjective(Objective):
                 )
         if settings.layer > backbone.config.num_hidden_layers:
             raise ValueError(
-                f"settings: layer lies in 0 ... {backbone.config.num_hidden_layers}, got {settings.layer}"
+                f"settings: expected layer in 0 ... {backbone.config.num_hidden_layers}, got {settings.layer}"
             )
         self.settings, self.white = settings, white
         self.backbone = backbone

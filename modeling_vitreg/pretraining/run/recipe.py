@@ -148,7 +148,7 @@ class Recipe:
                 if not isinstance(inner, dict):
                     raise ValueError(f"recipe: {name}: {part} is a single value; {suggest_name(part, values)}")
             if inner is values and last not in values:
-                raise ValueError(f"recipe: no value is called {last!r}; {suggest_name(last, values)}")
+                raise ValueError(f"recipe: there is no value {last!r}; {suggest_name(last, values)}")
             inner[last] = value
         return make_recipe(values)
 

@@ -69,8 +69,8 @@ def _make_mesh(device: str, kind: str) -> DeviceMesh:
     per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 0))
     if per_machine < 1 or num_processes % per_machine:
         raise RuntimeError(
-            f"--shard hybrid needs the same number of processes on every machine, got {num_processes} processes and "
-            f"LOCAL_WORLD_SIZE={per_machine or 'unset'}: start them with `accelerate launch` or "
+            f"--shard hybrid: expected the same number of processes on every machine, got {num_processes} processes "
+            f"and LOCAL_WORLD_SIZE={per_machine or 'unset'}: start them with `accelerate launch` or "
             "`python -m torch.distributed.run`"
         )
     return init_device_mesh(device, (num_processes // per_machine, per_machine), mesh_dim_names=("replicate", "shard"))

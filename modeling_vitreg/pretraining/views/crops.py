@@ -74,17 +74,16 @@ class CropSettings:
         for name in ("global_scale", "local_scale"):
             low, high = getattr(self, name)
             if not 0 < low <= high <= 1:
-                raise ValueError(
-                    f"crops: {name} is two fractions of the image area, 0 < low <= high <= 1, got {(low, high)}"
-                )
+                wanted = "two fractions of the image area, 0 < low <= high <= 1"
+                raise ValueError(f"crops: expected {name} to be {wanted}, got {(low, high)}")
         if not 0 < self.zoom[0] <= self.zoom[1]:
-            raise ValueError(f"crops: zoom is two factors, 0 < low <= high, got {self.zoom}")
+            raise ValueError(f"crops: expected zoom to be two factors, 0 < low <= high, got {self.zoom}")
         counts = dict.fromkeys(("num_global", "global_size", "local_size"), "[1, inf)")
         expect(self, "crops", num_local="[0, inf)", cut=CUTS, color_augmentation=COLOURS, **counts)
         if len(self.color_jitter) != 4 or len(self.blur) != 3:
             raise ValueError(
-                f"crops: color_jitter has 4 values (brightness, contrast, saturation, hue) and blur 3 (first global "
-                f"view, other global views, local views), got {self.color_jitter} and {self.blur}"
+                "crops: expected 4 values in color_jitter (brightness, contrast, saturation, hue) and 3 in blur "
+                f"(first global view, other global views, local views), got {self.color_jitter} and {self.blur}"
             )
         probabilities = ("flip", "color_jitter_probability", "gray", "solarize", "blur")
         expect(self, "crops", **dict.fromkeys(probabilities, "[0, 1]"))

@@ -102,11 +102,12 @@ class ViewLoader:
     ):
         counts = {"micro_batch_size": micro_batch_size, "num_accumulations": num_accumulations}
         for name, count in (counts | {"num_repeats": num_repeats, "num_processes": num_processes}).items():
-            require(_is_count(count) and count > 0, f"{name} is a positive integer, got {count!r}")
+            require(_is_count(count) and count > 0, f"expected {name} to be a positive integer, got {count!r}")
         for name, count in {"seed": seed, "num_workers": num_workers, "first_step": first_step}.items():
-            require(_is_count(count), f"{name} is 0 or a positive integer, got {count!r}")
-        require(_is_count(rank) and rank < num_processes, f"rank is in 0 ... {num_processes - 1}, got {rank!r}")
-        require(0 <= max_unreadable_share <= 1, f"max_unreadable_share is in 0 ... 1, got {max_unreadable_share!r}")
+            require(_is_count(count), f"expected {name} to be 0 or a positive integer, got {count!r}")
+        require(_is_count(rank) and rank < num_processes, f"expected rank in 0 ... {num_processes - 1}, got {rank!r}")
+        share = max_unreadable_share
+        require(0 <= share <= 1, f"expected max_unreadable_share in [0, 1], got {share!r}")
         self._stream = source if isinstance(source, ImageStream) else None
         require(self._stream is not None or len(source) > 0, "the source holds no images")
         self._source = source
