@@ -10,18 +10,17 @@ Source: DeiT-III, Touvron et al. 2022, arXiv 2204.07118; DeiT, Touvron et al. 20
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from modeling_vitreg.distributed import SINGLE_PROCESS, DistributedContext
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersForImageClassification, ViTWithRegistersModel
 from modeling_vitreg.settings import expect
 
 from ..run.recipe import Recipe
-from ..views.crops import CropSettings
 from .adaptation import AdaptationSettings
 from .ema import make_ema_model, update_ema
 from .head_objective import HeadObjective, name_classes
@@ -81,7 +80,6 @@ class Classification(HeadObjective):
 
     Args:
         backbone: with a distillation token if there is a teacher.
-        settings: settings of the objective.
         crops: one global view.
         teacher: images (B, 3, h, w) to logits (B, C), without gradient; None without distillation.
 
@@ -96,18 +94,9 @@ class Classification(HeadObjective):
     metrics = ("accuracy",)
     panels = (*Objective.panels, Panel("Accuracy on evaluation images", {"accuracy": "classifier"}, unit="%"))
 
-    def __init__(
-        self,
-        backbone: ViTWithRegistersModel,
-        *,
-        settings: ClassificationSettings,
-        crops: CropSettings,
-        teacher: nn.Module | None = None,
-        num_steps: int,
-        processes: DistributedContext = SINGLE_PROCESS,
-    ):
-        super().__init__(backbone, crops, num_steps=num_steps, processes=processes)
-        self.settings = settings
+    def __init__(self, backbone: ViTWithRegistersModel, *, teacher: nn.Module | None = None, **options: Any):
+        super().__init__(backbone, **options)
+        settings = self.settings
         if teacher is not None:
             check_teacher_channels(teacher, backbone)
         num_classes = len(settings.class_names)

@@ -15,6 +15,7 @@ import json
 import math
 import pathlib
 import re
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,6 @@ from modeling_vitreg.dual_encoder_vitreg import (
 )
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersModel
 
-from ..views.crops import CropSettings
 from .adaptation import AdaptationSettings
 from .head_objective import HeadObjective
 from .objective import DataSummary, Objective, Panel
@@ -88,7 +88,6 @@ class CLIP(HeadObjective):
 
     Args:
         backbone: the image tower.
-        settings: settings of the objective.
         crops: one global view.
 
     Raises:
@@ -102,17 +101,9 @@ class CLIP(HeadObjective):
     metrics = ("zero_shot",)
     panels = (*Objective.panels, Panel("Accuracy on evaluation images", {"zero_shot": "zero-shot"}, unit="%"))
 
-    def __init__(
-        self,
-        backbone: ViTWithRegistersModel,
-        *,
-        settings: CLIPSettings,
-        crops: CropSettings,
-        num_steps: int,
-        processes: DistributedContext = SINGLE_PROCESS,
-    ):
-        super().__init__(backbone, crops, num_steps=num_steps, processes=processes)
-        self.settings = settings
+    def __init__(self, backbone: ViTWithRegistersModel, **options: Any):
+        super().__init__(backbone, **options)
+        settings = self.settings
         self.make_text = CaptionTokens(make_tokenizer(settings), settings.num_tokens)
         text = _make_text_model(settings, self.make_text.tokenizer)
         config = ViTWithRegistersDualEncoderConfig(

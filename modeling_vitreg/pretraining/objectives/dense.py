@@ -13,12 +13,12 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modeling_vitreg.distributed import SINGLE_PROCESS, DistributedContext
 from modeling_vitreg.metrics import DEPTH_ERRORS, check_masks, depth_errors, measure_areas
 from modeling_vitreg.modeling_vitreg import (
     ViTWithRegistersForDepthEstimation,
@@ -27,7 +27,7 @@ from modeling_vitreg.modeling_vitreg import (
     scale_invariant_loss,
 )
 
-from ..views.crops import IGNORED, CropSettings
+from ..views.crops import IGNORED
 from .adaptation import AdaptationSettings
 from .head_objective import HeadObjective, name_classes
 from .objective import TARGETS, DataSummary, Objective, Panel
@@ -90,7 +90,6 @@ class DensePrediction(HeadObjective):
 
     Args:
         backbone: without a mask token.
-        settings: settings of the objective.
         crops: one global view.
 
     Raises:
@@ -99,20 +98,11 @@ class DensePrediction(HeadObjective):
 
     target_dtype: torch.dtype
 
-    def __init__(
-        self,
-        backbone: ViTWithRegistersModel,
-        *,
-        settings: SegmentationSettings | DepthSettings,
-        crops: CropSettings,
-        num_steps: int,
-        processes: DistributedContext = SINGLE_PROCESS,
-    ):
-        super().__init__(backbone, crops, num_steps=num_steps, processes=processes)
-        depth = backbone.config.num_hidden_layers
-        if not 1 <= settings.num_layers <= depth:
-            raise ValueError(f"settings: expected num_layers in 1 ... {depth}, got {settings.num_layers}")
-        self.settings = settings
+    def __init__(self, backbone: ViTWithRegistersModel, **options: Any):
+        super().__init__(backbone, **options)
+        depth, num_layers = backbone.config.num_hidden_layers, self.settings.num_layers
+        if not 1 <= num_layers <= depth:
+            raise ValueError(f"settings: expected num_layers in 1 ... {depth}, got {num_layers}")
         backbone.config.out_indices = self._choose_layers(depth)
         self.model = self._make_model(backbone)
         for name in getattr(self.model, "_ddp_params_and_buffers_to_ignore", ()):  # a norm that the head does not read

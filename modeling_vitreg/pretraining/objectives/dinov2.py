@@ -8,18 +8,16 @@ Source: Oquab et al. 2023, arXiv 2304.07193; Zhou et al. 2021, arXiv 2111.07832;
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from modeling_vitreg.distributed import SINGLE_PROCESS, DistributedContext
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersModel
 from modeling_vitreg.settings import expect
 
 from ..monitoring.instruments import entropy, entropy_of_mean
 from ..run.schedules import cosine, linear
-from ..views.crops import CropSettings
-from ..views.masking import MaskSettings
 from ..views.packing import encode_views
 from .ema import make_ema_model, update_ema
 from .heads import PrototypeHead
@@ -71,7 +69,6 @@ class DINOv2(Objective):
 
     Args:
         backbone: the student's, with class token and mask token.
-        settings: settings of the objective.
         crops: at least two global views, or one and local ones.
         masks: masks of the student's global views.
 
@@ -96,18 +93,9 @@ class DINOv2(Objective):
     )
     needs_cls_token = needs_mask_token = needs_normed_tokens = has_masks = True
 
-    def __init__(
-        self,
-        backbone: ViTWithRegistersModel,
-        *,
-        settings: DINOv2Settings,
-        crops: CropSettings,
-        masks: MaskSettings,
-        num_steps: int,
-        processes: DistributedContext = SINGLE_PROCESS,
-    ):
-        super().__init__(backbone, crops, num_steps=num_steps, processes=processes)
-        self.settings, self.masks = settings, masks
+    def __init__(self, backbone: ViTWithRegistersModel, **options: Any):
+        super().__init__(backbone, **options)
+        settings = self.settings
         self.num_prototypes = settings.num_prototypes
         width = backbone.config.hidden_size
         heads = {

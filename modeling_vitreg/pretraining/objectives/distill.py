@@ -17,12 +17,12 @@ Source: Oquab et al. 2023, arXiv 2304.07193, section 5; Ranzinger et al. 2023, a
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modeling_vitreg.distributed import SINGLE_PROCESS, DistributedContext
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersModel
 from modeling_vitreg.settings import expect
 
@@ -69,7 +69,6 @@ class Distillation(Objective):
     Args:
         backbone: the student's, with a class token and without a mask token.
         teacher: with a class token; it is made to evaluate and to need no gradient.
-        settings: settings of the objective.
         crops: any number of views; the patches of both models divide the global ones.
 
     Raises:
@@ -82,19 +81,9 @@ class Distillation(Objective):
     panels = (Panel("Loss", {"total": "total", "class_distance": "class token", "patch_distance": "patches"}),)
     has_external_teacher = True
 
-    def __init__(
-        self,
-        backbone: ViTWithRegistersModel,
-        *,
-        teacher: ViTWithRegistersModel,
-        settings: DistillationSettings,
-        crops: CropSettings,
-        num_steps: int,
-        processes: DistributedContext = SINGLE_PROCESS,
-    ):
-        super().__init__(backbone, crops, num_steps=num_steps, processes=processes)
-        _check_networks(backbone, teacher, crops)
-        self.settings = settings
+    def __init__(self, backbone: ViTWithRegistersModel, *, teacher: ViTWithRegistersModel, **options: Any):
+        super().__init__(backbone, **options)
+        _check_networks(backbone, teacher, self.crops)
         width, target_width = backbone.config.hidden_size, teacher.config.hidden_size
         self.student = nn.ModuleDict(
             {

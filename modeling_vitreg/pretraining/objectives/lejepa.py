@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,6 @@ from modeling_vitreg.images.sources import derive_seed
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersModel
 from modeling_vitreg.settings import expect
 
-from ..views.crops import CropSettings
 from ..views.packing import encode_views
 from .heads import SyncedBatchNorm
 from .losses import characteristic_function
@@ -59,7 +59,6 @@ class LeJEPA(Objective):
 
     Args:
         backbone: a model with a class token.
-        settings: settings of the objective.
         crops: two views of an image or more, at least one of them global.
 
     Raises:
@@ -75,22 +74,14 @@ class LeJEPA(Objective):
     )
     needs_cls_token = needs_normed_tokens = True
 
-    def __init__(
-        self,
-        backbone: ViTWithRegistersModel,
-        crops: CropSettings,
-        *,
-        settings: LeJEPASettings,
-        num_steps: int,
-        processes: DistributedContext = SINGLE_PROCESS,
-    ):
-        super().__init__(backbone, crops, num_steps=num_steps, processes=processes)
-        if crops.num_global + crops.num_local < 2:
+    def __init__(self, backbone: ViTWithRegistersModel, **options: Any):
+        super().__init__(backbone, **options)
+        if self.crops.num_global + self.crops.num_local < 2:
             raise ValueError(
                 "the LeJEPA objective compares views of an image: expected two or more, got num_global=1 and "
                 "num_local=0 in crops"
             )
-        self.backbone, self.settings = backbone, settings
+        self.backbone, settings, processes = backbone, self.settings, self.processes
         widths = backbone.config.hidden_size, settings.hidden_width, settings.hidden_width
         hidden = [
             module

@@ -10,17 +10,16 @@ Source: He et al. 2021, arXiv 2111.06377.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from modeling_vitreg.configuration_vitreg import ViTWithRegistersConfig
-from modeling_vitreg.distributed import SINGLE_PROCESS, DistributedContext
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersLayer, ViTWithRegistersModel
 from modeling_vitreg.positions_vitreg import sincos_position_table
 from modeling_vitreg.settings import expect
 
-from ..views.crops import CropSettings
 from ..views.masking import MaskSettings
 from .objective import Objective
 
@@ -55,7 +54,6 @@ class MAE(Objective):
 
     Args:
         backbone: the encoder, without a mask token.
-        settings: settings of the objective.
         crops: one global view.
         masks: "random", so that each image hides the same number of patches.
 
@@ -68,23 +66,13 @@ class MAE(Objective):
     settings_class = MAESettings
     needs_normed_tokens = has_masks = has_single_view = True
 
-    def __init__(
-        self,
-        backbone: ViTWithRegistersModel,
-        *,
-        settings: MAESettings,
-        crops: CropSettings,
-        masks: MaskSettings,
-        num_steps: int,
-        processes: DistributedContext = SINGLE_PROCESS,
-    ):
-        super().__init__(backbone, crops, num_steps=num_steps, processes=processes)
-        _check_masks(masks)
+    def __init__(self, backbone: ViTWithRegistersModel, **options: Any):
+        super().__init__(backbone, **options)
+        _check_masks(self.masks)
         _check_config(backbone.config)
-        self.settings, self.masks = settings, masks
         self.backbone = backbone
-        grid = tuple(crops.global_size // side for side in backbone.config.patch_shape)
-        self.decoder = MAEDecoder(backbone.config, grid=grid, settings=settings)
+        grid = tuple(self.crops.global_size // side for side in backbone.config.patch_shape)
+        self.decoder = MAEDecoder(backbone.config, grid=grid, settings=self.settings)
 
     @property
     def encoder(self) -> ViTWithRegistersModel:
@@ -175,7 +163,6 @@ class MAEDecoder(nn.Module):
     Args:
         config: configuration of the encoder.
         grid: rows and columns of the patches.
-        settings: settings of the objective.
     """
 
     def __init__(self, config: ViTWithRegistersConfig, *, grid: tuple, settings: MAESettings):

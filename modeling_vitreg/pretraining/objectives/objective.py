@@ -64,6 +64,8 @@ class Objective(nn.Module, abc.ABC):
         backbone: the model that learns.
         crops: views of an image.
         num_steps: steps of the run; schedules of the objective end there.
+        settings: of `settings_class`.
+        masks: masks of the views, if `has_masks`.
         processes: processes that share a batch.
 
     Attributes:
@@ -96,7 +98,6 @@ class Objective(nn.Module, abc.ABC):
     has_masks = has_single_view = has_head = has_external_teacher = False
 
     make_text: Callable[[str], Tensor] | None = None  # caption of an image to tokens
-    masks: MaskSettings | None = None
     num_prototypes: int | None = None
 
     def __init__(
@@ -105,11 +106,14 @@ class Objective(nn.Module, abc.ABC):
         crops: CropSettings,
         *,
         num_steps: int,
+        settings: Any = None,
+        masks: MaskSettings | None = None,
         processes: DistributedContext = SINGLE_PROCESS,
     ):
         super().__init__()
         self._check(backbone, crops)
         self.crops, self.num_steps, self.processes = crops, num_steps, processes
+        self.settings, self.masks = settings, masks
 
     def _check(self, backbone: ViTWithRegistersModel, crops: CropSettings) -> None:
         config, name = backbone.config, type(self).__name__

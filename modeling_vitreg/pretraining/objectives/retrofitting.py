@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from modeling_vitreg.distributed import SINGLE_PROCESS, DistributedContext
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersModel
 from modeling_vitreg.modes import eval_mode
 from modeling_vitreg.settings import expect
 
 from ..run.recipe import Recipe
-from ..views.crops import CropSettings
 from .adaptation import merge_lora
 from .objective import Objective, compile_layers
 from .shift_average import average_patches, draw_copies
@@ -72,7 +71,6 @@ class RetrofitObjective(Objective):
     Args:
         backbone: the original with added registers.
         teacher: the original.
-        settings: settings of the objective.
         white: values of white, one for each channel, normalised as the images are.
         crops: one global view.
 
@@ -89,13 +87,10 @@ class RetrofitObjective(Objective):
         backbone: ViTWithRegistersModel,
         *,
         teacher: ViTWithRegistersModel,
-        settings: OriginalSettings,
         white: tuple[float, ...],
-        crops: CropSettings,
-        num_steps: int,
-        processes: DistributedContext = SINGLE_PROCESS,
+        **options: Any,
     ):
-        super().__init__(backbone, crops, num_steps=num_steps, processes=processes)
+        super().__init__(backbone, **options)
         for name in ("hidden_size", "num_hidden_layers", "patch_shape", "has_cls_token", "num_channels"):
             own, its = getattr(backbone.config, name), getattr(teacher.config, name)
             if own != its:
@@ -103,12 +98,10 @@ class RetrofitObjective(Objective):
                     f"settings: the teacher is the original of the model, but {name} is {its} there and {own} here: "
                     "start with `vitreg retrofit` or examples/retrofit.py"
                 )
-        if settings.layer > backbone.config.num_hidden_layers:
-            raise ValueError(
-                f"settings: expected layer in 0 ... {backbone.config.num_hidden_layers}, got {settings.layer}"
-            )
-        self.settings, self.white = settings, white
-        self.backbone = backbone
+        layer, depth = self.settings.layer, backbone.config.num_hidden_layers
+        if layer > depth:
+            raise ValueError(f"settings: expected layer in 0 ... {depth}, got {layer}")
+        self.backbone, self.white = backbone, white
         # In a tuple torch does not find it, so that no checkpoint holds the weights of another model.
         self._teacher = (teacher.requires_grad_(False).eval(),)
         self._choose_parameters()

@@ -8,15 +8,14 @@ Source: Xie et al. 2021, arXiv 2111.09886.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modeling_vitreg.distributed import SINGLE_PROCESS, DistributedContext
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersModel
 
-from ..views.crops import CropSettings
 from ..views.masking import MaskSettings
 from .objective import Objective
 
@@ -40,18 +39,9 @@ class SimMIM(Objective):
     citation = "simmim"
     needs_mask_token = needs_normed_tokens = has_masks = has_single_view = True
 
-    def __init__(
-        self,
-        backbone: ViTWithRegistersModel,
-        *,
-        crops: CropSettings,
-        masks: MaskSettings,
-        num_steps: int,
-        processes: DistributedContext = SINGLE_PROCESS,
-    ):
-        super().__init__(backbone, crops, num_steps=num_steps, processes=processes)
-        _check_masks(masks)
-        self.masks = masks
+    def __init__(self, backbone: ViTWithRegistersModel, **options: Any):
+        super().__init__(backbone, **options)
+        _check_masks(self.masks)
         self.backbone = backbone
         config = backbone.config
         self.decoder = nn.Linear(config.hidden_size, config.num_channels * math.prod(config.patch_shape))
