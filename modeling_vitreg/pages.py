@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import pathlib
+import re
 from collections.abc import Callable, Mapping
 
 import jinja2
@@ -43,7 +44,7 @@ def render_template(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": format_number, **(filters or {})}
+    environment.filters |= {"number": format_number, "headings": _headings, **(filters or {})}
     environment.globals |= {
         "figures": {name: base64.b64encode(path.read_bytes()).decode("ascii") for name, path in figures.items()},
         "captions": captions,
@@ -52,6 +53,11 @@ def render_template(
     }
     page = environment.get_template(template.name).render(**content).rstrip() + "\n"
     return page.encode("utf-8", "backslashreplace").decode("utf-8")  # file names may hold bytes that are no text
+
+
+def _headings(content: str) -> list[tuple[str, str]]:
+    """Names and titles of the sections of a page, for its navigation; titles are HTML."""
+    return re.findall(r'<section id="([\w-]+)"><h2>(.*?)</h2>', content)
 
 
 def format_number(value: float | None) -> str:

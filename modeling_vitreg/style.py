@@ -11,6 +11,7 @@ import pathlib
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colorbar import Colorbar
@@ -106,6 +107,11 @@ def show_image(ax: Axes, values: np.ndarray, *, text: str | None = None, **optio
     if text:
         box = {"boxstyle": "round,pad=0.2", "facecolor": "black", "alpha": 0.55, "linewidth": 0}
         ax.text(0.03, 0.97, text, color="white", fontsize=6.5, va="bottom", ha="left", bbox=box)
+
+
+def paint(values: np.ndarray, colours: str) -> np.ndarray:
+    """Values (rows, columns) from 0 to 1 in the named colours, (rows, columns, 3) from 0 to 1."""
+    return colormaps[colours](values)[..., :3]
 
 
 def show_titles(axes: Sequence[Axes], titles: Sequence[str], *, size: float = 8) -> None:

@@ -1,6 +1,7 @@
 """Shared by all tests: no network, fixed seeds, one tiny configuration, real photographs."""
 
 import os
+import shutil
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported, which reads it once
@@ -71,3 +72,44 @@ def photograph():
     from skimage.data import astronaut
 
     return Image.fromarray(astronaut())
+
+
+@pytest.fixture
+def open_page():
+    """Open an address in a headless browser: a page of playwright with the list `problems` of what went wrong on it.
+
+    Problems are errors on the console, failed requests, and requests to other machines.
+    """
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra docs")
+    program = shutil.which("chromium") or pytest.skip("needs chromium")
+    flags = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags = [*flags.split(), "--disable-component-update", "--disable-sync"]
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=program, args=flags)
+
+        def open_address(address: str, *, width: int = 1200, scheme: str = "light"):
+            size = {"width": width, "height": 900}
+            page = browser.new_context(viewport=size, color_scheme=scheme, accept_downloads=True).new_page()
+            page.problems = []
+            page.on("console", lambda message: message.type == "error" and page.problems.append(message.text))
+            page.on("pageerror", lambda error: page.problems.append(str(error)))
+            local = ("file:", "data:", "blob:", "http://127.0.0.1", "http://localhost", "ws://127.0.0.1")
+            page.on("request", lambda call: call.url.startswith(local) or page.problems.append(call.url))
+            page.goto(address)
+            return page
+
+        yield open_address
+        browser.close()
+
+
+@pytest.fixture
+def is_cut_off():
+    """Whether something on a page lies right of its edge and no scroll bar leads there."""
+    program = """() => [...document.querySelectorAll("body *")].some(each => {
+        const box = each.getBoundingClientRect();
+        if (box.width == 0 || box.right <= innerWidth + 1) return false;
+        for (let box = each.parentElement; box; box = box.parentElement)
+            if (["auto", "scroll", "hidden"].includes(getComputedStyle(box).overflowX)) return false;
+        return true;
+    })"""
+    return lambda page: page.evaluate(program)

@@ -10,6 +10,7 @@ from modeling_vitreg.pages import format_number, render_template
 from modeling_vitreg.reports import ArtifactReport
 
 from .verdict import FEW_SHARE, MANY_SHARE, format_share
+from .web import report_charts
 
 
 CAPTIONS = {
@@ -29,12 +30,13 @@ _WIDE = ("norm_maps", "attention", "heads")
 _TOKENS = {"cls": "class token", "distillation": "distillation token"}
 
 
-def render_page(report: ArtifactReport, figures: dict[str, pathlib.Path]) -> str:
+def render_page(report: ArtifactReport, figures: dict[str, pathlib.Path], *, examples: Sequence[dict] = ()) -> str:
     """The page of one report.
 
     Args:
         report: what was measured.
         figures: name of a figure, a key of `CAPTIONS`, to its PNG file; missing figures are left out.
+        examples: rows of `web.example_rows`.
     """
     rows = {
         "rule_rows": _rule_rows(report),
@@ -48,11 +50,28 @@ def render_page(report: ArtifactReport, figures: dict[str, pathlib.Path]) -> str
         **_attention_tables(report.attention),
         **_activation_table(report.massive_activations),
     }
-    return _render("report.html", figures, report=report, few_share=FEW_SHARE, many_share=MANY_SHARE, **rows)
+    shares = {"few_share": FEW_SHARE, "many_share": MANY_SHARE}
+    charts = report_charts({report.model: report})
+    return _render("report.html", figures, report=report, examples=examples, charts=charts, **shares, **rows)
 
 
-def render_comparison(reports: Sequence[ArtifactReport], figures: dict[str, pathlib.Path], *, command: str) -> str:
-    """The page of several reports side by side; `figures` as in `render_page`.
+def render_comparison(
+    reports: Sequence[ArtifactReport],
+    figures: dict[str, pathlib.Path],
+    *,
+    command: str,
+    labels: Sequence[str] = (),
+    examples: Sequence[dict] = (),
+    pages: Sequence[str] = (),
+) -> str:
+    """The page of several reports side by side.
+
+    Args:
+        reports: two or more.
+        figures, examples: as in `render_page`.
+        command: command that makes the page.
+        labels: short and different names of the models; empty: those of the reports.
+        pages: address of the page of each model; empty: there are none.
 
     Raises:
         ValueError: fewer than two reports.
@@ -60,7 +79,16 @@ def render_comparison(reports: Sequence[ArtifactReport], figures: dict[str, path
     if len(reports) < 2:
         raise ValueError(f"expected two reports or more, got {len(reports)}")
     rows = [_comparison_row(report) for report in reports]
-    return _render("comparison.html", figures, reports=reports, rows=rows, command=command)
+    labels = labels or [report.model for report in reports]
+    named = dict(zip(labels, reports)) if len(set(labels)) == len(reports) else dict(enumerate(reports, start=1))
+    tables = [(_attention_tables(report.attention), name) for name, report in named.items()]
+    attention = [
+        (table["attention_heads"], table["attention_rows"], name)
+        for table, name in tables
+        if "attention_rows" in table
+    ]
+    content = {"charts": report_charts(named), "attention": attention, "examples": examples, "pages": pages}
+    return _render("comparison.html", figures, reports=reports, rows=rows, command=command, **content)
 
 
 def _render(template: str, figures: dict[str, pathlib.Path], **content: object) -> str:

@@ -35,6 +35,7 @@ from .figures import (
 )
 from .html import render_comparison, render_page
 from .survey import Examples, SurveySettings, survey
+from .web import example_rows
 
 
 def analyze(
@@ -65,13 +66,20 @@ def analyze(
         ValueError: no image can be read, or the images do not fit the model.
         OSError: the folder cannot be written, which is checked before the images are read.
     """
-    check_writable(output_folder)
-    found = survey(encoder, images, settings=settings, source=source, command=command, context=context)
-    if found is None:
-        return None
-    report, examples = found
-    write_folder(report, examples, output_folder)
-    return report
+    words = {"settings": settings, "source": source, "command": command, "context": context}
+    found = _measure(encoder, images, output_folder, **words)
+    return found and found[0]
+
+
+def _measure(
+    encoder: Encoder, images: object, folder: str | os.PathLike, **words: object
+) -> tuple[ArtifactReport, Examples] | None:
+    """Write the folder of a model; `words` are those of `survey`."""
+    check_writable(folder)
+    found = survey(encoder, images, **words)
+    if found is not None:
+        write_folder(*found, folder)
+    return found
 
 
 def compare(
@@ -99,12 +107,14 @@ def compare(
     """
     if len(encoders) < 2:
         raise ValueError(f"expected two models or more to compare, got {len(encoders)}")
-    folder, reports = pathlib.Path(output_folder), []
+    folder, found = pathlib.Path(output_folder), []
     for number, encoder in enumerate(encoders, start=1):
         texts = {"settings": settings, "source": source, "command": command, "context": context}
-        reports.append(analyze(encoder, open_source(), output_folder=folder / str(number), **texts))
-    if context.rank == 0:
-        write_comparison(reports, folder, command=command)
+        found.append(_measure(encoder, open_source(), folder / str(number), **texts))
+    if context.rank:
+        return [None] * len(found)
+    reports, pages = [report for report, _ in found], [f"{number}/index.html" for number in range(1, len(found) + 1)]
+    write_comparison(reports, folder, command=command, examples=[shown for _, shown in found], pages=pages)
     return reports
 
 
@@ -128,7 +138,10 @@ def write_folder(report: ArtifactReport, examples: Examples, folder: str | os.Pa
             tasks["attention"] = lambda path: draw_attention(report, examples, path)
             tasks["heads"] = lambda path: draw_heads(report, examples, path)
     figures = _draw(tasks, folder, examples.failures)
-    return _write_page(folder / "index.html", render_page(report, figures), examples.failures)
+    rows = _example_rows([(report, examples)], [report.model], examples.failures)
+    # Their maps can be read on the page, which does not show them twice.
+    shown = {name: path for name, path in figures.items() if name not in ("shares", *(["attention"] if rows else []))}
+    return _write_page(folder / "index.html", render_page(report, shown, examples=rows), examples.failures)
 
 
 def write_comparison(
@@ -139,6 +152,8 @@ def write_comparison(
     axis: str = "model",
     command: str = "",
     is_strict: bool = False,
+    examples: Sequence[Examples] = (),
+    pages: Sequence[str] = (),
 ) -> pathlib.Path:
     """Write the page of several reports of models, sizes of a model, or checkpoints of a run.
 
@@ -149,6 +164,8 @@ def write_comparison(
         axis: meaning of the labels, such as "training step".
         command: command that makes the page.
         is_strict: raise the error of a figure that fails instead of leaving the figure out.
+        examples: first images of each report, to show side by side; empty: none.
+        pages: address of the page of each report; empty: there are none.
 
     Returns:
         The page.
@@ -168,7 +185,14 @@ def write_comparison(
     }
     failures = Failures(is_strict=is_strict)
     figures = _draw(tasks if measured else {}, folder, failures)
-    return _write_page(folder / "index.html", render_comparison(reports, figures, command=command), failures)
+    rows = _example_rows(list(zip(reports, examples)), labels, failures)
+    words = {"command": command, "labels": labels, "examples": rows, "pages": pages}
+    return _write_page(folder / "index.html", render_comparison(reports, figures, **words), failures)
+
+
+def _example_rows(pairs: list, labels: Sequence[str], failures: Failures) -> list[dict]:
+    found = failures.attempt("maps of the first images", lambda: example_rows(pairs, labels))
+    return found if isinstance(found, list) else []
 
 
 def _tell_apart(names: Sequence[str]) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from modeling_vitreg.encoding import Consumer, Crop, EncodedBatch, Needs
-from modeling_vitreg.features import Encoder, TokenFeatures
+from modeling_vitreg.features import Encoder, TokenFeatures, principal_colours
 from modeling_vitreg.omissions import Failures
 
 from .ablation import ablate_class_token, ablate_registers
@@ -370,6 +370,7 @@ class Sections(Consumer):
         shown, maps = slice(0, self.settings.num_shown), self._attention.last_maps
         self.examples.images = _denormalise(batch.pixels[shown], batch.encoder)
         self.examples.norms = batch.norms[:, shown].unflatten(-1, batch.grid).cpu().numpy()
+        self.examples.colours = _colour(batch, shown)
         if maps is not None:
             maps = maps[shown].unflatten(-1, batch.grid).cpu().numpy()  # [B, H, Q, rows, columns]
             queries = self._attention.means.queries
@@ -382,6 +383,12 @@ def _parts(tokens: TokenFeatures) -> list[Tensor]:
     single = [none if token is None else token[:, None] for token in (tokens.cls_token, tokens.distillation_token)]
     registers = none if tokens.register_tokens is None else tokens.register_tokens
     return [*single, registers, tokens.patch_tokens]
+
+
+@torch.no_grad()
+def _colour(batch: Batch, shown: slice) -> np.ndarray:
+    patches = batch.encoder.norm_tokens(batch.layers[-1].patch_tokens[shown])
+    return principal_colours(patches.unflatten(1, batch.grid)).numpy()
 
 
 def _denormalise(pixels: Tensor, encoder: Encoder) -> np.ndarray:

@@ -69,6 +69,7 @@ class Examples:
         images: (images, height, width, 3), from 0 to 1.
         norms: (layers, images, rows, columns) of patches before the final norm.
         attention: name of a query to maps (images, heads, rows, columns) of the last layer.
+        colours: (images, rows, columns, 3), principal components of the normed patches of the last layer.
         mean_maps: name of a query to its map (rows, columns) of the last layer, mean over images and heads.
         failures: tracebacks of the sections that failed.
     """
@@ -76,5 +77,6 @@ class Examples:
     images: np.ndarray | None = None
     norms: np.ndarray | None = None
     attention: dict = field(default_factory=dict)
+    colours: np.ndarray | None = None
     mean_maps: dict = field(default_factory=dict)
     failures: Failures = field(default_factory=Failures)

@@ -1,6 +1,8 @@
 """Figures and page of a report: drawn for every model, whole files only, nothing of the caller touched."""
 
+import base64
 import dataclasses
+import re
 
 import matplotlib
 import numpy as np
@@ -12,6 +14,7 @@ from modeling_vitreg.analysis import figures
 from modeling_vitreg.analysis.html import render_comparison, render_page
 from modeling_vitreg.analysis.report_dir import write_comparison, write_folder
 from modeling_vitreg.analysis.survey import SurveySettings, survey
+from modeling_vitreg.analysis.verdict import format_share
 from modeling_vitreg.features import load_encoder
 
 
@@ -115,7 +118,9 @@ def test_every_model_has_a_page_and_what_it_lacks_is_left_out(drawn, tmp_path, c
         if changes.get("has_cls_token", True) and settings.get("num_attention_images", 1):
             expected |= {"attention", "heads"}
     assert names == expected
-    assert page.count("data:image/png") == len(expected) and page.endswith("</html>\n")
+    shown = expected - {"shares", *(["attention"] if "norm_maps" in expected else [])}  # read as a chart and as maps
+    assert page.count("<figure><div") == len(shown) and page.endswith("</html>\n")
+    assert ("data-map=" in page) == ("norm_maps" in expected)
 
 
 def test_a_figure_that_fails_is_left_out_with_a_warning(planted, monkeypatch, caplog, tmp_path):
@@ -154,7 +159,7 @@ def test_names_from_outside_are_text_on_the_page_whatever_they_hold(planted):
     images = {**report.images, "source": name, "num_unreadable": 1, "unreadable": [name]}
     hostile = dataclasses.replace(report, model=name, images=images, command=name)
     for page in (render_page(hostile, {}), render_comparison([hostile] * 2, {}, command=name)):
-        assert "<script" not in page and "{{ 7 * 7 }}" in page and "&lt;script&gt;" in page
+        assert "<script>alert" not in page and "{{ 7 * 7 }}" in page and "&lt;script&gt;" in page
         page.encode("utf-8")
 
 
@@ -168,7 +173,35 @@ def test_a_comparison_needs_two_and_bears_a_model_that_was_not_measured(planted,
         write_comparison([report, unknown], tmp_path, labels=["1k"], axis="training step")
     write_comparison([report, unknown, report], tmp_path, labels=["1k", "2k", "3k"], axis="training step")
     assert [text.get_text() for text in drawn[-1].axes[0].get_xticklabels()] == ["1k", "3k"]
-    assert "Unknown." in page and "a &lt; b" in page and page.count("<tr>") == 3
+    assert "Unknown." in page and "a &lt; b" in page and page.split("</section>")[0].count("<tr>") == 3
+
+
+def test_values_of_maps_and_charts_are_read_from_the_page(planted, tmp_path):
+    report, examples = planted
+    page = write_folder(report, examples, tmp_path).read_text()
+    rows, columns, low, high, text = re.search(
+        r'data-map="(\d+) (\d+) (\S+) (\S+)" data-values="(.*?)"', page
+    ).groups()
+    levels = np.frombuffer(base64.b64decode(text), "<u2").reshape(int(rows), int(columns))
+    values = float(low) + (float(high) - float(low)) * levels / 65535
+    np.testing.assert_allclose(
+        values, examples.norms[report.verdict["layer"] - 1, 0], atol=(values.max() - values.min()) / 65535
+    )
+    share = report.layers[2]["rules"]["automatic"]
+    words = f"layer 3: model {format_share(share['share'])} ({format_share(share['low'])} to"
+    assert f"<title>{words}" in page
+    headings = re.findall(r'<section id="(\w+)"', page)
+    assert re.findall(r'<a href="#(\w+)"', page) == headings and headings[0] == "images" and headings[-1] == "cite"
+
+
+def test_a_comparison_shows_the_maps_of_both_models_for_each_image(planted, tmp_path):
+    reports, examples = zip(planted, _measure(plain_model(num_register_tokens=0)))
+    page = write_comparison(reports, tmp_path, labels=["a", "b"], examples=examples, pages=["1.html", "2.html"])
+    page = page.read_text()
+    # Four images and their mean, two models each; components and norms of each image, one or three queries.
+    assert page.count('<div class="strip">') == 2 * 5 and page.count("<b>components</b>") == 2 * 4
+    assert page.count("<b>class token</b>") == 2 * 5 and page.count("<b>register 2</b>") == 5
+    assert 'href="2.html"' in page and page.count("<h3>a</h3>") == page.count("<h3>b</h3>") == 1
 
 
 def test_the_grid_of_the_examples_is_that_of_the_images(planted):
