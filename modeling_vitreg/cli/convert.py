@@ -50,9 +50,9 @@ def convert(
 
     * `vitreg convert outputs/demo-cpu/model demo-timm --to timm`
 
-    The format and the sizes are read from the file. Formats: facebookresearch's dinov2, dino, deit, mae, dinov3 and
-    capi; OpenCLIP and OpenAI's CLIP; timm; and ViT, DeiT, Dinov2, Dinov2WithRegisters, DINOv3ViT, CLIPVision, ViTMAE
-    and IJepa of transformers. Nothing is written if a tensor has no rule or the outputs differ.
+    The format and the sizes are read from the file: official checkpoints of dinov2, dino, deit, mae, dinov3, capi,
+    OpenCLIP and CLIP, and ViTs of timm and transformers; convert/README.md lists all of them. Nothing is written if a
+    tensor has no rule or the outputs differ.
     """
     with plain_errors():
         check_source_name(source)

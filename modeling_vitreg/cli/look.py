@@ -35,8 +35,8 @@ def look(
     * `vitreg look photo.jpg --model facebook/dinov2-base --model facebook/dinov2-with-registers-base`
 
     Draws norms, attention of class token and registers, principal components and the object that LOST finds, all of
-    the last layer. Under the name of a model with registers stands the share of the update of its class token that
-    comes through them: where it is large, the attention map shows little of what the class token knows.
+    the last layer. For a model with registers, the text below its name gives the share of the update of the class
+    token that comes through registers: if it is large, the attention map shows little of what the class token learns.
     """
     with plain_errors():
         options.check_output(output, is_file=True)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub.errors import HfHubHTTPError
 
-from modeling_vitreg.names import CHECKPOINT_SUFFIXES, is_hub_name
+from modeling_vitreg.names import CHECKPOINT_SUFFIXES, is_hub_name, suggest_path
 from modeling_vitreg.network import is_hub_known, is_of_network
 
-from .messages import EXPECTED, choose_split, suggest
+from .messages import EXPECTED, choose_split
 from .opened import OpenedDataset
 
 
@@ -47,11 +47,12 @@ def open_hub(source: str, *, split: str, is_streaming: bool) -> OpenedDataset:
                 f"open_images: {parts[0]!r} is a local folder, which has no revision {parts[2]!r}: leave it out."
             )
         hint = " Datasets of the Hub are named owner/name." if parts and "/" not in parts[0] else ""
-        raise ValueError(f"open_images: {EXPECTED}; got {source!r}, which does not exist.{suggest(source)}{hint}")
+        nearest = suggest_path(source)
+        raise ValueError(f"open_images: {EXPECTED}; got {source!r}, which does not exist. {nearest}{hint}")
     if not (is_hub_known() or _is_cached(parts[0])):
         raise RuntimeError(
             f"open_images: {source!r} is not a local path, and the Hub did not answer: its address cannot be looked "
-            f"up.{suggest(source)} If it is a dataset of the Hub, check the connection."
+            f"up. {suggest_path(source)} If it is a dataset of the Hub, check the connection."
         )
     try:
         builder = _find_builder(source)
@@ -61,14 +62,14 @@ def open_hub(source: str, *, split: str, is_streaming: bool) -> OpenedDataset:
     except FileNotFoundError as error:
         is_missing = isinstance(error, DatasetNotFoundError)
         what = "exists neither locally nor on the Hub" if is_missing else "could not be opened"
-        words = f"{str(error).rstrip('.')}.{suggest(source)}"
+        words = f"{str(error).rstrip('.')}. {suggest_path(source)}"
         raise ValueError(f"open_images: {EXPECTED}; got {source!r}, which {what}: {words}") from error
     except Exception as error:
         if not (is_of_network(error) or isinstance(error, HfHubHTTPError)):
             raise
         raise RuntimeError(
-            f"open_images: {source!r} is not a local path, and the Hub did not answer: {error}.{suggest(source)} "
-            "If it is a dataset of the Hub, check the connection and HF_HUB_OFFLINE."
+            f"open_images: {source!r} is not a local path, and the Hub did not answer: {error}. "
+            f"{suggest_path(source)} If it is a dataset of the Hub, check the connection and HF_HUB_OFFLINE."
         ) from error
     revision = builder.hash if _COMMIT.fullmatch(builder.hash or "") else None
     return OpenedDataset(choose_split(splits, split, source=source), revision=revision, splits=splits)

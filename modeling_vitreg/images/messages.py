@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-import os
-import pathlib
-
 
 EXPECTED = (
     'expected "scenes" or "scenes:single" (built in), a folder of images, WebDataset shards (.tar files: one, a '
-    "folder, a glob or a brace list), "
-    "a folder of a dataset (parquet, arrow), or a name on the Hub (owner/name, optionally with :configuration and "
-    "@revision)"
+    "folder, a glob or a brace list), a folder of a dataset (parquet, arrow), or a name on the Hub (owner/name, "
+    "optionally with :configuration and @revision)"
 )
 
 
@@ -28,16 +23,6 @@ def choose_split(splits: dict, split: str, *, source: str):
     if split not in splits:
         raise MissingSplit(f"open_images: {source!r} has no split {split!r}; it has {list_names(splits)}.")
     return splits[split]
-
-
-def suggest(path: str) -> str:
-    """The nearest path that exists, as the end of a message."""
-    path = pathlib.Path(path).expanduser()
-    parent = next(parent for parent in path.parents if parent.is_dir())
-    name = path.relative_to(parent).parts[0]
-    for near in difflib.get_close_matches(name, sorted(os.listdir(parent)), n=1):
-        return f" Did you mean {str(parent / near)!r}?"
-    return f" The nearest folder is {str(parent.resolve())!r}."
 
 
 def show_name(name: str) -> str:

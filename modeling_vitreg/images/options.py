@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Iterable
 
-from modeling_vitreg.settings import expect
+from modeling_vitreg.settings import expect, suggest_name
 
 
 BOX_FORMATS = ("auto", "xyxy", "xywh", "cxcywh")  # as in torchvision.ops.box_convert
@@ -93,8 +92,6 @@ def parse_columns(texts: Iterable[str]) -> dict[str, str]:
         if not (separator and column):
             raise ValueError(f"--columns: expected KIND=COLUMN such as label=fine, got {part!r}")
         if (kind := kind.removesuffix("_column")) not in COLUMNS and kind != "boxes":
-            nearest = difflib.get_close_matches(kind, COLUMNS, n=1)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else f"the kinds are {', '.join(COLUMNS)}"
-            raise ValueError(f"--columns: there is no kind of column {kind!r}; {hint}")
+            raise ValueError(f"--columns: there is no kind of column {kind!r}; {suggest_name(kind, COLUMNS)}")
         found[COLUMNS["box" if kind == "boxes" else kind]] = column
     return found

@@ -10,7 +10,9 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 
-from .messages import EXPECTED, list_names, suggest
+from modeling_vitreg.names import suggest_path
+
+from .messages import EXPECTED, list_names
 from .opened import OpenedDataset
 
 
@@ -56,7 +58,7 @@ def open_shards(shards: list[str], *, split: str) -> OpenedDataset:
     if missing or not shards:
         raise ValueError(
             f"open_images: {EXPECTED}; got shards of which {len(missing)} of {len(shards)} do not exist: "
-            f"{list_names(missing)}.{suggest(missing[0]) if missing else ''}"
+            f"{list_names(missing)}.{' ' + suggest_path(missing[0]) if missing else ''}"
         )
     samples = list(itertools.islice(_read_samples(shards[0]), _NUM_SCANNED))
     suffixes = sorted({suffix for sample in samples for suffix in sample} - {"__key__"})

@@ -160,14 +160,13 @@ def test_the_modeling_file_holds_the_texts_that_let_the_back_end_be_switched():
     assert "ALL_ATTENTION_FUNCTIONS.get_interface(" in text  # from 5.1 on
 
 
-def _loaded_by(statement: str) -> set:
-    program = f"import sys; {statement}; print(*sys.modules)"
+def _words_of(program: str) -> list[str]:
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
-    return set(run.stdout.split())
+    return run.stdout.split()
 
 
 def test_importing_the_package_loads_neither_torch_nor_transformers():
-    loaded = _loaded_by("import modeling_vitreg")
+    loaded = _words_of("import sys, modeling_vitreg; print(*sys.modules)")
     ours = {name for name in loaded if name.startswith("modeling_vitreg")}
     assert ours == {"modeling_vitreg", "modeling_vitreg.registration"}
     heavy = {"PIL", "datasets", "huggingface_hub", "matplotlib", "numpy", "scipy", "sklearn"}
@@ -177,16 +176,17 @@ def test_importing_the_package_loads_neither_torch_nor_transformers():
 
 def test_using_a_class_loads_only_layer_0_and_what_transformers_loads_itself():
     # transformers' own modeling base imports accelerate, scikit-learn and others where they are installed.
-    library = _loaded_by("import torch; from transformers import AutoBackbone, BitImageProcessor, ViTModel")
-    ours = _loaded_by("from modeling_vitreg import ViTWithRegistersModel")
-    assert {name for name in ours if name.startswith("modeling_vitreg")} == {
+    program = "import sys, torch; from transformers import AutoBackbone, BitImageProcessor, ViTModel\n"
+    program += "known = set(sys.modules); from modeling_vitreg import ViTWithRegistersModel\n"
+    num_known, *added = _words_of(program + "print(len(known), *set(sys.modules) - known)")
+    assert {name for name in added if name.startswith("modeling_vitreg")} == {
         "modeling_vitreg",
         "modeling_vitreg.registration",
         *(f"modeling_vitreg.{path.stem}" for path in HUB_FILES if "image_processing" not in path.stem),
     }
-    tops = {name.split(".")[0] for name in ours - library}
+    tops = {name.split(".")[0] for name in added}
     assert not tops - {"modeling_vitreg"} - sys.stdlib_module_names
-    assert len(ours - library) < 0.05 * len(library), sorted(ours - library)
+    assert len(added) < 0.05 * int(num_known), sorted(added)
 
 
 def test_the_auto_classes_know_the_family_in_whatever_order_both_are_imported():
