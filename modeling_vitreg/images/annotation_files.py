@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import re
+import unicodedata
 import xml.etree.ElementTree
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -87,11 +88,17 @@ def open_annotation_files(
 def _read_coco(path: pathlib.Path) -> tuple[list[_Entry], list[str]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows put a mark in front
-        entries = {str(image["id"]): _Entry(str(image["file_name"]), _size_of(image)) for image in content["images"]}
+        if not isinstance(content, dict):
+            raise ValueError(f"got a {type(content).__name__}, expected an object with 'images' and 'annotations'")
+        entries: dict[str, _Entry] = {}
+        for image in content["images"]:
+            name, key = str(image["file_name"]), _key_of(image["id"])
+            if (known := entries.setdefault(key, _Entry(name, _size_of(image)))).name != name:
+                raise ValueError(f"the image id {key} stands for {known.name!r} and {name!r}")
         annotations = content["annotations"]
         strays, missing = [], []
         for number, annotation in enumerate(annotations):
-            entry, box = entries.get(str(annotation["image_id"])), annotation.get("bbox")
+            entry, box = entries.get(_key_of(annotation["image_id"])), annotation.get("bbox")
             if entry is None:
                 strays.append(annotation["image_id"])
             elif not isinstance(box, list) or len(box) != 4 or not all(isinstance(side, (int, float)) for side in box):
@@ -99,12 +106,14 @@ def _read_coco(path: pathlib.Path) -> tuple[list[_Entry], list[str]]:
             else:
                 entry.boxes.append(list(map(float, box)))
                 entry.crowds.append(bool(annotation.get("iscrowd", 0)))
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: expected a COCO file of instances; {type(error).__name__}: {error}") from error
     total, notes = len(annotations), []
     if total and len(strays) + len(missing) == total:
         raise ValueError(
-            f"{path}: expected annotations with a bbox of four numbers and an image_id of images, got none"
+            f"{path}: expected annotations with a bbox of four numbers and an image_id of images, got none: "
+            f"of {total}, {len(strays)} name no image ({_first(strays)}), {len(missing)} have no such bbox "
+            f"(id {_first(missing)})"
         )
     if strays:
         notes.append(f"{_share(strays, total, 'annotations')} name no image of {path.name}: image_id {_first(strays)}")
@@ -119,15 +128,24 @@ def _read_voc(folder: pathlib.Path, keep_difficult: bool) -> tuple[list[_Entry],
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".xml")
     if not paths:
         raise ValueError(f"{folder}: expected a folder of XML files, got none")
-    found, broken = [], []
+    found, broken, swapped = [], [], []
     for path in paths:
         try:
-            found.append(_read_voc_file(path, keep_difficult))
-        except (xml.etree.ElementTree.ParseError, AttributeError, TypeError, ValueError) as error:
+            entry = _read_voc_file(path, keep_difficult)
+            upright = [[*map(min, box[:2], box[2:]), *map(max, box[:2], box[2:])] for box in entry.boxes]
+            swapped += [path.name] * (upright != entry.boxes)
+            entry.boxes = upright
+            found.append(entry)
+        except (xml.etree.ElementTree.ParseError, AttributeError, OverflowError, TypeError, ValueError) as error:
             broken.append(f"{path.name} ({type(error).__name__}: {error})")
     if not found:
         raise ValueError(f"{folder}: expected annotations of Pascal VOC, got none that can be read: {broken[0]}")
     notes = [f"{_share(broken, len(paths), 'files')} are not Pascal VOC annotations: {_first(broken)}"] * bool(broken)
+    if swapped:
+        notes.append(
+            f"{_share(swapped, len(paths), 'files')} have boxes with xmin > xmax or ymin > ymax, which were "
+            f"swapped: {_first(swapped)}"
+        )
     # VOC counts pixels from 1; many tools that write its format count from 0, and then some box touches 0.
     first = min((min(box[:2]) for entry in found for box in entry.boxes), default=1)
     if first < 1:
@@ -178,8 +196,8 @@ class _Files:
     def _by_name(self) -> dict[str, list[pathlib.Path]]:
         found = collections.defaultdict(list)
         for path in self._paths:
-            found[path.name.lower()].append(path)
-            found[path.stem.lower()].append(path)
+            found[_plain(path.name)].append(path)
+            found[_plain(path.stem)].append(path)
         return found
 
     def find(self, name: str, stem: str = "", *, source: pathlib.Path) -> str:
@@ -195,8 +213,8 @@ class _Files:
         if not leads_out and path.is_file():
             self._changed += [name] * is_absolute
             return os.fspath(path)
-        near = self._by_name.get(parts.name.lower()) or self._by_name.get(parts.stem.lower())
-        near = near or self._by_name.get(stem.lower(), [])
+        near = self._by_name.get(_plain(parts.name)) or self._by_name.get(_plain(parts.stem))
+        near = near or self._by_name.get(_plain(stem), [])
         if leads_out or (is_absolute and not near):
             raise ValueError(
                 f"{source}: the image {name!r} points outside its folder {str(self.folder)!r}: name images by their "
@@ -227,6 +245,16 @@ class _Files:
                 f"{share} in {self.folder} have no annotation in {source.name} and are left out: {_first(others)}"
             )
         return notes
+
+
+def _key_of(number: object) -> str:
+    """An id as text: spreadsheets write 7 as 7.0, and some files as "7"."""
+    return str(int(number)) if isinstance(number, float) and number.is_integer() else str(number)
+
+
+def _plain(name: str) -> str:
+    """A name without the differences that copies between file systems make: case, and how accents are stored."""
+    return unicodedata.normalize("NFC", name).lower()
 
 
 def _share(part: list, total: int, what: str) -> str:

@@ -165,16 +165,16 @@ class _Frame:
             options: units of the boxes.
             notes: grows.
         """
-        is_relative = options.box_units == "relative"
+        whole = options.box_whole
         if size or not len(boxes):
             is_stored = self._is_stored(size or self.size, notes) if len(boxes) else False
         else:
-            fits = (is_relative or not reaches_out(boxes, own) for own in (self.stored_size, self.size))
+            fits = (bool(whole) or not reaches_out(boxes, own) for own in (self.stored_size, self.size))
             is_stored = self._decide(*fits, notes)
         target = self.stored_size if is_stored else self.size
         stated = size or target
-        if is_relative:
-            boxes = boxes * np.tile(target, 2)
+        if whole:
+            boxes = boxes * np.tile(target, 2) / whole
         elif tuple(stated) != tuple(target) and len(boxes):
             if not _has_aspect(stated, target):
                 raise Contradiction(
@@ -282,7 +282,7 @@ def read_boxes(cell: dict | list, options: DataOptions, notes: list[str]) -> np.
         ) from error
     box_format = default_format(cell) if options.box_format == "auto" else options.box_format
     boxes = to_xyxy(boxes, box_format)
-    if box_format != "xyxy" and options.box_units != "relative":
+    if box_format != "xyxy" and options.box_whole is None:
         boxes = boxes.round()
     has_area = np.isfinite(boxes).all(axis=1) & (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
     notes += [CROWDS] * any(is_crowd) + [DROPPED] * (not has_area.all() or len(known) + sum(is_crowd) < len(rows))

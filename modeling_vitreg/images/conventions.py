@@ -196,10 +196,10 @@ class _Boxes:
     sizes: tuple[tuple[int, int], ...]
     default: str
 
-    def count_wrong(self, box_format: str, is_relative: bool) -> int:
+    def count_wrong(self, box_format: str, whole: int | None) -> int:
         """Boxes that reach out of their image, or have no area."""
         boxes = to_xyxy(self.rows, box_format)
-        sizes = [(1, 1)] if is_relative else self.sizes
+        sizes = [(whole, whole)] if whole else self.sizes
         is_out = [all(reaches_out(box[None], size) for size in sizes) for box in boxes]
         return int((np.array(is_out, dtype=bool) | (boxes[:, 2:] <= boxes[:, :2]).any(axis=1)).sum())
 
@@ -209,16 +209,20 @@ def _look_at_boxes(raws: Sequence[dict], options: DataOptions, notes: list[str])
     if not found:
         return options
     highest = max(float(boxes.rows.max()) for boxes in found)
-    is_relative = options.box_units == "relative"
-    if options.box_units == "auto" and 0 < highest <= 1 and all(min(boxes.sizes[0]) > 2 for boxes in found):
-        is_relative = True
-        options = replace(options, box_units="relative")
-        notes.append(
-            "no coordinate of a box is above 1: boxes are read as fractions of width and height (data.box_units)"
-        )
+    shortest = min(min(boxes.sizes[0]) for boxes in found)
+    for name, whole, is_likely in (
+        ("relative", 1, shortest > 2),
+        ("percent", 100, len(found) >= 4 and shortest > 200),
+    ):
+        if options.box_units == "auto" and 0 < highest <= whole and is_likely:
+            options = replace(options, box_units=name)
+            notes.append(
+                f"no coordinate of a box is above {whole}: boxes are read as "
+                f"{'fractions' if whole == 1 else 'percentages'} of width and height (data.box_units)"
+            )
     total = sum(len(boxes.rows) for boxes in found)
     wrong = {
-        name: sum(boxes.count_wrong(boxes.default if name == "auto" else name, is_relative) for boxes in found)
+        name: sum(boxes.count_wrong(boxes.default if name == "auto" else name, options.box_whole) for boxes in found)
         for name in BOX_FORMATS
     }
     if options.box_format == "auto" and wrong["auto"] > _TOO_MANY * total:
@@ -229,6 +233,8 @@ def _look_at_boxes(raws: Sequence[dict], options: DataOptions, notes: list[str])
                 "leave their image or have no area (data.box_format)"
             )
             return replace(options, box_format=better[0])
+    elif options.box_format == "auto" and found[0].default == "xywh" and total >= 16 and not wrong["xyxy"]:
+        notes.append(f"boxes are read as xywh, but all {total} sampled boxes fit xyxy too (data.box_format=xyxy)")
     return options
 
 

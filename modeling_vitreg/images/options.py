@@ -12,7 +12,7 @@ BOX_FORMATS = ("auto", "xyxy", "xywh", "cxcywh")  # as in torchvision.ops.box_co
 _CHOICES = {
     "mask_format": ("auto", "classes", "binary", "voc"),
     "box_format": BOX_FORMATS,
-    "box_units": ("auto", "pixels", "relative"),
+    "box_units": ("auto", "pixels", "relative", "percent"),
     "annotation_frame": ("auto", "upright", "stored"),
 }
 
@@ -35,7 +35,8 @@ class DataOptions:
         depth_scale: metres per stored unit of depth, 0.001 for millimetres.
         max_depth: metres; larger depths are ignored.
         box_format: format of a box, one of `BOX_FORMATS`; "auto": found from the data.
-        box_units: "pixels" or "relative", fractions of width and height; "auto": found from the data.
+        box_units: "pixels", or fractions of width and height: "relative" from 0 to 1, "percent" from 0 to 100; "auto":
+            found from the data.
         keep_difficult: keep objects that a Pascal VOC file marks as difficult or truncated.
         annotation_frame: whether annotations were made after ("upright") or before ("stored") the EXIF rotation of an
             image; "auto": found from sizes.
@@ -62,6 +63,11 @@ class DataOptions:
 
     def __post_init__(self):
         expect(self, "data", depth_scale="(0, inf)", max_depth="(0, inf)", **_CHOICES)
+
+    @property
+    def box_whole(self) -> int | None:
+        """The number that stands for the whole width or height in a box; None: boxes are in pixels."""
+        return {"relative": 1, "percent": 100}.get(self.box_units)
 
     @property
     def maps(self) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """COCO and Pascal VOC files as people have them, beside the images of a folder."""
 
 import json
+import unicodedata
 
 import datasets
 import numpy as np
@@ -74,7 +75,28 @@ def test_annotations_without_image_or_box_are_counted(folder):
         _open(folder, _coco(folder, [{"id": 1, "file_name": "a.jpg"}], [_box(8)]))
 
 
+def test_ids_are_matched_as_text_and_as_numbers_and_stand_for_one_image(folder):
+    images = [{"id": 1, "file_name": "a.jpg"}, {"id": 2.0, "file_name": "b.JPG"}, {"id": 1, "file_name": "a.jpg"}]
+    source = _open(folder, _coco(folder, images, [_box("1"), _box(1.0), _box(2), _box("2")]))
+    assert [len(source[number].boxes) for number in range(2)] == [2, 2]
+    images[2]["file_name"] = "val/c.jpg"
+    with pytest.raises(ValueError, match=r"the image id 1 stands for 'a.jpg' and 'val/c.jpg'"):
+        _open(folder, _coco(folder, images, [_box(1)]))
+    with pytest.raises(ValueError, match=r"got none: of 3, 1 name no image \('9'\), 2 have no such bbox \(id '7'"):
+        _open(folder, _coco(folder, images[:1], [_box(9), _box(1, ["1", 2, 3, 4]), _box(1, None)]))
+
+
+def test_names_differ_in_how_accents_are_stored(folder):
+    (folder / "images" / "a.jpg").rename(folder / "images" / unicodedata.normalize("NFD", "Café.jpg"))
+    name = unicodedata.normalize("NFC", "café.jpg")
+    source = _open(folder, _coco(folder, [{"id": 1, "file_name": name}], [_box(1)]))
+    assert len(source[0].boxes) == 1 and "found with another suffix or folder" in source.notes[0]
+
+
 NO_COCO = ["[1, 2]", "{}", "no json", '{"images": [{"id": 1}], "annotations": []}', "null", 200_000 * "["]
+NO_COCO += ['{"images": [{"id": 1, "file_name": "a.jpg", "width": Infinity}], "annotations": []}']
+_ONE = '{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "bbox": [1, 1, 5, %s]}]}'
+NO_COCO += [_ONE % ("1" + 400 * "0")]
 
 
 @pytest.mark.parametrize("content", NO_COCO, ids=range(len(NO_COCO)))
@@ -125,6 +147,13 @@ def test_voc_files_that_count_from_zero_are_noticed(folder):
     _voc(folder, "a.xml", (0, 3, 10, 20))
     source = _open(folder, folder / "voc")
     assert source[0].boxes.tolist() == [[0, 3, 10, 20]] and "count pixels from 0" in source.notes[0]
+
+
+def test_swapped_corners_of_voc_files_are_put_right_and_said(folder):
+    _voc(folder, "a.xml", (60, 30, 11, 11))
+    source = _open(folder, folder / "voc")
+    assert source[0].boxes.tolist() == [[10, 10, 60, 30]] and source.options.box_format == "auto"
+    assert "1 of 1 files (100.0%) have boxes with xmin > xmax or ymin > ymax, which were swapped" in source.notes[0]
 
 
 def test_voc_files_that_contradict_or_are_broken_are_named(folder):

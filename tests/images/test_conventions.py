@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modeling_vitreg.images import DataOptions
+from modeling_vitreg.images import DataOptions, read_annotated
 from modeling_vitreg.images.conventions import find_conventions
 from modeling_vitreg.images.maps import voc_palette
 
@@ -116,6 +116,23 @@ def test_relative_boxes_are_found():
     ) and "fractions of width and height" in notes[0]
     options, notes = _look_at_boxes([{"bbox": [[0.9, 0.9, 0.2, 0.2]]}] * 2)
     assert (options.box_units, options.box_format) == ("relative", "cxcywh") and len(notes) == 2
+
+
+def test_boxes_in_percent_are_found_where_images_are_larger():
+    image = _png(np.zeros((300, 400, 3), np.uint8))
+    raws = [{**image, "name": f"{number}.png", "boxes": {"bbox": [[20, 40, 50, 60]]}} for number in range(4)]
+    options, (note,) = find_conventions(raws, DataOptions(box_column="boxes"))
+    assert options.box_units == "percent" and "no coordinate of a box is above 100" in note
+    raw = {"label": None, "annotated_size": (400, 300), "options": options, **raws[0]}
+    assert read_annotated(raw).boxes.tolist() == [[80, 120, 280, 300]]
+    assert find_conventions(raws, DataOptions(box_column="boxes", box_units="pixels"))[1] == ()
+    assert find_conventions(raws[:3], DataOptions(box_column="boxes"))[1] == ()  # too few to tell
+
+
+def test_boxes_that_fit_two_formats_are_mentioned():
+    _, (note,) = _look_at_boxes([{"bbox": [[10, 10, 60, 40], [5, 5, 50, 50]]}] * 8)
+    assert note == "boxes are read as xywh, but all 16 sampled boxes fit xyxy too (data.box_format=xyxy)"
+    assert _look_at_boxes([{"bbox": [[60, 10, 10, 40], [5, 5, 50, 50]]}] * 8)[1] == ()
 
 
 def test_images_without_annotations_show_nothing():
