@@ -49,7 +49,7 @@ class Monitor:
         self._unreadable = next((r["unreadable"] for r in reversed(self.logger.records) if "unreadable" in r), 0)
         self._notes, self._num_read = NoteCounter(), 0
         self._data = {"name": name_data(run.options, run.recipe), "revision": source.revision}
-        self._source_notes = source.notes
+        self._source_notes = (*source.left_out, *source.notes)
         self._begin = time.monotonic() - metadata["seconds"]
         self._last_time, self._last_step = time.monotonic(), last_step
         if run.options.tracker:

@@ -13,7 +13,8 @@ import re
 
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors", ".npz", ".pkl")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_SHARDS = re.compile(r"\.tar$|[*?{\[]")
+_SHARDS = re.compile(r"\.(tar|tar\.gz|tgz)$|[*?{\[]")
+_ARCHIVES = (".zip", ".gz", ".7z", ".rar", ".bz2", ".xz", ".zst")
 
 
 def is_hub_name(name: str) -> bool:
@@ -68,7 +69,8 @@ def check_image_source(source: str) -> str:
     if source.partition(":")[0] == "scenes" or path.is_dir() or _SHARDS.search(source):
         return source
     if path.exists():
-        raise ValueError(f"{source}: expected a folder of images or .tar shards, got a file. Give its folder")
+        remedy = "Unpack it, and give the folder" if path.suffix.lower() in _ARCHIVES else "Give its folder"
+        raise ValueError(f"{source}: expected a folder of images or .tar shards, got a file. {remedy}")
     plain = source.partition("@")[0].partition(":")[0]
     _check_absent(plain, "folder of images", "a folder, .tar shards, a dataset on the Hub (owner/name) or scenes")
     return source

@@ -11,7 +11,7 @@ import typer
 from . import options
 from .errors import plain_errors
 from .options import COMPUTE, OUTPUT, option
-from .tell import tell_unreadable
+from .tell import tell_left_out, tell_unreadable
 
 
 _OUTPUT = pathlib.Path("artifacts")
@@ -81,6 +81,8 @@ def analyze(
         with joined_processes() as context:
             with first_process_first(context):
                 opened = open_source()
+            if not context.rank:
+                tell_left_out(opened)
             words = {"settings": chosen, "source": source_name, "command": command_line(), "context": context}
             if len(encoders) > 1:
                 reports = report_dir.compare(encoders, open_source, output_folder=output, **words)

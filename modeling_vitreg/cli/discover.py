@@ -11,7 +11,7 @@ import typer
 from . import options
 from .errors import plain_errors
 from .options import COMPUTE, OUTPUT, option
-from .tell import tell_unreadable
+from .tell import tell_left_out, tell_unreadable
 
 
 def discover(
@@ -59,6 +59,8 @@ def discover(
         with joined_processes() as context:
             with first_process_first(context):
                 annotated = _open(images, annotations, split, num_images, encoder, DataOptions(**found["data"]))
+            if not context.rank:
+                tell_left_out(annotated)
             report = discovery.discover(
                 encoder,
                 annotated,

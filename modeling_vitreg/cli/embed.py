@@ -10,7 +10,7 @@ import typer
 from . import options
 from .errors import plain_errors
 from .options import DATA, OUTPUT, option
-from .tell import tell_unreadable
+from .tell import tell_left_out, tell_unreadable
 
 
 Output = Annotated[pathlib.Path, typer.Argument(help="Folder to write. Shards that it already has are kept.")]
@@ -68,6 +68,8 @@ def embed(
             with first_process_first(context):
                 scenes = {"scenes": range(num_images or 10_000), "scene_settings": scene_settings}
                 opened = open_images(images, split=split, options=DataOptions(**found["data"]), **scenes)
+            if not context.rank:
+                tell_left_out(opened)
             facts = {"source": source_name, "split": split, "revision": opened.revision, "command": command_line()}
             words = {"settings": chosen, "reading": how, "facts": facts, "context": context}
             counts = parquet.embed(encoder, opened, output_folder=output, **words)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -93,11 +94,9 @@ def evaluate(
         if context.rank:
             return
         measured = [report for report in found if report.results]
-        for note in dict.fromkeys(note for report in found for note in evaluation.notes_of(report)):
-            typer.echo(note, err=True)
         table = evaluation.compare(measured) if measured else "stopped before anything was measured"
         write_text(output / "table.md", table)
-    _tell_omissions(found[0].data)
+    _tell_omissions(found, told=() if annotations else opened.train.left_out)  # told with its labels
     typer.echo(table)
     for report in found:
         if report.stopped_by:
@@ -107,8 +106,13 @@ def evaluate(
     typer.echo(f"wrote {output}")
 
 
-def _tell_omissions(data: dict) -> None:
-    """Name the images that were left out; tasks may have read the same ones with other annotations."""
+def _tell_omissions(reports: list, *, told: Sequence[str]) -> None:
+    """Notes on annotations, and images that were left out; tasks may have read the same with other annotations."""
+    from modeling_vitreg.evaluation import notes_of
+
+    for note in dict.fromkeys(note for report in reports for note in notes_of(report) if note not in told):
+        typer.echo(note, err=True)
+    data = reports[0].data
     parts = [(part, facts[part]) for facts in data.values() for part in ("train", "test") if part in facts]
     for part, facts in {(part, *facts.get("unreadable", ())): (part, facts) for part, facts in parts}.values():
         tell_unreadable(facts, part=part)

@@ -15,7 +15,7 @@ import typer
 from . import options
 from .errors import plain_errors
 from .options import DATA, MODEL, OUTPUT, option
-from .tell import tell_unreadable
+from .tell import tell_left_out, tell_unreadable
 
 
 _METHOD = "test-time (no training), append, distill or refine."
@@ -103,6 +103,7 @@ def retrofit(
             scenes=range(chosen.num_images),
             scene_settings=scene_settings,
         )
+        tell_left_out(opened)
         words = {"source_of_images": source_name, "command": command_line()}
         made = run_retrofit(
             model, output, images=opened, settings=chosen, report_folder=report, device=device, **words

@@ -1,10 +1,18 @@
-"""Messages about images that were left out."""
+"""Messages about images that are left out."""
 
 from __future__ import annotations
 
 import typer
 
 from modeling_vitreg.omissions import list_left_out
+
+
+def tell_left_out(images: object) -> None:
+    """Print what an opened source does not read, before work starts."""
+    from modeling_vitreg.images.messages import show_name
+
+    for note in images.left_out:
+        typer.echo(f"note: {show_name(note)}", err=True)
 
 
 def tell_unreadable(images: dict, *, part: str = "") -> None:

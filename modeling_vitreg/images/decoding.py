@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import TypedDict
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from modeling_vitreg.image_processing_vitreg import MODES, UnsupportedPixels, to_picture
 
@@ -68,9 +68,23 @@ def decode_image(raw: RawImage, *, num_channels: int = 3) -> Image.Image:
     except Image.DecompressionBombError as error:
         reason = f"decompression bomb? {error} Raise PIL.Image.MAX_IMAGE_PIXELS if the file can be trusted."
         raise UnreadableImage(name, reason) from error
+    except UnidentifiedImageError as error:
+        raise UnreadableImage(name, _describe_file(raw) or f"{type(error).__name__}: {error}") from error
     # Pillow's plugins raise errors of many kinds: OSError, SyntaxError, ValueError, struct.error, IndexError ...
     except Exception as error:
         raise UnreadableImage(name, f"{type(error).__name__}: {error}") from error
+
+
+def _describe_file(raw: RawImage) -> str:
+    """What a file is that Pillow does not know, where its first bytes tell."""
+    file = open_file(raw)
+    with open(file, "rb") if isinstance(file, str) else file as content:
+        start = content.read(64).lstrip()
+    if not start:
+        return "the file is empty"
+    if start.startswith(b"version https://git-lfs"):
+        return "the file is a pointer of Git LFS, not the image: run git lfs pull"
+    return "the file is a web page, not an image" if start[:5].lower() in (b"<html", b"<!doc") else ""
 
 
 def check_channels(num_channels: int, *, reader: str) -> None:

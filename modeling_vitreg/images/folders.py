@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import os
 import pathlib
 import re
+import unicodedata
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from .messages import choose_split, list_names
-from .metadata import METADATA, list_files, names_images, plain_path, read_metadata, read_table
+from .metadata import METADATA, holds_images, list_files, names_images, plain_path, read_metadata, read_table
 from .opened import OpenedDataset
-from .shards import open_shards
+from .shards import names_shards, open_shards
 
 
 if TYPE_CHECKING:
@@ -32,6 +34,8 @@ _SPLIT_NAMES = {
     "testing": "test",
 }
 _DISK_SHARDS = 64  # of a stream over a dataset that is on disk
+_SYSTEM_FOLDERS = ("__MACOSX", "__pycache__")
+_TEXTS = (".md", ".txt", ".json", ".jsonl", ".csv", ".xml", ".yaml", ".yml", ".html", ".log", ".py")
 
 
 def open_folder(folder: pathlib.Path, *, split: str, is_streaming: bool) -> OpenedDataset:
@@ -52,25 +56,31 @@ def open_folder(folder: pathlib.Path, *, split: str, is_streaming: bool) -> Open
         files = sorted(str(path) for path in folder.rglob("*.arrow"))
         return _choose(saved, split, folder, is_streaming, files=files)
     files, notes = _list_files(folder)
-    if files[".tar"]:
-        parts = _split_shards(folder, files[".tar"])
-        return open_shards(choose_split(parts, split, source=str(folder)), split=split)
     images = [path for suffix, paths in files.items() if suffix in _image_suffixes() for path in paths]
+    if shards := [path for paths in files.values() for path in paths if names_shards(path.lower())]:
+        parts = _split_shards(folder, shards)
+        opened = open_shards(choose_split(parts, split, source=str(folder)), split=split)
+        return dataclasses.replace(opened, notes=[*opened.notes, *_leave_out(images, "images", "shards")])
     tables = files[".parquet"] + files[".arrow"]
     if images:
         tables = [path for path in tables if os.path.basename(path) not in METADATA]
+        others = [] if any(map(holds_images, tables)) else tables
+        tables = [] if others else tables
+        notes += _leave_out(others, "tables without images", "images")
     if tables:
+        notes = _leave_out(images, "images", "tables")
         if not any("::" in os.path.realpath(path) for path in tables):
             splits = datasets.load_dataset(str(folder.resolve()), streaming=is_streaming)
-            return OpenedDataset(choose_split(splits, split, source=str(folder)), tables, splits=splits)
+            return OpenedDataset(choose_split(splits, split, source=str(folder)), tables, splits=splits, notes=notes)
         splits = {name: read_table(paths) for name, paths in _split_shards(folder, tables).items()}
-        return _choose(splits, split, folder, is_streaming, files=tables)
+        return _choose(splits, split, folder, is_streaming, files=tables, notes=notes)
     if not images:
         found = ", ".join(f"{len(paths)} {suffix or 'without suffix'}" for suffix, paths in files.items() if paths)
         raise ValueError(
             f"open_images: expected images, .tar shards or parquet files in the folder {str(folder)!r}, got "
             f"{found or 'no files'}. Give the folder above the class folders or above the images."
         )
+    notes += _unknown_files(files, len(images))
     metadata = [path for paths in files.values() for path in paths if os.path.basename(path) in METADATA]
     foreign = [path for path in metadata if not names_images(path)]
     notes += [f"{path} has no column file_name and was not read" for path in foreign]
@@ -114,7 +124,9 @@ def _walk(folder: str, ancestors: frozenset[str], notes: list[str]) -> Iterator[
     except OSError as error:
         notes.append(f"{folder} could not be listed: {error.strerror}")
         return
-    entries = [entry for entry in entries if not entry.name.startswith((".", "__"))]
+    entries = [entry for entry in entries if not entry.name.startswith(".") and entry.name not in _SYSTEM_FOLDERS]
+    if not entries:
+        notes.append(f"the folder {folder} is empty")
     for entry in entries:
         if entry.is_file() or not os.path.exists(entry.path):  # a link to nothing is named when it is read
             yield os.path.join(folder, entry.name)
@@ -123,6 +135,23 @@ def _walk(folder: str, ancestors: frozenset[str], notes: list[str]) -> Iterator[
     for entry in entries:
         if entry.is_dir():
             yield from _walk(os.path.join(folder, entry.name), ancestors | {place}, notes)
+
+
+def _leave_out(paths: list[str], what: str, others: str) -> list[str]:
+    """A note on files beside those that are read, if there are any."""
+    shown = list_names(paths, num_shown=1)
+    return [f"{len(paths)} {what} beside {others} are left out: {shown}"] if paths else []
+
+
+def _unknown_files(files: dict[str, list[str]], num_images: int) -> list[str]:
+    """A note on files that are no images by their suffixes; texts beside images are not mentioned."""
+    known = {*_image_suffixes(), *_TEXTS, ".parquet", ".arrow"}
+    counts = {suffix: len(paths) for suffix, paths in files.items() if paths and suffix not in known}
+    if not counts:
+        return []
+    shown = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in sorted(counts.items()))
+    total = sum(counts.values())
+    return [f"{total} files beside {num_images} images have no suffix of an image that can be read: {shown}"]
 
 
 def _image_suffixes() -> set[str]:
@@ -199,7 +228,9 @@ def _read_class_folders(splits: dict[str, list[pathlib.Path]], images: list[str]
             for folder in folders:
                 if pathlib.Path(path).is_relative_to(folder):
                     parts = pathlib.Path(path).relative_to(folder).parts
-                    rows[split].append((path, parts[0] if len(parts) > 1 else None))
+                    # macOS stores accents apart, and a class may have both spellings.
+                    name = unicodedata.normalize("NFC", parts[0]) if len(parts) > 1 else None
+                    rows[split].append((path, name))
     names = [name for part in rows.values() for _, name in part]
     classes = sorted(set(names) - {None})
     num_outside = names.count(None)

@@ -65,8 +65,9 @@ class LabelledData:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Sentences about the annotations."""
-        return tuple(dict.fromkeys((*self.train.notes, *self.test.notes)))
+        """Sentences about the annotations, and about files that are not read."""
+        parts = (self.train, self.test)
+        return tuple(dict.fromkeys(note for part in parts for note in (*part.left_out, *part.notes)))
 
 
 def open_data(
@@ -147,7 +148,8 @@ def _open_test(source: str, split: str | None, options: DataOptions) -> ImageSou
 def _open_part(source: str, split: str, options: DataOptions) -> ImageSource:
     opened = open_dataset(source, split=split)
     if opened.is_stream:
-        raise ValueError(f"expected data of known length, got a stream, {source!r}: save it as a dataset first")
+        notes = "".join(f"; {note}" for note in opened.notes)
+        raise ValueError(f"expected data of known length, got a stream, {source!r}: save it as a dataset first{notes}")
     return ImageSource(opened, options=options)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import unicodedata
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -151,7 +152,7 @@ def _clean(value: object) -> int | str | None:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     if isinstance(value, (str, bool)):
-        return str(value).strip() or None
+        return unicodedata.normalize("NFC", str(value)).strip() or None
     if value != int(value):
         raise ValueError(f"open_images: expected labels to be words or whole numbers, got {value!r}")
     return int(value) if value >= 0 else None

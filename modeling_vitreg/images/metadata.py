@@ -42,6 +42,19 @@ def names_images(table: str) -> bool:
     return any(_FILE_NAME.fullmatch(str(name)) for name in names)
 
 
+def holds_images(table: str) -> bool:
+    """Whether a column of a table may hold the bytes of images."""
+    import datasets
+
+    try:
+        kinds = _load_table([table], is_streaming=True).features
+    except ValueError:  # it is named when it is read
+        return True
+    return any(
+        isinstance(kind, (datasets.Image, dict)) or "binary" in getattr(kind, "dtype", "") for kind in kinds.values()
+    )
+
+
 def read_metadata(tables: list[str]) -> datasets.Dataset:
     """The rows of tables, with a column of images for each column of file names.
 
@@ -67,12 +80,16 @@ def read_table(paths: list[str]) -> datasets.Dataset:
     Raises:
         ValueError: a file cannot be read.
     """
+    return _load_table(paths, is_streaming=False)
+
+
+def _load_table(paths: list[str], *, is_streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
     import datasets
 
     kind = _KINDS[os.path.splitext(paths[0])[1].lower()]
     files = [glob.escape(plain_path(path)) for path in paths]
     try:
-        return datasets.load_dataset(kind, data_files=files, split="train")
+        return datasets.load_dataset(kind, data_files=files, split="train", streaming=is_streaming)
     except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
         cause = error.__cause__ or error
         raise ValueError(

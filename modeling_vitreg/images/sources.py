@@ -35,6 +35,7 @@ class _Images:
 
     _columns: Columns
     notes: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()  # sentences about files that are not read
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -86,7 +87,7 @@ class ImageSource(_Images):
     ):
         opened = dataset if isinstance(dataset, OpenedDataset) else OpenedDataset(dataset)
         self.revision, self.notes, self._kind = opened.revision, tuple(notes), kind
-        self._left_out = opened.notes
+        self.left_out = tuple(opened.notes)
         self._columns = find_columns(opened, options or DataOptions())
         self._dataset = self._columns.select(opened.dataset)
         self._indices, self._whole = None, None
@@ -147,7 +148,7 @@ class ImageSource(_Images):
 
     def describe_labels(self) -> str:
         """Lines to show before work starts: the classes, how they were found, what was left out."""
-        return describe_labels(self._columns.labels, self.labels, self._left_out)
+        return describe_labels(self._columns.labels, self.labels, self.left_out)
 
     def texts(self) -> Iterator[str]:
         """All captions in order, several of an image joined, without an image being read.
@@ -234,7 +235,7 @@ class ImageStream(_Images):
         self._columns = find_columns(opened, options or DataOptions())
         self._dataset = self._columns.select(opened.dataset)
         self._block_size = block_size
-        self.revision, self._files, self._left_out = opened.revision, tuple(opened.files), opened.notes
+        self.revision, self._files, self.left_out = opened.revision, tuple(opened.files), tuple(opened.notes)
 
     @functools.cached_property
     def dataset_hash(self) -> str:
@@ -247,7 +248,7 @@ class ImageStream(_Images):
 
     def describe_labels(self) -> str:
         """Lines to show before work starts; see `ImageSource`."""
-        return describe_labels(self._columns.labels, None, self._left_out)
+        return describe_labels(self._columns.labels, None, self.left_out)
 
     def spread(self, number: int) -> list[dict]:
         """The first raw images, at most so many."""

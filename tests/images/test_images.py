@@ -1,5 +1,6 @@
 """Opening images by one string, decoding them late, and reading a stream that can be stopped anywhere."""
 
+import gzip
 import io
 import itertools
 import json
@@ -9,6 +10,7 @@ import pickle
 import shutil
 import struct
 import tarfile
+import unicodedata
 import zlib
 
 import datasets
@@ -192,13 +194,17 @@ def test_what_cannot_be_decoded_is_reported_with_its_name_and_a_reason(tmp_path,
     damaged[len(png) // 2] ^= 255
     cases = {
         "empty": _raw(b""),
-        "identify": _raw(b"<html>404</html>"),
+        "identify": _raw(b"no image"),
+        "a web page, not an image": _raw(b"\n<html>404</html>"),
+        "git lfs pull": _raw(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+        "is empty": _raw(None, str(tmp_path / "zero.png")),
         "truncated": _raw(jpeg[: len(jpeg) // 2]),
         "OSError": _raw(png[: len(png) // 2]),
         "Error": _raw(bytes(damaged)),
         "No such file": _raw(None, str(tmp_path / "gone.png")),
         "no image in this row": _raw(None),
     }
+    (tmp_path / "zero.png").write_bytes(b"")
     for reason, raw in cases.items():
         with pytest.raises(UnreadableImage, match=rf"the image: .*{reason}"):
             decode_image(raw)
@@ -314,6 +320,34 @@ def test_links_in_a_circle_odd_names_and_empty_files_do_no_harm(tmp_path):
     for index in (2, 3):
         with pytest.raises(UnreadableImage, match=r"(broken|empty)\.png"):
             source.read(index)
+
+
+def test_files_that_are_not_read_are_counted(tmp_path):
+    folder = tmp_path / "set"
+    _write_folder(folder, ["cat/a.png", "cat/b.png", "dog/c.png", "__background__/d.png", "__MACOSX/e.png"])
+    for name in ("cat/1.heic", "dog/2.HEIC", "dog/download", "readme.md", "labels.txt"):
+        (folder / name).write_bytes(b"?")
+    (folder / "owl").mkdir()
+    source = open_images(str(folder))
+    assert source.class_names == ("__background__", "cat", "dog") and len(source) == 4
+    assert source.left_out == (
+        f"the folder {folder / 'owl'} is empty",
+        "3 files beside 4 images have no suffix of an image that can be read: 1 without suffix, 2 .heic",
+    )
+    datasets.Dataset.from_dict({"feature": [1.0]}).to_parquet(folder / "features.parquet")
+    source = open_images(str(folder))
+    assert len(source) == 4 and "1 tables without images beside images are left out" in source.left_out[1]
+    _write_shards(folder, num_shards=1, images_per_shard=2)
+    assert "4 images beside shards are left out" in open_images(str(folder)).left_out[0]
+
+
+def test_spellings_of_an_accent_are_one_class(tmp_path):
+    composed, apart = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    names = [f"train/{composed}/a.png", "train/the/b.png", f"test/{apart}/c.png", f"test/{composed}/d.png"]
+    source = open_images(_write_folder(tmp_path / "set", names), split="test")
+    assert (source.class_names, source.labels) == ((composed, "the"), [0, 0])
+    words = _labelled([composed, apart, "the", "the"], "string")
+    assert ImageSource(words).labels == [0, 0, 1, 1]
 
 
 def _labelled(values, kind: str) -> datasets.Dataset:
@@ -527,8 +561,12 @@ def test_shards_may_mix_suffixes_lack_classes_and_hold_other_files(tmp_path):
 def test_shards_that_cannot_be_read_are_named(tmp_path):
     png = _encode(_image(7))
     whole = _write_shard(tmp_path / "whole.tar", [("0.png", png), ("0.cls", b"cat")])
-    with pytest.raises(ValueError, match=r"whole.tar: 0.cls holds 'cat', expected the number of a class"):
-        next(open_images(whole).examples(seed=0))
+    assert "'cls' is not a column of class numbers" in open_images(whole).describe_labels()
+    mixed = _write_shard(tmp_path / "mixed.tar", [("0.png", png), ("0.cls", b"1"), ("1.png", png), ("1.cls", b"cat")])
+    with pytest.raises(ValueError, match=r"mixed.tar: 1.cls holds 'cat', expected the number of a class"):
+        list(itertools.islice(open_images(mixed).examples(seed=0), 2))
+    with pytest.raises(ValueError, match=r"got files of the suffixes 'v1.png'. The suffix .* at the first dot"):
+        open_images(_write_shard(tmp_path / "dots.tar", [("0.v1.png", png)]))
     with pytest.raises(ValueError, match=r"expected images in the shard .*, got files of the suffixes 'txt'"):
         open_images(_write_shard(tmp_path / "texts.tar", [("0.txt", b"one")]))
     (tmp_path / "cut.tar").write_bytes((tmp_path / "whole.tar").read_bytes()[:700])
@@ -536,6 +574,25 @@ def test_shards_that_cannot_be_read_are_named(tmp_path):
     for name in ("cut", "page"):
         with pytest.raises(ValueError, match=f"the shard .*{name}.tar' is damaged"):
             open_images(str(tmp_path / f"{name}.tar"))
+
+
+def test_shards_may_be_empty_compressed_and_of_other_suffixes_than_the_first(tmp_path, caplog):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    _write_shard(folder / "0.tar", [])
+    _write_shard(folder / "1.tar", [("0.jpg", _encode(_image(7), "jpeg")), ("0.cls", b"1")])
+    rest = _write_shard(folder / "2.tar", [("1.png", _encode(_image(7))), ("1.cls", b"2"), ("2.cls", b"3")])
+    (folder / "3.tar.gz").write_bytes(gzip.compress(pathlib.Path(rest).read_bytes()))
+    both = {"0.jpg", "1.png"}
+    for source, number, names in (
+        ("", 3, both),
+        ("?.tar", 2, both),
+        ("{2,1}.tar", 2, both),
+        ("3.tar.gz", 1, {"1.png"}),
+    ):
+        raws = [raw for raw, _ in itertools.islice(open_images(str(folder / source)).examples(seed=0), number)]
+        assert {raw["name"] for raw in raws} == names and {_number_of(decode_image(raw)) for raw in raws} == {7}
+    assert "2.tar: 1 samples hold no image and are left out" in caplog.text
 
 
 @pytest.mark.parametrize("write", [_write_shards, _write_parquet])
