@@ -23,12 +23,32 @@ def is_hub_name(name: str) -> bool:
     return is_name and not os.path.isdir(name.split("/")[0])
 
 
+def split_reduction(name: str) -> tuple[str, dict | None]:
+    """The folder or name of MODEL@merge=NUMBER, and the `token_reduction` that it asks for; None without "@".
+
+    Raises:
+        ValueError: something else behind the "@".
+    """
+    folder, mark, text = name.rpartition("@")
+    if not mark or pathlib.Path(name).expanduser().exists():
+        return name, None
+    key, _, number = text.partition("=")
+    if key != "merge" or not number.isdecimal():
+        raise ValueError(f"{name}: expected MODEL@merge=NUMBER, patches that each layer merges, got {text!r} behind @")
+    return folder, {"kind": "merge", "per_layer": int(number)}
+
+
 def check_model_name(name: str) -> str:
     """The folder or name that a model is loaded by; for the folder of a training run, its `model`.
+
+    "@merge=NUMBER" behind a name stays there.
 
     Raises:
         ValueError: there is no such folder, it holds no model, or the name is a checkpoint file.
     """
+    plain, reduction = split_reduction(name)
+    if reduction:
+        return check_model_name(plain) + name[len(plain) :]
     path = pathlib.Path(name).expanduser()
     if path.is_dir():
         folder = next((place for place in (path, path / "model") if _holds_model(place)), None)

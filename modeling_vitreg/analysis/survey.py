@@ -10,8 +10,10 @@ stopped. A section that cannot be measured states the reason, and the others are
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from modeling_vitreg.distributed import SINGLE_PROCESS, DistributedContext
-from modeling_vitreg.encoding import run_pass
+from modeling_vitreg.encoding import Consumer, run_pass
 from modeling_vitreg.features import Encoder
 from modeling_vitreg.reports import ArtifactReport
 
@@ -29,6 +31,7 @@ def survey(
     source: str = "",
     command: str = "",
     context: DistributedContext = SINGLE_PROCESS,
+    others: Sequence[Consumer] = (),
 ) -> tuple[ArtifactReport, Examples] | None:
     """Measure the artifacts of a model.
 
@@ -39,6 +42,7 @@ def survey(
         source: name of the images, for the report.
         command: command that makes the report, for the report.
         context: processes that share the images.
+        others: what else is measured in the same pass.
 
     Returns:
         The report, and the first images with their norms and attention; None in all processes but the first.
@@ -48,7 +52,8 @@ def survey(
     """
     settings = settings or SurveySettings()
     sections = Sections(encoder, settings)
-    counts = run_pass(encoder, images, [sections], settings.reading(), context=context, failures=sections.failures)
+    reading = {"context": context, "failures": sections.failures}
+    counts = run_pass(encoder, images, [sections, *others], settings.reading(), **reading)
     if context.rank:
         return None
     if not counts.num_seen:

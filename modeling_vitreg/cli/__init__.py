@@ -6,6 +6,7 @@ import typer
 
 from .analyze import analyze
 from .card import card
+from .compare import compare
 from .convert import convert
 from .discover import discover
 from .doctor import doctor
@@ -26,7 +27,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     add_completion=False,
 )
-for _verb in (look, convert, retrofit, analyze, discover, evaluate, embed, card, publish):
+for _verb in (look, convert, retrofit, analyze, discover, evaluate, compare, embed, card, publish):
     app.command(no_args_is_help=True)(_verb)
 app.command()(doctor)
 

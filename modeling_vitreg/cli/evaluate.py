@@ -66,24 +66,24 @@ def evaluate(
     with plain_errors():
         options.check_output(output)
         names, device = options.check_inputs([model, *(compare or [])], data, device)
-        counts = _read_counts(num_images)
+        counts = read_counts(num_images)
         from modeling_vitreg import evaluation
         from modeling_vitreg.distributed import first_process_first, joined_processes, tell_others
         from modeling_vitreg.features import load_encoder
         from modeling_vitreg.files import write_text
         from modeling_vitreg.scenes import is_scenes
 
-        wanted = _read_tasks(tasks, evaluation.TASKS)
+        wanted = read_tasks(tasks, evaluation.TASKS)
         usual = {"batch_size": batch_size, "workers": workers, "precision": precision, "compile": compile}
-        chosen, data_options = _read_settings(settings, columns, usual, seed, is_scenes=is_scenes(data))
+        chosen, data_options, _ = read_evaluation(settings, columns, usual, seed, is_scenes=is_scenes(data))
         loading = {"device": device, "dtype": options.weights_dtype(precision), "trust_remote_code": trust_remote_code}
         encoders = [load_encoder(name, **loading) for name in names]
         side = chosen.encoding.image_size or max(max(encoder.image_size) for encoder in encoders)
-        opening = {**_read_splits(split), **counts, "annotations": annotations, "seed": seed, "options": data_options}
+        opening = {**read_splits(split), **counts, "annotations": annotations, "seed": seed, "options": data_options}
         folders = [output / str(number) for number in range(1, len(names) + 1)] if len(names) > 1 else [output]
         with joined_processes() as context:
             with first_process_first(context):
-                opened = evaluation.open_data(data, image_size=_scene_size(data, side), **opening)
+                opened = evaluation.open_data(data, image_size=scene_size(data, side), **opening)
             if not annotations and not context.rank:
                 typer.echo(opened.train.describe_labels(), err=True)
             found = []
@@ -137,17 +137,19 @@ def _measure(encoder, tasks: list[str], data, folder: pathlib.Path, settings):
     )
 
 
-def _scene_size(data: str, side: int) -> int | tuple[int, int]:
+def scene_size(data: str, side: int) -> int | tuple[int, int]:
+    """Pixels of rendered scenes for a model that reads `side` pixels; of other images that side."""
     scene_settings, _ = options.scene_settings(data, side)
     return scene_settings.image_size if scene_settings else side
 
 
-def _read_splits(text: str) -> dict[str, str | None]:
+def read_splits(text: str) -> dict[str, str | None]:
+    """Arguments of `open_data` for --split."""
     train, _, test = text.partition(",")
     return {"split": train or "train", "test_split": test or None}
 
 
-def _read_counts(text: str) -> dict[str, int]:
+def read_counts(text: str) -> dict[str, int]:
     """Numbers of images to train on and to measure on; one that is left out has its default."""
     parts = [part.strip() for part in text.split(",")]
     if len(parts) > 2 or not all(part.isdecimal() or not part for part in parts) or "0" in parts:
@@ -156,7 +158,12 @@ def _read_counts(text: str) -> dict[str, int]:
     return {"num_train": train, "num_test": test}
 
 
-def _read_tasks(text: str, known: dict[str, Any]) -> list[str]:
+def read_tasks(text: str, known: dict[str, Any]) -> list[str]:
+    """Names of --tasks.
+
+    Raises:
+        ValueError: no task, or an unknown one.
+    """
     from modeling_vitreg.settings import suggest_name
 
     names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
@@ -168,16 +175,17 @@ def _read_tasks(text: str, known: dict[str, Any]) -> list[str]:
     return names
 
 
-def _read_settings(texts, columns, encoding: dict, seed: int, *, is_scenes: bool):
-    """Settings of the evaluation and of its data, from --set, --columns and other options."""
+def read_evaluation(texts, columns, encoding: dict, seed: int, *, is_scenes: bool, **others: type) -> tuple:
+    """Settings of the evaluation, of its data and of `others` by name, from --set, --columns and other options."""
     from modeling_vitreg.evaluation import EvaluationSettings
     from modeling_vitreg.images import DataOptions, parse_columns
 
     fields = {field.name: field for field in dataclasses.fields(EvaluationSettings) if field.name != "seed"}
     kinds = {name: field.default_factory for name, field in fields.items()}
-    found = options.read_settings(texts, {"data": DataOptions, **kinds})
+    found = options.read_settings(texts, {"data": DataOptions, **kinds, **others})
+    rest = {name: kind(**found.pop(name)) for name, kind in others.items()}
     usual_columns = {"label_column": "colours"} if is_scenes else {}
     data = DataOptions(**(usual_columns | found.pop("data") | parse_columns(columns or ())))
     usual = {"encoding": encoding, "discovery": {"batch_size": min(_DISCOVERY_BATCH, encoding["batch_size"])}}
     groups = {name: kinds[name](**(usual.get(name, {}) | values)) for name, values in found.items()}
-    return EvaluationSettings(**groups, seed=seed), data
+    return EvaluationSettings(**groups, seed=seed), data, rest

@@ -28,7 +28,7 @@ def compare(reports: Sequence[EvaluationReport], *, labels: Sequence[str] | None
     Raises:
         ValueError: no report, no result, or the labels are not one per report and all different.
     """
-    labels = _name_models(reports) if labels is None else list(labels)
+    labels = name_models([report.model for report in reports]) if labels is None else list(labels)
     if not reports or len(labels) != len(reports) or len(set(labels)) != len(labels):
         raise ValueError(f"expected reports with one label each, all different, got {len(reports)} with {labels}")
     rows = _collect(reports)
@@ -39,8 +39,8 @@ def compare(reports: Sequence[EvaluationReport], *, labels: Sequence[str] | None
     for key, results in rows.items():
         task, metric = results[min(results)]["task"], results[min(results)]["metric"]
         best = find_best(results)
-        cells = [_format(results.get(number), is_best=number == best) for number in range(len(reports))]
-        lines.append([task, _name_metric(metric), escape_markdown(_name_data(key, rows)), *cells])
+        cells = [format_result(results.get(number), is_best=number == best) for number in range(len(reports))]
+        lines.append([task, name_metric(metric), escape_markdown(_name_data(key, rows)), *cells])
     table = ["| " + " | ".join(line) + " |" for line in lines]
     return "\n".join([*table, "", _caption(rows, labels)]) + "\n"
 
@@ -58,10 +58,10 @@ def find_best(results: dict[int, dict]) -> int | None:
     return None
 
 
-def _name_models(reports: Sequence[EvaluationReport]) -> list[str]:
-    names = [report.model for report in reports]
+def name_models(names: Sequence[str]) -> list[str]:
+    """Names of models, numbered if some are equal."""
     if len(set(names)) == len(names):
-        return names
+        return list(names)
     return [f"{name} ({number})" for number, name in enumerate(names, start=1)]
 
 
@@ -86,7 +86,8 @@ def _is_better(result: dict, other: dict) -> bool:
     return low > other_high if METRICS[result["metric"]].higher_is_better else high < other_low
 
 
-def _format(result: dict | None, *, is_best: bool) -> str:
+def format_result(result: dict | None, *, is_best: bool) -> str:
+    """Value and interval, in bold for the best; shares in percent."""
     if result is None:
         return "-"
     scale, digits = (100, 1) if METRICS[result["metric"]].unit == "%" else (1, 3)
@@ -94,7 +95,8 @@ def _format(result: dict | None, *, is_best: bool) -> str:
     return f"**{value}** [{low}, {high}]" if is_best else f"{value} [{low}, {high}]"
 
 
-def _name_metric(metric: str) -> str:
+def name_metric(metric: str) -> str:
+    """Name of a metric with its direction and unit."""
     about = METRICS[metric]
     return f"{metric} {'↑' if about.higher_is_better else '↓'}{f', {about.unit}' if about.unit else ''}"
 

@@ -11,10 +11,11 @@ from collections.abc import Iterable
 import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel
 from transformers.utils import cached_file
 
 from modeling_vitreg.modeling_vitreg import IMAGENET_MEAN, IMAGENET_STD, PROCESSOR_FILE, read_image_processor
+from modeling_vitreg.names import split_reduction
 from modeling_vitreg.network import is_hub_known
 
 from .encoder import Encoder
@@ -23,6 +24,7 @@ from .folders import check_settings, conversion_command, is_hub_name, list_shard
 
 
 _FLOATS, _INTEGERS = ("F64", "F32", "F16", "BF16"), ("position_ids", "num_batches_tracked", "position_index")
+_NO_MERGING = "{name}: merging needs a model of this package, got one {kind}: convert it first, with vitreg convert"
 # Parts of a tower that no feature depends on.
 _UNUSED = re.compile(r"pooler|mask_token|decoder|classifier|(^|\.)head\.|projection")
 
@@ -40,6 +42,7 @@ def load_encoder(
     Args:
         source: a module of a supported family; a folder or a name on the Hub that `AutoModel` opens; or "timm/NAME" or
             "timm:NAME", which timm creates with its pretrained weights. An existing folder takes precedence.
+            "@merge=13" behind the name of a model of this package sets its `token_reduction`.
         device: device of the weights; None leaves a module where it is, and loads onto the CPU.
         dtype: type of the weights; None keeps it.
         trust_remote_code: run the code in the folder of the weights. Folders of this package do not need it.
@@ -55,17 +58,18 @@ def load_encoder(
         model = source
         name = name or getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
     else:
-        source = os.fspath(source)
+        name, (source, reduction) = name or os.fspath(source), split_reduction(os.fspath(source))
         is_timm = source.startswith(("timm/", "timm:")) and not os.path.isdir(source)
-        model = _open_timm(source[len("timm/") :]) if is_timm else _open(source, trust_remote_code)
+        if is_timm and reduction:
+            raise ValueError(_NO_MERGING.format(name=name, kind="of timm"))
+        model = _open_timm(source[len("timm/") :]) if is_timm else _open(source, trust_remote_code, reduction)
         statistics = None if is_timm else _saved_statistics(source, model)
-        name = name or source
     if device is not None or dtype is not None:
         model = model.to(device=device, dtype=dtype)
     return Encoder(model, name=name, statistics=statistics or _own_statistics(model))
 
 
-def _open(source: str, trust_remote_code: bool) -> nn.Module:
+def _open(source: str, trust_remote_code: bool, reduction: dict | None = None) -> nn.Module:
     if os.path.isfile(source):
         raise RuntimeError(f"could not open {source!r} as a model: {conversion_command(source)}")
     if not os.path.isdir(source) and not is_hub_name(source):
@@ -74,9 +78,15 @@ def _open(source: str, trust_remote_code: bool) -> nn.Module:
         raise RuntimeError(f"could not open {source!r}: no such folder, and the Hub cannot be reached from here")
     if os.path.isdir(source):
         _check_folder(pathlib.Path(source))
+    fields = {}
+    if reduction:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        if not hasattr(config, "token_reduction"):
+            raise ValueError(_NO_MERGING.format(name=source, kind=f"of type {config.model_type}"))
+        fields = {"token_reduction": reduction}
     try:
         model, report = AutoModel.from_pretrained(
-            source, trust_remote_code=trust_remote_code, output_loading_info=True
+            source, trust_remote_code=trust_remote_code, output_loading_info=True, **fields
         )
     except Exception as error:  # on files of others, transformers raises errors of a dozen classes
         text = " ".join(str(error).split())[:600]

@@ -13,16 +13,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import weakref
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
+from modeling_vitreg.memory import MemoryTracker
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersLayer
 
 from .build import make_objective
@@ -235,7 +234,7 @@ def _trace(
         _fill(objective, kind)
         batch = _make_batch(recipe, objective, micro_batch, num_masked)
         known = [*objective.parameters(), *objective.buffers(), *batch.values()]
-        tracker = MemoryTracker(products, known=known, num_prototypes=num_prototypes)
+        tracker = _Tracker(products, known=known, num_prototypes=num_prototypes)
         heads = [part for name, part in objective.trained.items() if name != "backbone"]
         with tracker, _count_in(heads, products) as of_heads:
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision != "no"):
@@ -305,8 +304,8 @@ def _tokens_per_image(recipe: Recipe, objective: Objective) -> int:
     return sum(number * (num_prefix + math.prod(_grid(objective, side))) for number, side in views if number)
 
 
-class MemoryTracker(TorchDispatchMode):
-    """Bytes that are alive, the most that ever were, and products by phase, operation by operation.
+class _Tracker(MemoryTracker):
+    """Bytes that are alive by kind, the most that ever were, and products by phase, operation by operation.
 
     Args:
         products: counts the operations; read after each.
@@ -315,19 +314,16 @@ class MemoryTracker(TorchDispatchMode):
     """
 
     def __init__(self, products: FlopCounterMode, *, known: list[Tensor], num_prototypes: set[int]):
-        super().__init__()
+        super().__init__(known)
         self._products, self._num_prototypes = products, num_prototypes
-        self._known = {tensor.untyped_storage()._cdata for tensor in known}
         self._outside: dict[int, int] = {}
-        self._alive: dict[int, tuple[str, int]] = {}
-        self.now = self.peak = 0
         self.is_backward = False
         self.flops = {"teacher": 0, "student": 0, "backward": 0}
 
     def kept(self) -> dict[str, int]:
         """Bytes alive by kind."""
         sizes = {"copies": 0, "logits": 0, "activations": 0}
-        for kind, size in self._alive.values():
+        for kind, size in self.alive.values():
             sizes[kind] += size
         return sizes
 
@@ -342,29 +338,16 @@ class MemoryTracker(TorchDispatchMode):
         phase = "backward" if self.is_backward else "student" if torch.is_grad_enabled() else "teacher"
         self.flops[phase] += self._products.get_total_flops() - before
         weights = [value for value in tree_iter(args) if isinstance(value, nn.Parameter)]
-        is_copy = bool(weights) and operation is torch.ops.aten._to_copy.default
         for weight in weights:
             storage = weight.untyped_storage()
-            if storage._cdata not in self._known:
+            if storage._cdata not in self.known:
                 self._outside[storage._cdata] = storage.nbytes()
+        is_copy = bool(weights) and operation is torch.ops.aten._to_copy.default
         for tensor in tree_iter(result):
-            if isinstance(tensor, Tensor):
-                self._see(tensor, is_copy)
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._outside:
+                is_logits = tensor.ndim > 1 and tensor.shape[-1] in self._num_prototypes
+                self.see(tensor, "copies" if is_copy else "logits" if is_logits else "activations")
         return result
-
-    def _see(self, tensor: Tensor, is_copy: bool) -> None:
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._alive or key in self._known or key in self._outside:
-            return
-        is_logits = tensor.ndim > 1 and tensor.shape[-1] in self._num_prototypes
-        self._alive[key] = ("copies" if is_copy else "logits" if is_logits else "activations", size)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._free, key)
-
-    def _free(self, key: int) -> None:
-        self.now -= self._alive.pop(key)[1]
 
 
 @contextlib.contextmanager

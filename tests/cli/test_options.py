@@ -27,6 +27,8 @@ OPTIONS = {
     "--device --set --output",
     "evaluate": "--columns --annotations --split --num-images --compare --trust-remote-code --tasks --batch-size "
     "--precision --workers --compile --seed --device --set --output",
+    "compare": "--images --columns --split --num-images --trust-remote-code --tasks --batch-size --precision "
+    "--workers --seed --device --set --output",
     "embed": "--split --num-images --trust-remote-code --batch-size --precision --workers --compile --device --set "
     "--registers --patches",
     "card": "--reports --license --license-name --license-link --accept-license --output",

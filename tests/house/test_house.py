@@ -34,6 +34,7 @@ LAYERS = {
     "files": 1,
     "images": 1,
     "hf_metrics": 1,
+    "memory": 1,
     "metrics": 1,
     "modes": 1,
     "names": 1,
@@ -54,6 +55,7 @@ LAYERS = {
     "evaluation": 2,
     "pretraining": 2,
     "cards": 3,
+    "comparison": 3,
     "look": 3,
     "retrofit": 3,
     "doctor": 3,
@@ -73,6 +75,7 @@ ALLOWED_IN_FILE = {
     "cli/processes.py": {"accelerate", "psutil"},  # where accelerate has started the command
     "cards/licences.py": {"yaml"},
     "cards/probe.py": {"peft"},
+    "comparison/table.py": {"matplotlib"},
     "cards/card.py": {"jinja2"},
     "doctor.py": {"packaging"},
     "analysis/figures.py": {"matplotlib"},
