@@ -85,8 +85,8 @@ def joined_processes() -> Iterator[DistributedContext]:
 
 def _stop(*_) -> None:
     raise RuntimeError(
-        "this process was asked to stop (SIGTERM), most often because another process of the command died; the same "
-        "command goes on with what is stored"
+        "this process was asked to stop (SIGTERM), most often because another process of the command died: run the "
+        "same command again to continue"
     )
 
 

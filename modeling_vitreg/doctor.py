@@ -267,7 +267,7 @@ def _check_names(folder: pathlib.Path, settings: dict) -> Iterator[Finding]:
     try:
         options = {"output_loading_info": True, "ignore_mismatched_sizes": True, "use_safetensors": True}
         _, facts = kind.from_pretrained(folder, **options)
-    except Exception as error:  # whatever a class raises on the values of others
+    except Exception as error:  # a class may raise any error on unexpected values
         yield Finding("problem", f"{kind.__name__} cannot be loaded: {type(error).__name__}: {error}")
         return
     finally:

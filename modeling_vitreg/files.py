@@ -112,7 +112,7 @@ def make_folder(path: str | os.PathLike) -> pathlib.Path:
     """Make a folder and those above it.
 
     Raises:
-        OSError: it cannot be made; a file that stands in its way is named.
+        OSError: it cannot be made; the message names a file of the same name.
     """
     path = pathlib.Path(path)
     for place in (path, *path.parents):

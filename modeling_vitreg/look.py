@@ -119,8 +119,8 @@ def draw_looks(looks: Sequence[Look], path: str | os.PathLike) -> pathlib.Path:
     """Draw one row for each look: image, norms, attention of class token and registers, components, and LOST.
 
     Norms are drawn from 0 to the largest of the row, each attention map on a scale of its own. The text of a map is
-    the share of attention on patches, and peak over mean. On the map of a class token stands the share of its update
-    that comes through registers, because the map alone misleads (Lappe and Giese 2025, arXiv 2505.05892).
+    the share of attention on patches, and peak over mean. The map of a class token is labelled with the share of its
+    update that comes through registers, because the map alone misleads (Lappe and Giese 2025, arXiv 2505.05892).
 
     Args:
         looks: of several models, several images, or both.

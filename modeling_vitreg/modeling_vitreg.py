@@ -716,7 +716,7 @@ class ViTWithRegistersLayer(GradientCheckpointingLayer):
 
 
 class ViTWithRegistersMergingAttention(MergingAttention, ViTWithRegistersAttention):
-    """Attention among tokens that stand for several patches."""
+    """Attention among tokens that represent several patches."""
 
 
 class ViTWithRegistersMergingLayer(MergingLayer, ViTWithRegistersLayer):

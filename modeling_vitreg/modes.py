@@ -24,9 +24,9 @@ def eval_mode(model: nn.Module, *, is_eager: bool = True) -> Iterator[None]:
     """Evaluate inside the block; every module then returns to the mode that it was in.
 
     Compiled modules run eagerly inside the block, unless `is_eager` is false, because other sizes without gradients
-    would be compiled anew.
+    would be compiled again.
     """
-    # Module by module, for a part may be frozen in evaluation mode while the rest trains.
+    # Module by module, because a part may be frozen in evaluation mode while the rest trains.
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

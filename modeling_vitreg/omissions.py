@@ -34,7 +34,7 @@ def list_left_out(images: dict, *, name: str = "images") -> list[str]:
 
 
 class Failures:
-    """Tracebacks of the parts of a report that failed, while the others go on.
+    """Tracebacks of the parts of a report that failed, while the others continue.
 
     A part that raises a ValueError or RuntimeError of this package does not apply, and its message is the reason. Any
     other error is a defect: the report holds its message, and `write` stores the traceback. An error of the disk ends

@@ -148,7 +148,7 @@ def _fit(value: Any, default: Any, name: str) -> Any:
         if not isinstance(value, (list, tuple)) or len(value) != len(default):
             raise ValueError(f"{name}: expected {len(default)} values such as {list(default)}, got {value!r}")
         return tuple(_fit(part, like, name) for part, like in zip(value, default))
-    # YAML 1.1 reads 1e-4 as text: the number is what is meant.
+    # YAML 1.1 reads 1e-4 as text; the user means the number.
     if isinstance(default, (int, float)) and not isinstance(default, bool) and isinstance(value, str):
         value = _number(value, name)
     if isinstance(default, float) and isinstance(value, (int, float)) and not isinstance(value, bool):

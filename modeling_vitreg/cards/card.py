@@ -1,7 +1,7 @@
 """A card from facts: the text of `template.md`, and the metadata that the Hub reads.
 
-No argument carries a number or a sentence of the card: whatever was not recorded in a file is missing, and the card
-says so. Text of others (names of files, data and models, commands) is escaped.
+No argument carries a number or a sentence of the card: a fact that no file records is missing, and the card
+says so. External text (names of files, data and models, commands) is escaped.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def render_results(facts: Facts) -> str | None:
 
 
 def code_span(value: object) -> str:
-    """Text of others as code inside of a line."""
+    """External text as code inside a line."""
     text = " ".join(str(value).split())
     ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     pad = " " if text.startswith("`") or text.endswith("`") else ""
@@ -160,7 +160,7 @@ def code_span(value: object) -> str:
 
 
 def code_block(value: object, language: str = "text", indent: int = 0) -> str:
-    """Text of others as a block of code, which none of its lines can end."""
+    """External text as a block of code that none of its lines can end."""
     text = str(value).replace("\r", "\n")
     ticks = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return "\n".join(" " * indent + line for line in [f"{ticks}{language}", *text.split("\n"), ticks])

@@ -206,7 +206,7 @@ def _check_settings(model: pathlib.Path, settings: dict) -> None:
         raise CardError(f"{model}: expected a model of this family, vitreg, got the type {kind!r}")
     try:
         ViTWithRegistersConfig.from_dict(vision)
-    except Exception as error:  # whatever a class of transformers raises on values of another type
+    except Exception as error:  # transformers raises errors of any class on values of another type
         raise CardError(f"{path}: is no valid configuration of this family: {error}") from None
 
 

@@ -77,5 +77,5 @@ def embed(
             return
     tell_unreadable(counts.describe())
     if counts.stopped_by:
-        typer.echo(f"{counts.stopped_by}; the same command goes on", err=True)
+        typer.echo(f"{counts.stopped_by}; the same command continues", err=True)
     typer.echo(f"{output} holds the features of {counts.num_images} images, computed in {counts.precision}")

@@ -18,7 +18,7 @@ _DISCOVERY = {
     "--report": "--output {}",
 }
 _LICENSE = {"--report": "--reports {}", "--licence": "--license {}", "--accept-licence": "--accept-license {}"}
-# Of each verb: an old option and what it became; {} stands for its value. Options of two values, "A,B", are merged.
+# For each verb: old options and their replacements; {} is the value. Options of two values, "A,B", are merged.
 RENAMED = {
     "convert": {"--part": "--checkpoint-key {}", "--unverified": "--no-verify"},
     "analyze": {"--report": "--output {}", "--image-size": "--set encoding.image_size={}"},

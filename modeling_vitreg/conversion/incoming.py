@@ -165,7 +165,7 @@ def _decide(layout: Layout, info: CheckpointInfo, settings: ConversionSettings, 
 
 
 def _head_name(name: str) -> str:
-    """The name in a head that stands alone, without what wrapped it."""
+    """The name in a separate head, without the prefix of its wrapper."""
     return name.removeprefix("linear_head.")
 
 

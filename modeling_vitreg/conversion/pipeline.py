@@ -74,7 +74,7 @@ def _convert(source, output: pathlib.Path, settings, command: str | None, *, tit
 
 @contextlib.contextmanager
 def _saved(module: PreTrainedModel) -> Iterator[pathlib.Path]:
-    """A folder with a model of transformers, for its names in files are not always those in memory."""
+    """A folder with a model of transformers, because its names in files are not always those in memory."""
     with tempfile.TemporaryDirectory(prefix="vitreg-convert-") as place:
         folder = pathlib.Path(place) / type(module).__name__
         with quietly():
@@ -100,7 +100,7 @@ def export(
         command: for the record; default that of the process.
 
     Returns:
-        The content of `conversion.json`; beside a file, the name of the file stands in front.
+        The content of `conversion.json`; beside a file, it begins with the name of the file.
 
     Raises:
         ConversionError: the layout cannot represent the architecture, and the message names the field; or the outputs

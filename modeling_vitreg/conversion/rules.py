@@ -31,7 +31,7 @@ def stage(what: str, *, remedy: str) -> Iterator[None]:
     """Turn any error that a library raises on a user's files into one `ConversionError`.
 
     Args:
-        what: names the file and what was done with it.
+        what: the file and the operation.
         remedy: what the reader can do.
     """
     try:

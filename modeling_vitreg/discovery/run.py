@@ -59,7 +59,7 @@ def discover(
         reading: workers and precision; None: batches as in `settings`, without workers.
         folder: keeps the rows of a source, so that the next call resumes; None: they are not kept.
         source: name of the images, for the report.
-        command: command that makes the report, for the report.
+        command: command that makes the report.
 
     Returns:
         The report; `write_folder` writes it. With several processes that of the first one has all images.

@@ -103,7 +103,7 @@ class Sweep:
     is_normalized: bool = True
 
     def settings(self, published: DiscoverySettings, *, num_layers: int) -> list[DiscoverySettings]:
-        """The settings of the sweep, for a model of so many layers; what it does not vary is as published."""
+        """The settings of the sweep for a model of `num_layers` layers; all others are as published."""
         options = {"method": "lost", "is_centered": self.is_centered, "is_normalized": self.is_normalized}
         axes = (layer_numbers(self.layers, num_layers, first=1), self.features, self.biases)
         return [

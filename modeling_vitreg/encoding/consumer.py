@@ -117,7 +117,7 @@ class EncodedBatch:
         return self.features[layer % (self.encoder.num_layers + 1), feature]
 
     def count_first(self, number: int) -> int:
-        """How many images of the batch are among so many first ones of the source; they come first in the batch."""
+        """How many images of the batch are among the first `number` of the source; they come first in the batch."""
         return sum(image.number < number for image in self.images)
 
     def attend(self, layers: Sequence[int], *, first: int | None = None) -> list[Tensor]:
@@ -164,7 +164,7 @@ class Consumer(abc.ABC):
     def has_shard(self, index: int) -> bool:
         """Whether a shard was stored by an earlier pass, so that this consumer is not given its images.
 
-        Asked only of shards of this process: those of others may be written while it is asked.
+        Called only for shards of this process; other processes may be writing theirs.
         """
         return False
 

@@ -47,7 +47,7 @@ def run_pass(
 
     Images that cannot be read, or that have a feature that is not finite, are left out, counted and named. Ctrl-C ends
     the pass after the batch: consumers keep what they saw. So does an error, if `failures` are given and a batch was
-    encoded; a consumer that fails is then dropped, and the others go on.
+    encoded; a consumer that fails is then dropped, and the others continue.
 
     Args:
         encoder: from `modeling_vitreg.features.load_encoder`.

@@ -14,7 +14,7 @@
 
 The metadata of the schema holds under "vitreg" what the features were made from: hashes of weights and data, settings,
 precision, versions, and the images of the shard that were left out. A file appears whole or not at all, so a run that
-was killed goes on with the next shard. Only one shard of each process is in memory.
+was killed continues with the next shard. Only one shard of each process is in memory.
 
 Letters for shapes: B images of a batch, P patches, R registers, D width.
 """

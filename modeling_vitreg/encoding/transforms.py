@@ -25,7 +25,7 @@ class Cut:
         mode: mode of Pillow that the model reads.
         patch_shape: (rows, columns) of a patch in pixels.
         sides: (rows, columns) to cut out; None: the whole image is padded.
-        longest_side: of a padded image, in pixels; None: as it is.
+        longest_side: of a padded image, in pixels; None: unchanged.
     """
 
     mode: str

@@ -67,7 +67,7 @@ def evaluate(
         tokenizer: tokenizer of a dual encoder, for zero-shot classification.
         class_embeddings: (classes, E), instead of a tokenizer.
         feature_folder: folder of encoded images; None: in the output folder.
-        command: command that makes the report, for the report.
+        command: command that makes the report.
         is_strict: raise the unexpected error of a task instead of skipping the task.
 
     Returns:

@@ -222,7 +222,7 @@ class Encoder:
     ) -> dict:
         """Run the model, in evaluation mode, until its hooks have found everything.
 
-        Every module returns to the mode that it was in, and no hook stays, whatever happens.
+        Modes of modules and hooks are restored, also after an error.
 
         Args:
             pixel_values: (B, C, height, width).
@@ -269,7 +269,7 @@ class Encoder:
 
 
 def layer_numbers(layers: int | Sequence[int], num_layers: int, *, first: int) -> list[int]:
-    """Layers by their numbers, whichever end they were counted from.
+    """Numbers of layers that may be counted from either end.
 
     Args:
         layers: one or several; -1 is the last layer.
@@ -289,7 +289,7 @@ def layer_numbers(layers: int | Sequence[int], num_layers: int, *, first: int) -
 
 
 def _for_channels(values: Sequence[float], num_channels: int) -> tuple[float, ...]:
-    """Mean or standard deviation for so many channels; those of colours are averaged for other numbers of channels."""
+    """Mean or standard deviation of each channel; for other numbers of channels, the average over the colours."""
     values = tuple(values)
     return values if len(values) == num_channels else (sum(values) / len(values),) * num_channels
 

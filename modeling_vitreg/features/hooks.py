@@ -82,7 +82,7 @@ def record_projection(attention: nn.Module, name: str, keep: Callable) -> Iterat
         weight = attention.qkv.weight.chunk(3)[place]
         yield attention.register_forward_pre_hook(lambda _, arguments: keep(F.linear(arguments[0], weight, bias)))
         return
-    # A copy, for a view would keep all three.
+    # A copy, because a view would keep all three.
     sizes = getattr(attention, "sizes", None) or attention.qkv.out_features // 3
     if hasattr(attention, "expand"):  # of a model with fewer tokens inside a layer
         yield from _record_own(

@@ -37,7 +37,7 @@ def crop_map(values: np.ndarray, sides: tuple[int, int]) -> np.ndarray:
 
 
 def shrink_image(image: Image.Image, longest_side: int | None) -> Image.Image:
-    """An image whose longest side has at most so many pixels (bicubic); None leaves it as it is."""
+    """An image whose longest side has at most `longest_side` pixels (bicubic); None: unchanged."""
     if longest_side is None or max(image.size) <= longest_side:
         return image
     sides = [max(round(side * longest_side / max(image.size)), 1) for side in image.size]

@@ -85,9 +85,9 @@ def extract_many(
 ) -> list[TokenFeatures]:
     """Several features of several layers in one forward pass, which ends where the last of them was found.
 
-    Every module returns to the mode that it was in, and no hook stays, whatever happens. Queries and keys are outputs
-    of their projections: before a norm of queries and keys and before rotary positions. The final norm is applied to
-    all tokens; a model that norms the pooled vector instead leaves them unchanged.
+    Modes of modules and hooks are restored, also after an error. Queries and keys are outputs of their projections:
+    before a norm of queries and keys and before rotary positions. The final norm is applied to all tokens; a model
+    that norms the pooled vector instead leaves them unchanged.
 
     Args:
         encoder: from `load_encoder`.

@@ -50,7 +50,7 @@ def find_conventions(raws: Iterable[dict], options: DataOptions) -> tuple[DataOp
         options: as they were given.
 
     Returns:
-        The options that the annotations are read by, and sentences about what was found or does not count.
+        The options to read the annotations with, and sentences about conventions and about images that do not count.
 
     Raises:
         ValueError: annotations that contradict the options, with the name of an image and its values.
@@ -248,7 +248,7 @@ def _stored_boxes(raw: dict) -> _Boxes | None:
     try:
         rows = np.array([row for row in rows if row is not None], dtype=np.float64).reshape(-1, 4)
         orientation, stored = read_frame(raw)
-    except Exception:  # whatever is wrong is named when the image is read
+    except Exception:  # the error is reported when the image is read
         return None
     rows = rows[np.isfinite(rows).all(axis=1)]
     stated = raw.get("annotated_size")

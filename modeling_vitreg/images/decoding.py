@@ -88,7 +88,7 @@ def _describe_file(raw: RawImage) -> str:
 
 
 def check_channels(num_channels: int, *, reader: str) -> None:
-    """Check that images can be opened for a model of so many channels, before any work is done.
+    """Check that images can be opened with this number of channels, before any work is done.
 
     Args:
         num_channels: channels that the model reads.

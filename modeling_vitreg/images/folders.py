@@ -42,8 +42,7 @@ def open_folder(folder: pathlib.Path, *, split: str, is_streaming: bool) -> Open
     """Open a folder by what it holds: a saved dataset, shards, parquet or arrow files, or images.
 
     Images in a folder without metadata: `train`, `validation` and `test` are splits; the folders in a split are
-    classes, whatever lies in them, as for torchvision's `ImageFolder`. Folders that hold nothing but one folder are
-    passed through.
+    classes, as for torchvision's `ImageFolder`. Folders that hold only one folder are passed through.
 
     Raises:
         ValueError: there is nothing of the kind, or no such split.

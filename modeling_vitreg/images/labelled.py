@@ -86,7 +86,7 @@ def open_data(
 
     Args:
         source: as in `open_images`, but no stream. The commit of a dataset of the Hub becomes the `revision`.
-        options: columns and the meaning of their values. Scenes have all annotations, whatever is named.
+        options: columns and the meaning of their values. Scenes have all annotations in any case.
         image_size: side or (rows, columns) of rendered scenes in pixels; that of the encoder leaves them as they are.
         split: training split.
         test_split: None: `test`, else `validation`, else images held out of `split`.

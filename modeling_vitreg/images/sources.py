@@ -118,7 +118,7 @@ class ImageSource(_Images):
         return self.with_options(dataclasses.replace(self.options, **others))
 
     def spread(self, number: int) -> list[dict]:
-        """At most so many raw images, spread over all of them."""
+        """At most `number` raw images, spread over all of them."""
         indices = sorted({len(self) * step // number for step in range(number)}) if len(self) else []
         return [self.raw(index) for index in indices]
 
@@ -251,14 +251,14 @@ class ImageStream(_Images):
         return describe_labels(self._columns.labels, None, self.left_out)
 
     def spread(self, number: int) -> list[dict]:
-        """The first raw images, at most so many."""
+        """The first raw images, at most `number`."""
         rows = itertools.islice(self._dataset, number)
         return [self._columns.to_raw(row, fallback=f"image {index}") for index, row in enumerate(rows)]
 
     def examples(
         self, *, seed: int, rank: int = 0, num_processes: int = 1, state: dict | None = None
     ) -> Iterator[tuple[dict, dict]]:
-        """Raw images of one process, without end, each with the state that goes on after it.
+        """Raw images of one process, without end, each with the state to resume after it.
 
         In every pass each image is seen once, by one process. The order of the shards is drawn from (seed, pass), the
         order inside a block of consecutive images from (seed, rank, pass, block): unlike a shuffle buffer, which would
@@ -314,5 +314,5 @@ class ImageStream(_Images):
 
 
 def derive_seed(*words: int) -> int:
-    """The seed in 1 ... 2 ** 63 - 1 that stands for a sequence of integers: 0 or positive, of any size."""
+    """A seed in 1 ... 2 ** 63 - 1 from integers, 0 or positive, of any size."""
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1)) or 1

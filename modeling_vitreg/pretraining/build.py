@@ -87,7 +87,7 @@ def make_objective(
 
 
 def _load_backbone(source: str | pathlib.Path, changes: dict) -> ViTWithRegistersModel:
-    """The image tower of a folder or a name, whatever head or text tower it is saved with, with other settings."""
+    """The image tower of a folder or a name, without its head or text tower, with other settings."""
     if not is_of_this_family(source):
         raise ValueError(f"init: {conversion_command(source)}")
     own, dual = ViTWithRegistersModel, ViTWithRegistersDualEncoderModel

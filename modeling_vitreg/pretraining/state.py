@@ -54,7 +54,7 @@ FORMATS = (1, 2)  # 2 has several files of each kind; version 0.1 reads 1
 
 
 class StateSaver:
-    """Writes states in the background while training goes on; all processes make and call it together.
+    """Writes states in the background during training; all processes make and call it together.
 
     Args:
         folder: folder that holds the states of the run.

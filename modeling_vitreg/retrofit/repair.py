@@ -57,8 +57,8 @@ from .register_neurons import (
 
 
 LEAST_IMAGES = 16
-HELD_OUT = 4  # one image in so many
-TRIED = 3  # of the held-out images one in so many, 16 or more, chooses the number of units: all judge the result
+HELD_OUT = 4  # one image in four is held out
+TRIED = 3  # one held-out image in three, 16 or more, chooses the number of units; all judge the result
 # Files beside the weights that belong to the result too.
 _KEPT_FILES = (PROCESSOR_FILE, "conversion.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json")
 
@@ -172,7 +172,7 @@ def finish(
         output: folder of the model.
         page: folder of the page; None: no page.
         data: held-out images for the page; None: nothing to compare.
-        is_forced: write the model whatever the verdict is.
+        is_forced: write the model even if it is not repaired.
 
     Raises:
         RetrofitError: with the verdict in words.
@@ -358,8 +358,8 @@ def read_images(encoder: Encoder, images: object, settings: RetrofitSettings) ->
 
 @torch.no_grad()
 def time_ratio(original: nn.Module, repaired: nn.Module, images: Tensor, *, rounds: int = 4) -> float:
-    """Time of a forward of the repaired model in units of the original's; the quickest of rounds in turn, for other
-    programs only ever add time."""
+    """Time of a forward of the repaired model in units of the original's: the quickest of several rounds, because
+    other programs only add time."""
     seconds: dict[int, list[float]] = {0: [], 1: []}
     for number in range(2 * rounds):
         start = time.perf_counter()

@@ -182,7 +182,7 @@ COLOUR_NAMES = tuple(f"{first} and {second}" for first, others in _SECOND.items(
 
 
 class Solid(NamedTuple):
-    """A shape with a texture: how it is made and where it stands."""
+    """A shape with a texture and a position."""
 
     category: int
     colours: tuple[str, str]
@@ -225,7 +225,7 @@ def place_solids(
 
 
 def _is_free(solid: Solid, others: list[Solid], planes: list[Plane]) -> bool:
-    """Whether a solid stands clear of the walls and of the others, and hides no more than a part of them."""
+    """Whether a solid touches neither walls nor other solids, and hides others only in part."""
     x, _, z = solid.centre[:, 0]
     for other in others:
         other_x, _, other_z = other.centre[:, 0]

@@ -112,7 +112,7 @@ def _strip(name: str, *, base: str) -> str:
 
 
 def _canonical(base: str) -> Callable[[Iterable[str]], dict[str, str]]:
-    """Names of version 5 in memory, or with the name of a base model in front, as they stand in files."""
+    """Names of version 5 in memory, or with the prefix of a base model, as names in files."""
 
     def shorten(name: str) -> str:
         short = _strip(name, base=base)

@@ -80,7 +80,7 @@ def effective_rank(features: Tensor) -> float:
     on the CPU. The paper adds 1e-7 to p; here 0 ln 0 is 0, so that k equal directions give k exactly.
 
     Args:
-        features: (B, D), of any scale; B well above D, for the rank is at most min(B, D).
+        features: (B, D), of any scale; B well above D, because the rank is at most min(B, D).
 
     Returns:
         From 1 to min(B, D); 0 for features that are all zero.

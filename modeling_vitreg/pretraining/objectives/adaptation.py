@@ -90,7 +90,7 @@ def add_lora(
 
 
 def merge_lora(model: nn.Module) -> nn.Module:
-    """A copy whose adapters are merged into the layers beside them."""
+    """A copy with the adapters merged into their layers."""
     model = copy.deepcopy(model)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):

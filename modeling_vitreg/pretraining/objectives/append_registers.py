@@ -1,6 +1,6 @@
 """Append registers to a finished model and train them, then low-rank adapters of its attention, on its clean tokens.
 
-The registers stand behind gates that start closed, so the model is unchanged at the first step. The targets are those
+The registers have gates that start closed, so the model is unchanged at the first step. The targets are those
 of the frozen original: its class token, and its patches averaged over shifted and flipped copies of the image.
 
 Letters: B images, P patches, D width.

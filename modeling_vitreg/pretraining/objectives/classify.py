@@ -84,7 +84,7 @@ class Classification(HeadObjective):
         teacher: images (B, 3, h, w) to logits (B, C), without gradient; None without distillation.
 
     Raises:
-        ValueError: fewer than two classes, several views, or a backbone that lacks what is read.
+        ValueError: fewer than two classes, several views, or a backbone without a token that is read.
     """
 
     description = "classification with labels"

@@ -1,4 +1,4 @@
-"""Targets and losses of DINO, iBOT, DINOv2 and LeJEPA, computed in float32, whatever the precision around them.
+"""Targets and losses of DINO, iBOT, DINOv2 and LeJEPA, computed in float32 under any autocast.
 
 Letters: B images, G global views, V local views, K prototypes, M masked patches of this process, D width.
 Sums over processes come in as `processes`; means of equal parts agree with the mean of the whole.

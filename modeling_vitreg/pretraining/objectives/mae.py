@@ -110,7 +110,7 @@ class MAE(Objective):
         Raises:
             ValueError: the number of masked patches differs between images.
         """
-        # Here, for the masks are still on the CPU: on a GPU the counts would have to be waited for.
+        # Here, because the masks are still on the CPU: on a GPU it would wait for the counts.
         low, high = batch["masks"].sum(dim=-1).aminmax()
         if low != high:
             raise ValueError(
@@ -126,7 +126,7 @@ class MAE(Objective):
         """
         tokens, visible = self.encode_visible(images, masks, num_masked=num_masked)
         if not self.settings.sees_registers:
-            # Asked now: registers may be added to a backbone that is in here already.
+            # Read here, because registers may be added to the backbone after the objective was made.
             registers = self.backbone.config.token_slices["registers"]
             tokens = torch.cat([tokens[:, : registers.start], tokens[:, registers.stop :]], dim=1)
         return self.decoder(tokens, visible, num_patches=masks.shape[1])

@@ -172,7 +172,7 @@ class Objective(nn.Module, abc.ABC):
         """Values of `settings` that a recipe leaves to the data, such as names of classes.
 
         Raises:
-            ValueError: the data do not say what is needed.
+            ValueError: the data lack such a value.
         """
         return {}
 
@@ -237,7 +237,7 @@ class Objective(nn.Module, abc.ABC):
     def compile_layers(self) -> None:
         """Compile the branches of the layers of every network, in place; all layers share their graphs.
 
-        Sizes are dynamic: views of other sizes and other numbers of masked patches compile nothing anew.
+        Sizes are dynamic: other sizes of views and other numbers of masked patches compile nothing again.
         """
         compile_layers(self)
 

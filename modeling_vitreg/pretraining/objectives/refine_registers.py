@@ -2,7 +2,7 @@
 
 A frozen copy of the model looks at crops beside a strip of another image, which shows which of its tokens do not
 depend on the crop. The student learns the clean ones from a single pass over the whole image, and its registers the
-others. Registers are tokens of the model, which may stand behind gates, or a ring of blank patches around the image,
+others. Registers are tokens of the model, which may have gates, or a ring of blank patches around the image,
 as published. The adapters are merged into the weights of the saved model.
 
 Letters: B images, C crops of an image, P patches, R registers, D width. Grids are (rows, columns).

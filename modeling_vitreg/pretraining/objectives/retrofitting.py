@@ -107,7 +107,7 @@ class RetrofitObjective(Objective):
         self._choose_parameters()
 
     def _choose_parameters(self) -> None:
-        """Freeze what is not trained, and add adapters."""
+        """Freeze parameters that are not trained, and add adapters."""
 
     @classmethod
     def arguments_of(cls, recipe: Recipe) -> dict:

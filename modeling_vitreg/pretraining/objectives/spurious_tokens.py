@@ -19,7 +19,7 @@ TEMPERATURE = 0.2
 SAMPLED_SHARE = 0.4  # of the tokens, the most similar to an unrelated image: spurious ones are drawn from these
 REGISTER_SIMILARITY = 0.55  # of a token with a register: below it the two are not pushed apart
 LIFT = 0.1  # above the threshold, of similarities without a gradient
-WEAK_PART, WEAK_WEIGHT = 10, 0.2  # one register in so many may resemble the image
+WEAK_PART, WEAK_WEIGHT = 10, 0.2  # one register in ten may resemble the image
 
 
 def most_similar(tokens: Tensor, others: Tensor) -> Tensor:

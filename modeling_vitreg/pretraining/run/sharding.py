@@ -31,7 +31,7 @@ def shard(
         objective: before its optimiser is made.
         device: where the shards go; None: where the objective lies. A layer moves there before it is sharded, so an
             objective that lies on the CPU is never whole on a GPU.
-        precision: "no", "bf16" or "fp16": of what is gathered and computed with; sums of gradients stay float32.
+        precision: "no", "bf16" or "fp16": of gathered parameters and of computation; sums of gradients stay float32.
         kind: "full" shards over all processes, "hybrid" over those of a machine, with a copy on each machine.
 
     Raises:

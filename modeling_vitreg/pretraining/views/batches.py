@@ -19,7 +19,7 @@ from .colors import change_batch
 
 # First words of seeds, so that order, views and masks are independent of each other.
 SEED_OF_ORDER, _SEED_OF_VIEWS, _SEED_OF_MASKS = range(3)
-_NUM_TRIES = 100  # images that may stand in for an unreadable one
+_NUM_TRIES = 100  # images tried in place of an unreadable one
 
 
 class BatchSpec(NamedTuple):

@@ -1,4 +1,4 @@
-"""The training loader: order and augmentation depend on nothing but the seed and the number of an image.
+"""The training loader: order and augmentation depend only on the seed and the number of an image.
 
 A run reads images 0, 1, 2, ... without end, so a run that is killed resumes with the same bytes and any number of
 workers; with an indexed source also with another number of processes. Workers decode and augment; the main process
@@ -61,7 +61,8 @@ class ViewLoader:
         make_masks: called as make_masks(num_images, generator=generator), returns bool (V, num_images, P); or None.
         micro_batch_size: B.
         num_accumulations: micro-batches of a step.
-        num_repeats: how often an image is in a step, each time cut anew (repeated augmentation, Hoffer et al. 2020).
+        num_repeats: how often an image is in a step, each time with other crops (repeated augmentation, Hoffer
+            et al. 2020).
         rank: rank of this process.
         num_processes: number of processes that share the images.
         seed: 0 or a positive integer, the same in all processes.
@@ -223,7 +224,7 @@ class ViewLoader:
         return int(_permute(len(self._source), self._builder.seed, turn)[position])
 
     def _read_stream(self) -> Iterator[tuple[list[dict], dict]]:
-        """The raw images of each micro-batch, candidates to stand in for them, and the state after the micro-batch."""
+        """The raw images of each micro-batch, candidates to replace them, and the state after the micro-batch."""
         builder, size = self._builder, self._builder.micro_batch_size
         owner = {"seed": builder.seed, "rank": builder.rank, "num_processes": builder.num_processes}
         examples = self._stream.examples(**owner, state=self._first_state)
