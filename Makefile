@@ -1,4 +1,4 @@
-.PHONY: style check test test-oldest test-slow test-transformers wheel
+.PHONY: style check docs test test-oldest test-slow test-transformers wheel
 
 TRANSFORMERS_VERSION := $(shell python -c 'from importlib import metadata; print(metadata.version("transformers"))')
 TRANSFORMERS_SOURCE := build/transformers-$(TRANSFORMERS_VERSION)
@@ -38,3 +38,6 @@ build/transformers-%:
 
 wheel:  ## the distribution
 	python -m build
+
+docs:  ## the site, in build/site; needs pip install -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 python -m mkdocs build

@@ -1044,7 +1044,8 @@ class ViTWithRegistersPreTrainedModel(ViTWithRegistersMixin, PreTrainedModel):
             average_heads: average over heads.
 
         Returns:
-            Maps (B, M, [R,] [H,] rows, columns) in float32, with the M layers in the requested order.
+            Maps in float32, (B, M, H, rows, columns) of a token and (B, M, R, H, rows, columns) of the registers, with
+            the M layers in the requested order, and without H where heads are averaged.
 
         Raises:
             ValueError: no such layer or query.
