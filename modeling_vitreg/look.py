@@ -74,9 +74,10 @@ class Look:
 def look(encoder: Encoder, image: Image.Image, *, name: str | None = None) -> Look:
     """Look at an image with a model.
 
-    The image is resized and cut to the size of the model, or to the first multiple of it with 14 rows of patches. LOST
-    reads the keys of the last layer, as published, but centred over the image: models with registers need a bias that
-    differs from model to model (Darcet et al. 2024, arXiv 2309.16588), and centred keys need none.
+    The image is resized and cut to the size of the model, or to the first multiple of it with 14 rows of patches if
+    the model takes that. LOST reads the keys of the last layer, as published, or its tokens where not every patch has
+    a key. They are centred over the image: models with registers need a bias that differs from model to model
+    (Darcet et al. 2024, arXiv 2309.16588), and centred keys need none.
 
     Args:
         encoder: from `features.load_encoder`.
@@ -87,15 +88,18 @@ def look(encoder: Encoder, image: Image.Image, *, name: str | None = None) -> Lo
         ValueError: an image that the model cannot read, or features that are not finite.
     """
     rows, side = min(encoder.image_size) // max(encoder.patch_shape), min(encoder.image_size)
-    side *= -(-LEAST_ROWS // max(rows, 1))
+    side *= -(-LEAST_ROWS // max(rows, 1)) if encoder.takes_any_size else 1
     counts = {"num_images": 1, "batch_size": 1, "num_ablation_images": 0, "num_shown": 1}
     settings = SurveySettings(**counts, image_size=side, has_progress_bar=False)
     report, examples = survey(encoder, [image], settings=settings)
     if not report.layers:
         raise ValueError(f"{encoder.name}: expected finite features, got NaN or infinity: the weights are damaged")
     pixels = encoder.prepare([image], size=side)
-    wanted = [(encoder.num_layers, "token"), (encoder.num_layers, DiscoverySettings.feature)]
-    tokens, keys = extract_many(encoder, pixels, wanted=wanted)
+    (tokens,) = extract_many(encoder, pixels, wanted=[(encoder.num_layers, "token")])
+    try:
+        (keys,) = extract_many(encoder, pixels, wanted=[(encoder.num_layers, DiscoverySettings.feature)])
+    except (ValueError, RuntimeError):  # windows, or attention of an unknown kind
+        keys = tokens
     found = lost(keys, is_centered=True)
     share = register_share(encoder, pixels)
     normed = encoder.norm_tokens(tokens.patch_tokens).unflatten(1, tokens.grid)

@@ -70,7 +70,7 @@ class AttentionMeans:
     def __init__(self, num_layers: int, *, kinds: dict):
         self.kinds = dict(kinds)
         self.queries = [
-            kind if kind != "registers" else f"register {number + 1}"
+            f"register {number + 1}" if kind == "registers" else f"{kind} {number + 1}" if number else kind
             for kind, count in self.kinds.items()
             if kind != "patches"
             for number in range(count)

@@ -108,6 +108,8 @@ def _warnings(report: ArtifactReport) -> list[str]:
     if not images["is_complete"]:
         lines.append(f"Not all images were measured: {images['stopped_by']}.")
     lines += list_left_out(images)
+    if "layers" in report.architecture:
+        lines.append(f"Layers are {report.architecture['layers']}.")
     groups = report.attention.get("registers", {}).get("duplicates", [])
     if groups:
         words = "; ".join(", ".join(map(str, group)) for group in groups)

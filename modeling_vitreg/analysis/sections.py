@@ -381,6 +381,7 @@ def _parts(tokens: TokenFeatures) -> list[Tensor]:
     """Tokens (B, n, D) of each of `_KINDS`; n is 0 for kinds that the model lacks."""
     none = tokens.patch_tokens[:, :0]
     single = [none if token is None else token[:, None] for token in (tokens.cls_token, tokens.distillation_token)]
+    single[0] = single[0] if tokens.cls_tokens is None else tokens.cls_tokens
     registers = none if tokens.register_tokens is None else tokens.register_tokens
     return [*single, registers, tokens.patch_tokens]
 

@@ -154,14 +154,14 @@ class SinkSection:
     """Sinks of all heads on the first images, and what goes with them, in constant memory.
 
     Args:
-        num_layers, num_heads: of the model.
+        num_layers, num_heads: of the model; None where it has no known heads.
         kinds: number of tokens of each kind, in order: class token, distillation token, registers, patches.
         failures: keeps the traceback if the heads of a model cannot be read.
     """
 
-    def __init__(self, num_layers: int, num_heads: int, *, kinds: dict, failures: Failures):
+    def __init__(self, num_layers: int, num_heads: int | None, *, kinds: dict, failures: Failures):
         self.kinds, self._failures, self.problem, self.num_images = dict(kinds), failures, None, 0
-        self._counts = np.zeros((num_layers, num_heads, len(CLASSES), len(kinds)), np.int64)
+        self._counts = np.zeros((num_layers, num_heads or 0, len(CLASSES), len(kinds)), np.int64)
         self._moments = np.zeros((2, len(CLASSES)))  # sums over images of sinks behind layer 1, and of their squares
         self._sums: dict[str, np.ndarray] = {}  # of numbers for each layer
 
@@ -175,7 +175,7 @@ class SinkSection:
         if self.problem:
             return None
         encoder, num_tokens = batch.encoder, sum(self.kinds.values())
-        size = max(MAX_ENTRIES // (encoder.num_heads * num_tokens**2), 1)
+        size = max(MAX_ENTRIES // ((encoder.num_heads or 1) * num_tokens**2), 1)
         try:
             with batch.autocast():
                 use = functools.partial(self._measure, encoder)

@@ -31,6 +31,7 @@ def analyze(
     num_images: options.NumImages = 1000,
     compare: options.Compare = None,
     trust_remote_code: options.TrustRemoteCode = False,
+    parts: options.Parts = None,
     probes: Annotated[int, option(COMPUTE, "Number of images for the linear probes (0: skip).", min=0)] = 0,
     batch_size: options.BatchSize = 32,
     precision: options.Precision = None,
@@ -68,7 +69,7 @@ def analyze(
         usual = {"num_images": num_images, "batch_size": batch_size, "num_probe_images": probes, "seed": seed}
         usual |= {"precision": precision, "workers": workers, "compile": compile}
         chosen = SurveySettings(**(usual | found["encoding"] | found["analysis"]))
-        loading = {"device": device, "trust_remote_code": trust_remote_code}
+        loading = {"device": device, "trust_remote_code": trust_remote_code, "parts": parts}
         encoders = [load_encoder(name, dtype=options.weights_dtype(chosen.precision), **loading) for name in names]
 
         side = chosen.image_size or max(encoders[0].image_size)

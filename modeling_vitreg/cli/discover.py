@@ -21,6 +21,7 @@ def discover(
     split: options.Split = "train",
     num_images: options.NumImages = 200,
     trust_remote_code: options.TrustRemoteCode = False,
+    parts: options.Parts = None,
     sweep: Annotated[bool, option(COMPUTE, "Also try LOST with every feature and bias.", "--sweep")] = False,
     precision: options.Precision = None,
     workers: options.Workers = None,
@@ -53,9 +54,9 @@ def discover(
         found = options.read_settings(settings, {"discovery": kind, "data": DataOptions})
         reading = {"workers": workers, "precision": precision, "compile": compile}
         reading = kind(**found["discovery"]).for_pass(**reading)  # refuses values before work starts
-        loading = {"device": device, "dtype": options.weights_dtype(precision), "trust_remote_code": trust_remote_code}
-        encoder = load_encoder(name, **loading)
-        chosen = kind(**({"head": min(4, encoder.num_heads - 1)} | found["discovery"]))
+        loading = {"device": device, "trust_remote_code": trust_remote_code, "parts": parts}
+        encoder = load_encoder(name, dtype=options.weights_dtype(precision), **loading)
+        chosen = kind(**({"head": min(4, (encoder.num_heads or 1) - 1)} | found["discovery"]))
         with joined_processes() as context:
             with first_process_first(context):
                 annotated = _open(images, annotations, split, num_images, encoder, DataOptions(**found["data"]))

@@ -23,6 +23,7 @@ def embed(
     split: options.Split = "train",
     num_images: Annotated[int | None, option(DATA, "Maximum number of images. Default: all.", min=1)] = None,
     trust_remote_code: options.TrustRemoteCode = False,
+    parts: options.Parts = None,
     batch_size: options.BatchSize = 64,
     precision: options.Precision = None,
     workers: options.Workers = None,
@@ -62,7 +63,7 @@ def embed(
             batch_size=batch_size, workers=workers, precision=precision, compile=compile, limit=num_images
         )
         dtype = options.weights_dtype(precision)
-        encoder = load_encoder(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        encoder = load_encoder(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code, parts=parts)
         scene_settings, source_name = options.scene_settings(images, chosen.image_size or max(encoder.image_size))
         with joined_processes() as context:
             with first_process_first(context):

@@ -38,6 +38,7 @@ def evaluate(
     num_images: Annotated[str, _data("Maximum number of images of each split.", "TRAIN,TEST")] = "2000,500",
     compare: options.Compare = None,
     trust_remote_code: options.TrustRemoteCode = False,
+    parts: options.Parts = None,
     tasks: Annotated[str, option(COMPUTE, _TASKS, metavar="TASK,...")] = "knn,linear",
     batch_size: options.BatchSize = 32,
     precision: options.Precision = None,
@@ -76,8 +77,8 @@ def evaluate(
         wanted = read_tasks(tasks, evaluation.TASKS)
         usual = {"batch_size": batch_size, "workers": workers, "precision": precision, "compile": compile}
         chosen, data_options, _ = read_evaluation(settings, columns, usual, seed, is_scenes=is_scenes(data))
-        loading = {"device": device, "dtype": options.weights_dtype(precision), "trust_remote_code": trust_remote_code}
-        encoders = [load_encoder(name, **loading) for name in names]
+        loading = {"device": device, "trust_remote_code": trust_remote_code, "parts": parts}
+        encoders = [load_encoder(name, dtype=options.weights_dtype(precision), **loading) for name in names]
         side = chosen.encoding.image_size or max(max(encoder.image_size) for encoder in encoders)
         opening = {**read_splits(split), **counts, "annotations": annotations, "seed": seed, "options": data_options}
         folders = [output / str(number) for number in range(1, len(names) + 1)] if len(names) > 1 else [output]
@@ -98,11 +99,7 @@ def evaluate(
         write_text(output / "table.md", table)
     _tell_omissions(found, told=() if annotations else opened.train.left_out)  # told with its labels
     typer.echo(table)
-    for report in found:
-        if report.stopped_by:
-            typer.echo(f"{report.model}: {report.stopped_by}; the same command continues", err=True)
-        for task, reason in report.skipped.items():
-            typer.echo(f"{report.model}: {task} skipped: {reason}")
+    _tell_skipped(found)
     typer.echo(f"wrote {output}")
 
 
@@ -118,13 +115,22 @@ def _tell_omissions(reports: list, *, told: Sequence[str]) -> None:
         tell_unreadable(facts, part=part)
 
 
+def _tell_skipped(reports: list) -> None:
+    for report in reports:
+        if report.stopped_by:
+            typer.echo(f"{report.model}: {report.stopped_by}; the same command continues", err=True)
+        for task, reason in report.skipped.items():
+            typer.echo(f"{report.model}: {task} skipped: {reason}")
+
+
 def _measure(encoder, tasks: list[str], data, folder: pathlib.Path, settings):
     """Evaluate one model; DINO-seg reads the published head of attention, where there are as many."""
     from modeling_vitreg import evaluation
     from modeling_vitreg.reports import command_line
 
-    if settings.discovery.head >= encoder.num_heads:
-        discovery = dataclasses.replace(settings.discovery, head=encoder.num_heads - 1)
+    num_heads = encoder.num_heads or 1
+    if settings.discovery.head >= num_heads:
+        discovery = dataclasses.replace(settings.discovery, head=num_heads - 1)
         settings = dataclasses.replace(settings, discovery=discovery)
     return evaluation.evaluate(
         encoder,

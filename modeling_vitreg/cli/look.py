@@ -23,6 +23,7 @@ def look(
     photo: Annotated[pathlib.Path, typer.Argument(help="Photograph: a file that Pillow opens.")],
     model: Annotated[list[str] | None, option(MODEL, _MODEL)] = None,
     trust_remote_code: options.TrustRemoteCode = False,
+    parts: options.Parts = None,
     device: options.Device = None,
     output: Annotated[pathlib.Path, option(OUTPUT, "Picture to write.")] = _OUTPUT,
 ) -> None:
@@ -55,7 +56,7 @@ def look(
             raise ValueError(str(error)) from error
         looks = []
         for name in names:
-            encoder = load_encoder(name, device=device, trust_remote_code=trust_remote_code)
+            encoder = load_encoder(name, device=device, trust_remote_code=trust_remote_code, parts=parts)
             looks.append(look_at(encoder, image))
             typer.echo(looks[-1].sentence)
         draw_looks(looks, output)

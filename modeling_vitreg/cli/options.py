@@ -36,6 +36,10 @@ Split = Annotated[str, option(DATA, "Dataset split.")]
 NumImages = Annotated[int, option(DATA, "Maximum number of images.", min=1)]
 
 Compare = Annotated[list[str] | None, option(MODEL, "Another model, measured on the same images (repeatable).")]
+Parts = Annotated[
+    str | None,
+    option(MODEL, "Where the parts of a model of an unknown kind lie, such as blocks=encoder.blocks,cls=cls_token."),
+]
 TrustRemoteCode = Annotated[bool, option(MODEL, "Run the code that comes with the model.", "--trust-remote-code")]
 
 BatchSize = Annotated[int, option(COMPUTE, "Batch size.", min=1)]

@@ -158,10 +158,17 @@ class ObjectFinder(Consumer):
 
 def _fit(settings: DiscoverySettings, encoder: Encoder) -> DiscoverySettings:
     """Settings with the layer counted from 1."""
-    if settings.method == "dino_seg" and not (encoder.has_cls_token and 0 <= settings.head < encoder.num_heads):
+    num_heads = encoder.num_heads or 0
+    if settings.method == "dino_seg" and not (encoder.has_cls_token and 0 <= settings.head < num_heads):
         raise ValueError(
             f"DINO-seg reads the attention of a class token: expected one, and a head from 0 to "
-            f"{encoder.num_heads - 1}, got {'one' if encoder.has_cls_token else 'none'} and head {settings.head}"
+            f"{num_heads - 1}, got {'one' if encoder.has_cls_token else 'none'} and head {settings.head}"
+        )
+    if not encoder.takes_any_size:
+        rows, columns = encoder.image_size
+        raise ValueError(
+            f"{encoder.name}: discovery reads images at their own size, and this model takes {rows} x {columns} "
+            "pixels only"
         )
     (layer,) = layer_numbers(settings.layer, encoder.num_layers, first=1)
     return dataclasses.replace(settings, layer=layer)

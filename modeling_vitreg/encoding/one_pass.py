@@ -300,7 +300,7 @@ def _are_finite(pixels: Tensor, features: Sequence[TokenFeatures], others: Seque
 
 
 def _parts(tokens: TokenFeatures) -> dict[str, Tensor]:
-    names = ("patch_tokens", "cls_token", "distillation_token", "register_tokens")
+    names = ("patch_tokens", "cls_token", "distillation_token", "register_tokens", "cls_tokens")
     return {name: part for name in names if (part := getattr(tokens, name)) is not None}
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -26,10 +27,20 @@ from .families import (
     find_image_size,
     find_layers,
     find_part,
-    find_tower,
     keywords_of,
 )
-from .hooks import record_attention
+from .hooks import record_attention, record_checked_attention
+from .parts import (
+    as_sequence,
+    count_channels,
+    count_tokens,
+    examine,
+    find_norm,
+    find_patches,
+    kept_settings,
+    open_tower,
+    told_sizes,
+)
 from .pixels import crop_image, normalise
 
 
@@ -40,30 +51,42 @@ class Encoder:
         model: the module, with or without a head; it is used as it is and never changed.
         name: for reports.
         statistics: mean and standard deviation of each channel, for pixels in 0 ... 1.
+        parts: where the parts of a model lie that is not known, see `parts.read_parts`.
 
     Attributes:
         model, name, family: as above; the family is a short word such as "dinov2" or "timm".
         tower, layers: the module that holds embeddings, layers and final norm, and its layers.
-        num_layers, num_heads, hidden_size: L, H and D.
-        patch_shape: (rows, columns) of a patch in pixels.
+        num_layers, num_heads, hidden_size: L, H and D; H is None where attention is of an unknown kind.
+        patch_shape: (rows, columns) of a patch in pixels; of a hierarchical model, of a token of its last grid.
         image_size: (rows, columns) that the model was trained at, in pixels.
-        num_register_tokens, has_cls_token, has_distillation_token: the prefix.
+        num_register_tokens, num_cls_tokens, has_cls_token, has_distillation_token: the prefix.
+        takes_any_size: whether it reads images of several sizes.
+        is_partial: whether the layers are those of the last grid of several.
         image_mean, image_std: one value a channel.
         device, dtype: device and dtype of the weights.
 
     Raises:
-        ValueError: a model of another family.
+        ValueError: a model that cannot be measured; the message proposes its parts.
     """
 
-    def __init__(self, model: nn.Module, *, name: str, statistics: tuple):
-        self.model, self.name = model, name
-        self.family, self.tower = find_tower(model)
-        self._convolution = find_part(self.tower, "patches")
-        self.layers = find_layers(self.tower)
+    def __init__(self, model: nn.Module, *, name: str, statistics: tuple, parts: dict[str, str] | None = None):
+        self.model, self.name, parts = model, name, parts or {}
+        self.family, self.tower, self._is_known = open_tower(model, parts)
+        self._parts = parts
+        self._patches = find_patches(self.tower, parts)
+        self.takes_any_size, self.is_partial = True, False
+        if self._is_known:
+            self.layers, self.hidden_size = find_layers(self.tower), self._patches.out_channels
+            self.patch_shape = tuple(self._patches.kernel_size)
+            counts = (count_tokens(self.tower, {}, part) for part in ("cls", "distillation", "registers"))
+        else:
+            found = examine(self.tower, self.family, parts, name=name)
+            self.layers, self.hidden_size, self.patch_shape = found.layers, found.hidden_size, found.stride
+            self.takes_any_size, self.is_partial, counts = found.takes_any_size, found.is_partial, found.counts
+        self.num_cls_tokens, num_distillation, self.num_register_tokens = counts
+        self.has_distillation_token = bool(num_distillation)
         self.num_layers = len(self.layers)
         self.num_heads = count_heads(self.tower, find_part(self.layers[0], "attention"))
-        self.hidden_size = self._convolution.out_channels
-        self.patch_shape = tuple(self._convolution.kernel_size)
         self.image_size = find_image_size(self.tower, self.patch_shape)
         self._is_compiled = False
         self.image_mean, self.image_std = (_for_channels(values, self.num_channels) for values in statistics)
@@ -71,19 +94,7 @@ class Encoder:
     @property
     def has_cls_token(self) -> bool:
         """Whether the sequence begins with a class token."""
-        return find_part(self.tower, "cls") is not None
-
-    @property
-    def has_distillation_token(self) -> bool:
-        """Whether a distillation token follows it."""
-        return find_part(self.tower, "distillation") is not None
-
-    @property
-    def num_register_tokens(self) -> int:
-        """R."""
-        registers = find_part(self.tower, "registers")
-        registers = getattr(registers, "weight", registers)  # ours are a module
-        return 0 if registers is None else registers.shape[-2]
+        return self.num_cls_tokens > 0
 
     def describe(self) -> dict:
         """Family, sizes and prefix, as reports write them."""
@@ -97,6 +108,8 @@ class Encoder:
             "num_register_tokens": self.num_register_tokens,
             "has_cls_token": self.has_cls_token,
             "has_distillation_token": self.has_distillation_token,
+            **({"num_cls_tokens": self.num_cls_tokens} if self.num_cls_tokens > 1 else {}),
+            **({"layers": f"the {self.num_layers} blocks of the last of several grids"} if self.is_partial else {}),
         }
 
     def made_with(self) -> dict:
@@ -122,23 +135,23 @@ class Encoder:
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Tokens in front of the patches: class token, distillation token and registers."""
-        return self.has_cls_token + self.has_distillation_token + self.num_register_tokens
+        """Tokens in front of the patches: class tokens, distillation token and registers."""
+        return self.num_cls_tokens + self.has_distillation_token + self.num_register_tokens
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self._convolution.weight.device
+        return next(self._patches.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         """Precision of the weights."""
-        return self._convolution.weight.dtype
+        return next(self._patches.parameters()).dtype
 
     @property
     def num_channels(self) -> int:
         """C, the channels of an image."""
-        return self._convolution.in_channels
+        return count_channels(self.tower, self._patches)
 
     @property
     def image_mode(self) -> str:
@@ -177,8 +190,21 @@ class Encoder:
 
     @torch.no_grad()
     def embed_patches(self, pixel_values: Tensor) -> Tensor:
-        """(B, P, D): what the patch embedding makes of images (B, C, height, width), before positions."""
-        return self._convolution(self._check(pixel_values)).flatten(2).transpose(1, 2)
+        """(B, P, D): what the patch embedding makes of images (B, C, height, width), before positions.
+
+        Of a hierarchical model it is the mean over the patches under each token of the last grid.
+        """
+        if self._is_known:
+            return self._patches(self._check(pixel_values)).flatten(2).transpose(1, 2)
+
+        def hooks(keep: Callable) -> Iterator:
+            yield self._patches.register_forward_hook(lambda _, __, value: keep("patches", value))
+
+        value = self.run(pixel_values, hooks, num_expected=1)["patches"]
+        if value.ndim == 4:  # of a convolution
+            grid = [side // patch for side, patch in zip(pixel_values.shape[2:], self.patch_shape)]
+            value = F.adaptive_avg_pool2d(value, grid)
+        return as_sequence(value, grid=(0, 0))
 
     @torch.no_grad()
     def prefix_attention(self, pixel_values: Tensor, *, layers: int | Sequence[int]) -> list[Tensor]:
@@ -195,22 +221,26 @@ class Encoder:
             registers, patches. Q is 0 for a model without prefix.
 
         Raises:
-            ValueError: images that do not fit, or no such layer.
+            ValueError: images that do not fit, no such layer, or attention that is more than a softmax of the products
+                of queries and keys, in a model of a family that is not known.
         """
         numbers = layer_numbers(layers, self.num_layers, first=1)
         sizes = {"num_heads": self.num_heads, "num_queries": self.num_prefix_tokens}
+        record = record_attention if self._is_known else record_checked_attention
 
         def hooks(keep: Callable) -> Iterator:
             for number in set(numbers):
-                yield from record_attention(self.layers[number - 1], functools.partial(keep, number), **sizes)
+                yield from record(self.layers[number - 1], functools.partial(keep, number), **sizes)
 
         found = self.run(pixel_values, hooks, num_expected=len(set(numbers)))
         return [found[number] for number in numbers]
 
     def norm_tokens(self, tokens: Tensor) -> Tensor:
         """Apply the final norm to tokens (B, N, D), unless the model norms the pooled vector instead."""
-        norm = getattr(self.tower, "norm_tokens", None) or find_part(self.tower, "norm")
-        return norm(tokens)
+        norm = getattr(self.tower, "norm_tokens", None)
+        if norm is None:
+            norm = find_part(self.tower, "norm") if self._is_known else find_norm(self.tower, self._parts)
+        return tokens if norm is None else norm(tokens)
 
     def run(
         self,
@@ -252,13 +282,16 @@ class Encoder:
             stack.enter_context(eval_mode(self.tower, is_eager=is_inside_layers or not self._is_compiled))
             stack.enter_context(any_image_size(self.tower, self.family, pixel_values))
             stack.enter_context(contextlib.suppress(_Enough))
-            self.tower(pixel_values, **keywords_of(self.family, pixel_values, self.patch_shape))
+            if not self._is_known:
+                stack.enter_context(kept_settings(self.tower))
+                stack.enter_context(told_sizes(self.name, tuple(pixel_values.shape[2:]), self.image_size))
+            self.tower(pixel_values, **keywords_of(self.tower, self.family, pixel_values, self.patch_shape))
         if len(found) != num_expected:
             raise RuntimeError(f"{self.name}: the model did not call all of its expected modules")
         return found
 
     def _check(self, pixel_values: Tensor) -> Tensor:
-        channels = self._convolution.in_channels
+        channels = self.num_channels
         if pixel_values.ndim != 4 or pixel_values.shape[1] != channels or not len(pixel_values):
             raise ValueError(
                 f"expected images (batch, {channels}, height, width), got a tensor of shape "

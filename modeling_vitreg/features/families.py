@@ -1,12 +1,13 @@
 """Recognition of each family of models, its parts, and the arguments that it needs for images of any size.
 
 A family is known by the name of the class that holds embeddings, layers and final norm; names of the parts differ
-between families and versions, and the first one that exists counts.
+between families and versions, and the first one that exists counts. Other models are read by `parts.examine`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 from collections.abc import Iterator
 
@@ -37,10 +38,9 @@ FAMILIES = {
     "Eva": "timm",
     "DinoVisionTransformer": "dinov2_hub",
 }
-_INTERPOLATE_ON_REQUEST = ("vit", "deit", "clip", "siglip", "vit_mae", "ijepa")
 EXPECTED = (
     "a model of this package; ViT, DeiT, Dinov2, Dinov2WithRegisters, DINOv3ViT, CLIP, SigLIP, ViTMAE or I-JEPA of "
-    "transformers; VisionTransformer or Eva of timm; or DINOv2 of torch.hub"
+    "transformers; VisionTransformer or Eva of timm; DINOv2 of torch.hub; or another model with a list of blocks"
 )
 
 # Where each part lies, over families and versions; the first one that exists counts.
@@ -50,12 +50,17 @@ _PARTS = {
         "embeddings.patch_embeddings",
         "embeddings.patch_embedding",
         "patch_embed.proj",
+        "embeddings.patch_projection",
+        "embeds.proj",
     ),
-    "layers": ("encoder.layer", "encoder.layers", "model.layer", "layer", "layers", "blocks"),
-    "norm": ("layernorm", "post_layernorm", "norm"),
-    "cls": ("embeddings.cls_token", "embeddings.class_embedding", "cls_token"),
+    "layers": (
+        *("encoder.layer", "encoder.layers", "model.layer", "layer", "layers", "blocks"),
+        *("stages", "encoder.stages", "model.stages", "transformer.resblocks"),
+    ),
+    "norm": ("layernorm", "post_layernorm", "norm", "rms_norm", "ln_post"),
+    "cls": ("embeddings.cls_token", "embeddings.class_embedding", "cls_token", "class_embedding", "embeds.cls_token"),
     "distillation": ("embeddings.distillation_token", "dist_token"),
-    "registers": ("embeddings.register_tokens", "register_tokens", "reg_token"),
+    "registers": ("embeddings.register_tokens", "register_tokens", "reg_token", "embeds.reg_token"),
     "attention": ("attention.attention", "attention", "self_attn", "attn"),
     "projection": (
         "attention.output.dense",
@@ -85,18 +90,14 @@ def find_part(module: nn.Module, part: str) -> object:
     return None
 
 
-def find_tower(model: nn.Module) -> tuple[str, nn.Module]:
-    """Family and the module of a model that holds embeddings, layers and final norm.
-
-    Raises:
-        ValueError: no family; the message lists them.
-    """
+def find_tower(model: nn.Module) -> tuple[str, nn.Module] | None:
+    """Family and the module of a model that holds embeddings, layers and final norm; None for other models."""
     for module in model.modules():
         for kind in type(module).__mro__:
             is_whole = all(find_part(module, part) is not None for part in ("layers", "norm"))
             if kind.__name__ in FAMILIES and is_whole and isinstance(find_part(module, "patches"), nn.Conv2d):
                 return FAMILIES[kind.__name__], module
-    raise ValueError(f"expected {EXPECTED}, got {type(model).__module__}.{type(model).__name__}")
+    return None
 
 
 def find_layers(tower: nn.Module) -> list[nn.Module]:
@@ -107,29 +108,28 @@ def find_layers(tower: nn.Module) -> list[nn.Module]:
     return list(layers)
 
 
-def count_heads(tower: nn.Module, attention: nn.Module) -> int:
-    """H.
-
-    Raises:
-        ValueError: neither the attention nor the configuration tells.
-    """
+def count_heads(tower: nn.Module, attention: nn.Module | None) -> int | None:
+    """H; None where neither the attention nor the configuration tells."""
     for name in ("num_heads", "num_attention_heads"):
         for owner in (attention, getattr(tower, "config", None)):
-            if isinstance(getattr(owner, name, None), int):
+            if attention is not None and isinstance(getattr(owner, name, None), int):
                 return getattr(owner, name)
-    raise ValueError(f"expected attention with a number of heads, got {type(attention).__name__}")
+    return None
 
 
 def find_image_size(tower: nn.Module, patch_shape: tuple) -> tuple[int, int]:
     """Pixels (rows, columns) that the model was trained at, cut to whole patches; 224 where nothing tells."""
-    size = follow(tower, "config.image_size") or follow(tower, "patch_embed.img_size") or 224
+    places = ("config.image_size", "patch_embed.img_size", "img_size", "image_size", "patch_embed.image_size")
+    size = next((size for place in places if isinstance(size := follow(tower, place), (int, tuple, list))), None)
+    size = size or (getattr(tower, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))[1:]
     sides = (size, size) if isinstance(size, int) else tuple(size)
     return tuple(max(side // patch, 1) * patch for side, patch in zip(sides, patch_shape))
 
 
-def keywords_of(family: str, pixel_values: Tensor, patch_shape: tuple) -> dict:
+def keywords_of(tower: nn.Module, family: str, pixel_values: Tensor, patch_shape: tuple) -> dict:
     """Keyword arguments of the model besides the images."""
-    keywords = {"interpolate_pos_encoding": True} if family in _INTERPOLATE_ON_REQUEST else {}
+    takes = inspect.signature(tower.forward).parameters
+    keywords = {"interpolate_pos_encoding": True} if family != "vitreg" and "interpolate_pos_encoding" in takes else {}
     if family == "vit_mae":  # it sorts the patches by this noise, even where it masks none
         num_patches = math.prod(side // patch for side, patch in zip(pixel_values.shape[2:], patch_shape))
         order = torch.arange(num_patches, device=pixel_values.device, dtype=torch.float32)
@@ -144,7 +144,7 @@ def any_image_size(tower: nn.Module, family: str, pixel_values: Tensor) -> Itera
         with changed_attributes([(tower.config, "mask_ratio", 0.0)]):
             yield
         return
-    is_fixed = not getattr(tower, "dynamic_img_size", True)  # others than timm's interpolate unasked
+    is_fixed = family == "timm" and not getattr(tower, "dynamic_img_size", True)  # others interpolate unasked
     if not is_fixed or tuple(tower.patch_embed.img_size) == tuple(pixel_values.shape[2:]):
         yield
         return
@@ -163,5 +163,6 @@ def any_image_size(tower: nn.Module, family: str, pixel_values: Tensor) -> Itera
 def follow(module: object, path: str) -> object:
     """The object at a dotted path below a module, None if there is none."""
     for name in path.split("."):
-        module = getattr(module, name, None)
+        is_last = name.startswith("-") and isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 0
+        module = module[int(name)] if is_last else getattr(module, name, None)
     return module

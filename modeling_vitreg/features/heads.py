@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from .encoder import Encoder
 from .families import find_part
-from .hooks import record_attention, record_projection
+from .hooks import TOLERANCE, record_attention, record_projection, split_values
 
 
 MAX_ENTRIES = 2**26  # of the attention of one layer, a quarter of a gigabyte; more images are read in parts
-TOLERANCE = 1e-3  # relative difference between averaged values and what the model itself adds up
 _HALF_TOLERANCE = 0.03
 
 
@@ -45,15 +44,6 @@ class LayerHeads:
     inputs: Tensor
     normed: Tensor
     is_average: bool
-
-
-def split_values(values: Tensor, *, num_heads: int, width: int) -> Tensor:
-    """Values (B, H, N, d) from those (B, N, K d) of K heads that H / K heads of queries share; `width` is H d."""
-    size = width // num_heads
-    if width % num_heads or values.shape[-1] % size or num_heads % (values.shape[-1] // size):
-        raise ValueError(f"expected values of {num_heads} heads, {width} wide, got values {values.shape[-1]} wide")
-    values = values.float().unflatten(-1, (-1, size)).transpose(1, 2)
-    return values.repeat_interleave(num_heads // values.shape[1], dim=1)
 
 
 def output_weights(block: nn.Module, *, num_heads: int) -> Tensor:
@@ -100,6 +90,8 @@ def read_heads(encoder: Encoder, pixel_values: Tensor, use: Callable[[LayerHeads
         raise ValueError(
             "expected attention among all tokens, got a model with token_reduction: load it with token_reduction=None"
         )
+    if encoder.num_heads is None or find_part(encoder.layers[0], "projection") is None:
+        raise ValueError(f"{encoder.name}: blocks of class {type(encoder.layers[0]).__name__} have no known heads")
 
     def hooks(keep: Callable) -> Iterator:
         for number, block in enumerate(encoder.layers, start=1):
@@ -133,6 +125,8 @@ def _record_layer(encoder: Encoder, number: int, block: nn.Module, finish: Calla
 
 def _assemble(encoder: Encoder, number: int, block: nn.Module, parts: dict) -> LayerHeads:
     expected, attention = parts["sum"].float(), parts["attention"].float()
+    if parts["inputs"].shape[:-1] != expected.shape[:-1]:
+        raise ValueError(f"expected attention among all tokens, got one of layer {number} on windows or fewer tokens")
     values = split_values(parts["values"], num_heads=encoder.num_heads, width=expected.shape[-1])
     error = ((attention @ values).transpose(1, 2).flatten(2) - expected).norm()
     tolerance = TOLERANCE if parts["sum"].dtype == torch.float32 else _HALF_TOLERANCE

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .families import find_part
+from .parts import tensor_of
 
 
+TOLERANCE = 1e-3  # relative difference between what we add up and what a model itself adds up
 _PROJECTIONS = {"query": ("q_proj", "query"), "key": ("k_proj", "key"), "value": ("v_proj", "value")}
 
 
@@ -27,15 +29,18 @@ def record_feature(layers: list[nn.Module], number: int, feature: str, keep: Cal
     """
     if feature == "token" and number == 0:
         yield layers[0].register_forward_pre_hook(
-            lambda _, arguments, keywords: keep(arguments[0] if arguments else keywords["hidden_states"]),
+            lambda _, arguments, keywords: keep(tensor_of((*arguments, *keywords.values()))),
             with_kwargs=True,
         )
         return
     layer = layers[number - 1]
     if feature == "token":
-        yield layer.register_forward_hook(lambda _, __, value: keep(value[0] if isinstance(value, tuple) else value))
+        yield layer.register_forward_hook(lambda _, __, value: keep(tensor_of(value)))
     elif feature == "mlp":
-        yield find_part(layer, "mlp").register_forward_pre_hook(lambda _, arguments: keep(arguments[0]))
+        mlp = find_part(layer, "mlp")
+        if mlp is None:
+            raise ValueError(f"blocks of class {type(layer).__name__} have no known second linear layer: read 'token'")
+        yield mlp.register_forward_pre_hook(lambda _, arguments: keep(arguments[0]))
     else:
         yield from record_projection(find_part(layer, "attention"), feature, keep)
 
@@ -44,6 +49,8 @@ def record_attention(layer: nn.Module, keep: Callable, *, num_heads: int, num_qu
     """Hooks that keep the attention probabilities (B, H, Q, N) of the first Q tokens of a layer, in float32; None: of
     all tokens."""
     attention = find_part(layer, "attention")
+    if attention is None:
+        raise ValueError(f"blocks of class {type(layer).__name__} have no known attention")
     if hasattr(attention, "prefix_probabilities"):  # ours, which knows its norms, gates and biases
         yield from _record_own(attention, lambda *found: keep(attention.prefix_probabilities(*found, num_queries)))
         return
@@ -57,6 +64,40 @@ def record_attention(layer: nn.Module, keep: Callable, *, num_heads: int, num_qu
         keep(_probabilities(attention, query, key, rotary=rotary, num_heads=num_heads, num_queries=num_queries))
 
     yield attention.register_forward_hook(finish, with_kwargs=True)
+
+
+def record_checked_attention(layer: nn.Module, keep: Callable, *, num_heads: int, num_queries: int) -> Iterator:
+    """`record_attention`, after a check that these probabilities and the values make what the layer projects.
+
+    Raises:
+        ValueError: from the hooks, if they do not: the attention has gates, biases or other parts.
+    """
+    attention, projection = find_part(layer, "attention"), find_part(layer, "projection")
+    if attention is None:
+        raise ValueError(f"blocks of class {type(layer).__name__} have no known attention")
+    what = f"attention of class {type(attention).__name__} in {type(layer).__name__}"
+    remedy = "if vitreg convert takes this model, convert it and measure the converted one"
+    if projection is None or num_heads is None:
+        raise ValueError(f"{what} has no known parts, so it is not read: {remedy}")
+    found = {}
+
+    def put(name: str, value: Tensor) -> None:
+        found[name] = value
+        if len(found) == 3:  # the projection lies inside the attention, or behind it
+            check(*(found.pop(name) for name in ("probabilities", "value", "sum")))
+
+    def check(probabilities: Tensor, value: Tensor, expected: Tensor) -> None:
+        value, expected = split_values(value, num_heads=num_heads, width=expected.shape[-1]), expected.float()
+        made = (probabilities @ value).transpose(1, 2).flatten(2)  # [B, H, Q, d] -> [B, Q, D]
+        if made.shape != expected.shape or (made - expected).norm() > TOLERANCE * expected.norm():
+            raise ValueError(f"{what} does more than a softmax of queries and keys, so it is not read: {remedy}")
+        keep(probabilities)
+
+    yield projection.register_forward_pre_hook(lambda _, inputs: put("sum", inputs[0][:, :num_queries]))
+    yield from record_projection(attention, "value", lambda value: put("value", value))
+    yield from record_attention(
+        layer, lambda value: put("probabilities", value), num_heads=num_heads, num_queries=num_queries
+    )
 
 
 def _record_own(attention: nn.Module, keep: Callable) -> Iterator:
@@ -82,6 +123,8 @@ def record_projection(attention: nn.Module, name: str, keep: Callable) -> Iterat
         weight = attention.qkv.weight.chunk(3)[place]
         yield attention.register_forward_pre_hook(lambda _, arguments: keep(F.linear(arguments[0], weight, bias)))
         return
+    if not isinstance(getattr(attention, "qkv", None), nn.Module):
+        raise ValueError(f"attention of class {type(attention).__name__} has no known layer of {name}s: read 'token'")
     # A copy, because a view would keep all three.
     sizes = getattr(attention, "sizes", None) or attention.qkv.out_features // 3
     if hasattr(attention, "expand"):  # of a model with fewer tokens inside a layer
@@ -90,6 +133,15 @@ def record_projection(attention: nn.Module, name: str, keep: Callable) -> Iterat
         )
         return
     yield attention.qkv.register_forward_hook(lambda _, __, value: keep(value.split(sizes, dim=-1)[place].clone()))
+
+
+def split_values(values: Tensor, *, num_heads: int, width: int) -> Tensor:
+    """Values (B, H, N, d) from those (B, N, K d) of K heads that H / K heads of queries share; `width` is H d."""
+    size = width // num_heads
+    if width % num_heads or values.shape[-1] % size or num_heads % (values.shape[-1] // size):
+        raise ValueError(f"expected values of {num_heads} heads, {width} wide, got values {values.shape[-1]} wide")
+    values = values.float().unflatten(-1, (-1, size)).transpose(1, 2)
+    return values.repeat_interleave(num_heads // values.shape[1], dim=1)
 
 
 def _find_rotary(attention: nn.Module, arguments: tuple, keywords: dict) -> tuple | None:
@@ -106,12 +158,13 @@ def _probabilities(
     attention: nn.Module, query: Tensor, key: Tensor, *, rotary: tuple | None, num_heads: int, num_queries: int | None
 ) -> Tensor:
     """Softmax (B, H, Q, N) of what the prefix tokens ask, from queries and keys (B, N, D)."""
-    heads = [part.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in (query, key)]
+    size = query.shape[-1] // num_heads
+    heads = [part.unflatten(-1, (-1, size)).transpose(1, 2) for part in (query, key)]  # [B, N, K d] -> [B, K, N, d]
     norms = [getattr(attention, name, None) or nn.Identity() for name in ("q_norm", "k_norm")]
     query, key = (norm(part).float() for norm, part in zip(norms, heads))
     if rotary is not None:
         query, key = _turn(query, *rotary), _turn(key, *rotary)
-    query = query[:, :, :num_queries]
+    query, key = query[:, :, :num_queries], key.repeat_interleave(num_heads // key.shape[1], dim=1)
     return (query @ key.transpose(-2, -1) * key.shape[-1] ** -0.5).softmax(dim=-1)
 
 

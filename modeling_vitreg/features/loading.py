@@ -19,8 +19,9 @@ from modeling_vitreg.names import split_reduction
 from modeling_vitreg.network import is_hub_known
 
 from .encoder import Encoder
-from .families import find_part, find_tower, follow
+from .families import follow
 from .folders import check_settings, conversion_command, is_hub_name, list_shards, read_json
+from .parts import count_channels, find_patches, open_tower, read_parts
 
 
 _FLOATS, _INTEGERS = ("F64", "F32", "F16", "BF16"), ("position_ids", "num_batches_tracked", "position_index")
@@ -36,6 +37,7 @@ def load_encoder(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
     name: str | None = None,
+    parts: dict[str, str] | str | None = None,
 ) -> Encoder:
     """Open a model to extract its features.
 
@@ -47,13 +49,16 @@ def load_encoder(
         dtype: type of the weights; None keeps it.
         trust_remote_code: run the code in the folder of the weights. Folders of this package do not need it.
         name: name in reports; None takes the source, or the class of a module.
+        parts: where the parts of an unknown model lie, as a text such as "blocks=encoder.blocks,cls=cls_token" or the
+            same as a dictionary; see `parts.NAMES`.
 
     Raises:
-        ValueError: the model is not supported, its files lack tensors or hold integers, or the settings beside it are
-            wrong.
+        ValueError: the model cannot be measured (the message proposes its parts), its files lack tensors or hold
+            integers, or the settings beside it are wrong.
         RuntimeError: the source could not be opened.
     """
     statistics = None
+    parts = parts if isinstance(parts, dict) else read_parts(parts)
     if isinstance(source, nn.Module):
         model = source
         name = name or getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
@@ -62,14 +67,14 @@ def load_encoder(
         is_timm = source.startswith(("timm/", "timm:")) and not os.path.isdir(source)
         if is_timm and reduction:
             raise ValueError(_NO_MERGING.format(name=name, kind="of timm"))
-        model = _open_timm(source[len("timm/") :]) if is_timm else _open(source, trust_remote_code, reduction)
-        statistics = None if is_timm else _saved_statistics(source, model)
+        model = _open_timm(source[len("timm/") :]) if is_timm else _open(source, trust_remote_code, parts, reduction)
+        statistics = None if is_timm else _saved_statistics(source, model, parts)
     if device is not None or dtype is not None:
         model = model.to(device=device, dtype=dtype)
-    return Encoder(model, name=name, statistics=statistics or _own_statistics(model))
+    return Encoder(model, name=name, statistics=statistics or _own_statistics(model, parts), parts=parts)
 
 
-def _open(source: str, trust_remote_code: bool, reduction: dict | None = None) -> nn.Module:
+def _open(source: str, trust_remote_code: bool, parts: dict, reduction: dict | None = None) -> nn.Module:
     if os.path.isfile(source):
         raise RuntimeError(f"could not open {source!r} as a model: {conversion_command(source)}")
     if not os.path.isdir(source) and not is_hub_name(source):
@@ -94,7 +99,7 @@ def _open(source: str, trust_remote_code: bool, reduction: dict | None = None) -
             f"expected a folder of a model, a name on the Hub or timm/NAME, and could not open {source!r}: "
             f"{type(error).__name__}: {text}"
         ) from error
-    _check_missing(model, report["missing_keys"], source)
+    _check_missing(model, report["missing_keys"], source, parts)
     return model
 
 
@@ -130,13 +135,13 @@ def _types_in(file: pathlib.Path) -> dict[str, str]:
             raise ValueError(f"{file}: is truncated or not safetensors: download it again") from error
 
 
-def _check_missing(model: nn.Module, missing: Iterable[str], source: str) -> None:
+def _check_missing(model: nn.Module, missing: Iterable[str], source: str, parts: dict) -> None:
     """Refuse a model whose weights were partly filled at random.
 
     Raises:
         ValueError: the message lists the tensors that the files lack.
     """
-    _, tower = find_tower(model)
+    _, tower, _ = open_tower(model, parts)
     prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is tower)
     lacking = sorted(name for name in missing if name.startswith(prefix) and not _UNUSED.search(name))
     if lacking:
@@ -158,7 +163,7 @@ def _open_timm(name: str) -> nn.Module:
         raise RuntimeError(f"timm could not create {name!r}: {error}") from error
 
 
-def _saved_statistics(source: str, model: nn.Module, **options: object) -> tuple | None:
+def _saved_statistics(source: str, model: nn.Module, parts: dict, **options: object) -> tuple | None:
     """Mean and standard deviation that were saved beside a model; None if they were not.
 
     Raises:
@@ -169,7 +174,8 @@ def _saved_statistics(source: str, model: nn.Module, **options: object) -> tuple
     except (OSError, ValueError):
         return None
     read_json(path)
-    num_channels = find_part(find_tower(model)[1], "patches").in_channels
+    _, tower, _ = open_tower(model, parts)
+    num_channels = count_channels(tower, find_patches(tower, parts))
     settings = read_image_processor(path, num_channels=num_channels)
     found = [settings.get(name) for name in ("image_mean", "image_std")]
     if None in found:
@@ -177,15 +183,17 @@ def _saved_statistics(source: str, model: nn.Module, **options: object) -> tuple
     return tuple(value if isinstance(value, list) else [value] * num_channels for value in found)
 
 
-def _own_statistics(model: nn.Module) -> tuple:
+def _own_statistics(model: nn.Module, parts: dict) -> tuple:
     """Mean and standard deviation that belong to a module."""
-    _, tower = find_tower(model)
+    _, tower, _ = open_tower(model, parts)
     if hasattr(tower, "image_processor_settings"):
         settings = tower.image_processor_settings()
         return settings["image_mean"], settings["image_std"]
+    if hasattr(tower, "input_conditioner"):  # C-RADIO norms the images itself
+        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     timm_settings = getattr(tower, "pretrained_cfg", None)
     if timm_settings and timm_settings.get("mean"):
         return timm_settings["mean"], timm_settings["std"]
     source = follow(model, "config._name_or_path")
-    saved = _saved_statistics(source, model, local_files_only=True) if source else None
+    saved = _saved_statistics(source, model, parts, local_files_only=True) if source else None
     return saved or (IMAGENET_MEAN, IMAGENET_STD)

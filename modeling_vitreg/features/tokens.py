@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .encoder import Encoder, layer_numbers
 from .hooks import record_feature
+from .parts import as_sequence
 
 
 FEATURES = ("token", "query", "key", "value", "mlp")
@@ -34,6 +35,7 @@ class TokenFeatures:
         feature: "token" is the residual stream; "query", "key" and "value" are outputs of the projections, heads side
             by side; "mlp" is what enters the second linear layer of the MLP, of its inner width.
         is_normed: whether the model's final norm was applied.
+        cls_tokens: (B, C, D), for a model with several class tokens.
     """
 
     patch_tokens: Tensor
@@ -44,6 +46,7 @@ class TokenFeatures:
     layer: int
     feature: str
     is_normed: bool
+    cls_tokens: Tensor | None = None
 
     @property
     def patch_grid(self) -> Tensor:
@@ -114,6 +117,7 @@ def extract_many(
     is_inside = any(feature != "token" for _, feature in pairs)
     found = encoder.run(pixel_values, hooks, num_expected=len(set(pairs)), is_inside_layers=is_inside)
     grid = tuple(side // patch for side, patch in zip(pixel_values.shape[2:], encoder.patch_shape))
+    found = {pair: as_sequence(value, grid=grid) for pair, value in found.items()}
     if is_normed:
         found = {pair: encoder.norm_tokens(tokens) for pair, tokens in found.items()}
     return [_name_tokens(encoder, found[pair], grid, pair, is_normed) for pair in pairs]
@@ -127,9 +131,14 @@ def _check_pair(encoder: Encoder, layer: int, feature: str) -> tuple[int, str]:
 
 
 def _name_tokens(encoder: Encoder, tokens: Tensor, grid: tuple, pair: tuple, is_normed: bool) -> TokenFeatures:
-    num_cls, num_distillation = int(encoder.has_cls_token), int(encoder.has_distillation_token)
+    num_cls, num_distillation = encoder.num_cls_tokens, int(encoder.has_distillation_token)
     counts = [num_cls, num_distillation, encoder.num_register_tokens, math.prod(grid)]
     if tokens.shape[1] != sum(counts):
+        if pair[1] != "token":
+            raise RuntimeError(
+                f"{encoder.name}: expected {sum(counts)} rows of feature {pair[1]!r}, got {tokens.shape[1]}: its "
+                "attention works on windows or other tokens; read feature 'token'"
+            )
         raise RuntimeError(
             f"{encoder.name}: expected {sum(counts)} tokens (class, distillation, registers, patches: {counts}), got "
             f"{tokens.shape[1]}; this model has another order or number of tokens"
@@ -144,4 +153,5 @@ def _name_tokens(encoder: Encoder, tokens: Tensor, grid: tuple, pair: tuple, is_
         layer=pair[0],
         feature=pair[1],
         is_normed=is_normed,
+        cls_tokens=cls if num_cls > 1 else None,
     )

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from .encoder import Encoder, layer_numbers
 from .families import find_part
-from .heads import TOLERANCE, output_weights, split_values
-from .hooks import record_attention, record_projection
+from .heads import output_weights
+from .hooks import TOLERANCE, record_attention, record_projection, split_values
 
 
 @torch.no_grad()
@@ -45,7 +45,7 @@ def class_token_updates(encoder: Encoder, pixel_values: Tensor, *, layer: int = 
     (number,) = layer_numbers(layer, encoder.num_layers, first=1)
     block = encoder.layers[number - 1]
     projection = find_part(block, "projection")
-    if not encoder.has_cls_token or projection is None:
+    if not encoder.has_cls_token or projection is None or encoder.num_heads is None:
         return None
 
     def hooks(keep: Callable) -> Iterator:

@@ -2,18 +2,20 @@
 
 import errno
 import json
+import re
 import threading
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from planted_models import DEPTH, GRID, pictures, plain_model, planted_model
 
 from modeling_vitreg.analysis.html import render_page
 from modeling_vitreg.analysis.report_dir import analyze, compare
 from modeling_vitreg.analysis.survey import SurveySettings, survey
-from modeling_vitreg.features import load_encoder
+from modeling_vitreg.features import extract_features, load_encoder
 from modeling_vitreg.images import open_images
 from modeling_vitreg.reports import ArtifactReport, read_report, write_report
 
@@ -30,6 +32,23 @@ QUICK = {
 def _survey(model, images, **changes) -> ArtifactReport:
     settings = SurveySettings(**{**QUICK, **changes})
     return survey(load_encoder(model, name="model"), images, settings=settings, source="test", command="test")[0]
+
+
+def test_of_windows_and_convolutions_norms_are_measured_and_the_rest_says_why_not():
+    sizes = {"image_size": 64, "patch_size": 4, "embed_dim": 8, "depths": [1, 2], "num_heads": [1, 2]}
+    windows = transformers.SwinModel(transformers.SwinConfig(**sizes, window_size=4))
+    sizes = {"image_size": 32, "depths": [1, 2], "hidden_sizes": [8, 16], "num_stages": 2}
+    convolutions = transformers.ConvNextModel(transformers.ConvNextConfig(**sizes))
+    for model, reason in ((windows, "layer 1 on windows"), (convolutions, "_*ConvNextLayer have no known heads")):
+        images, encoder = pictures(3)[0], load_encoder(model, name="model")
+        report = _survey(model, images, is_strict=False)
+        tokens = extract_features(encoder, encoder.prepare(images), layers=[1, 2])
+        assert [entry["layer"] for entry in report.layers] == [1, 2]
+        for entry, layer in zip(report.layers, tokens):
+            assert entry["max"] == pytest.approx(layer.patch_tokens.norm(dim=-1).max().item(), rel=1e-5)
+        assert "no class token and no registers" in report.attention["skipped"]
+        assert re.search(reason, report.sinks["skipped"])
+        assert "Layers are the 2 blocks of the last of several grids." in render_page(report, {})
 
 
 # Truth -------------------------------------------------------------------------------------------------------------
@@ -242,9 +261,7 @@ def test_features_that_are_not_finite_are_left_out_and_counted():
     assert report.images["nonfinite"] == ["image 8"]
     assert "1 of 9 images have features that are not finite and are left out: image 8" in render_page(report, {})
     assert report.verdict["share"] == 2 / 16
-    assert "attention of this model cannot be read" in report.attention["skipped"]  # a layer without attention
-    with pytest.raises(AttributeError):
-        _survey(model, images)
+    assert "blocks of class _Sick have no known attention" in report.attention["skipped"]
     report = _survey(model, [Image.new("RGB", (32, 32))] * 3)
     assert report.verdict["level"] == "unknown" and report.layers == []
     assert "all 3 images contain NaN or infinity" in report.verdict["sentence"]
