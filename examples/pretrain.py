@@ -32,13 +32,12 @@ from launching import ends_in_words, make_accelerator
 from monitor import Monitor
 from torch import Tensor
 
-from modeling_vitreg import ViTWithRegistersConfig
 from modeling_vitreg.cards import CardError, PublishError, publish
 from modeling_vitreg.distributed import distributed_context, new_control_group
 from modeling_vitreg.files import atomic_folder, make_folder, write_text
 from modeling_vitreg.images import ImageSource, derive_seed
 from modeling_vitreg.modes import fast_attention
-from modeling_vitreg.pretraining.build import make_objective
+from modeling_vitreg.pretraining.build import backbone_class, make_objective
 from modeling_vitreg.pretraining.objectives.objective import Objective
 from modeling_vitreg.pretraining.run.lamb import Lamb
 from modeling_vitreg.pretraining.run.parameters import parameter_groups, set_rates
@@ -75,11 +74,10 @@ def main(*, description: str = __doc__, default_recipe: str = "demo-cpu", argume
 
     init = None if last else convert_init(run)
     config = read_metadata(last).get("model_config") if last else None
+    config = config and backbone_class(config.get("model_type", "vitreg")).config_class(**config)
     # Everything that learns is one module: student, teacher and heads are wrapped, sharded and saved together.
     try:
-        objective = make_objective(
-            recipe, init=init, config=config and ViTWithRegistersConfig(**config), processes=run.processes
-        )
+        objective = make_objective(recipe, init=init, config=config, processes=run.processes)
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None
     pixels = recipe.statistics(objective.encoder.config.num_channels)

@@ -15,19 +15,20 @@ from collections.abc import Callable
 from types import ModuleType
 
 
-HUB_MODULES = tuple(f"modeling_vitreg.{name}_vitreg" for name in ("configuration", "modeling", "dual_encoder"))
+_NAMES = ("configuration", "modeling", "dual_encoder", "mamba")
+HUB_MODULES = tuple(f"modeling_vitreg.{name}_vitreg" for name in _NAMES)
 
 
 def register_auto_classes() -> None:
     """Make the Auto classes of transformers know every class of this family."""
     import transformers
 
-    configuration, modeling, dual_encoder = map(importlib.import_module, HUB_MODULES)
+    configuration, modeling, dual_encoder, mamba = map(importlib.import_module, HUB_MODULES)
     config, dual_config = configuration.ViTWithRegistersConfig, dual_encoder.ViTWithRegistersDualEncoderConfig
-    for kind in (config, dual_config):
+    for kind in (config, dual_config, mamba.MambaRConfig):
         transformers.AutoConfig.register(kind.model_type, kind, exist_ok=True)
-    for model in modeling.AUTO_MODELS:
-        getattr(transformers, model._auto_class).register(config, model, exist_ok=True)
+    for model in (*modeling.AUTO_MODELS, *mamba.MAMBAR_AUTO_MODELS):
+        getattr(transformers, model._auto_class).register(model.config_class, model, exist_ok=True)
     for name in dual_encoder.DUAL_ENCODER_AUTO_CLASSES:
         model = dual_encoder.ViTWithRegistersDualEncoderModel
         getattr(transformers, name).register(dual_config, model, exist_ok=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from modeling_vitreg.encoding import Consumer, Crop, EncodedBatch, Needs
 from modeling_vitreg.features import Encoder, TokenFeatures, principal_colours
+from modeling_vitreg.features.encoder import NO_ATTENTION
 from modeling_vitreg.omissions import Failures
 
 from .ablation import ablate_class_token, ablate_registers
@@ -134,7 +135,8 @@ class AttentionSection:
 
     def __init__(self, first: Batch, *, num_images: int, failures: Failures):
         self.means = AttentionMeans(len(first.layers), kinds=first.kinds)
-        self._wanted, self._failures, self._problem = num_images, failures, None
+        self._wanted, self._failures = num_images, failures
+        self._problem = NO_ATTENTION if first.encoder.num_heads == 0 else None
         self._similarity, self._num_images = torch.zeros(first.kinds["registers"], first.kinds["registers"]), 0
         self.grid, self.last_maps = first.grid, None  # (B, H, Q, P) of the first batch
 

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from modeling_vitreg.encoding import EncodedBatch
 from modeling_vitreg.features import Encoder, extract_features
+from modeling_vitreg.features.encoder import NO_ATTENTION
 from modeling_vitreg.features.heads import MAX_ENTRIES, LayerHeads, read_heads
 from modeling_vitreg.features.updates import share_of_registers, split_update
 from modeling_vitreg.omissions import Failures
@@ -160,7 +161,8 @@ class SinkSection:
     """
 
     def __init__(self, num_layers: int, num_heads: int | None, *, kinds: dict, failures: Failures):
-        self.kinds, self._failures, self.problem, self.num_images = dict(kinds), failures, None, 0
+        self.kinds, self._failures, self.num_images = dict(kinds), failures, 0
+        self.problem = NO_ATTENTION if num_heads == 0 else None
         self._counts = np.zeros((num_layers, num_heads or 0, len(CLASSES), len(kinds)), np.int64)
         self._moments = np.zeros((2, len(CLASSES)))  # sums over images of sinks behind layer 1, and of their squares
         self._sums: dict[str, np.ndarray] = {}  # of numbers for each layer

@@ -26,7 +26,9 @@ def convert(
             help="Checkpoint file or folder, or timm:NAME. With --to, the folder of a converted or trained model."
         ),
     ],
-    output: Annotated[pathlib.Path, typer.Argument(help="Folder to write. With --to dinov2, a .pth file.")],
+    output: Annotated[
+        pathlib.Path, typer.Argument(help="Folder to write. With --to dinov2 or mamba-reg, a .pth file.")
+    ],
     family: Annotated[str | None, option(DATA, "Source format, if auto-detection is wrong.")] = None,
     checkpoint_key: Annotated[str | None, option(DATA, _KEY)] = None,
     head: Annotated[pathlib.Path | None, option(MODEL, "File of DINOv2's linear head for this backbone.")] = None,
@@ -38,7 +40,9 @@ def convert(
     code: Annotated[pathlib.Path | None, option(COMPUTE, _CODE)] = None,
     tolerance: Annotated[float, option(COMPUTE, "Maximum relative error of a token.", min=0.0, max=1.0)] = 1e-5,
     no_verify: Annotated[bool, option(COMPUTE, "Do not compare with the original model.", "--no-verify")] = False,
-    to: Annotated[str | None, option(OUTPUT, "Export to another format: dinov2, timm or transformers.")] = None,
+    to: Annotated[
+        str | None, option(OUTPUT, "Export to another format: dinov2, timm, transformers or mamba-reg.")
+    ] = None,
 ) -> None:
     """Convert a checkpoint to this model family, or back, and verify that both models give the same tokens.
 
@@ -51,12 +55,12 @@ def convert(
     * `vitreg convert outputs/demo-cpu/model demo-timm --to timm`
 
     The format and the sizes are read from the file: official checkpoints of dinov2, dino, deit, mae, dinov3, capi,
-    OpenCLIP and CLIP, and ViTs of timm and transformers; convert/README.md lists all of them. Nothing is written if a
-    tensor has no rule or the outputs differ.
+    Mamba-Reg, OpenCLIP and CLIP, and ViTs of timm and transformers; convert/README.md lists all of them. Nothing is
+    written if a tensor has no rule or the outputs differ.
     """
     with plain_errors():
         check_source_name(source)
-        options.check_output(output, is_file=to == "dinov2")
+        options.check_output(output, is_file=to in ("dinov2", "mamba-reg"))
         from modeling_vitreg.cards import record_expected_outputs
         from modeling_vitreg.conversion import ConversionSettings
         from modeling_vitreg.conversion import convert as run_convert

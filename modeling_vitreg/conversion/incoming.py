@@ -19,7 +19,6 @@ from modeling_vitreg import (
     ViTWithRegistersForDepthEstimation,
     ViTWithRegistersForImageClassification,
     ViTWithRegistersForSemanticSegmentation,
-    ViTWithRegistersModel,
 )
 from modeling_vitreg.modeling_vitreg import PROCESSOR_FILE, read_image_processor
 
@@ -59,7 +58,7 @@ def plan_import(source: str | pathlib.Path | nn.Module, settings: ConversionSett
     info = describe_checkpoint(opened, layout, module=module, config_overrides=settings.config_overrides)
     kind, config, rules, head = _decide(layout, info, settings, opened)
     with stage(f"{opened.path}: its tokens cannot be reduced", remedy="choose other values, or leave them out"):
-        type(config)(**{**config.to_dict(), "token_reduction": reduction})
+        type(config)(**{**config.to_dict(), **reduction})
     title = f"{layout.title} to vitreg"
     original = opened.renamed(layout.canonical(list(opened.shapes)))
     tensors = original if head is None else original.beside(head)
@@ -131,7 +130,7 @@ def _decide(layout: Layout, info: CheckpointInfo, settings: ConversionSettings, 
     remedy = "check its config.json, or state fields with --set FIELD=VALUE"
     with stage(f"{opened.path}: its architecture cannot be read as {layout.name}", remedy=remedy):
         fields, head = layout.configure(info), None
-    kind = ViTWithRegistersForImageClassification if "num_labels" in fields else ViTWithRegistersModel
+    kind = layout.models["num_labels" in fields]
     fields |= settings.config_overrides
     extra_rules: list[Rule] = []
     if settings.head is not None:
@@ -146,10 +145,10 @@ def _decide(layout: Layout, info: CheckpointInfo, settings: ConversionSettings, 
                 head.shapes, ViTWithRegistersConfig(**fields), title=str(settings.head)
             )
         kind, fields = _HEADS[word], {**fields, **more}
-    if kind is not ViTWithRegistersModel:
+    if kind is not layout.models[0]:
         fields["has_mask_token"] = False
     try:
-        config = ViTWithRegistersConfig(**fields, architectures=[kind.__name__])
+        config = layout.config_class(**fields, architectures=[kind.__name__])
     except (ValueError, TypeError, ArithmeticError) as error:
         raise ConversionError(
             f"{info.file_name}: read as {layout.name}, its architecture is not valid: {error}"
@@ -159,7 +158,7 @@ def _decide(layout: Layout, info: CheckpointInfo, settings: ConversionSettings, 
             f"{info.file_name}: expected {config.num_hidden_layers:,} layers, got {len(opened.shapes)} tensors"
         )
     rules = [*layout.rules(config), *extra_rules]
-    if kind is not ViTWithRegistersModel:
+    if kind is not layout.models[0]:
         rules = [_without(rule) for rule in rules]
     return kind, config, rules, head
 
@@ -179,7 +178,8 @@ def _assumed(info: CheckpointInfo, config: ViTWithRegistersConfig) -> dict:
     """Fields that no tensor shows, set to the usual value of the family; a reference built with them agrees."""
     if info.settings is not None or info.module is not None:
         return {}
-    return {name: getattr(config, name) for name in _ASSUMED if name not in info.config_overrides}
+    known = config.to_dict()
+    return {name: getattr(config, name) for name in _ASSUMED if name in known and name not in info.config_overrides}
 
 
 def _check_dropped(rules: list[Rule], tensors: Source, ledger: Ledger) -> None:
@@ -244,14 +244,15 @@ def _write(folder: pathlib.Path, model, ledger: Ledger, tensors: Source, process
     return folder
 
 
-def _without_reduction(settings: ConversionSettings) -> tuple[ConversionSettings, dict | None]:
-    """The settings without a reduction of tokens, and that reduction."""
+def _without_reduction(settings: ConversionSettings) -> tuple[ConversionSettings, dict]:
+    """The settings without a reduction of tokens, and the field with that reduction, if there is one."""
     overrides = dict(settings.config_overrides)
     reduction = overrides.pop("token_reduction", None)
-    return dataclasses.replace(settings, config_overrides=overrides), reduction
+    fields = {} if reduction is None else {"token_reduction": reduction}
+    return dataclasses.replace(settings, config_overrides=overrides), fields
 
 
-def _reduce_tokens(folder: pathlib.Path, *, reduction: dict | None) -> None:
-    if reduction is not None:
-        fields = json.loads((folder / "config.json").read_text()) | {"token_reduction": reduction}
+def _reduce_tokens(folder: pathlib.Path, *, reduction: dict) -> None:
+    if reduction:
+        fields = json.loads((folder / "config.json").read_text()) | reduction
         (folder / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from modeling_vitreg import ViTWithRegistersConfig
 from modeling_vitreg import modeling_vitreg as models
 
-from .layouts import dinov2, timm
+from .layouts import OF_BACKBONES, dinov2, timm
 from .layouts.layout import CheckpointInfo, Layout
 from .layouts.transformers_files import LAYOUTS as TRANSFORMERS
 from .layouts.transformers_files import name_in_file, transformers_settings
@@ -31,7 +31,8 @@ from .verify import Reference, title_of
 from .writer import make, write_safetensors
 
 
-TARGETS = ("dinov2", "timm", "transformers")
+TARGETS = ("dinov2", "timm", "transformers", *(layout.name for layout in OF_BACKBONES.values()))
+IN_ONE_FILE = ("dinov2", *TARGETS[3:])
 # Fields that have to survive. Rules for resizing positions are not among them: they are arguments of the other code,
 # and the report names them.
 _FIELDS = (
@@ -95,6 +96,10 @@ def plan_export(source: str | pathlib.Path, to: str, file_name: str, settings: C
         ConversionError: see `pipeline.export`.
     """
     opened = open_source(source)
+    if layout := OF_BACKBONES.get((opened.settings or {}).get("model_type")):
+        return _plan_backbone(source, opened, layout, to, file_name)
+    if to not in TARGETS[:3]:
+        raise ConversionError(f"{source}: {to} takes its own backbone only: choose one of {', '.join(TARGETS[:3])}")
     if (opened.settings or {}).get("model_type") != "vitreg":
         raise ConversionError(f"{source}: expected a folder of a model of this family, with its config.json")
     with stage(f"{source}: is no valid model of this family", remedy="check it with vitreg doctor FOLDER"):
@@ -131,6 +136,45 @@ def plan_export(source: str | pathlib.Path, to: str, file_name: str, settings: C
         left={},
         write=lambda folder: _write(folder / file_name if to == "dinov2" else folder, entries, tensors, written),
         compare=compare,
+    )
+
+
+def _plan_backbone(source, opened: Source, layout: Layout, to: str, file_name: str) -> ConversionPlan:
+    """A backbone that is no Vision Transformer, for its own project; the tensors show all of its architecture."""
+    if to != layout.name:
+        raise ConversionError(f"{source}: {to} has no such backbone: export it with --to {layout.name}")
+    with stage(f"{source}: is no valid model of this family", remedy="check it with vitreg doctor FOLDER"):
+        config = layout.config_class.from_pretrained(source)
+    tensors, title = opened.renamed({name: short(name) for name in opened.shapes}), f"vitreg to {to}"
+    ledger, check = balance_to_source(layout.rules(config), tensors.shapes, title=title)
+    check(tensors.read)
+    shapes = {entry.name: tuple(make(entry, tensors.read).shape) for entry in ledger.entries}
+    info = CheckpointInfo(shapes=shapes, read=tensors.read, file_name=title, config_overrides={"image_size": 0})
+    with stage(f"{title}: the layout cannot represent this architecture", remedy="it is read from all tensors"):
+        fields = layout.configure(info)
+    fixed = {"layer_norm_eps": layout.config_class().layer_norm_eps}
+    for name, there in (fields | fixed).items():
+        if there != getattr(config, name):
+            here = getattr(config, name)
+            raise ConversionError(
+                f"{title}: the layout cannot represent {name}={here!r}: it would be read as {there!r}"
+            )
+
+    def write(folder: pathlib.Path) -> None:
+        state = {entry.name: make(entry, tensors.read).clone() for entry in ledger.entries}
+        torch.save({"model": state}, folder / file_name)
+
+    return ConversionPlan(
+        title=title,
+        source={"path": str(source), "layout": "vitreg", "checkpoint_key": None, "licence": None, "assumed": {}},
+        target={"layout": layout.name, "settings": {}},
+        ledger=ledger,
+        tensors=tensors,
+        files=opened.files,
+        hashes={},
+        left={},
+        write=write,
+        compare=lambda written: (None, find_reference(layout.name, tensors, config)),
     )
 
 

@@ -19,7 +19,7 @@ from modeling_vitreg.files import atomic_folder
 from modeling_vitreg.reports import ConversionReport, command_line, made_with, write_report
 
 from .incoming import plan_import
-from .outgoing import TARGETS, plan_export
+from .outgoing import IN_ONE_FILE, TARGETS, plan_export
 from .plan import ConversionPlan, ConversionSettings, quietly
 from .rules import ConversionError, stage
 from .sources import hash_files
@@ -94,8 +94,8 @@ def export(
 
     Args:
         source: folder of a model of this family.
-        output: a file ending in `.pth` for "dinov2", else a folder to make.
-        to: "dinov2", "timm" or "transformers".
+        output: a file ending in `.pth` for "dinov2" and "mamba-reg", else a folder to make.
+        to: one of `TARGETS`.
         settings: `code`, `tolerance`, `skip_verification` and `is_quiet` count.
         command: for the record; default that of the process.
 
@@ -109,9 +109,9 @@ def export(
     settings, output = settings or ConversionSettings(), _check_output(output)
     if to not in TARGETS:
         raise ConversionError(f"expected a layout out of {', '.join(TARGETS)}, got {to!r}")
-    is_file = to == "dinov2"
+    is_file = to in IN_ONE_FILE
     if is_file and output.suffix != ".pth":
-        raise ConversionError(f"{output}: the layout of dinov2 is a file: choose a name that ends in .pth")
+        raise ConversionError(f"{output}: the layout of {to} is a file: choose a name that ends in .pth")
     plan = plan_export(source, to, output.name, settings)
     return run(plan, output, settings=settings, command=command, is_file=is_file)
 

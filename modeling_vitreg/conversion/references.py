@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from modeling_vitreg import ViTWithRegistersConfig
 from modeling_vitreg.reports import versions
 
+from .layouts import OF_BACKBONES
 from .layouts.transformers import CLIP_TOWERS, CLIP_WHOLE
 from .layouts.transformers_files import transformers_class
 from .rules import ConversionError
@@ -51,6 +52,8 @@ def find_reference(layout: str, source: Source, config: ViTWithRegistersConfig, 
         return transformers_reference(source, config)
     if layout == "timm" and module is not None:
         return Reference(title_of("timm"), functools.partial(run_timm, module), module, sizes=sizes_of(module))
+    if layout in (other.name for other in OF_BACKBONES.values()):
+        return "its project runs on a GPU only: the tests compare the layers of the model with other libraries"
     wanted = {"clip": "open_clip"}.get(layout, "timm")
     if layout == "capi":
         return "no library has this family: give its repository with --code CLONE"

@@ -22,6 +22,7 @@ from modeling_vitreg.modes import eval_mode
 from modeling_vitreg.reports import made_with
 
 from .families import (
+    WITHOUT_ATTENTION,
     any_image_size,
     count_heads,
     find_image_size,
@@ -44,6 +45,9 @@ from .parts import (
 from .pixels import crop_image, normalise
 
 
+NO_ATTENTION = "the model has no attention"
+
+
 class Encoder:
     """A model of a supported family, with the names of its parts. `load_encoder` makes one.
 
@@ -56,7 +60,8 @@ class Encoder:
     Attributes:
         model, name, family: as above; the family is a short word such as "dinov2" or "timm".
         tower, layers: the module that holds embeddings, layers and final norm, and its layers.
-        num_layers, num_heads, hidden_size: L, H and D; H is None where attention is of an unknown kind.
+        num_layers, num_heads, hidden_size: L, H and D; H is 0 without attention, and None where it is of an
+            unknown kind.
         patch_shape: (rows, columns) of a patch in pixels; of a hierarchical model, of a token of its last grid.
         image_size: (rows, columns) that the model was trained at, in pixels.
         num_register_tokens, num_cls_tokens, has_cls_token, has_distillation_token: the prefix.
@@ -86,7 +91,8 @@ class Encoder:
         self.num_cls_tokens, num_distillation, self.num_register_tokens = counts
         self.has_distillation_token = bool(num_distillation)
         self.num_layers = len(self.layers)
-        self.num_heads = count_heads(self.tower, find_part(self.layers[0], "attention"))
+        attention = find_part(self.layers[0], "attention")
+        self.num_heads = 0 if self.family in WITHOUT_ATTENTION else count_heads(self.tower, attention)
         self.image_size = find_image_size(self.tower, self.patch_shape)
         self._is_compiled = False
         self.image_mean, self.image_std = (_for_channels(values, self.num_channels) for values in statistics)
@@ -221,9 +227,11 @@ class Encoder:
             registers, patches. Q is 0 for a model without prefix.
 
         Raises:
-            ValueError: images that do not fit, no such layer, or attention that is more than a softmax of the products
-                of queries and keys, in a model of a family that is not known.
+            ValueError: images that do not fit, no such layer, no attention, or attention that is more than a softmax
+                of the products of queries and keys, in a model of a family that is not known.
         """
+        if self.num_heads == 0:
+            raise ValueError(NO_ATTENTION)
         numbers = layer_numbers(layers, self.num_layers, first=1)
         sizes = {"num_heads": self.num_heads, "num_queries": self.num_prefix_tokens}
         record = record_attention if self._is_known else record_checked_attention

@@ -19,6 +19,7 @@ from modeling_vitreg.modes import changed_attributes
 
 # Class of the module that holds embeddings, layers and final norm -> family.
 FAMILIES = {
+    "MambaRModel": "mamba_r",
     "ViTWithRegistersModel": "vitreg",
     "ViTModel": "vit",
     "DeiTModel": "deit",
@@ -38,6 +39,7 @@ FAMILIES = {
     "Eva": "timm",
     "DinoVisionTransformer": "dinov2_hub",
 }
+WITHOUT_ATTENTION = ("mamba_r",)
 EXPECTED = (
     "a model of this package; ViT, DeiT, Dinov2, Dinov2WithRegisters, DINOv3ViT, CLIP, SigLIP, ViTMAE or I-JEPA of "
     "transformers; VisionTransformer or Eva of timm; DINOv2 of torch.hub; or another model with a list of blocks"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .encoder import Encoder
+from .encoder import NO_ATTENTION, Encoder
 from .families import find_part
 from .hooks import TOLERANCE, record_attention, record_projection, split_values
 
@@ -83,9 +83,11 @@ def read_heads(encoder: Encoder, pixel_values: Tensor, use: Callable[[LayerHeads
         What `use` returned, by the number of the layer.
 
     Raises:
-        ValueError: images that do not fit; attention that does more than average values, unless by a gate or a norm.
+        ValueError: images that do not fit; no attention, or attention that does more than average values, unless
+            by a gate or a norm.
     """
-
+    if encoder.num_heads == 0:
+        raise ValueError(NO_ATTENTION)
     if getattr(getattr(encoder.tower, "config", None), "token_reduction", None) is not None:
         raise ValueError(
             "expected attention among all tokens, got a model with token_reduction: load it with token_reduction=None"

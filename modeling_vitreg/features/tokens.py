@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .encoder import Encoder, layer_numbers
+from .encoder import NO_ATTENTION, Encoder, layer_numbers
 from .hooks import record_feature
 from .parts import as_sequence
 
@@ -126,6 +126,8 @@ def extract_many(
 def _check_pair(encoder: Encoder, layer: int, feature: str) -> tuple[int, str]:
     if feature not in FEATURES:
         raise ValueError(f"expected a feature out of {', '.join(FEATURES)}, got {feature!r}")
+    if feature != "token" and encoder.num_heads == 0:
+        raise ValueError(f"expected feature 'token', got {feature!r}: {NO_ATTENTION}, and no MLP")
     (number,) = layer_numbers(layer, encoder.num_layers, first=0 if feature == "token" else 1)
     return number, feature
 

@@ -13,6 +13,7 @@ from modeling_vitreg.distributed import SINGLE_PROCESS, DistributedContext
 from modeling_vitreg.dual_encoder_vitreg import ViTWithRegistersDualEncoderConfig, ViTWithRegistersDualEncoderModel
 from modeling_vitreg.features.folders import conversion_command, is_hub_name
 from modeling_vitreg.images import check_channels
+from modeling_vitreg.mamba_vitreg import MambaRModel
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersModel
 from modeling_vitreg.settings import make_keywords
 
@@ -21,6 +22,21 @@ from .objectives.registry import objective_class
 from .objectives.teachers import model_of_run
 from .run.recipe import Recipe
 from .state import last_state, load_objective, read_metadata
+
+
+_MODELS = {model.config_class.model_type: model for model in (ViTWithRegistersModel, MambaRModel)}
+OF_CLASSES = "classify"  # the objective that trains every backbone
+
+
+def backbone_class(model_type: str) -> type[ViTWithRegistersModel]:
+    """The class of backbones of a type.
+
+    Raises:
+        ValueError: there is no such type.
+    """
+    if model_type not in _MODELS:
+        raise ValueError(f"model: expected a model_type out of {', '.join(_MODELS)}, got {model_type!r}")
+    return _MODELS[model_type]
 
 
 def make_config(recipe: Recipe) -> ViTWithRegistersConfig:
@@ -32,10 +48,8 @@ def make_config(recipe: Recipe) -> ViTWithRegistersConfig:
     has_mask_token = objective_class(recipe.objective).needs_mask_token
     keywords = {"has_mask_token": has_mask_token, "image_size": recipe.crops.global_size} | _model_keywords(recipe)
     keywords["num_register_tokens"] = recipe.num_register_tokens
-    if "preset" in recipe.model:
-        config = ViTWithRegistersConfig.from_preset(recipe.model["preset"], **keywords)
-    else:
-        config = ViTWithRegistersConfig(**keywords)
+    kind = _config_class(recipe)
+    config = kind.from_preset(recipe.model["preset"], **keywords) if "preset" in recipe.model else kind(**keywords)
     check_channels(config.num_channels, reader="recipe: the model")
     recipe.statistics(config.num_channels)
     return config
@@ -63,7 +77,8 @@ def make_objective(
     """
     torch.manual_seed(recipe.seed)  # also of what a checkpoint lacks, such as a mask token
     if init is None:
-        return _wrap(ViTWithRegistersModel(config or make_config(recipe)), recipe, processes)
+        config = config or make_config(recipe)
+        return _wrap(backbone_class(config.model_type)(config), recipe, processes)
     folder = pathlib.Path(init)
     kept = {name: value for name, value in _model_keywords(recipe).items() if name.startswith("drop_path")}
     kept["has_mask_token"] = objective_class(recipe.objective).needs_mask_token
@@ -90,11 +105,11 @@ def _load_backbone(source: str | pathlib.Path, changes: dict) -> ViTWithRegister
     """The image tower of a folder or a name, without its head or text tower, with other settings."""
     if not is_of_this_family(source):
         raise ValueError(f"init: {conversion_command(source)}")
-    own, dual = ViTWithRegistersModel, ViTWithRegistersDualEncoderModel
+    dual = ViTWithRegistersDualEncoderModel
     try:
         kind = PretrainedConfig.get_config_dict(source)[0].get("model_type")
         is_dual = kind == ViTWithRegistersDualEncoderConfig.model_type
-        options = {} if is_dual else changes
+        own, options = ViTWithRegistersModel if is_dual else backbone_class(kind), {} if is_dual else changes
         model, report = (dual if is_dual else own).from_pretrained(
             source, dtype=torch.float32, output_loading_info=True, **options
         )
@@ -122,7 +137,7 @@ def is_of_this_family(source: str | pathlib.Path) -> bool:
     Raises:
         ValueError: the configuration of a model on the Hub cannot be read.
     """
-    kinds = (ViTWithRegistersConfig.model_type, ViTWithRegistersDualEncoderConfig.model_type)
+    kinds = (*_MODELS, ViTWithRegistersDualEncoderConfig.model_type)
     is_folder = pathlib.Path(source).is_dir()
     if not is_folder and not is_hub_name(str(source)):
         return False
@@ -138,8 +153,12 @@ def _model_keywords(recipe: Recipe) -> dict:
     """What `model` changes of the defaults; the configuration itself would accept any name."""
     if "num_register_tokens" in recipe.model:
         raise ValueError("model: num_register_tokens belongs to the top level of the recipe: move it out of model")
-    values = {name: value for name, value in recipe.model.items() if name != "preset"}
-    return make_keywords(ViTWithRegistersConfig, values, of="model")
+    values = {name: value for name, value in recipe.model.items() if name not in ("preset", "model_type")}
+    return make_keywords(_config_class(recipe), values, of="model")
+
+
+def _config_class(recipe: Recipe) -> type[ViTWithRegistersConfig]:
+    return backbone_class(recipe.model.get("model_type", ViTWithRegistersConfig.model_type)).config_class
 
 
 def _take_over(objective: Objective, weights: dict[str, torch.Tensor]) -> None:
@@ -160,7 +179,12 @@ def _take_over(objective: Objective, weights: dict[str, torch.Tensor]) -> None:
 
 
 def _wrap(backbone: ViTWithRegistersModel, recipe: Recipe, processes: DistributedContext) -> Objective:
-    kind = objective_class(recipe.objective)
+    kind, plain = objective_class(recipe.objective), ViTWithRegistersConfig.model_type
+    if backbone.config.model_type != plain and recipe.objective != OF_CLASSES:
+        raise ValueError(
+            f"objective {recipe.objective} trains models of type {plain}, got {backbone.config.model_type}: choose "
+            f"the objective {OF_CLASSES}"
+        )
     if kind.needs_all_patches and backbone.config.token_reduction is not None:
         raise ValueError(
             f"objective: {recipe.objective} needs all patches, and the model has token_reduction="

@@ -22,13 +22,13 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_vitreg.memory import MemoryTracker
-from modeling_vitreg.modeling_vitreg import ViTWithRegistersLayer
 
 from .build import make_objective
 from .objectives.heads import PrototypeHead
 from .objectives.objective import Objective
 from .objectives.registry import objective_class
 from .run.recipe import Recipe
+from .run.sharding import UNITS
 from .views.masking import draw_masks
 
 
@@ -366,7 +366,7 @@ def _count_in(modules: list[nn.Module], products: FlopCounterMode) -> Iterator[l
 def _gathered_bytes(objective: Objective, half: int) -> int:
     """What a process holds of others' shards at most, by the order in which `fully_shard` works: the layer in use and
     the next one, what belongs to no layer, and the gradients of a layer, as computed and in float32 to be summed."""
-    units = [module for module in objective.modules() if isinstance(module, (ViTWithRegistersLayer, PrototypeHead))]
+    units = [module for module in objective.modules() if isinstance(module, UNITS)]
     sizes = [_count(unit.parameters()) for unit in units]
     rest = _count(objective.parameters()) - sum(sizes)
     return 2 * max(sizes) * half + rest * half + max(sizes) * (half + 4)

@@ -6,8 +6,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 
-from modeling_vitreg import ViTWithRegistersModel
-from modeling_vitreg.pretraining.build import make_config
+from modeling_vitreg.pretraining.build import backbone_class, make_config
 from modeling_vitreg.pretraining.objectives.dinov2 import DINOv2Settings
 from modeling_vitreg.pretraining.run.recipe import read_recipe
 from modeling_vitreg.settings import make_settings
@@ -21,7 +20,7 @@ PATHS = sorted((EXAMPLES / "recipes").glob("*.yaml"))
 def test_a_recipe_parses_and_its_backbone_builds(path):
     recipe = read_recipe(path)
     with torch.device("meta"):
-        backbone = ViTWithRegistersModel(make_config(recipe))
+        backbone = backbone_class(make_config(recipe).model_type)(make_config(recipe))
     assert backbone.config.num_register_tokens == recipe.num_register_tokens
     sizes = {recipe.crops.global_size} | ({recipe.crops.local_size} if recipe.crops.num_local else set())
     assert not any(size % side for size in sizes for side in backbone.config.patch_shape)

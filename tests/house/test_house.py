@@ -18,7 +18,7 @@ import modeling_vitreg
 
 ROOT = pathlib.Path(__file__).parents[2]
 PACKAGE = ROOT / "modeling_vitreg"
-_HUB_NAMES = ("configuration", "image_processing", "positions", "token_reduction", "modeling", "dual_encoder")
+_HUB_NAMES = ("configuration", "image_processing", "positions", "token_reduction", "modeling", "dual_encoder", "mamba")
 HUB_FILES = [PACKAGE / f"{name}_vitreg.py" for name in _HUB_NAMES]
 
 # Layer of each module or subpackage; a module imports from lower layers and from its own subpackage only.
@@ -29,6 +29,7 @@ LAYERS = {
     "positions_vitreg": 0,
     "token_reduction_vitreg": 0,
     "dual_encoder_vitreg": 0,
+    "mamba_vitreg": 0,
     "__init__": 0,
     "registration": 0,
     "files": 1,
@@ -214,6 +215,7 @@ def test_the_auto_classes_know_the_family_in_whatever_order_both_are_imported():
 
 def test_public_names_are_a_list_that_changes_on_purpose():
     names = """
+        MambaRConfig MambaRForImageClassification MambaRModel
         ViTWithRegistersAttentionMaps ViTWithRegistersBackbone ViTWithRegistersClassifierOutput ViTWithRegistersConfig
         ViTWithRegistersDualEncoderConfig ViTWithRegistersDualEncoderModel ViTWithRegistersDualEncoderOutput
         ViTWithRegistersForDepthEstimation ViTWithRegistersForImageClassification

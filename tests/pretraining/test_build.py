@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import Dinov2Config, Dinov2Model, SwinConfig, SwinModel
 
-from modeling_vitreg import ViTWithRegistersForImageClassification, ViTWithRegistersModel
+from modeling_vitreg import MambaRModel, ViTWithRegistersForImageClassification, ViTWithRegistersModel
 from modeling_vitreg.pretraining.build import make_objective
 from modeling_vitreg.pretraining.run.recipe import make_recipe
 
@@ -42,6 +42,25 @@ def test_a_run_starts_from_a_model_and_from_one_with_a_head(recipe, tiny, saved,
     for folder in (saved, tmp_path / "classifier"):
         backbone = make_objective(recipe, init=folder).encoder
         assert backbone.config.num_hidden_layers == 3
+
+
+def test_a_mamba_is_trained_with_labels_only_and_goes_on_from_a_smaller_size(tmp_path):
+    model = {"model_type": "vitreg_mamba", "hidden_size": 32, "num_hidden_layers": 2, "patch_size": 8}
+    fields = {**RECIPE, "objective": "classify", "settings": {"class_names": ["cat", "dog"]}, "model": model}
+    fields.pop("masks")
+    first = make_objective(make_recipe({**fields, "num_register_tokens": 3}))
+    assert type(first.encoder) is MambaRModel and first.encoder.config.num_register_tokens == 3
+    first.write(first.saved, tmp_path / "first")
+    fields["crops"] = {**RECIPE["crops"], "global_size": 48}
+    second = make_objective(make_recipe({**fields, "num_register_tokens": 3}), init=tmp_path / "first").encoder
+    assert second.config.image_size == 48 and second.embeddings.position_embeddings.weight.shape == (1, 36, 32)
+    assert torch.equal(second.layers[1].mixer.out_proj.weight, first.encoder.layers[1].mixer.out_proj.weight)
+    with pytest.raises(ValueError, match="all of which the classifier reads, got 4"):
+        make_objective(make_recipe({**fields, "num_register_tokens": 4}), init=tmp_path / "first")
+    with pytest.raises(ValueError, match="objective mae trains models of type vitreg, got vitreg_mamba: choose"):
+        make_objective(make_recipe({**RECIPE, "model": model, "num_register_tokens": 3}))
+    with pytest.raises(ValueError, match="expected a model_type out of vitreg, vitreg_mamba, got 'resnet'"):
+        make_objective(make_recipe({**fields, "model": {"model_type": "resnet"}}))
 
 
 def _save_dinov2(folder):

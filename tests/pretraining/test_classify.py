@@ -19,7 +19,7 @@ from test_remote_code import run_without_the_package
 from torchvision.transforms import v2
 from training_program import losses_of
 
-from modeling_vitreg import ViTWithRegistersForImageClassification, ViTWithRegistersModel
+from modeling_vitreg import MambaRConfig, MambaRModel, ViTWithRegistersForImageClassification, ViTWithRegistersModel
 from modeling_vitreg.pretraining.build import make_objective
 from modeling_vitreg.pretraining.objectives.classify import (
     Classification,
@@ -41,9 +41,9 @@ ONE_VIEW = CropSettings(num_global=1, num_local=0, global_size=32)
 
 @pytest.fixture
 def make(tiny):
-    def build(network=None, model=None, **settings) -> Classification:
+    def build(network=None, model=None, backbone=None, **settings) -> Classification:
         return Classification(
-            ViTWithRegistersModel(tiny(initializer_range=0.2, **(model or {}))),
+            backbone or ViTWithRegistersModel(tiny(initializer_range=0.2, **(model or {}))),
             settings=ClassificationSettings(**{**PLAIN, **settings}),
             crops=ONE_VIEW,
             teacher=network,
@@ -137,8 +137,16 @@ def test_a_probe_leaves_the_backbone_as_it_is(make):
     assert learned == {"model.classifier.weight", "model.classifier.bias"}
 
 
-def test_lora_learns_beside_the_weights_and_is_saved_within_them(make, tmp_path):
-    objective = make(lora_rank=2)
+def make_mamba() -> MambaRModel:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_register_tokens": 3, "image_size": 32, "patch_size": 8}
+    return MambaRModel(MambaRConfig(**sizes))
+
+
+@pytest.mark.parametrize(
+    "backbone, layers", [(lambda: None, {"qkv", "proj"}), (make_mamba, {"in_proj", "out_proj"})], ids=["vit", "mamba"]
+)
+def test_lora_learns_beside_the_weights_and_is_saved_within_them(backbone, layers, make, tmp_path):
+    objective = make(backbone=backbone(), lora_rank=2)
     before = {name: parameter.clone() for name, parameter in objective.named_parameters()}
     optimizer = torch.optim.SGD([p for p in objective.parameters() if p.requires_grad], lr=1.0)
     for step in range(3):
@@ -147,12 +155,12 @@ def test_lora_learns_beside_the_weights_and_is_saved_within_them(make, tmp_path)
         optimizer.zero_grad()
     moved = {name for name, parameter in objective.named_parameters() if not torch.equal(parameter, before[name])}
     assert moved and all("lora" in name or "classifier" in name or "register_tokens" in name for name in moved)
-    assert any("qkv.lora_B" in name for name in moved)
+    assert {name.split(".")[-4] for name in moved if "lora_B" in name} == layers
     objective.write(objective.saved, tmp_path)
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         expected = objective.eval().model(images).logits
-        loaded = ViTWithRegistersForImageClassification.from_pretrained(tmp_path)
+        loaded = type(objective.model).from_pretrained(tmp_path)
         torch.testing.assert_close(loaded(images).logits, expected, rtol=1e-4, atol=1e-5)
     assert any("lora" in name for name, _ in objective.named_parameters())  # the run goes on as it was
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from ..rules import ConversionError
 from ..sources import Source
-from . import capi, clip, deit, dino, dinov2, dinov3, mae, timm
+from . import capi, clip, deit, dino, dinov2, dinov3, mae, mamba_reg, timm
 from .layout import CheckpointInfo, Layout
 from .transformers_files import LAYOUTS as BY_MODEL_TYPE
 
@@ -22,7 +22,10 @@ BY_NAMES = (
     deit.LAYOUT,
     timm.LAYOUT,
     dino.LAYOUT,
+    mamba_reg.LAYOUT,
 )
+# Backbones that are no Vision Transformers, which only their own project can load.
+OF_BACKBONES = {layout.config_class.model_type: layout for layout in (mamba_reg.LAYOUT,)}
 LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (*BY_NAMES, *BY_MODEL_TYPE.values())}
 _ENOUGH = 0.75  # share of names that a layout has to know
 
@@ -108,11 +111,11 @@ def _by_family(source: Source, family: str | None, module) -> Layout | None:
 def _by_config(source: Source, family: str | None, module) -> Layout | None:
     settings = source.settings or {}
     model_type = settings.get("model_type")
-    if model_type == "vitreg":
+    if str(model_type).startswith("vitreg"):
         raise ConversionError(
             f"{source.path}: is a model of this family already, which from_pretrained loads, also with other settings "
             "such as token_reduction={'kind': 'merge', 'per_layer': 13}. To export it, add --to dinov2, timm or "
-            "transformers"
+            "transformers, or the project that the backbone comes from, such as mamba-reg"
         )
     if model_type in BY_MODEL_TYPE:
         return BY_MODEL_TYPE[model_type]
@@ -172,4 +175,4 @@ def _unknown(source: Source) -> str:
     )
 
 
-__all__ = ["BY_NAMES", "LAYOUTS", "describe_checkpoint", "inner_model", "recognise"]
+__all__ = ["BY_NAMES", "LAYOUTS", "OF_BACKBONES", "describe_checkpoint", "inner_model", "recognise"]

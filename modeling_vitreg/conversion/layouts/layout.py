@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from torch import Tensor
 
-from modeling_vitreg import ViTWithRegistersConfig
+from modeling_vitreg import ViTWithRegistersConfig, ViTWithRegistersForImageClassification, ViTWithRegistersModel
 from modeling_vitreg.modeling_vitreg import IMAGENET_MEAN, IMAGENET_STD
 
 from ..rules import ConversionError, Drop, Rule, matches
@@ -103,6 +103,8 @@ class Layout:
         write_settings: content of the `config.json` of transformers, beside what all models have.
         in_file: maps the names of the layout to those in a file.
         extras: tensors that the layout has and the configuration determines.
+        config_class: class of our configuration.
+        models: our classes without and with a classifier.
     """
 
     name: str
@@ -118,6 +120,8 @@ class Layout:
     write_settings: Callable[[ViTWithRegistersConfig], dict] = lambda config: {}
     in_file: Callable[[str], str] = lambda name: name
     extras: Callable[[ViTWithRegistersConfig], dict[str, Tensor]] = lambda config: {}
+    config_class: type[ViTWithRegistersConfig] = ViTWithRegistersConfig
+    models: tuple[type, type] = (ViTWithRegistersModel, ViTWithRegistersForImageClassification)
 
     def share(self, names: list[str]) -> float:
         """Share of the names that the layout knows; 0 if it uses none of them."""

@@ -16,7 +16,7 @@ from matplotlib.colors import ListedColormap
 from torch import Tensor
 
 from modeling_vitreg import ViTWithRegistersPreTrainedModel
-from modeling_vitreg.features import principal_colours
+from modeling_vitreg.features import load_encoder, principal_colours
 from modeling_vitreg.modes import eval_mode
 from modeling_vitreg.style import make_cells, save_figure, show_image, show_titles
 
@@ -39,7 +39,7 @@ def draw_attention(
     mode of each module is restored.
 
     Args:
-        model: with or without a head, a class token, registers; what it lacks has no column.
+        model: with or without a head, a class token, registers, attention; what it lacks has no column.
         images: (B, C, height, width), grey, RGB or RGBA, normalised by `mean` and `std`.
         path: file to write; the suffix chooses the format, PNG without one.
         mean, std: mean and standard deviation of each channel, to show the images as they were.
@@ -59,11 +59,8 @@ def draw_attention(
         )
     images = images.to(model.device)
     with eval_mode(model):
-        maps = model.attention_maps(images, layers=-1, average_heads=True)
+        attention = _attention_of_last_layer(model, images) if load_encoder(model).num_heads else {}
         tokens = model.base_model(images, output_pre_norm=True, return_dict=True)
-    attention = {} if maps.cls is None else {"class token": maps.cls[:, 0]}
-    for number in range(maps.registers.shape[2]):
-        attention[f"register {number + 1}"] = maps.registers[:, 0, number]
     norms = tokens.pre_norm.patch_grid.float().norm(dim=-1).cpu()  # [B, rows, columns, D] -> [B, rows, columns]
     colours = principal_colours(tokens.patch_grid).numpy()
     pictures = _unnormalise(images, mean, std)
@@ -82,6 +79,15 @@ def draw_attention(
     titles = ["image", *attention, f"norms {norms.min():.3g} to {norms.max():.3g}", "components"]
     show_titles(axes[0], titles, size=9)
     return save_figure(figure, path, dpi=130)
+
+
+def _attention_of_last_layer(model: ViTWithRegistersPreTrainedModel, images: Tensor) -> dict[str, Tensor]:
+    """Maps (B, rows, columns) of class token and registers, by title."""
+    maps = model.attention_maps(images, layers=-1, average_heads=True)
+    attention = {} if maps.cls is None else {"class token": maps.cls[:, 0]}
+    for number in range(maps.registers.shape[2]):
+        attention[f"register {number + 1}"] = maps.registers[:, 0, number]
+    return attention
 
 
 def draw_maps(

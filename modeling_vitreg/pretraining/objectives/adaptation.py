@@ -15,14 +15,18 @@ from modeling_vitreg.modeling_vitreg import ViTWithRegistersModel
 from modeling_vitreg.settings import expect
 
 
+_TARGETS = {"vitreg": ["qkv", "proj"], "vitreg_mamba": ["in_proj", "out_proj"]}  # by the type of the backbone
+
+
 @dataclasses.dataclass(frozen=True)
 class AdaptationSettings:
     """Settings of all objectives with a head.
 
     Args:
         freeze_backbone: train the head alone.
-        lora_rank: rank of the adapters beside the linear layers of attention, which are trained with the registers
-            and the head, by peft; 0 trains everything. Saved models have the adapters merged. Not with sharding.
+        lora_rank: rank of the adapters beside the linear layers of attention, or around the scan of Mamba-R, which are
+            trained with the registers and the head, by peft; 0 trains everything. Saved models have the adapters
+            merged. Not with sharding.
     """
 
     freeze_backbone: bool = False
@@ -37,7 +41,7 @@ class AdaptationSettings:
 
 
 def freeze_or_lora(backbone: ViTWithRegistersModel, settings: AdaptationSettings) -> None:
-    """Freeze a backbone, or add adapters to its attention and freeze all else but the registers, in place.
+    """Freeze a backbone, or add adapters to its mixing layers and freeze all else but the registers, in place.
 
     Raises:
         ValueError: peft is not installed.
@@ -46,7 +50,7 @@ def freeze_or_lora(backbone: ViTWithRegistersModel, settings: AdaptationSettings
         backbone.requires_grad_(False)
     if not settings.lora_rank:
         return
-    add_lora(backbone, settings.lora_rank, targets=["qkv", "proj"])
+    add_lora(backbone, settings.lora_rank, targets=_TARGETS[backbone.config.model_type])
     if backbone.embeddings.register_tokens is not None:
         backbone.embeddings.register_tokens.requires_grad_(True)
 

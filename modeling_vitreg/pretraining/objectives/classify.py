@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import v2
+from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersForImageClassification, ViTWithRegistersModel
 from modeling_vitreg.settings import expect
@@ -246,6 +247,6 @@ def _make_classifier(
     name_classes(config, settings.class_names)
     if is_distilled:
         config.pooling = "cls_distillation"
-    model = ViTWithRegistersForImageClassification(config)
+    model = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[backbone.config_class](config)
     model.vitreg = backbone
     return model

@@ -23,11 +23,13 @@ def learning_rate_multiplier(name: str, *, num_layers: int, layer_decay: float, 
 
 
 def is_decayed(name: str, *, decays_tokens: bool) -> bool:
-    """Whether weight decay applies: never to biases, gates, norms and LayerScale; to tokens and positions as asked.
+    """Whether weight decay applies: never to biases, gates, norms, LayerScale, and what a scan decays and skips by; to
+    tokens and positions as asked.
 
     DINOv2 decays class token, registers, mask token and positions; DINO, DeiT and MAE do not.
     """
-    if name.endswith(".bias") or any(kind in name for kind in ("norm", "layer_scale", "register_gates")):
+    undecayed = ("norm", "layer_scale", "register_gates")
+    if name.endswith((".bias", ".A_log", ".D")) or any(kind in name for kind in undecayed):
         return False
     kinds = {"cls_token", "distillation_token", "register_tokens", "mask_token", "position_embeddings"}
     return decays_tokens or not kinds & set(name.split("."))

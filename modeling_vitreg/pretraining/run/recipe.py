@@ -43,7 +43,8 @@ class Recipe:
 
     Args:
         objective: a name of `objectives.registry.OBJECTIVES`.
-        model: keywords of `ViTWithRegistersConfig`, or `preset` and what differs from it.
+        model: keywords of `ViTWithRegistersConfig`, or `preset` and what differs from it; `model_type: vitreg_mamba`
+            makes them those of `MambaRConfig`.
         num_register_tokens: registers of the model.
         crops: `CropSettings`.
         masks: `MaskSettings`.

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
+from modeling_vitreg.mamba_vitreg import MambaRLayer
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersLayer
 
 from ..objectives.heads import PrototypeHead
@@ -18,6 +19,7 @@ from ..objectives.objective import Objective
 
 
 KINDS = ("full", "hybrid")
+UNITS = (ViTWithRegistersLayer, MambaRLayer, PrototypeHead)  # what is gathered at a time
 
 
 def shard(
@@ -52,7 +54,7 @@ def shard(
     dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in list(objective.modules()):
-        if isinstance(module, (ViTWithRegistersLayer, PrototypeHead)):
+        if isinstance(module, UNITS):
             fully_shard(module, mesh=mesh, mp_policy=policy)
     fully_shard(objective, mesh=mesh, mp_policy=policy)
     if device == "cpu":  # in torch 2.8 gloo adds where it is asked for a mean: let FSDP add, and divide itself
