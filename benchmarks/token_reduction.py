@@ -18,7 +18,15 @@ from modeling_vitreg import ViTWithRegistersConfig, ViTWithRegistersForImageClas
 
 # Joined patches of each layer: 13 of 196, and the same share of 37 x 37.
 JOBS = {
-    "ViT-S/16, 224 px": ("small/16", 224, {"merge 13": {"kind": "merge", "per_layer": 13}}),
+    "ViT-S/16, 224 px": (
+        "small/16",
+        224,
+        {
+            "merge 13": {"kind": "merge", "per_layer": 13},
+            "learn 8": {"kind": "learn", "num_tokens": 8},  # in the middle
+            "learn 8, fuser": {"kind": "learn", "num_tokens": 8, "has_fuser": True},
+        },
+    ),
     "ViT-S/14, 518 px": ("small/14", 518, {"merge 90": {"kind": "merge", "per_layer": 90}}),
 }
 

@@ -34,6 +34,7 @@ POSITION_BIASES = ("layer", "shared")
 # What `token_reduction` may hold, by its kind, with the defaults.
 TOKEN_REDUCTIONS = {
     "merge": {"per_layer": None, "inflection": 0.0, "is_proportional": True},
+    "learn": {"layer": None, "num_tokens": 8, "version": "1.1", "has_fuser": False},
 }
 MOST_LAYERS = 1000  # more than any published model has by far: a damaged file must not fill the memory
 
@@ -140,7 +141,10 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
             give each patch the token that it went into. "per_layer" is the number of patches that each layer joins,
             or a list with one number for each; "inflection" i in [-1, 1] lets a single number r fall along the layers
             from (1 + |i|) r to (1 - |i|) r for i < 0, or rise for i > 0; "is_proportional": a token counts in the
-            softmax as often as it has patches, which a model that was not trained with merging needs.
+            softmax as often as it has patches, which a model that was not trained with merging needs. "learn"
+            (TokenLearner; Ryoo et al. 2021, arXiv 2106.11297) replaces all patches behind layer "layer" (default: the
+            middle) by "num_tokens" learned means of them, by the module of "version" "1.1" or "1"; with "has_fuser",
+            each later layer learns tokens anew and gives the result back to all patches. It has to be trained.
         out_features, out_indices: stages that a backbone, a segmentation head and a depth head read. Stage 0, "stem",
             is the embedding, stage i the output of layer i. Default: the last.
         reshape_hidden_states: whether a backbone returns maps (B, D, rows, columns) or, for DPT, tokens (B, 1 + P, D)
@@ -455,7 +459,8 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
             "token_reduction needs positions that move with a token: relative_position_bias and rope_style='mixed' "
             "have none",
         )
-        self._validate_merging(reduction)
+        validate = {"merge": self._validate_merging, "learn": self._validate_learning}[kind]
+        validate(reduction)
         return reduction
 
     @property
@@ -491,6 +496,26 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
         proportional = reduction["is_proportional"]
         _require(
             isinstance(proportional, bool), f"token_reduction: is_proportional is true or false, got {proportional!r}"
+        )
+
+    def _validate_learning(self, reduction):
+        layers, patches = self.num_hidden_layers, math.prod(self.grid_shape)
+        layer = reduction["layer"] = layers // 2 if reduction["layer"] is None else reduction["layer"]
+        _require(
+            _is_count(layer) and 0 <= layer < layers,
+            f"token_reduction: layer is the last one with all patches, from 0 to {layers - 1}, got {layer!r}",
+        )
+        number, version, has_fuser = (reduction[name] for name in ("num_tokens", "version", "has_fuser"))
+        _require(
+            _is_count(number) and 1 <= number < patches,
+            f"token_reduction: num_tokens is from 1 to {patches - 1}, fewer than the patches, got {number!r}",
+        )
+        _require(version in ("1", "1.1"), f'token_reduction: version is "1" or "1.1", in quotes, got {version!r}')
+        _require(isinstance(has_fuser, bool), f"token_reduction: has_fuser is true or false, got {has_fuser!r}")
+        _require(
+            has_fuser or (self.pooling.startswith("cls") and self.pooling != "cls_mean"),
+            "token_reduction of kind 'learn' leaves no patches to pool: expected has_fuser=True or a pooling of class "
+            f"tokens, got pooling {self.pooling!r}",
         )
 
     def _set_stages(self, out_features, out_indices):

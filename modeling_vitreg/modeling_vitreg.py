@@ -42,7 +42,13 @@ from .positions_vitreg import (
     make_rotation,
     rotary_angles,
 )
-from .token_reduction_vitreg import MergingAttention, MergingLayer, TokenReduction, make_tracker
+from .token_reduction_vitreg import (
+    LearningAttention,
+    LearningLayer,
+    MergingAttention,
+    MergingLayer,
+    make_tracker,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -139,7 +145,8 @@ class ViTWithRegistersModelOutput(ModelOutput):
         pre_norm: the same tokens before the final norm, where outlier norms are measured; on request.
         image_embeds: (B, `config.projection_size`), or None for a model without projection.
         cls_tokens: (B, C, D), for a model with several class tokens.
-        reduction: what became of the patches in a model with `config.token_reduction`, or None.
+        reduction: what became of the patches in a model with `config.token_reduction`, a `TokenReduction` or
+            `LearnedTokens`; or None.
     """
 
     last_hidden_state: Tensor | None = None
@@ -154,7 +161,7 @@ class ViTWithRegistersModelOutput(ModelOutput):
     pre_norm: ViTWithRegistersTokens | None = None
     image_embeds: Tensor | None = None
     cls_tokens: Tensor | None = None
-    reduction: TokenReduction | None = None
+    reduction: ModelOutput | None = None
 
 
 _NAMED_TOKENS = ("cls_token", "distillation_token", "register_tokens", "patch_tokens", "patch_grid", "cls_tokens")
@@ -704,6 +711,10 @@ class ViTWithRegistersLayer(GradientCheckpointingLayer):
         hidden_states = self.drop_path.add(hidden_states, self.mlp_branch, self.drop_path.choose(hidden_states))
         return hidden_states, probabilities
 
+    def prefix_attention(self, hidden_states: Tensor, rotary: tuple | None, num_queries: int) -> Tensor:
+        """Attention probabilities (B, H, Q, N) of the first Q tokens (B, N, D)."""
+        return self.attention.prefix_attention(self.norm1(hidden_states), rotary, num_queries)
+
     def _forward_groups(self, hidden_states: Tensor, rotary: tuple, groups: tuple, reads: Tensor | None) -> Tensor:
         # A subset of images would leave some requested tokens without a branch: run all images, with factors.
         draws = [self.drop_path.choose_tokens(hidden_states, groups, needs_all=reads is not None) for _ in range(2)]
@@ -725,7 +736,21 @@ class ViTWithRegistersMergingLayer(MergingLayer, ViTWithRegistersLayer):
     attention_class = ViTWithRegistersMergingAttention
 
 
-LAYER_CLASSES = {None: ViTWithRegistersLayer, "merge": ViTWithRegistersMergingLayer}
+class ViTWithRegistersLearningAttention(LearningAttention, ViTWithRegistersAttention):
+    """Attention among learned tokens."""
+
+
+class ViTWithRegistersLearningLayer(LearningLayer, ViTWithRegistersLayer):
+    """A layer that works on learned tokens in place of patches."""
+
+    attention_class = ViTWithRegistersLearningAttention
+
+
+LAYER_CLASSES = {
+    None: ViTWithRegistersLayer,
+    "merge": ViTWithRegistersMergingLayer,
+    "learn": ViTWithRegistersLearningLayer,
+}
 
 
 class ViTWithRegistersAttentionPooling(nn.Module):
@@ -875,7 +900,7 @@ class ViTWithRegistersPreTrainedModel(ViTWithRegistersMixin, PreTrainedModel):
             if getattr(module, "is_zero_initialized", False):
                 set_initial(module.weight, nn.init.zeros_)
             else:
-                set_initial(module.weight, nn.init.trunc_normal_, std=std)
+                set_initial(module.weight, nn.init.trunc_normal_, std=getattr(module, "initial_std", std))
             set_initial(module.bias, nn.init.zeros_)
         elif isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.BatchNorm2d)):
             set_initial(module.weight, nn.init.ones_)
@@ -1452,8 +1477,7 @@ class ViTWithRegistersModel(ViTWithRegistersPreTrainedModel):
         probabilities = {}
         for number, layer in zip(range(1, max(layers) + 1), self.layers):
             if number in layers:
-                normed = layer.norm1(hidden_state)
-                probabilities[number] = layer.attention.prefix_attention(normed, rotary, self.config.num_prefix_tokens)
+                probabilities[number] = layer.prefix_attention(hidden_state, rotary, self.config.num_prefix_tokens)
             if number < max(layers):
                 hidden_state = layer(hidden_state, rotary)
         return probabilities, grid

@@ -1,11 +1,13 @@
-"""Fewer tokens inside the network: layers that join similar patches (ToMe; Bolya et al. 2023, arXiv 2210.09461).
+"""Fewer tokens inside the network: layers that join similar patches (ToMe; Bolya et al. 2023, arXiv 2210.09461), and
+layers that work on learned means of the patches (TokenLearner; Ryoo et al. 2021, arXiv 2106.11297).
 
-Layers with merging take and return whole sequences (B, N, D), in which the patches of one token are equal: a token of
-size s is worth s equal patches. Hidden states, heads and attention maps are therefore those of a plain model. Inside a
-layer the sequence is short. The prefix (class tokens, distillation token, registers) is never merged.
+Layers take and return whole sequences (B, N, D); inside a layer the sequence is short. With merging, the patches of
+one token are equal: a token of size s is worth s equal patches. With learned tokens, a patch is the mean of the tokens
+that read it. Hidden states, heads and attention maps therefore have the shapes of a plain model. The prefix (class
+tokens, distillation token, registers) is never merged or pooled.
 
-Letters for shapes: B images, N tokens, P patches, M tokens that the patches went into, Q tokens of the prefix,
-D width, H heads, d = D / H.
+Letters for shapes: B images, N tokens, P patches, M tokens that the patches went into, S learned tokens, Q tokens of
+the prefix, D width, H heads, d = D / H.
 
 This file travels next to the weights and runs without the package.
 """
@@ -23,6 +25,8 @@ from .configuration_vitreg import ViTWithRegistersConfig
 from .positions_vitreg import turn
 
 
+LEARNER_WIDTH = 64  # of the hidden layer of TokenLearner 1.1 and of TokenFuser
+LEARNER_EPS = 1e-6  # of their norms
 WHOLE_IMAGES = (
     "a model with token_reduction takes whole images, and this objective reads single patches or several views at "
     "once: load the model with token_reduction=None"
@@ -53,6 +57,20 @@ class TokenReduction(ModelOutput):
         return take(tokens, self.token_assignment.flatten(1)).unflatten(1, self.token_assignment.shape[1:])
 
 
+@dataclass
+class LearnedTokens(ModelOutput):
+    """What a model with learned tokens read of each image.
+
+    Args:
+        token_maps: (B, S, rows, columns), the weight of each patch in each token; of the last layer that learned any.
+        learned_tokens: (B, S, D) behind the last layer, before the final norm; None with a fuser, which gives them
+            back to the patches.
+    """
+
+    token_maps: Tensor | None = None
+    learned_tokens: Tensor | None = None
+
+
 def take(tokens: Tensor, index: Tensor) -> Tensor:
     """Tokens (B, n, D) by their numbers in each image (B, m), as (B, m, D)."""
     starts = torch.arange(tokens.shape[0], device=index.device) * tokens.shape[1]
@@ -64,7 +82,7 @@ def make_tracker(config: ViTWithRegistersConfig) -> Callable:
     """How a model prepares for its layers what it knows of positions, such as the angles of a rotary embedding."""
     # CODEPATH: models with fewer tokens; else all others.
     if config.token_reduction is not None:
-        return functools.partial(TokenMerges, config)
+        return functools.partial(TRACKERS[config.token_reduction["kind"]], config)
     return turn if config.has_rope else _keep
 
 
@@ -303,4 +321,213 @@ class MergingLayer(nn.Module):
         return merges.expand(tokens, self.number), probabilities
 
 
-__all__ = ["MergingAttention", "MergingLayer", "TokenMerges", "TokenReduction", "make_tracker", "match", "take"]
+# Learned tokens ------------------------------------------------------------------------------------------------------
+
+
+gelu = functools.partial(F.gelu, approximate="tanh")
+
+
+class TokenLearner(nn.Module):
+    """Patches (B, P, D) to S weighted sums of them (B, S, D), and the weights (B, S, P).
+
+    version 1.1:  weights = softmax over patches of  out(gelu(hidden(norm(patches))))
+    version 1:    weights = sigmoid of four convolutions of 3 x 3 on norm(patches), with GELU between them
+    tokens[s] = sum over patches of weights[s, p] patches[p], which are not normed
+
+    GELU is the tanh approximation. Initial weights are normal, of the variance of the uniform ones in the original.
+    Source: google-research/scenic, `projects/token_learner`.
+    """
+
+    def __init__(self, config: ViTWithRegistersConfig):
+        super().__init__()
+        reduction, width = config.reduction, config.hidden_size
+        number = reduction["num_tokens"]
+        self.norm = nn.LayerNorm(width, eps=LEARNER_EPS)
+        self.convolutions = None
+        if reduction["version"] == "1.1":
+            self.hidden, self.out = _linear(width, LEARNER_WIDTH), _linear(LEARNER_WIDTH, number)
+        else:
+            widths = [width, number, number, number]
+            self.convolutions = nn.ModuleList(nn.Conv2d(size, number, 3, padding=1, bias=False) for size in widths)
+            for convolution in self.convolutions:
+                convolution.initial_std = (9 * convolution.in_channels) ** -0.5
+
+    def forward(self, patches: Tensor, grid: tuple) -> tuple[Tensor, Tensor]:
+        """Tokens and weights of patches on a grid (rows, columns)."""
+        normed = self.norm(patches)
+        if self.convolutions is None:
+            weights = self.out(gelu(self.hidden(normed))).transpose(1, 2).softmax(dim=-1)  # [B, P, S] -> [B, S, P]
+        else:
+            maps = normed.transpose(1, 2).unflatten(2, grid)
+            for number, convolution in enumerate(self.convolutions):
+                maps = convolution(gelu(maps) if number else maps)
+            weights = maps.flatten(2).sigmoid()
+        return weights.to(patches.dtype) @ patches, weights
+
+
+class TokenFuser(nn.Module):
+    """What learned tokens (B, S, D) give back to patches (B, P, D); zero at the start of training.
+
+    mixed = norm2(mix(norm1(tokens) over the token axis))
+    update = sigmoid(out(gelu(hidden(norm3(patches))))) @ mixed
+    """
+
+    def __init__(self, config: ViTWithRegistersConfig):
+        super().__init__()
+        width, number = config.hidden_size, config.reduction["num_tokens"]
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width, eps=LEARNER_EPS) for _ in range(3))
+        self.mix = nn.Linear(number, number)
+        self.mix.is_zero_initialized = True
+        self.hidden, self.out = _linear(width, LEARNER_WIDTH), _linear(LEARNER_WIDTH, number)
+
+    def forward(self, tokens: Tensor, patches: Tensor) -> Tensor:
+        """The update (B, P, D) of the patches."""
+        mixed = self.norm2(self.mix(self.norm1(tokens).transpose(1, 2)).transpose(1, 2))
+        return self.out(gelu(self.hidden(self.norm3(patches)))).sigmoid() @ mixed
+
+
+def _linear(width: int, size: int) -> nn.Linear:
+    layer = nn.Linear(width, size)
+    layer.initial_std = (2 / (width + size)) ** 0.5
+    return layer
+
+
+class TokenSelection:
+    """The learned tokens of one pass. Layer n writes entries n and reads entries n - 1, so it may run twice."""
+
+    def __init__(self, config: ViTWithRegistersConfig, angles: Tensor | None, grid: tuple):
+        self.grid, self.num_prefix = grid, config.num_prefix_tokens
+        self.last_whole, self.has_fuser = config.reduction["layer"], config.reduction["has_fuser"]
+        self.maps: dict[int, Tensor] = {}  # (B, S, P) that layer n worked with
+        self.tokens: dict[int, Tensor] = {}  # (B, S, D) behind layer n
+        self.tables = [None, None]
+        if angles is not None:
+            # Learned tokens have no place in the image: they are not rotated.
+            short = F.pad(angles[: self.num_prefix], (0, 0, 0, config.reduction["num_tokens"]))
+            self.tables = [turn(angles), turn(short)]
+
+    @property
+    def output(self) -> LearnedTokens | None:
+        """The last entries by name; None if no layer worked on learned tokens."""
+        if not self.maps:
+            return None
+        last = max(self.maps)
+        return LearnedTokens(self.maps[last].unflatten(2, self.grid), None if self.has_fuser else self.tokens[last])
+
+    def rotary(self, number: int) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines for the tokens in layer `number`."""
+        return self.tables[number > self.last_whole]
+
+    def expand(self, tokens: Tensor, number: int) -> Tensor:
+        """Means over the tokens of layer `number` that read a patch: (B, Q + S, D) to (B, N, D)."""
+        if number not in self.maps:
+            return tokens
+        prefix, learned = tokens[:, : self.num_prefix], tokens[:, self.num_prefix :]
+        return torch.cat([prefix, self._shares(number, 1).transpose(1, 2).to(tokens.dtype) @ learned], dim=1)
+
+    def expand_keys(self, probabilities: Tensor, number: int) -> Tensor:
+        """Share what is attended to tokens among the patches that they read: (B, H, n, Q + S) to (B, H, n, N)."""
+        if number not in self.maps:
+            return probabilities
+        prefix, learned = probabilities[..., : self.num_prefix], probabilities[..., self.num_prefix :]
+        return torch.cat([prefix, learned @ self._shares(number, 2)[:, None].to(learned.dtype)], dim=-1)
+
+    def expand_queries(self, probabilities: Tensor, number: int) -> Tensor:
+        """Give each patch the mean of what the tokens attend to that read it: (B, H, Q + S, n) to (B, H, N, n)."""
+        rows = self.expand(probabilities.transpose(1, 2).flatten(2), number)
+        return rows.unflatten(2, probabilities.shape[1::2]).transpose(1, 2)
+
+    def _shares(self, number: int, axis: int) -> Tensor:
+        return F.normalize(self.maps[number], p=1, dim=axis)
+
+
+class LearningAttention(nn.Module):
+    """What attention does in a model with learned tokens. It is mixed into the attention of the family."""
+
+    def __init__(self, config: ViTWithRegistersConfig, number: int = 1):
+        super().__init__(config, number)
+        self.number = number
+
+    def split_heads(self, packed: Tensor, rotary: TokenSelection) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values; learned tokens are not rotated."""
+        return super().split_heads(packed, rotary.rotary(self.number))
+
+    def prefix_probabilities(self, packed: Tensor, rotary: TokenSelection, num_queries: int | None) -> Tensor:
+        """Probabilities (B, H, Q, N) from queries, keys and values of the tokens inside the layer."""
+        probabilities = rotary.expand_keys(super().prefix_probabilities(packed, rotary, num_queries), self.number)
+        return rotary.expand_queries(probabilities, self.number) if num_queries is None else probabilities
+
+    def expand(self, tokens: Tensor, selection: TokenSelection) -> Tensor:
+        """Give each patch what its tokens have inside the layer: (B, Q + S, D) to (B, N, D)."""
+        return selection.expand(tokens, self.number)
+
+
+class LearningLayer(nn.Module):
+    """A layer that works on learned tokens, if all patches lie behind it. It is mixed into the layer of the family."""
+
+    def __init__(self, config: ViTWithRegistersConfig, drop_path_rate: float, *others, number: int):
+        super().__init__(config, drop_path_rate, *others, number=number)
+        self.number, (first, has_fuser) = number, (config.reduction[name] for name in ("layer", "has_fuser"))
+        self.is_short = number > first
+        self.token_learner = TokenLearner(config) if number == first + 1 or (has_fuser and self.is_short) else None
+        self.token_fuser = TokenFuser(config) if has_fuser and self.is_short else None
+
+    def forward(
+        self, hidden_states: Tensor, rotary: TokenSelection, groups: tuple | None = None, reads=None
+    ) -> Tensor:
+        """Tokens (B, N, D) to tokens. `groups` and `reads` belong to objectives that need all patches: refused."""
+        if groups is not None:
+            raise ValueError(WHOLE_IMAGES)
+        tokens = super().forward(self._compact(hidden_states, rotary), rotary)
+        return self._give_back(tokens, hidden_states, rotary)
+
+    def forward_with_attentions(self, hidden_states: Tensor, rotary: TokenSelection) -> tuple[Tensor, Tensor]:
+        """Tokens (B, N, D) to tokens, and the attention probabilities (B, H, N, N), computed eagerly."""
+        tokens, probabilities = super().forward_with_attentions(self._compact(hidden_states, rotary), rotary)
+        probabilities = rotary.expand_queries(rotary.expand_keys(probabilities, self.number), self.number)
+        return self._give_back(tokens, hidden_states, rotary), probabilities
+
+    def prefix_attention(self, hidden_states: Tensor, rotary: TokenSelection, num_queries: int) -> Tensor:
+        """Attention probabilities (B, H, Q, N) of the first Q tokens (B, N, D)."""
+        return super().prefix_attention(self._compact(hidden_states, rotary), rotary, num_queries)
+
+    def _compact(self, hidden_states: Tensor, selection: TokenSelection) -> Tensor:
+        """(B, N, D) to the tokens (B, Q + S, D) inside this layer."""
+        if not self.is_short:
+            return hidden_states
+        prefix, patches = hidden_states.tensor_split((selection.num_prefix,), dim=1)
+        if self.token_learner is None:
+            tokens, maps = selection.tokens[self.number - 1], selection.maps[self.number - 1]
+        else:
+            tokens, maps = self.token_learner(patches, selection.grid)
+        selection.maps[self.number] = maps
+        return torch.cat([prefix, tokens], dim=1)
+
+    def _give_back(self, tokens: Tensor, hidden_states: Tensor, selection: TokenSelection) -> Tensor:
+        """(B, Q + S, D) of this layer to (B, N, D)."""
+        if not self.is_short:
+            return tokens
+        learned = selection.tokens[self.number] = tokens[:, selection.num_prefix :]
+        if self.token_fuser is None:
+            return selection.expand(tokens, self.number)
+        patches = hidden_states[:, selection.num_prefix :]
+        fused = patches + self.token_fuser(learned, patches)
+        return torch.cat([tokens[:, : selection.num_prefix], fused], dim=1)
+
+
+TRACKERS = {"merge": TokenMerges, "learn": TokenSelection}
+
+__all__ = [
+    "LearnedTokens",
+    "LearningAttention",
+    "LearningLayer",
+    "MergingAttention",
+    "MergingLayer",
+    "TokenFuser",
+    "TokenLearner",
+    "TokenMerges",
+    "TokenReduction",
+    "make_tracker",
+    "match",
+    "take",
+]

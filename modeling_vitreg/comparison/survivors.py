@@ -61,7 +61,9 @@ class Survivors(Consumer):
         norms = batch.tokens(-1).patch_tokens.float().norm(dim=-1)  # [B, P, D] -> [B, P]
         with batch.autocast():
             reduction = _find_reduction(batch.encoder, batch.pixels)
-        if reduction is not None:
+        if "learned_tokens" in (reduction or {}):
+            norms = reduction.learned_tokens.float().norm(dim=-1)  # [B, S, D] -> [B, S]
+        elif hasattr(reduction, "merge"):
             norms = reduction.merge(norms.unsqueeze(-1)).squeeze(-1)  # equal in all patches of a token
         self._norms.add(norms[None])
 

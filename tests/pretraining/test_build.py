@@ -100,8 +100,8 @@ def test_a_model_of_another_library_is_refused_with_the_command_that_converts_it
         make_objective(recipe, init=name)
 
 
-def test_a_model_with_fewer_tokens_is_refused_by_an_objective_that_needs_all(recipe, tiny, tmp_path):
-    reduction = {"kind": "merge", "per_layer": 2}
+@pytest.mark.parametrize("reduction", [{"kind": "merge", "per_layer": 2}, {"kind": "learn"}])
+def test_a_model_with_fewer_tokens_is_refused_by_an_objective_that_needs_all(reduction, recipe, tiny, tmp_path):
     ViTWithRegistersModel(tiny(token_reduction=reduction)).save_pretrained(tmp_path)
     with pytest.raises(
         ValueError, match=r"needs all patches, and the model has token_reduction=.*train with classify"

@@ -313,6 +313,24 @@ def test_a_classifier_trains_with_merged_patches(tiny, tmp_path):
     assert model.vitreg.layers[0].mlp.fc1.weight.grad.any()
 
 
+@pytest.mark.parametrize("has_fuser", [False, True])
+def test_a_classifier_learns_with_learned_tokens(make, has_fuser):
+    reduction = {"kind": "learn", "num_tokens": 3, "layer": 1, "has_fuser": has_fuser}
+    objective, batch = make(model={"token_reduction": reduction}, smoothing=0.0), make_batch()
+    before = {name: parameter.detach().clone() for name, parameter in objective.named_parameters()}
+    optimizer = torch.optim.Adam(objective.parameters(), lr=3e-3)
+    losses = []
+    for step in range(30):
+        loss = objective(batch, step=step)["total"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 3
+    changed = [name for name, parameter in objective.named_parameters() if not torch.equal(parameter, before[name])]
+    assert sum("token_learner" in name for name in changed) == (12 if has_fuser else 6)
+
+
 # The program ---------------------------------------------------------------------------------------------------------
 
 RECIPE = {
