@@ -25,7 +25,10 @@ from .parts import count_channels, find_patches, open_tower, read_parts
 
 
 _FLOATS, _INTEGERS = ("F64", "F32", "F16", "BF16"), ("position_ids", "num_batches_tracked", "position_index")
-_NO_MERGING = "{name}: merging needs a model of this package, got one {kind}: convert it first, with vitreg convert"
+_NO_MERGING = (
+    "{name}: merging needs a ViT of this package, got a model {kind}: leave out @merge, or convert a ViT of another "
+    "library with vitreg convert"
+)
 # Parts of a tower that no feature depends on.
 _UNUSED = re.compile(r"pooler|mask_token|decoder|classifier|(^|\.)head\.|projection")
 
@@ -86,8 +89,10 @@ def _open(source: str, trust_remote_code: bool, parts: dict, reduction: dict | N
     fields = {}
     if reduction:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-        if not hasattr(config, "token_reduction"):
+        if config.model_type != "vitreg":
             raise ValueError(_NO_MERGING.format(name=source, kind=f"of type {config.model_type}"))
+        if (config.token_reduction or reduction)["kind"] != "merge":
+            raise ValueError(f"{source}: patches cannot be merged in a model with learned tokens: leave out @merge")
         fields = {"token_reduction": reduction}
     try:
         model, report = AutoModel.from_pretrained(

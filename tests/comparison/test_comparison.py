@@ -19,6 +19,7 @@ from modeling_vitreg.comparison import ComparisonReport, cost
 from modeling_vitreg.comparison.survivors import FirstImages, Survivors
 from modeling_vitreg.encoding import Crop, PassSettings, run_pass
 from modeling_vitreg.features import load_encoder
+from modeling_vitreg.mamba_vitreg import MambaRConfig, MambaRModel
 from modeling_vitreg.memory import MemoryTracker
 from modeling_vitreg.names import check_model_name, split_reduction
 from modeling_vitreg.reports import read_report
@@ -160,6 +161,19 @@ def test_one_table_has_models_of_both_libraries_and_reductions(models, drawn):
     assert again["settings"]["num_neighbors"] == 3
 
 
+def test_models_with_learned_tokens_and_without_attention_are_compared(models, drawn):
+    learned = plain_model(token_reduction={"kind": "learn", "num_tokens": 3, "layer": 1})
+    learned.save_pretrained("learned")
+    config = MambaRConfig(hidden_size=16, num_hidden_layers=2, image_size=32, patch_size=8, num_register_tokens=4)
+    MambaRModel(config).save_pretrained("mamba")
+    quick = ["--workers", "0", "--set", "cost.num_rounds=1", "--output", "out", "--tasks", "none"]
+    done = models.invoke(app, ["compare", "learned", "mamba", "--images", "plain", *quick])
+    assert done.exit_code == 0, done.output
+    learned, mamba = read_report("out/comparison.json", kind=ComparisonReport).models
+    assert learned["cost"]["tokens"] == [19.0, 6.0, 6.0, 6.0, 6.0] and learned["survivors"]["num_tokens"] == 3
+    assert mamba["cost"]["tokens"] == [20.0] * 3
+
+
 def test_images_without_labels_have_no_accuracy(models, drawn):
     quick = ["--workers", "0", "--set", "cost.num_rounds=1", "--output", "out"]
     done = models.invoke(app, ["compare", "theirs", "--images", "plain", *quick])
@@ -175,9 +189,11 @@ def test_what_cannot_be_merged_is_refused_in_words(models):
         assert done.exit_code == 1 and "Traceback" not in done.output
         return " ".join(done.output.split())
 
-    assert "merging needs a model of this package, got one of type dinov2: convert it first" in refusal(
-        "theirs@merge=2"
-    )
+    plain_model(token_reduction={"kind": "learn"}).save_pretrained("learned")
+    MambaRModel(MambaRConfig(hidden_size=16, num_hidden_layers=1, image_size=32)).save_pretrained("mamba")
+    assert "merging needs a ViT of this package, got a model of type dinov2" in refusal("theirs@merge=2")
+    assert "got a model of type vitreg_mamba: leave out @merge" in refusal("mamba@merge=2")
+    assert "cannot be merged in a model with learned tokens: leave out @merge" in refusal("learned@merge=0")
     assert "expected MODEL@merge=NUMBER" in refusal("planted@prune=2")
     assert "expected MODEL@merge=NUMBER" in refusal("planted@merge=-1")
     assert "which leaves none" in refusal("planted@merge=200")
