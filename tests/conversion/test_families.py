@@ -47,6 +47,7 @@ class Family:
 MLP = {"intermediate_size": 80}
 FAMILIES = {
     "SigLIP": Family("SiglipVisionModel", {**MLP, "hidden_act": "gelu_pytorch_tanh"}),
+    "DINOv3 without registers": Family("DINOv3ViTModel", {**MLP, "num_register_tokens": 0}),
     "SigLIP without head": Family("SiglipVisionModel", {**MLP, "vision_use_head": False}, back="IJepaModel"),
     "MetaCLIP 2": Family("MetaClip2VisionModel", MLP, back="CLIPVisionModel"),
     "MetaCLIP 2 with projection": Family(
@@ -265,3 +266,46 @@ def test_a_model_of_timm_that_cannot_be_represented_names_the_part_in_the_way(na
         pytest.skip(f"timm {timm.__version__} cannot make {name}: {error}")
     with pytest.raises(ConversionError, match=part):
         convert(theirs, tmp_path / "in", settings=QUIET)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "part"),
+    [
+        ("SwinTransformer", {"embed_dim": 8, "depths": [1], "num_heads": [1]}, r"several grids \(layers\)"),
+        ("ConvNeXt", {"depths": [1] * 4, "dims": [8] * 4}, r"several grids \(stages\)"),
+        ("Hiera", {"embed_dim": 8, "num_heads": 1, "stages": [1] * 4}, "blocks of class HieraBlock"),
+        ("VisionTransformerSAM", {"embed_dim": 16, "depth": 1, "num_heads": 1}, "Block in vision_transformer_sam"),
+        ("VisionTransformerRelPos", {"embed_dim": 16, "depth": 1, "num_heads": 1}, "blocks of class RelPosBlock"),
+        ("ResNet", {"block": timm.models.resnet.BasicBlock, "layers": [1] * 4}, r"several grids \(layer1\)"),
+    ],
+)
+def test_a_class_of_timm_of_another_kind_is_refused_in_one_line(name, sizes, part, tmp_path):
+    kind = getattr(timm.models, name, None) or timm.models.vision_transformer_sam.VisionTransformerSAM
+    with pytest.raises(ConversionError, match=f"^timm's {name} with .*{part} cannot be represented$"):
+        convert(kind(**sizes), tmp_path / "in", settings=QUIET)
+
+
+def test_patches_of_timm_of_another_kind_are_refused_in_one_line(tmp_path):
+    hybrid = timm.create_model("vit_tiny_r_s16_p8_224", embed_dim=16, depth=1, num_heads=1)
+    with pytest.raises(ConversionError, match="with patches of class HybridEmbed cannot be represented"):
+        convert(hybrid, tmp_path / "in", settings=QUIET)
+    naflex = timm.models.naflexvit
+    model = naflex.NaFlexVit(naflex.NaFlexVitCfg(embed_dim=16, depth=1, num_heads=1))
+    with pytest.raises(ConversionError, match="NaFlexVit with patches of class NaFlexEmbeds cannot be represented"):
+        convert(model, tmp_path / "in", settings=QUIET)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "part"),
+    [
+        ("Swin", {"embed_dim": 8, "depths": [1], "num_heads": [1]}, r"several grids \(depths=\[1\]\)"),
+        ("ConvNext", {"depths": [1, 1], "hidden_sizes": [8, 8], "num_stages": 2}, "several grids"),
+        ("SamVision", {**MLP, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}, "on windows"),
+        ("Yolos", {**SIZES, **MLP, "image_size": [32, 32]}, "tokens for detection"),
+        ("Siglip2Vision", {**SIZES, **MLP, "num_patches": 16}, r"fixed image size \(num_patches=16\)"),
+    ],
+)
+def test_a_model_type_of_another_kind_names_the_setting_in_the_way(name, fields, part, tmp_path):
+    model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**fields))
+    with pytest.raises(ConversionError, match=f"model type .* cannot be represented, because it has .*{part}"):
+        convert(model, tmp_path / "in", settings=QUIET)

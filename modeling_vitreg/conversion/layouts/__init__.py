@@ -27,6 +27,15 @@ BY_NAMES = (
 # Backbones that are no Vision Transformers, which only their own project can load.
 OF_BACKBONES = {layout.config_class.model_type: layout for layout in (mamba_reg.LAYOUT,)}
 LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (*BY_NAMES, *BY_MODEL_TYPE.values())}
+# Settings of models of transformers, and the parts that they stand for, which no plain Vision Transformer has.
+_IN_THE_WAY = {
+    "vocab_size": "tokens of text",
+    "depths": "several grids",
+    "window_size": "attention on windows",
+    "tubelet_size": "patches of several frames",
+    "num_detection_tokens": "tokens for detection",
+    "num_patches": "patches without a fixed image size",
+}
 _ENOUGH = 0.75  # share of names that a layout has to know
 
 
@@ -122,9 +131,18 @@ def _by_config(source: Source, family: str | None, module) -> Layout | None:
     if model_type is not None and "architecture" not in settings:
         known = ", ".join(BY_MODEL_TYPE)
         raise ConversionError(
-            f"{source.path}: model type {model_type!r:.60} cannot be represented: expected one of {known}"
+            f"{source.path}: model type {model_type!r:.60} cannot be represented{_say_why(settings)}: expected one of "
+            f"{known}"
         )
     return timm.LAYOUT if module is not None or "architecture" in settings else None
+
+
+def _say_why(settings: dict) -> str:
+    """The part that is in the way, if a setting of a model of transformers shows it."""
+    vision = settings.get("vision_config")
+    settings = vision if isinstance(vision, dict) else settings
+    found = next((name for name in _IN_THE_WAY if settings.get(name) not in (None, 0, False)), None)
+    return f", because it has {_IN_THE_WAY[found]} ({found}={settings[found]!r:.60})" if found else ""
 
 
 def _by_names(source: Source, family: str | None, module) -> Layout | None:

@@ -11,6 +11,7 @@ _ACTS = {"GELU": "gelu", "QuickGELU": "quick_gelu", "GELUTanh": "gelu_pytorch_ta
 _ROPES = {"NoneType": "dinov3", "RotaryEmbeddingDinoV3": "dinov3", "RotaryEmbeddingCat": "axial"}
 _ROPES["RotaryEmbeddingMixed"] = "mixed"
 _NORMS = {"LayerNorm": "layernorm", "LayerNormFp32": "layernorm", "RmsNorm": "rmsnorm"}
+_FILES, _STAGES = ("vision_transformer", "eva", "beit"), ("stages", "layers", "network", "layer1")
 _BLOCKS, _ATTENTIONS = ("Block", "EvaBlock"), ("Attention", "AttentionRope", "EvaAttention")
 
 
@@ -20,10 +21,10 @@ def read_module(module: nn.Module) -> dict:
     Raises:
         ConversionError: this family cannot represent the architecture; the message names the parts.
     """
+    name, part = type(module).__name__, _other_part(module)
+    if part is not None:
+        raise ConversionError(f"timm's {name} with {part} cannot be represented")
     block = module.blocks[0]
-    name, found = type(module).__name__, [_name(block)]
-    if found[0] not in _BLOCKS:
-        raise ConversionError(f"timm's {name} with blocks of class {found[0]} cannot be represented")
     attention, rope = block.attn, getattr(module, "rope", None)
     refusals = {
         f"attention of class {_name(attention)}": _name(attention) not in _ATTENTIONS,
@@ -53,6 +54,19 @@ def read_module(module: nn.Module) -> dict:
         **_read_positions(module, [side // one for side, one in zip(image, patch)]),
         **_read_pooling(module),
     }
+
+
+def _other_part(module: nn.Module) -> str | None:
+    """The part for which a model is none of timm's `VisionTransformer`, `Eva` and `Beit`, None if it is one."""
+    lists = (nn.Sequential, nn.ModuleList)
+    if not isinstance(blocks := getattr(module, "blocks", None), lists):
+        stages = next((name for name in _STAGES if isinstance(getattr(module, name, None), lists)), None)
+        return f"several grids ({stages})" if stages else "no list of blocks"
+    file = type(blocks[0]).__module__.removeprefix("timm.models.")
+    if _name(blocks[0]) not in _BLOCKS or (file not in _FILES and file != type(blocks[0]).__module__):
+        return f"blocks of class {_name(blocks[0])}" + (f" in {file}" if _name(blocks[0]) in _BLOCKS else "")
+    patches = next((getattr(module, name) for name in ("patch_embed", "embeds") if hasattr(module, name)), None)
+    return None if _name(patches) == "PatchEmbed" else f"patches of class {_name(patches)}"
 
 
 def _read_layers(module: nn.Module, block: nn.Module) -> dict:

@@ -6,8 +6,11 @@ with and without `vision_model.`, are mapped to them first. `config.json` has wh
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterable
+
+import torch
 
 from modeling_vitreg import ViTWithRegistersConfig
 
@@ -381,3 +384,10 @@ LAYOUTS = {
 }
 LAYOUTS |= dict.fromkeys((*CLIP_WHOLE, *CLIP_TOWERS), LAYOUTS["clip_vision_model"])
 LAYOUTS["vit_msn"] = LAYOUTS["vit"]
+# It writes a tensor of registers where there are none.
+LAYOUTS["dinov3_vit"] = dataclasses.replace(
+    LAYOUTS["dinov3_vit"],
+    extras=lambda config: (
+        {} if config.num_register_tokens else {"embeddings.register_tokens": torch.zeros(1, 0, config.hidden_size)}
+    ),
+)
