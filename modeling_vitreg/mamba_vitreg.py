@@ -352,6 +352,7 @@ class MambaREmbeddings(ViTWithRegistersEmbeddings):
 
     def __init__(self, config: MambaRConfig):
         super().__init__(config, use_mask_token=False)
+        # CODEPATH: Mamba-R; else models without registers.
         if config.num_register_tokens:
             self.register_tokens = MambaRRegisterTokens(config.num_register_tokens, config.hidden_size)
 
@@ -528,6 +529,7 @@ class MambaRModel(MambaRMixin, ViTWithRegistersModel):
         self.layers = nn.ModuleList(MambaRLayer(config, rate) for rate in config.drop_path_rates)
         self.layernorm = MambaRNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.neck = self.neck_norm = self.projection = self.attention_pooling = None
+        # CODEPATH: Mamba-R; else models without a neck.
         if config.has_neck:
             self.neck = nn.Linear(config.hidden_size, config.hidden_size // config.register_reduction, bias=False)
             self.neck_norm = MambaRNorm(config.pooled_size, eps=config.layer_norm_eps)
@@ -542,6 +544,7 @@ class MambaRModel(MambaRMixin, ViTWithRegistersModel):
 
     def pool(self, tokens: ViTWithRegistersTokens) -> Tensor:
         """(B, `config.pooled_size`): all registers, narrowed and normed where there is a neck, or the mean patch."""
+        # CODEPATH: models without registers; else Mamba-R.
         if not self.config.num_register_tokens:
             return tokens.patch_tokens.mean(dim=1)
         registers = tokens.register_tokens

@@ -370,6 +370,7 @@ class ViTWithRegistersAttentionGate(nn.Module):
     def __init__(self, config: ViTWithRegistersConfig):
         super().__init__()
         self.num_heads = config.num_attention_heads
+        # CODEPATH: gates of whole heads; else timm's, of elements.
         size = self.num_heads if config.attention_gate == "head" else config.hidden_size
         self.linear = nn.Linear(config.hidden_size, size, bias=config.has_query_bias)
 
@@ -411,6 +412,7 @@ class ViTWithRegistersAttention(AttentionBackend):
         # CODEPATH: EVA-CLIP.
         if config.has_attention_norm:
             self.norm = make_norm(config)
+        # CODEPATH: models with gated attention; else all others.
         self.gate = None if config.attention_gate is None else ViTWithRegistersAttentionGate(config)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -560,7 +562,7 @@ class ViTWithRegistersRegisterNeuronMLP(ViTWithRegistersMLP):
         stop = config.token_slices["registers"].stop
         self.registers = (stop - config.num_test_time_registers, stop)
         self.initial_units = units
-        self.register_buffer("units", torch.tensor(units), persistent=False)
+        self.units = nn.Buffer(torch.tensor(units), persistent=False)
 
     def activate(self, hidden_states: Tensor) -> Tensor:
         """As in `ViTWithRegistersMLP`, for whole sequences (B, N, D) only."""
@@ -1454,6 +1456,7 @@ class ViTWithRegistersModel(ViTWithRegistersPreTrainedModel):
         # CODEPATH: Pixio; RADIO.
         if self.config.pooling in ("cls_average", "cls_concat"):
             cls_tokens = tokens.hidden_state[:, self.config.token_slices["cls"]]
+            # CODEPATH: Pixio; else RADIO.
             if self.config.pooling == "cls_average":
                 return cls_tokens.mean(dim=1)
             chosen = self.config.pooled_cls_tokens
@@ -1468,6 +1471,7 @@ class ViTWithRegistersModel(ViTWithRegistersPreTrainedModel):
     def _refine(self, hidden_state: Tensor) -> Tensor:
         """Attention with tokens (B, N, D) as queries, keys and values; then the class token, or the mean: (B, D)."""
         heads = hidden_state.unflatten(-1, (self.config.num_attention_heads, -1)).transpose(1, 2)  # [B, H, N, d]
+        # CODEPATH: models with a class token, which alone asks; else all tokens ask.
         queries = heads[:, :, :1] if self.config.has_cls_token else heads
         return F.scaled_dot_product_attention(queries, heads, heads).mean(dim=2).flatten(1)
 

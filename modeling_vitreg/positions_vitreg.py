@@ -125,7 +125,7 @@ class ViTWithRegistersPositionEmbeddings(nn.Module):
             self.weight = nn.Parameter(torch.empty(1, num_positions, config.hidden_size))
         else:
             table = sincos_position_table(self.native_grid, config.hidden_size)
-            self.register_buffer("weight", table.flatten(0, 1)[None])
+            self.weight = nn.Buffer(table.flatten(0, 1)[None])
 
     def fill(self, weight: Tensor) -> None:
         """Write initial values: random for a learned table, sines and cosines for a fixed one."""
@@ -219,11 +219,13 @@ def _counted(config: ViTWithRegistersConfig, grid: tuple, device) -> Tensor:
     """Coordinates (P, 2) of the patches, from 0 on, the row first unless `config.rope_columns_first`."""
     sides = [torch.arange(side, device=device, dtype=torch.float32) for side in grid]
     sides = [side + config.rope_grid_offset for side in sides]
+    # CODEPATH: models with positions scaled to the grid of their pretraining, such as EVA-02.
     if config.rope_reference_grid is not None:
         reference = config.rope_reference_grid
         reference = reference if isinstance(reference, list) else [reference, reference]
         sides = [side / length * target for side, length, target in zip(sides, grid, reference)]
     places = torch.stack(torch.meshgrid(*sides, indexing="ij"), dim=-1).flatten(0, 1)
+    # CODEPATH: models that count columns first, such as Perception Encoder; else all others.
     return places.flip(-1) if config.rope_columns_first else places
 
 
@@ -286,6 +288,7 @@ def _augment_centres(config: ViTWithRegistersConfig, centres: Tensor) -> Tensor:
 
 def make_rotation(config: ViTWithRegistersConfig, number: int) -> Callable | None:
     """How layer `number`, from 1 on, rotates queries and keys; None for a model without rotary embedding."""
+    # CODEPATH: ViT, DINOv2, CLIP; else models with rotary embedding.
     if not config.has_rope:
         return None
     # CODEPATH: RoPE-ViT, mixed.

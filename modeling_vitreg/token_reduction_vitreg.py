@@ -83,6 +83,7 @@ def make_tracker(config: ViTWithRegistersConfig) -> Callable:
     # CODEPATH: models with fewer tokens; else all others.
     if config.token_reduction is not None:
         return functools.partial(TRACKERS[config.token_reduction["kind"]], config)
+    # CODEPATH: models with rotary embedding; else all others.
     return turn if config.has_rope else _keep
 
 
@@ -265,6 +266,7 @@ class MergingAttention(nn.Module):
         self.number, counts = number, config.merges_per_layer
         self.keeps_keys = counts[number - 1] > 0
         # Before the first merge there is no bias, so that a model that merges nothing is the plain one, bit for bit.
+        # CODEPATH: ToMe with proportional attention; else without.
         if config.reduction["is_proportional"] and any(counts[: number - 1]):
             self.position_bias = KeySizes(number)
 
