@@ -20,10 +20,10 @@ def on_config(config):
 
 
 def on_files(files, config):
-    """Leave out what is neither a page nor a picture nor a report."""
+    """Leave out what is neither a page nor a picture nor a report nor a notebook."""
     for file in list(files):
         is_ours = file.src_uri.split("/")[0] in SHOWN
-        if is_ours and not file.src_uri.endswith((".md", ".png", ".jpg", ".json")):
+        if is_ours and not file.src_uri.endswith((".md", ".png", ".jpg", ".json", ".ipynb")):
             files.remove(file)
     return files
 
