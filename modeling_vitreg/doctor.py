@@ -23,6 +23,7 @@ from huggingface_hub.errors import HFValidationError
 from packaging.requirements import Requirement
 from safetensors import SafetensorError, safe_open
 
+from modeling_vitreg.names import count_of, list_first
 from modeling_vitreg.workers import count_cores
 
 
@@ -66,7 +67,7 @@ def render_findings(findings: list[Finding]) -> str:
         lines += textwrap.wrap(finding.what, width, initial_indent=f"{finding.level:<9}", subsequent_indent=" " * 9)
         lines += [f"{'':9}-> {finding.remedy}"] if finding.remedy else []
     counts = {level: sum(finding.level == level for finding in findings) for level in ("problem", "warning")}
-    words = [_plural(count, level) for level, count in counts.items() if count]
+    words = [count_of(count, level) for level, count in counts.items() if count]
     return "\n".join([*lines, " and ".join(words) if words else "no problem was found"])
 
 
@@ -125,7 +126,7 @@ def check_hardware() -> Iterator[Finding]:
     else:
         yield Finding("ok", "no accelerator: everything runs on the CPU")
     threads, cores = torch.get_num_threads(), count_cores()
-    yield Finding("ok", f"{_plural(threads, 'thread')} on {_plural(cores, 'core')}")
+    yield Finding("ok", f"{count_of(threads, 'thread')} on {count_of(cores, 'core')}")
     if threads > cores:
         yield Finding("warning", "more threads than cores slow each other down", f"export OMP_NUM_THREADS={cores}")
 
@@ -239,11 +240,11 @@ def _check_tensors(folder: pathlib.Path, settings: dict) -> Generator[Finding, N
             yield Finding("problem", f"{path.name} is damaged or incomplete: download or save it again: {error}")
             return False
     if broken:
-        found = f"values that are not finite in {_shorten(broken)}: training diverged; take an earlier state"
+        found = f"values that are not finite in {list_first(broken, 3)}: training diverged; take an earlier state"
         yield Finding("problem", found)
     if whole:
         yield Finding(
-            "problem", f"integers or booleans instead of weights in {_shorten(whole)}: download the model again"
+            "problem", f"integers or booleans instead of weights in {list_first(whole, 3)}: download the model again"
         )
     if not broken and not whole:
         yield Finding("ok", f"{num_tensors} tensors, all values finite")
@@ -276,12 +277,12 @@ def _check_names(folder: pathlib.Path, settings: dict) -> Iterator[Finding]:
     wrong = sorted(entry if isinstance(entry, str) else entry[0] for entry in facts["mismatched_keys"])
     others = sorted(facts["unexpected_keys"])
     if missing:
-        found = f"{len(missing)} tensors are missing, and would be random: {_shorten(missing)}"
+        found = f"{len(missing)} tensors are missing, and would be random: {list_first(missing, 3)}"
         yield Finding("problem", f"{found}. Download or save the model again")
     if wrong:
-        yield Finding("problem", f"tensors of another shape than config.json says: {_shorten(wrong)}")
+        yield Finding("problem", f"tensors of another shape than config.json says: {list_first(wrong, 3)}")
     if others:
-        yield Finding("warning", f"tensors that {kind.__name__} does not read: {_shorten(others)}")
+        yield Finding("warning", f"tensors that {kind.__name__} does not read: {list_first(others, 3)}")
     if not missing and not wrong:
         yield Finding("ok", f"{kind.__name__} finds all of its tensors")
 
@@ -306,10 +307,6 @@ def _describe(settings: dict) -> str:
     return f"model_type {settings.get('model_type')!r}, architectures {settings.get('architectures')!r}"
 
 
-def _shorten(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
 def _check_registers(registers: torch.Tensor | None, folder: pathlib.Path, settings: dict) -> Iterator[Finding]:
     """Equal registers get equal gradients, so they stay equal."""
     expected = settings.get("num_register_tokens", 4 if settings.get("model_type") == "vitreg" else 0)
@@ -321,7 +318,7 @@ def _check_registers(registers: torch.Tensor | None, folder: pathlib.Path, setti
     if found != expected:
         yield Finding("problem", f"the weights hold {found} registers, config.json says {expected}")
     if registers is None or found < 2:
-        yield Finding("ok", f"{_plural(found, 'register')}")
+        yield Finding("ok", f"{count_of(found, 'register')}")
         return
     unit = torch.nn.functional.normalize(registers, dim=-1, eps=1e-30)
     similarity = unit @ unit.T
@@ -375,7 +372,3 @@ def _declared() -> dict[str, Requirement]:
     requirements = [Requirement(text) for text in texts]
     named = {req.name.lower().replace("_", "-"): req for req in requirements if req.specifier}
     return named
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}{'s' * (count != 1)}"

@@ -1,4 +1,4 @@
-"""Names that a user types for a model or for images: a path on this machine, or a name on the Hub.
+"""Names in messages, and names that a user types for a model or for images: a path, or a name on the Hub.
 
 The checks import no library and use no network, so typing errors are reported at once.
 """
@@ -9,12 +9,25 @@ import difflib
 import os
 import pathlib
 import re
+from collections.abc import Iterable
 
 
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors", ".npz", ".pkl")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SHARDS = re.compile(r"\.(tar|tar\.gz|tgz)$|[*?{\[]")
 _ARCHIVES = (".zip", ".gz", ".7z", ".rar", ".bz2", ".xz", ".zst")
+
+
+def list_first(names: Iterable[object], number: int = 5) -> str:
+    """The first names, and how many more there are."""
+    names = list(map(str, names))
+    more = f" and {len(names) - number} more" if len(names) > number else ""
+    return ", ".join(names[:number]) + more
+
+
+def count_of(number: int, noun: str) -> str:
+    """A number and its noun, in the plural where it is not 1."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def is_hub_name(name: str) -> bool:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from modeling_vitreg.names import list_first
+
 from .rules import ConversionError, Drop, Fill, Join, Rename, Rule, Split, match_source, match_target
 
 
@@ -283,6 +285,4 @@ def _part(tensor: Tensor, *, rule: Join, number: int) -> Tensor:
 
 
 def _listed(names: list[str]) -> str:
-    shown = ", ".join(names[:_NUM_NAMED])
-    rest = len(names) - _NUM_NAMED
-    return f"{len(names)}: {shown}" + (f" and {rest} more" if rest > 0 else "")
+    return f"{len(names)}: {list_first(names, _NUM_NAMED)}"

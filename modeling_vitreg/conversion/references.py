@@ -22,6 +22,7 @@ import transformers
 from torch import Tensor, nn
 
 from modeling_vitreg import ViTWithRegistersConfig
+from modeling_vitreg.names import list_first
 from modeling_vitreg.reports import versions
 
 from .layouts import OF_BACKBONES
@@ -85,7 +86,7 @@ def transformers_reference(source: Source, config: ViTWithRegistersConfig) -> Re
     empty = [name for name, tensor in module.state_dict().items() if not tensor.numel()]  # as no registers of DINOv3
     if missing := [name for name in report["missing_keys"] if not any(part in name for part in (*unread, *empty))]:
         raise ConversionError(
-            f"{source.path}: {len(missing)} tensors are missing: {', '.join(sorted(missing)[:5])}; another version of "
+            f"{source.path}: {len(missing)} tensors are missing: {list_first(sorted(missing))}; another version of "
             f"transformers may use other names (installed: {versions('transformers')['transformers']})"
         )
     is_smooth = settings["model_type"] in ("dinov2_with_registers", "tipsv2", "tipsv2_vision_model")

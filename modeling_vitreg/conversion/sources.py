@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from modeling_vitreg.features.folders import check_settings, is_hub_name, list_shards, read_json
+from modeling_vitreg.names import list_first
 
 from .pickles import read_pickle
 from .rules import ConversionError, stage
@@ -81,7 +82,7 @@ class Source:
         back = {new: old for old, new in names.items()}
         if len(back) < len(names):
             twice = [name for name, count in collections.Counter(names.values()).items() if count > 1]
-            raise ConversionError(f"{self.path}: several tensors are {', '.join(twice[:5])}: keep one of them")
+            raise ConversionError(f"{self.path}: several tensors are {list_first(twice)}: keep one of them")
         return dataclasses.replace(
             self,
             shapes={names[old]: self.shapes[old] for old in names},

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from modeling_vitreg import ViTWithRegistersConfig
+from modeling_vitreg.names import list_first
 
 from .layouts.timm import has_gate_apart, has_heads_apart, is_of_eva
 from .rules import ConversionError, stage
@@ -71,7 +72,7 @@ def build_folder(source: Source) -> nn.Module:
         if shapes != source.shapes:
             odd = sorted(key for key in {*shapes, *source.shapes} if shapes.get(key) != source.shapes.get(key))
             raise ConversionError(
-                f"{source.path}: {len(odd)} tensors do not fit {name}: {', '.join(odd[:5])}: config.json belongs to "
+                f"{source.path}: {len(odd)} tensors do not fit {name}: {list_first(odd)}: config.json belongs to "
                 "another model, or the file is incomplete"
             )
         module = build(name, **arguments)

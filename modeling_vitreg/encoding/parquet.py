@@ -45,7 +45,7 @@ from modeling_vitreg.settings import expect
 from .consumer import Consumer, EncodedBatch, Needs, Shard
 from .images import ImageReader
 from .one_pass import run_pass
-from .precision import choose_precision
+from .precision import choose_precision, to_float16
 from .settings import PassCounts, PassSettings
 from .transforms import Crop
 
@@ -254,12 +254,7 @@ class ParquetStore(Consumer):
 def _to_numpy(values: Tensor, settings: EmbeddingSettings, name: str) -> np.ndarray:
     values = values.float()
     if name in ("registers", "patches") and settings.patch_precision == "float16":
-        values = values.half()
-        if values.isinf().any():
-            raise RuntimeError(
-                f"{name}: a value is above 65504, the largest of float16: store float32 "
-                "(--set embedding.patch_precision=float32)"
-            )
+        values = to_float16(values, name=name, remedy="--set embedding.patch_precision=float32")
     return values.cpu().numpy()
 
 

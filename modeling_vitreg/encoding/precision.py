@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from modeling_vitreg.features import Encoder
 from modeling_vitreg.modes import fast_attention
@@ -33,6 +34,18 @@ def choose_precision(encoder: Encoder, wanted: str | None) -> str:
     if wanted is None and encoder.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return "bfloat16"
     return wanted or "float32"
+
+
+def to_float16(values: Tensor, *, name: str, remedy: str) -> Tensor:
+    """Values in half precision, to store them.
+
+    Raises:
+        RuntimeError: a value that float16 cannot hold.
+    """
+    halves = values.half()
+    if halves.isinf().any():
+        raise RuntimeError(f"{name}: a value is above 65504, the largest of float16: store float32 ({remedy})")
+    return halves
 
 
 @contextlib.contextmanager

@@ -35,6 +35,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from modeling_vitreg.encoding import Consumer, Crop, EncodedBatch, Needs, PassCounts, Shard
+from modeling_vitreg.encoding.precision import to_float16
 from modeling_vitreg.features import Encoder
 from modeling_vitreg.files import atomic_write, make_folder
 
@@ -157,12 +158,8 @@ class FeatureCache(Consumer):
     def _pack(self, tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
         if "patches" not in tensors or self._patch_precision == "float32":
             return tensors
-        patches = tensors["patches"].half()
-        if patches.isinf().any():
-            raise RuntimeError(
-                f"{kind}: a patch has a value above 65504, the largest of float16: encode with patch_precision float32"
-            )
-        return {**tensors, "patches": patches}
+        remedy = "--set encoding.patch_precision=float32"
+        return {**tensors, "patches": to_float16(tensors["patches"], name=kind, remedy=remedy)}
 
     def _file(self, index: int, kind: str) -> pathlib.Path:
         return self._folder / f"{index:05}.{kind}.safetensors"

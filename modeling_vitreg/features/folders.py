@@ -7,7 +7,7 @@ import os
 import pathlib
 import re
 
-from modeling_vitreg.names import is_hub_name
+from modeling_vitreg.names import is_hub_name, list_first
 
 
 # Largest plausible value of an integer setting: above it, building the model takes hours or all memory.
@@ -92,7 +92,7 @@ def list_shards(index: pathlib.Path) -> list[pathlib.Path]:
             raise ValueError(f"{index}: the weight map leads out of its folder ({name!r:.80}): do not use this model")
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
-        raise ValueError(f"{index.parent}: {len(missing)} shards are missing: {', '.join(missing[:5])}")
+        raise ValueError(f"{index.parent}: {len(missing)} shards are missing: {list_first(missing)}")
     return [index.parent / name for name in names]
 
 

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel
 from transformers.utils import cached_file
 
 from modeling_vitreg.modeling_vitreg import IMAGENET_MEAN, IMAGENET_STD, PROCESSOR_FILE, read_image_processor
-from modeling_vitreg.names import split_reduction
+from modeling_vitreg.names import list_first, split_reduction
 from modeling_vitreg.network import is_hub_known
 
 from .encoder import Encoder
@@ -151,9 +151,8 @@ def _check_missing(model: nn.Module, missing: Iterable[str], source: str, parts:
     lacking = sorted(name for name in missing if name.startswith(prefix) and not _UNUSED.search(name))
     if lacking:
         raise ValueError(
-            f"{source}: {len(lacking)} tensors are missing and would be random: {', '.join(lacking[:8])}"
-            + (f" and {len(lacking) - 8} more" if len(lacking) > 8 else "")
-            + ": download the model again, or convert its checkpoint with vitreg convert"
+            f"{source}: {len(lacking)} tensors are missing and would be random: {list_first(lacking, 8)}: download "
+            "the model again, or convert its checkpoint with vitreg convert"
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from modeling_vitreg.names import list_first
+
 
 EXPECTED = (
     'expected "scenes" or "scenes:single" (built in), a folder of images, WebDataset shards (.tar files: one, a '
@@ -33,6 +35,4 @@ def show_name(name: str) -> str:
 
 def list_names(names, *, num_shown: int = 8) -> str:
     """The first names in quotes, and how many more there are."""
-    names = sorted(map(str, names))
-    more = f" and {len(names) - num_shown} more" if len(names) > num_shown else ""
-    return ", ".join(map(repr, names[:num_shown])) + more
+    return list_first(map(repr, sorted(map(str, names))), num_shown)

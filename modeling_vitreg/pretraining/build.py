@@ -15,6 +15,7 @@ from modeling_vitreg.features.folders import conversion_command, is_hub_name
 from modeling_vitreg.images import check_channels
 from modeling_vitreg.mamba_vitreg import MambaRModel
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersModel
+from modeling_vitreg.names import list_first
 from modeling_vitreg.settings import make_keywords
 
 from .objectives.objective import Objective
@@ -119,8 +120,8 @@ def _load_backbone(source: str | pathlib.Path, changes: dict) -> ViTWithRegister
     missing = sorted(name for name in report["missing_keys"] if not name.endswith("embeddings.mask_token"))
     if missing:
         raise ValueError(
-            f"init: {source} lacks {len(missing)} tensors, which would be random: {', '.join(missing[:20])}"
-            f"{' ...' if len(missing) > 20 else ''}. Download or save the model again"
+            f"init: {source} lacks {len(missing)} tensors, which would be random: {list_first(missing, 20)}. "
+            "Download or save the model again"
         )
     if not is_dual:
         return model
@@ -172,7 +173,7 @@ def _take_over(objective: Objective, weights: dict[str, torch.Tensor]) -> None:
     if wrong:
         raise ValueError(
             f"init: the run to start from has another objective or other sizes of heads; {len(wrong)} tensors do not "
-            f"fit, for example {', '.join(wrong[:3])}. Use the settings of that run, or start from its model alone: "
+            f"fit, for example {list_first(wrong, 3)}. Use the settings of that run, or start from its model alone: "
             f"--init RUN/model"
         )
     objective.load_state_dict(weights)

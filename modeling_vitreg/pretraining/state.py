@@ -41,6 +41,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from modeling_vitreg.distributed import new_control_group
 from modeling_vitreg.files import checksum, write_text
+from modeling_vitreg.names import list_first
 
 from .shards import DamagedState, ShardReader, ShardWriter
 
@@ -267,7 +268,7 @@ def load_state(state: pathlib.Path, *, objective: nn.Module, optimizer: torch.op
             wrong = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
             raise RuntimeError(
                 f"{state / file} does not fit the model of this recipe: {len(wrong)} tensors are missing, new or of "
-                f"another shape, for example {', '.join(name.removeprefix(f'{kind}/') for name in wrong[:3])}"
+                f"another shape, for example {list_first((name.removeprefix(f'{kind}/') for name in wrong), 3)}"
             )
     _ignore_single_process()
     try:

@@ -33,6 +33,7 @@ from modeling_vitreg.features import Encoder, load_encoder
 from modeling_vitreg.files import atomic_folder, check_writable
 from modeling_vitreg.images import ImageSource, LabelledData
 from modeling_vitreg.modeling_vitreg import PROCESSOR_FILE
+from modeling_vitreg.names import count_of
 from modeling_vitreg.reports import RetrofitReport, write_report
 from modeling_vitreg.settings import expect
 
@@ -256,13 +257,12 @@ def _search(
         measure_repair(before, observe(model, held_out, outliers), outliers) for model in (repaired, control)
     )
     result["time_ratio"] = time_ratio(tower, repaired, held_out[0])
-    moved = f"with {number} units moved" if number > 1 else "with 1 unit moved"
     return units, {
         "outliers": describe_outliers(outliers),
         "tried": tried,
         "control": of_control,
         "result": result,
-        "verdict": judge(result, outliers, change=moved),
+        "verdict": judge(result, outliers, change=f"with {count_of(number, 'unit')} moved"),
     }
 
 

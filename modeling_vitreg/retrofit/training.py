@@ -23,6 +23,7 @@ from modeling_vitreg.configuration_vitreg import ViTWithRegistersConfig
 from modeling_vitreg.features import load_encoder
 from modeling_vitreg.files import atomic_folder, check_writable
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersModel
+from modeling_vitreg.names import count_of
 from modeling_vitreg.pretraining.run.recipe import Recipe
 from modeling_vitreg.reports import RetrofitReport
 
@@ -127,7 +128,7 @@ def finish_training(
         result = measure_repair(*seen, outliers)
         result["time_ratio"] = time_ratio(tower, image_tower(repaired), held_out[0])
         count = trained.config.num_register_tokens - tower.config.num_register_tokens
-        verdict = judge(result, outliers, change=f"with {prepared['method']} and {_count(count, 'register')}")
+        verdict = judge(result, outliers, change=f"with {prepared['method']} and {count_of(count, 'register')}")
     report = RetrofitReport(
         model=prepared["source"],
         method=prepared["method"],
@@ -221,7 +222,3 @@ def _complete(recipe: Recipe, prepared: dict, start: pathlib.Path) -> Recipe:
     changes["crops.global_size"] = prepared["image_size"]
     changes |= {f"settings.{name}": value for name, value in settings.items()}
     return recipe.with_changes(changes)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

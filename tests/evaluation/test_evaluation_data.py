@@ -236,7 +236,7 @@ def test_features_that_are_not_finite_are_counted_and_large_ones_do_not_overflow
     images = _labelled(_dataset())
     with torch.no_grad():
         encoder.layers[-1].mlp.fc2.bias.fill_(1e6)
-    with pytest.raises(RuntimeError, match=r"above 65504.*patch_precision float32"):
+    with pytest.raises(RuntimeError, match=r"above 65504.*encoding.patch_precision=float32"):
         _encode(encoder, images, tmp_path, kinds=["raw_patches"], patch_precision="float16")
     with torch.no_grad():
         encoder.layers[-1].mlp.fc2.bias.fill_(torch.nan)
