@@ -189,6 +189,8 @@ def _check_files(folder: pathlib.Path, settings: dict) -> Iterator[Finding]:
     if missing or (is_ours and not code):
         found = ", ".join(missing) or "the auto_map of config.json"
         yield Finding("problem", f"{found} missing: it loads only where this package is installed", again)
+    elif broken := [text for name in sorted(code) if (text := _syntax_error(folder / name))]:
+        yield Finding("problem", f"the code in the folder is damaged: {', '.join(broken)}", again)
     elif code:
         yield Finding("ok", f"the code is in the folder: {', '.join(sorted(code))}")
     elif _class_of(settings) is None:
@@ -206,6 +208,15 @@ def _check_files(folder: pathlib.Path, settings: dict) -> Iterator[Finding]:
         yield Finding("ok", "the image processor is in the folder")
     except (ValueError, OSError) as error:
         yield Finding("problem", str(error), again)
+
+
+def _syntax_error(path: pathlib.Path) -> str:
+    """Why a file is no Python, without running it; empty where it is."""
+    try:
+        compile(path.read_bytes(), path.name, "exec", dont_inherit=True)
+    except (SyntaxError, ValueError, RecursionError, MemoryError, OSError) as error:
+        return f"{path.name}: {error}"
+    return ""
 
 
 def _check_tensors(folder: pathlib.Path, settings: dict) -> Generator[Finding, None, bool]:
@@ -232,7 +243,10 @@ def _check_tensors(folder: pathlib.Path, settings: dict) -> Generator[Finding, N
                 for name in file.keys():  # noqa: SIM118
                     tensor = file.get_tensor(name)
                     num_tensors += 1
-                    broken += [name] if not bool(tensor.isfinite().all()) else []
+                    is_small = (
+                        tensor.is_floating_point() and tensor.element_size() == 1
+                    )  # torch has few functions for it
+                    broken += [name] if not bool((tensor.float() if is_small else tensor).isfinite().all()) else []
                     is_count = name.endswith(("position_ids", "num_batches_tracked"))
                     whole += [name] if not tensor.is_floating_point() and not is_count else []
                     registers = tensor.float() if "register_tokens" in name else registers

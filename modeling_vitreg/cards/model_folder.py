@@ -102,6 +102,10 @@ def open_folder(path: str | os.PathLike) -> ModelFolder:
     shapes: dict[str, tuple[int, ...]] = {}
     for name in weights:
         shapes |= read_shapes(model / name)
+    try:
+        folders.check_weights(model, None if is_adapter else settings)
+    except ValueError as error:
+        raise CardError(str(error)) from None
     return ModelFolder(model, run, settings, is_adapter, files, skipped, shapes)
 
 

@@ -26,6 +26,7 @@ _CONVERTIBLE += ("radio", "sapiens2", "beit", "data2vec-vision")
 _WITH_TEXT = ("clip", "metaclip_2", "altclip", "chinese_clip", "siglip", "aimv2", "tipsv2")
 _CONVERTIBLE += _WITH_TEXT
 _MOST_BYTES = 2**24
+_FLOATS, _INTEGERS = ("F64", "F32", "F16", "BF16"), ("position_ids", "num_batches_tracked", "position_index")
 
 
 def read_json(path: str | os.PathLike) -> dict | None:
@@ -75,6 +76,38 @@ def check_settings(settings: dict, path: str | os.PathLike, *, num_layers: int |
         least = 0 if name == "num_register_tokens" else 1
         if not sizes or any(type(size) is not int or not least <= size <= limit for size in sizes):
             raise ValueError(f"{path}: expected {name} to be an integer from {least} to {limit:,}, got {value!r:.60}")
+
+
+def check_weights(folder: pathlib.Path, settings: dict | None) -> None:
+    """Refuse what transformers would follow out of the folder, build for hours, or cast in silence.
+
+    Raises:
+        ValueError: the message names the file.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    for index in folder.glob("*.index.json"):
+        if not (folder / index.name.removesuffix(".index.json")).is_file():  # which is read in its place
+            files += [file for file in list_shards(index) if file.suffix == ".safetensors"]
+    types = {name: kind for file in files for name, kind in _types_in(file).items()}
+    if settings is not None:
+        check_settings(settings, folder / "config.json", num_layers=len(types) or None)
+    odd = [name for name, kind in types.items() if kind not in _FLOATS and not name.endswith(_INTEGERS)]
+    if odd and "quantization_config" not in (settings or {}):
+        raise ValueError(
+            f"{folder}: {len(odd)} weights are not floating-point numbers ({odd[0]}: {types[odd[0]]}): the files are "
+            "damaged, or quantised without a quantization_config"
+        )
+
+
+def _types_in(file: pathlib.Path) -> dict[str, str]:
+    """Type of each tensor of a file of safetensors, from its header."""
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        try:
+            header = json.loads(stream.read(length) if length <= 10**8 else b"")
+            return {name: entry["dtype"] for name, entry in header.items() if name != "__metadata__"}
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{file}: is truncated or not safetensors: download it again") from error
 
 
 def list_shards(index: pathlib.Path) -> list[pathlib.Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 import re
@@ -20,11 +19,11 @@ from modeling_vitreg.network import is_hub_known
 
 from .encoder import Encoder
 from .families import follow
-from .folders import check_settings, conversion_command, is_hub_name, list_shards, read_json
+from .folders import check_weights, conversion_command, is_hub_name, read_json
 from .parts import count_channels, find_patches, open_tower, read_parts
 
 
-_FLOATS, _INTEGERS = ("F64", "F32", "F16", "BF16"), ("position_ids", "num_batches_tracked", "position_index")
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _NO_MERGING = (
     "{name}: merging needs a ViT of this package, got a model {kind}: leave out @merge, or convert a ViT of another "
     "library with vitreg convert"
@@ -85,7 +84,8 @@ def _open(source: str, trust_remote_code: bool, parts: dict, reduction: dict | N
     if not (os.path.isdir(source) or is_hub_known() or try_to_load_from_cache(source, "config.json")):
         raise RuntimeError(f"could not open {source!r}: no such folder, and the Hub cannot be reached from here")
     if os.path.isdir(source):
-        _check_folder(pathlib.Path(source))
+        folder = pathlib.Path(source)
+        check_weights(folder, read_json(folder / "config.json"))
     fields = {}
     if reduction:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -108,43 +108,11 @@ def _open(source: str, trust_remote_code: bool, parts: dict, reduction: dict | N
     return model
 
 
-def _check_folder(folder: pathlib.Path) -> None:
-    """Refuse what transformers would follow out of the folder, build for hours, or cast in silence.
-
-    Raises:
-        ValueError: the message names the file.
-    """
-    settings = read_json(folder / "config.json")
-    files = sorted(folder.glob("*.safetensors"))
-    for index in folder.glob("*.index.json"):
-        files += [file for file in list_shards(index) if file.suffix == ".safetensors"]
-    types = {name: kind for file in files for name, kind in _types_in(file).items()}
-    if settings is not None:
-        check_settings(settings, folder / "config.json", num_layers=len(types) or None)
-    odd = [name for name, kind in types.items() if kind not in _FLOATS and not name.endswith(_INTEGERS)]
-    if odd and "quantization_config" not in (settings or {}):
-        raise ValueError(
-            f"{folder}: {len(odd)} weights are not floating-point numbers ({odd[0]}: {types[odd[0]]}): the files are "
-            "damaged, or quantised without a quantization_config"
-        )
-
-
-def _types_in(file: pathlib.Path) -> dict[str, str]:
-    """Type of each tensor of a file of safetensors, from its header."""
-    with open(file, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        try:
-            header = json.loads(stream.read(length) if length <= 10**8 else b"")
-            return {name: entry["dtype"] for name, entry in header.items() if name != "__metadata__"}
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{file}: is truncated or not safetensors: download it again") from error
-
-
 def _check_missing(model: nn.Module, missing: Iterable[str], source: str, parts: dict) -> None:
-    """Refuse a model whose weights were partly filled at random.
+    """Refuse a model whose weights were partly filled at random, or are not finite.
 
     Raises:
-        ValueError: the message lists the tensors that the files lack.
+        ValueError: the message lists the tensors.
     """
     _, tower, _ = open_tower(model, parts)
     prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is tower)
@@ -153,6 +121,13 @@ def _check_missing(model: nn.Module, missing: Iterable[str], source: str, parts:
         raise ValueError(
             f"{source}: {len(lacking)} tensors are missing and would be random: {list_first(lacking, 8)}: download "
             "the model again, or convert its checkpoint with vitreg convert"
+        )
+    weights = {name: weight for name, weight in tower.named_parameters() if weight.dtype in _DTYPES}
+    broken = [name for name, weight in weights.items() if not (_UNUSED.search(name) or weight.isfinite().all())]
+    if broken:
+        raise ValueError(
+            f"{source}: values that are not finite in {len(broken)} tensors: {', '.join(broken[:8])}: the file is "
+            "damaged, or its training diverged; take an earlier state"
         )
 
 

@@ -182,6 +182,18 @@ def test_integers_in_place_of_weights_are_found(folder):
     assert "integers or booleans instead of weights in layers.1.mlp.fc2.weight" in finding.what
 
 
+def test_weights_of_8_bits_and_damaged_code_are_found(folder):
+    _change(folder, "layers.1.mlp.fc2.weight", lambda tensor: tensor.to(torch.float8_e4m3fn))
+    assert _problems(folder) == []
+    code = folder / "positions_vitreg.py"
+    code.write_text(code.read_text().replace("import", "imp\0rt", 1))
+    assert _problems(folder) == []  # config.json does not name it
+    settings = json.loads((folder / "config.json").read_text())
+    code = folder / f"{settings['auto_map']['AutoModel'].split('.')[0]}.py"
+    code.write_text(code.read_text().replace("import", "imp0rt", 1))
+    assert f"the code in the folder is damaged: {code.name}: invalid syntax" in _problems(folder)[0].what
+
+
 @pytest.mark.parametrize(
     ("file", "change", "words"),
     [

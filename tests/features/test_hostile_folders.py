@@ -51,6 +51,10 @@ WEIGHTS = {
         lambda weights: {**weights, "layernorm.weight": weights["layernorm.weight"] > 0},
         r"1 weights are not floating-point numbers \(layernorm.weight: BOOL\)",
     ),
+    "not finite": (
+        lambda weights: {**weights, "layernorm.bias": weights["layernorm.bias"] / 0},
+        r"values that are not finite in 1 tensors: layernorm.bias: the file is damaged, or its training diverged",
+    ),
     "other shapes": (lambda weights: {name: t[:1].clone() for name, t in weights.items()}, "could not open"),
 }
 
@@ -119,6 +123,11 @@ def test_a_map_of_weights_does_not_lead_out_of_the_folder(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"the weight map leads out of its folder"):
         load_encoder(folder)
+
+
+def test_an_index_beside_whole_weights_is_not_read(folder):
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    assert load_encoder(folder).family == "dinov2"
 
 
 def test_a_file_of_weights_and_a_path_that_does_not_exist_are_answered_at_once(tmp_path, monkeypatch):
