@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 NUM_LOOKED_AT = 64  # images
 _TOO_MANY = 0.05  # share of annotations that may contradict the options; those are named one by one when they are read
+_MANY_CLASSES, _MOST_CLASSES = 200, 1024  # found in masks, from where they are doubtful, or refused
 _FEW = 0.01  # share from which on pixels that do not count are mentioned
 
 
@@ -139,6 +140,14 @@ def _check_classes(stored: dict[str, np.ndarray], options: DataOptions, notes: l
     if 2 * len(seen) < num_classes and len(seen) <= 8:
         found = ", ".join(map(str, sorted(seen)))
         notes.append(f"the {len(stored)} sampled masks hold {len(seen)} of {num_classes} classes: {found}")
+    elif len(seen) == 1:
+        notes.append(f"the {len(stored)} sampled masks hold class {min(seen)} alone")
+    if not options.num_classes and len(seen) >= _MANY_CLASSES:
+        found = f"the {len(stored)} sampled masks hold {len(seen)} different numbers, from {min(seen)} to {max(seen)}"
+        what = "numbers of objects, smooth edges and depths look like this"
+        if num_classes > _MOST_CLASSES:
+            raise ValueError(f"{next(iter(stored))}: {found}: {what}. Give data.num_classes if they are classes")
+        notes.append(f"{found}, which are read as classes: {what} too (data.num_classes)")
 
 
 def _is_jpeg(value: object) -> bool:
@@ -167,13 +176,10 @@ def _look_at_depth(raws: Sequence[dict], options: DataOptions, notes: list[str])
     is_far, median = (known > options.max_depth).mean(), float(np.median(known))
     limit = f"max_depth, {options.max_depth:g} m (median {median:.4g} m)"
     if is_far > 0.5:
-        hint = next(
-            (
-                f"; {unit} would be {scale:g} (median {median / options.depth_scale * scale:.3g} m)"
-                for unit, scale in (("centimetres", 0.01), ("millimetres", 0.001))
-                if options.max_depth / 100 < median / options.depth_scale * scale < options.max_depth
-            ),
-            "",
+        hint = "".join(
+            f"; {unit} would be {scale:g} (median {median / options.depth_scale * scale:.3g} m)"
+            for unit, scale in (("centimetres", 0.01), ("the 1/256 m of KITTI", 1 / 256), ("millimetres", 0.001))
+            if options.max_depth / 100 < median / options.depth_scale * scale < options.max_depth
         )
         raise ValueError(
             f"{first}: {is_far:.1%} of the depths of {what} lie beyond {limit}: check depth_scale "

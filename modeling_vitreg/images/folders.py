@@ -35,7 +35,7 @@ _SPLIT_NAMES = {
 }
 _DISK_SHARDS = 64  # of a stream over a dataset that is on disk
 _SYSTEM_FOLDERS = ("__MACOSX", "__pycache__")
-_TEXTS = (".md", ".txt", ".json", ".jsonl", ".csv", ".xml", ".yaml", ".yml", ".html", ".log", ".py")
+_TEXTS = (".md", ".txt", ".json", ".xml", ".yaml", ".yml", ".html", ".log", ".py")
 
 
 def open_folder(folder: pathlib.Path, *, split: str, is_streaming: bool) -> OpenedDataset:
@@ -82,7 +82,7 @@ def open_folder(folder: pathlib.Path, *, split: str, is_streaming: bool) -> Open
     notes += _unknown_files(files, len(images))
     metadata = [path for paths in files.values() for path in paths if os.path.basename(path) in METADATA]
     foreign = [path for path in metadata if not names_images(path)]
-    notes += [f"{path} has no column file_name and was not read" for path in foreign]
+    notes += [f"{path} has no column file_name, or is not UTF-8, and was not read" for path in foreign]
     parts = _find_splits(folder, images)
     if split not in parts:
         choose_split(parts, split, source=str(folder))
@@ -145,7 +145,11 @@ def _leave_out(paths: list[str], what: str, others: str) -> list[str]:
 def _unknown_files(files: dict[str, list[str]], num_images: int) -> list[str]:
     """A note on files that are no images by their suffixes; texts beside images are not mentioned."""
     known = {*_image_suffixes(), *_TEXTS, ".parquet", ".arrow"}
-    counts = {suffix: len(paths) for suffix, paths in files.items() if paths and suffix not in known}
+    others = {suffix: paths for suffix, paths in files.items() if suffix not in known}
+    others = {
+        suffix: [path for path in paths if os.path.basename(path) not in METADATA] for suffix, paths in others.items()
+    }
+    counts = {suffix: len(paths) for suffix, paths in others.items() if paths}
     if not counts:
         return []
     shown = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in sorted(counts.items()))
@@ -210,11 +214,17 @@ def _read_metadata(
     if "image" not in rows.column_names:
         return {"train": rows}, notes
     paths = [pathlib.Path((cell or {}).get("path") or "") for cell in rows.data.column("image").to_pylist()]
+    filled = [path for path in paths if path.name]
+    again = len(filled) - len(set(filled))
+    notes += [f"{again} of {len(paths)} rows of metadata name an image that another row names"] * bool(again)
     splits = {}
     for name, folders in parts.items():
         chosen = [place for place, path in enumerate(paths) if any(map(path.is_relative_to, folders))]
         splits[name] = rows.select(chosen)
-    return splits, notes
+    lost = len(rows) - sum(map(len, splits.values()))
+    return splits, notes + [
+        f"{lost} of {len(paths)} rows of metadata name no image of a split and are left out"
+    ] * bool(lost)
 
 
 def _read_class_folders(splits: dict[str, list[pathlib.Path]], images: list[str]) -> tuple[dict, str, dict]:

@@ -69,6 +69,18 @@ def test_classes_that_hardly_occur_are_mentioned():
     assert _look("mask", _masks(0, 128))[1] == ("the 4 sampled masks hold 2 of 129 classes: 0, 128",)
 
 
+def test_masks_of_many_numbers_or_one_are_doubted():
+    assert _look("mask", _masks(1))[1] == ("the 4 sampled masks hold class 1 alone",)
+    grey = [np.arange(255, dtype=np.uint8).reshape(15, 17)]
+    assert "hold 255 different numbers, from 0 to 254, which are read as classes" in _look("mask", grey)[1][0]
+    assert _look("mask", grey, num_classes=255)[1] == ()
+    objects = [np.arange(0, 30_000, 100).reshape(10, 30)]
+    with pytest.raises(
+        ValueError, match=r"0\.png: .* hold 300 different numbers, from 0 to 29900: numbers of objects"
+    ):
+        _look("mask", objects)
+
+
 def _depths(low, high, num_images=3):
     return list(np.random.default_rng(0).uniform(low, high, (num_images, 8, 16)))
 
@@ -76,7 +88,7 @@ def _depths(low, high, num_images=3):
 def test_depth_in_another_unit_is_refused_with_the_scale_to_type():
     with pytest.raises(ValueError, match=r"0\.png: 100\.0% of the depths .* depth_scale.*millimetres would be 0\.001"):
         _look("depth", _depths(1000, 9000))
-    with pytest.raises(ValueError, match=r"centimetres would be 0\.01"):
+    with pytest.raises(ValueError, match=r"centimetres would be 0\.01 .*; the 1/256 m of KITTI would be 0\.00390625"):
         _look("depth", _depths(100, 900))
     assert _look("depth", _depths(1000, 9000), depth_scale=0.001)[1] == ()
     assert "check depth_scale" in _look("depth", _depths(1, 9), depth_scale=0.001)[1][0]

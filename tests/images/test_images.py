@@ -301,7 +301,7 @@ def test_class_folders_are_read_beside_foreign_metadata(tmp_path):
         (tmp_path / "set" / name).write_text(content)
         source = open_images(folder)
         assert source.labels == [0, 1]
-        assert f"{name} has no column file_name and was not read" in source.describe_labels()
+        assert f"{name} has no column file_name, or is not UTF-8, and was not read" in source.describe_labels()
 
 
 def test_links_in_a_circle_odd_names_and_empty_files_do_no_harm(tmp_path):
@@ -325,14 +325,14 @@ def test_links_in_a_circle_odd_names_and_empty_files_do_no_harm(tmp_path):
 def test_files_that_are_not_read_are_counted(tmp_path):
     folder = tmp_path / "set"
     _write_folder(folder, ["cat/a.png", "cat/b.png", "dog/c.png", "__background__/d.png", "__MACOSX/e.png"])
-    for name in ("cat/1.heic", "dog/2.HEIC", "dog/download", "readme.md", "labels.txt"):
+    for name in ("cat/1.heic", "dog/2.HEIC", "dog/download", "readme.md", "labels.txt", "labels.csv"):
         (folder / name).write_bytes(b"?")
     (folder / "owl").mkdir()
     source = open_images(str(folder))
     assert source.class_names == ("__background__", "cat", "dog") and len(source) == 4
     assert source.left_out == (
         f"the folder {folder / 'owl'} is empty",
-        "3 files beside 4 images have no suffix of an image that can be read: 1 without suffix, 2 .heic",
+        "4 files beside 4 images have no suffix of an image that can be read: 1 without suffix, 1 .csv, 2 .heic",
     )
     datasets.Dataset.from_dict({"feature": [1.0]}).to_parquet(folder / "features.parquet")
     source = open_images(str(folder))

@@ -126,6 +126,16 @@ def test_an_empty_cell_is_an_image_that_is_missing(tmp_path):
     assert len(open_images(folder, options=DataOptions(mask_column="mask"))) == 2
 
 
+def test_rows_without_an_image_or_with_that_of_another_row_are_counted(tmp_path):
+    folder = _write_images(tmp_path, ["train/a.png", "test/b.png"])
+    names = ["train/a.png", "test/b.png", "train/a.png", None]
+    _write_table(tmp_path / "metadata.jsonl", [{"file_name": name, "label": 1} for name in names])
+    assert open_images(folder).left_out == (
+        "1 of 4 rows of metadata name an image that another row names",
+        "1 of 4 rows of metadata name no image of a split and are left out",
+    )
+
+
 @pytest.mark.parametrize("is_streaming", [False, True])
 @pytest.mark.parametrize("place", ["a::b", "a::b/c", "d/a::b"])
 def test_tables_and_saved_datasets_lie_in_folders_of_any_name(tmp_path, place, is_streaming):
