@@ -21,7 +21,7 @@ from modeling_vitreg.cli.renamed import rewrite
 from modeling_vitreg.conversion import convert
 from modeling_vitreg.distributed import DistributedContext
 from modeling_vitreg.features.folders import conversion_command
-from modeling_vitreg.images import SCENE_COLUMNS, DataOptions, ImageSource, open_images, parse_columns
+from modeling_vitreg.images import SCENE_COLUMNS, DataOptions, ImageSource, MissingSplit, open_images, parse_columns
 from modeling_vitreg.names import is_hub_name
 from modeling_vitreg.pretraining.build import is_of_this_family, make_config
 from modeling_vitreg.pretraining.objectives.objective import DataSummary
@@ -122,6 +122,12 @@ def parse_options(description: str, default_recipe: str, arguments: list[str] | 
     data.add_argument("--split", default="train", help="training split (default: train)")
     data.add_argument("--eval-split", help="evaluation split (default: validation or test, if there is one)")
     data.add_argument("--streaming", action="store_true", help="stream the data instead of preparing it first")
+    data.add_argument(
+        "--annotations",
+        type=pathlib.Path,
+        help="COCO file (.json) or folder of Pascal VOC files (.xml) for the folder of images --data; classes of the "
+        "images with --columns label=categories and settings.loss=multi_label",
+    )
     data.add_argument(
         "--columns",
         action="append",
@@ -241,6 +247,8 @@ def open_split(options: argparse.Namespace, recipe: Recipe, split: str, data_opt
         MissingSplit: there is no such split.
         ValueError, RuntimeError: see `open_images`.
     """
+    if options.annotations and split not in ("train", options.split):
+        raise MissingSplit(f"a file of annotations has no split {split!r}")
     scenes, settings = range(options.num_scenes), None
     if is_scenes(options.data):
         settings = preset_settings(options.data, side=recipe.crops.global_size)
@@ -253,6 +261,7 @@ def open_split(options: argparse.Namespace, recipe: Recipe, split: str, data_opt
         options=data_options,
         scenes=scenes,
         scene_settings=settings,
+        annotations=options.annotations,
     )
 
 
@@ -312,6 +321,8 @@ def make_data_options(options: argparse.Namespace, recipe: Recipe) -> DataOption
         )
     if kind == "depth":
         settings["max_depth"] = recipe.settings.get("max_depth", DataOptions.max_depth)
+    if kind == "label" and recipe.settings.get("loss") == "multi_label":
+        settings["allows_label_lists"] = True
     if kind == "mask":
         named = recipe.settings.get("class_names") or (SEMANTIC_NAMES if is_scenes(options.data) else ())
         settings["num_classes"] = recipe.settings.get("num_classes") or len(named)

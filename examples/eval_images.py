@@ -12,6 +12,7 @@ from modeling_vitreg.encoding.transforms import Cut
 from modeling_vitreg.features.pixels import normalise
 from modeling_vitreg.image_processing_vitreg import MODES
 from modeling_vitreg.images import ImageSource, MissingSplit
+from modeling_vitreg.images.messages import list_names
 from modeling_vitreg.pretraining.objectives.objective import TARGETS
 from modeling_vitreg.scenes import is_scenes
 
@@ -41,9 +42,10 @@ class EvalImages:
         self._statistics = run.recipe.statistics(num_channels)
         other, self.origin = self._find_split(source)
         group, labels = self._read(source, number if other is not None else number + number // 4)
-        is_labelled = min(labels.values()) >= 0 and annotation_of(run.recipe) not in MAPS
-        self.num_classes = len(set(labels.values())) if is_labelled else 0
-        is_measured = self.num_classes > 1 or bool(_maps_of(source))
+        has_lists = source.has_label_lists
+        is_labelled = annotation_of(run.recipe) not in MAPS and (has_lists or min(labels.values()) >= 0)
+        self.num_classes = len(set(labels.values())) if is_labelled and not has_lists else 0
+        is_measured = self.num_classes > 1 or bool(_maps_of(source)) or has_lists
         if other is None and is_measured:
             number = len(labels) * 4 // 5
         train = sorted(labels)[:number]
@@ -57,7 +59,21 @@ class EvalImages:
             self.images = self.normalise(held_out.pixels)
             self.targets = {"labels": torch.tensor(_labels_of(held_out))}
             self.targets |= {TARGETS[name]: values for name, values in held_out.maps.items()}
+            if has_lists:
+                self._keep_known(source.class_names)
         self.shown = self.first_train_images("cpu") if self.images is None else self.images
+
+    def _keep_known(self, names: tuple[str, ...]) -> None:
+        """Leave out images without a list of labels, and name the classes that none of the others has."""
+        is_known = self.targets["labels"].amin(dim=1) >= 0
+        self.images, labels = self.images[is_known], self.targets["labels"][is_known]
+        self.targets["labels"] = labels
+        missing = [name for name, count in zip(names, labels.sum(dim=0)) if not count]
+        if missing:
+            self._run.say(
+                f"{len(missing)} of {len(names)} classes are in none of the {len(labels)} evaluation images and not "
+                f"counted in the mean average precision: {list_names(missing)}"
+            )
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Bytes (N, C, h, w) as the model reads them."""
@@ -136,7 +152,7 @@ def _maps_of(source) -> list[str]:
     return [kind for kind in MAPS if getattr(source.options, f"{kind}_column")]
 
 
-def _labels_of(group: Group) -> list[int]:
+def _labels_of(group: Group) -> list[int | tuple[int, ...]]:
     return [-1 if image.label is None else image.label for image in group.images]
 
 

@@ -46,6 +46,7 @@ METRICS = {
     "top1": MetricDescription("top-1 accuracy", hub_id="accuracy"),
     "top5": MetricDescription("top-5 accuracy"),
     "accuracy": MetricDescription("accuracy", hub_id="accuracy"),
+    "mean_average_precision": MetricDescription("mean average precision"),
     "knn": MetricDescription("k-NN accuracy"),
     "zero_shot": MetricDescription("zero-shot accuracy"),
     "mean_iou": MetricDescription("mean IoU", hub_id="mean_iou"),
@@ -62,6 +63,34 @@ METRICS = {
     "silog": MetricDescription("scale-invariant log error", "", higher_is_better=False),
     "sq_rel": MetricDescription("squared relative error", "m", higher_is_better=False),
 }
+
+
+def average_precisions(scores: Tensor, truth: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Average precision of each class; its mean over classes, NaN left out, is mAP.
+
+    AP = sum over thresholds t, from the highest score to the lowest, of (recall(t) - recall(t before)) precision(t)
+
+    Equal scores share a threshold, as in scikit-learn's `average_precision_score`.
+
+    Args:
+        scores: (I, C), of images and classes.
+        truth: (I, C), 1 where the class is in the image, else 0.
+        weights: (S, I) of the images; None: each counts once, S = 1.
+
+    Returns:
+        (S, C) in float64; NaN for a class without a positive image.
+    """
+    weights = torch.ones(1, len(scores)) if weights is None else weights
+    weights, found = weights.double(), []
+    for own, positive in zip(scores.T, truth.T.double()):
+        own, order = own.sort(descending=True)
+        is_last = torch.cat([own[1:] != own[:-1], torch.ones(1, dtype=torch.bool)])  # of its threshold
+        sums = weights[:, order].cumsum(1)[:, is_last]  # [S, thresholds]
+        hits = (weights[:, order] * positive[order]).cumsum(1)[:, is_last]
+        gains = hits.diff(dim=1, prepend=hits.new_zeros(len(hits), 1))
+        precision = hits / sums.clamp(min=torch.finfo(sums.dtype).tiny)
+        found.append((gains * precision).sum(dim=1) / hits[:, -1])
+    return torch.stack(found, dim=1)
 
 
 def measure_areas(predicted: Tensor, masks: Tensor, *, num_classes: int, ignore_index: int = 255) -> Tensor:

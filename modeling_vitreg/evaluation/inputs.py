@@ -58,18 +58,19 @@ def linear_inputs(
 
 
 def with_labels(features: Features, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Values (I, ...) and labels (I,) of the images that have one.
+    """Values (I, ...) and labels (I,) of the images that have one; lists of labels are (I, C).
 
     Raises:
         ValueError: no image has a label.
     """
     labels = features.load("labels")
-    if not (labels >= 0).any():
+    is_known = labels.amin(dim=1) >= 0 if labels.ndim == 2 else labels >= 0
+    if not is_known.any():
         raise ValueError(
             "expected images with labels, got none: give a folder with one folder for each class, or a dataset with a "
             "column of labels (--columns label=NAME)"
         )
-    return values[labels >= 0], labels[labels >= 0]
+    return values[is_known], labels[is_known]
 
 
 def count_mask_classes(parts: Sequence[Features], *, ignore_index: int) -> int:

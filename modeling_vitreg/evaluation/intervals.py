@@ -20,6 +20,7 @@ from torch import Tensor
 
 WILSON = "Wilson, 95 %"
 BOOTSTRAP = "percentile bootstrap over images, 95 %, 1000 draws"
+CENTRED = "percentile bootstrap over images, less its bias, 95 %, 1000 draws"
 _NUM_DRAWS, _DRAWS_AT_ONCE = 1000, 50
 _Z = 1.959963984540054  # two-sided 95 % of a normal distribution
 
@@ -41,7 +42,7 @@ def share_of_counts(metric: str, num_right: int, n: int) -> MetricValue:
 
 
 def statistic_of_images(
-    metric: str, statistic: Callable[[Tensor], Tensor], *, num_images: int, seed: int = 0
+    metric: str, statistic: Callable[[Tensor], Tensor], *, num_images: int, seed: int = 0, is_centred: bool = False
 ) -> MetricValue:
     """A statistic of weighted images with a bootstrap interval.
 
@@ -50,13 +51,15 @@ def statistic_of_images(
         statistic: function of the weights of the images, (S, I) in float64, that returns values (S,).
         num_images: I.
         seed: random seed.
+        is_centred: shift the interval by the difference of the value and the mean of the draws. For ranks: images that
+            are drawn twice have equal scores, which raises an average precision.
 
     Raises:
         ValueError: no image.
     """
     value = float(statistic(torch.ones(1, num_images, dtype=torch.float64))[0])
-    interval = bootstrap_interval(statistic, num_images=num_images, seed=seed)
-    return MetricValue(metric, value, interval, BOOTSTRAP, num_images)
+    interval = bootstrap_interval(statistic, num_images=num_images, seed=seed, center=value if is_centred else None)
+    return MetricValue(metric, value, interval, CENTRED if is_centred else BOOTSTRAP, num_images)
 
 
 def wilson_interval(num_right: int, n: int) -> tuple[float, float]:
@@ -76,11 +79,11 @@ def wilson_interval(num_right: int, n: int) -> tuple[float, float]:
 
 
 def bootstrap_interval(
-    statistic: Callable[[Tensor], Tensor], *, num_images: int, seed: int = 0
+    statistic: Callable[[Tensor], Tensor], *, num_images: int, seed: int = 0, center: float | None = None
 ) -> tuple[float, float]:
     """Quantiles 2.5 % and 97.5 % of a statistic over draws of I images out of I, with replacement.
 
-    Draws in which the statistic is NaN are ignored.
+    Draws in which the statistic is NaN are ignored. With `center`, the draws are first shifted to this mean.
 
     Raises:
         ValueError: no image, or the statistic is NaN in all draws.
@@ -96,5 +99,6 @@ def bootstrap_interval(
     values = values[~values.isnan()]
     if not len(values):
         raise ValueError("expected a statistic that is defined in at least one draw of images, got NaN in all")
+    values = values if center is None else values - values.mean() + center
     low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
     return low, high

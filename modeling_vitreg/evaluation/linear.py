@@ -19,6 +19,7 @@ import tqdm
 from torch import Tensor
 
 from modeling_vitreg.images.splits import hold_out, require_classes
+from modeling_vitreg.metrics import average_precisions
 from modeling_vitreg.settings import expect
 
 
@@ -88,7 +89,8 @@ def fit_linear(
 
     Args:
         inputs: name to (I, D), which may be views of one tensor; heads are trained in their precision on their device.
-        labels: (I,) integers, which need not be consecutive.
+        labels: (I,) integers, which need not be consecutive; or (I, C), 0 or 1 for each class: heads then learn one
+            decision for each, and are chosen by mean average precision.
         settings: settings of the sweep.
         seed: random seed of the validation images, the initial heads and the order of the images.
         has_progress_bar: show a progress bar.
@@ -96,9 +98,9 @@ def fit_linear(
     Raises:
         ValueError: fewer than two classes or images, or all heads diverged.
     """
-    classes = require_classes(labels)
+    classes = require_classes(labels) if labels.ndim == 1 else torch.arange(labels.shape[1])
     kept, held_out = hold_out(len(labels), share=settings.validation_share, seed=seed)
-    targets = torch.searchsorted(classes, labels)
+    targets = torch.searchsorted(classes, labels) if labels.ndim == 1 else labels.float()
     batches = [kept[batch] for batch in draw_batches(len(kept), settings=settings, seed=seed)]
     if has_progress_bar:
         batches = tqdm.tqdm(batches, unit="step", desc="linear")
@@ -117,7 +119,11 @@ def fit_linear(
 
 
 def _accuracies(inputs: Tensor, targets: Tensor, held_out: Tensor, *, weights: Tensor, biases: Tensor) -> list[float]:
-    """Accuracy of each of the K heads on the held-out rows."""
+    """Accuracy of each of the K heads on the held-out rows; mean average precision with lists of labels."""
+    if targets.ndim == 2:
+        rows = inputs[held_out.to(inputs.device)]
+        scores = [(rows @ weight + bias).cpu() for weight, bias in zip(weights, biases)]
+        return [average_precisions(own, targets[held_out]).nanmean().nan_to_num().item() for own in scores]
     num_right = torch.zeros(len(weights))
     for batch in held_out.split(_ROWS_AT_ONCE):
         scores = torch.einsum("bd,kdc->kbc", inputs[batch.to(inputs.device)], weights) + biases[:, None]
@@ -156,12 +162,13 @@ def train_heads(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Train K independent heads, one per learning rate, on each input with the same batches.
 
-    for each step: gradient of the mean cross-entropy; velocity = 0.9 velocity + gradient
+    for each step: gradient of the mean cross-entropy, or of the mean over images of the sum over classes of the binary
+                   cross-entropy; velocity = 0.9 velocity + gradient
                    head -= learning rate x batch size / 256 x (1 + cos(pi step / steps)) / 2 x velocity
 
     Args:
         features: name to (I, D).
-        targets: (I,), 0 ... C - 1.
+        targets: (I,), 0 ... C - 1; or (I, C), 0 or 1 each.
         batches: image indices of each step.
         settings, num_classes, seed: as in `fit_linear`.
 
@@ -182,8 +189,11 @@ def train_heads(
             inputs = features[name][batch.to(rows.device)]
             inputs = torch.cat([inputs, torch.ones_like(inputs[:, :1])], dim=1)
             scores = torch.einsum("bd,kdc->kbc", inputs, rows)  # [B, D] -> [K, B, C]
-            error = scores.softmax(dim=2)
-            error[:, torch.arange(len(batch)), targets[batch]] -= 1
+            if targets.ndim == 2:
+                error = scores.sigmoid() - targets[batch].to(scores)
+            else:
+                error = scores.softmax(dim=2)
+                error[:, torch.arange(len(batch)), targets[batch]] -= 1
             velocity.mul_(_MOMENTUM).add_(torch.einsum("bd,kbc->kdc", inputs, error), alpha=1 / len(batch))
             rows -= (rates * factor).to(rows) * velocity
     return {name: (rows[:, :-1], rows[:, -1]) for name, (rows, _) in heads.items()}

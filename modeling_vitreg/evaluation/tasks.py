@@ -16,12 +16,12 @@ from modeling_vitreg.features import Encoder
 from modeling_vitreg.features.knn import knn_accuracy
 from modeling_vitreg.images import LabelledData
 from modeling_vitreg.images.splits import require_classes
-from modeling_vitreg.metrics import depth_errors, measure_areas
+from modeling_vitreg.metrics import average_precisions, depth_errors, measure_areas
 
 from .cache import Features
 from .depth import fit_depth, join_class_token, measure_depth
 from .inputs import ROWS_AT_ONCE, count_mask_classes, linear_inputs, name_of_vector, one_vector, with_labels
-from .intervals import MetricValue, share_of_counts
+from .intervals import MetricValue, share_of_counts, statistic_of_images
 from .linear import fit_linear
 from .logistic import fit_logistic
 from .segmentation import fit_segmentation, measure_segmentation
@@ -101,7 +101,7 @@ def measure_knn(inputs: TaskInputs) -> tuple[list[MetricValue], dict]:
 
 
 def measure_linear(inputs: TaskInputs) -> tuple[list[MetricValue], dict]:
-    """Top-1 and top-5 accuracy of the head chosen by the sweep."""
+    """Top-1 and top-5 accuracy of the head chosen by the sweep; mean average precision with lists of labels."""
     settings, has_bar = inputs.settings, inputs.has_progress_bar
     options = {"num_layers": settings.num_layers, "device": inputs.encoder.device}
     train, labels = linear_inputs(inputs.train, **options)
@@ -113,7 +113,17 @@ def measure_linear(inputs: TaskInputs) -> tuple[list[MetricValue], dict]:
         "validation_accuracy": head.validation_accuracy,
         "num_train": len(labels),
     }
-    return _top(head.scores(test), truth, head.classes), facts
+    if truth.ndim == 1:
+        return _top(head.scores(test), truth, head.classes), facts
+    scores, names = head.scores(test).cpu(), inputs.data.test.class_names
+    facts |= {"num_classes": len(names)}
+    facts["classes_without_positives"] = [name for name, count in zip(names, truth.sum(dim=0)) if not count]
+
+    def measure(weights: Tensor) -> Tensor:
+        return average_precisions(scores, truth, weights).nanmean(dim=1)
+
+    words = {"num_images": len(truth), "seed": inputs.seed, "is_centred": True}
+    return [statistic_of_images("mean_average_precision", measure, **words)], facts
 
 
 def measure_logistic(inputs: TaskInputs) -> tuple[list[MetricValue], dict]:
@@ -225,6 +235,10 @@ def _top(scores: Tensor, truth: Tensor, classes: Tensor) -> list[MetricValue]:
     return [share_of_counts(name, round(share * num_images), num_images) for name, share in shares.items()]
 
 
+def _has_lists(_: Encoder, data: LabelledData, __: Prompts) -> str | None:
+    return "images have lists of labels: use --tasks linear" if data.test.has_label_lists else None
+
+
 def _no_masks(_: Encoder, data: LabelledData, __: Prompts) -> str | None:
     is_there = data.train.options.mask_column and data.test.options.mask_column
     return None if is_there else "the images have no masks: name their column with --columns mask=NAME"
@@ -242,8 +256,8 @@ def _no_boxes(_: Encoder, data: LabelledData, __: Prompts) -> str | None:
 
 
 def _no_text(encoder: Encoder, data: LabelledData, prompts: Prompts) -> str | None:
-    if prompts.class_embeddings is not None:
-        return None
+    if data.test.has_label_lists or prompts.class_embeddings is not None:
+        return _has_lists(encoder, data, prompts)
     if not hasattr(encoder.model, "get_text_features"):
         return "the model has no text tower: use a dual encoder, or pass embeddings of the classes"
     if prompts.tokenizer is None:
@@ -252,9 +266,9 @@ def _no_text(encoder: Encoder, data: LabelledData, prompts: Prompts) -> str | No
 
 
 TASKS = {
-    "knn": Task("pooled", measure_knn),
+    "knn": Task("pooled", measure_knn, unavailable_reason=_has_lists),
     "linear": Task("pooled", measure_linear),
-    "logistic": Task("pooled", measure_logistic),
+    "logistic": Task("pooled", measure_logistic, unavailable_reason=_has_lists),
     "segmentation": Task("normed_patches", measure_masks, unavailable_reason=_no_masks),
     "depth": Task("raw_patches", measure_depths, unavailable_reason=_no_depths),
     "zero_shot": Task("embeddings", measure_zero_shot, reads_train=False, unavailable_reason=_no_text),

@@ -36,13 +36,14 @@ class _Entry:
     size: tuple[int, int] | None = None
     boxes: list = field(default_factory=list)
     crowds: list[bool] = field(default_factory=list)
+    categories: list[str] = field(default_factory=list)
     stem: str = ""
 
 
 def open_annotation_files(
     annotations: str | os.PathLike, images: str | os.PathLike, *, keep_difficult: bool = True
 ) -> tuple[datasets.Dataset, tuple[str, ...]]:
-    """A dataset with the columns `image`, `boxes`, `width` and `height`, in the order of the annotations.
+    """A dataset with the columns `image`, `boxes`, `categories` (lists), `width` and `height`, in their order.
 
     Images that the annotations name and the folder lacks stay: reading them says so. An image without boxes stays too.
 
@@ -64,7 +65,7 @@ def open_annotation_files(
         if not is_there:
             raise ValueError(f"{path}: no such {'folder of images' if path is folder else 'file of annotations'}")
     is_voc = annotations.is_dir()
-    entries, notes = _read_voc(annotations, keep_difficult) if is_voc else _read_coco(annotations)
+    entries, notes, names = _read_voc(annotations, keep_difficult) if is_voc else _read_coco(annotations)
     files = _Files(folder)
     by_path = collections.defaultdict(list)
     for entry in entries:
@@ -74,18 +75,20 @@ def open_annotation_files(
         boxes, crowds = ([item for entry in own for item in getattr(entry, name)] for name in ("boxes", "crowds"))
         width, height = next((entry.size for entry in own if entry.size), (None, None))
         cell = boxes if is_voc else {"bbox": boxes, "iscrowd": crowds}
-        row = {"image": path, "boxes": cell, "width": width, "height": height}
+        categories = list(dict.fromkeys(names.index(name) for entry in own for name in entry.categories))
+        row = {"image": path, "boxes": cell, "categories": categories, "width": width, "height": height}
         for name, value in row.items():
             content[name].append(value)
     boxes = datasets.List(datasets.List(datasets.Value("float64"), length=4))
     cell = boxes if is_voc else {"bbox": boxes, "iscrowd": datasets.List(datasets.Value("bool"))}
     sides = {name: datasets.Value("int64") for name in ("width", "height")}
-    features = datasets.Features({"image": datasets.Image(), "boxes": cell, **sides})
+    classes = datasets.List(datasets.ClassLabel(names=names) if names else datasets.Value("int64"))
+    features = datasets.Features({"image": datasets.Image(), "boxes": cell, "categories": classes, **sides})
     dataset = datasets.Dataset.from_dict(dict(content), features=features)
     return dataset, (*notes, *files.notes(by_path, num_entries=len(entries), source=annotations))
 
 
-def _read_coco(path: pathlib.Path) -> tuple[list[_Entry], list[str]]:
+def _read_coco(path: pathlib.Path) -> tuple[list[_Entry], list[str], list[str]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows put a mark in front
         if not isinstance(content, dict):
@@ -95,13 +98,17 @@ def _read_coco(path: pathlib.Path) -> tuple[list[_Entry], list[str]]:
             name, key = str(image["file_name"]), _key_of(image["id"])
             if (known := entries.setdefault(key, _Entry(name, _size_of(image)))).name != name:
                 raise ValueError(f"the image id {key} stands for {known.name!r} and {name!r}")
-        annotations = content["annotations"]
+        annotations, classes = content["annotations"], content.get("categories") or []
+        names = {category["id"]: str(category.get("name", category["id"])) for category in classes}
         strays, missing = [], []
         for number, annotation in enumerate(annotations):
             entry, box = entries.get(_key_of(annotation["image_id"])), annotation.get("bbox")
             if entry is None:
                 strays.append(annotation["image_id"])
-            elif not isinstance(box, list) or len(box) != 4 or not all(isinstance(side, (int, float)) for side in box):
+                continue
+            if annotation.get("category_id") in names:
+                entry.categories.append(names[annotation["category_id"]])
+            if not isinstance(box, list) or len(box) != 4 or not all(isinstance(side, (int, float)) for side in box):
                 missing.append(annotation.get("id", number))
             else:
                 entry.boxes.append(list(map(float, box)))
@@ -121,10 +128,10 @@ def _read_coco(path: pathlib.Path) -> tuple[list[_Entry], list[str]]:
         notes.append(f"{_share(missing, total, 'annotations')} have no bbox of four numbers: id {_first(missing)}")
     if num_crowds := sum(sum(entry.crowds) for entry in entries.values()):
         notes.append(f"{num_crowds} of {total} boxes are of crowds and left out, as in LOST")
-    return list(entries.values()), notes
+    return list(entries.values()), notes, list(dict.fromkeys(names.values()))
 
 
-def _read_voc(folder: pathlib.Path, keep_difficult: bool) -> tuple[list[_Entry], list[str]]:
+def _read_voc(folder: pathlib.Path, keep_difficult: bool) -> tuple[list[_Entry], list[str], list[str]]:
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".xml")
     if not paths:
         raise ValueError(f"{folder}: expected a folder of XML files, got none")
@@ -153,21 +160,23 @@ def _read_voc(folder: pathlib.Path, keep_difficult: bool) -> tuple[list[_Entry],
     shift = 1 if first >= 1 else 0
     for entry in found:
         entry.boxes = [[left - shift, top - shift, right, bottom] for left, top, right, bottom in entry.boxes]
-    return found, notes
+    return found, notes, sorted({name for entry in found for name in entry.categories})
 
 
 def _read_voc_file(path: pathlib.Path, keep_difficult: bool) -> _Entry:
     root = xml.etree.ElementTree.parse(path).getroot()
     if root.tag != "annotation":
         raise ValueError(f"the root is <{root.tag}>, not <annotation>")
-    boxes = [
-        [float(item.find("bndbox").findtext(side)) for side in _SIDES]
+    objects = [
+        item
         for item in root.iter("object")
         if keep_difficult or not any(item.findtext(mark) == "1" for mark in ("difficult", "truncated"))
     ]
+    boxes = [[float(item.find("bndbox").findtext(side)) for side in _SIDES] for item in objects]
+    categories = [text for item in objects if (text := (item.findtext("name") or "").strip())]
     sizes = {name: root.findtext(f"size/{name}") for name in ("width", "height")}
     name = (root.findtext("filename") or "").strip()
-    return _Entry(name or path.stem, _size_of(sizes), boxes, stem=path.stem)
+    return _Entry(name or path.stem, _size_of(sizes), boxes, categories=categories, stem=path.stem)
 
 
 def _size_of(sizes: dict) -> tuple[int, int] | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .decoding import RawImage
-from .labels import Labels, find_labels, holds_classes
+from .labels import Labels, find_labels, holds_classes, holds_lists
 from .messages import list_names
 from .opened import OpenedDataset
 from .options import DataOptions
@@ -89,8 +89,11 @@ def find_columns(opened: OpenedDataset, options: DataOptions) -> Columns:
     for name in filter(None, (image, label, text, options.box_column, *maps)):
         if name not in features:
             raise ValueError(f"open_images: there is no column {name!r}; the columns are {list_names(features)}.")
-    if label and not holds_classes(features[label]):
-        raise ValueError(f"open_images: the column {label!r} holds {features[label]}, not classes.")
+    is_list = label and options.allows_label_lists and holds_lists(features[label])
+    if label and not (is_list or holds_classes(features[label])):
+        hint = ": expected one class for each image; lists are for settings.loss=multi_label and vitreg evaluate"
+        hint = hint if holds_lists(features[label]) else ", not classes."
+        raise ValueError(f"open_images: the column {label!r} holds {features[label]}{hint}")
     images = [name for name, kind in features.items() if isinstance(kind, ImageFeature) and name not in maps]
     if not images and not image:
         raise ValueError(

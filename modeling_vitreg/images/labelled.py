@@ -12,6 +12,7 @@ Without a test split, a share of the images is held out by a seed.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass
 
@@ -31,7 +32,7 @@ from modeling_vitreg.scenes import (
 from .conventions import check_annotations
 from .messages import MissingSplit
 from .open import open_dataset, open_images
-from .options import COLUMNS, SCENE_COLUMNS, DataOptions
+from .options import SCENE_COLUMNS, DataOptions
 from .sources import ImageSource
 from .splits import hold_out
 
@@ -93,7 +94,7 @@ def open_data(
         num_train: number of training images, drawn by the seed; None: all, or 2000 scenes.
         num_test: number of test images; None: all, or 1000 scenes.
         annotations: a COCO file (.json) or a folder of VOC files (.xml) with the boxes of the images in the folder
-            `source`; all of these images are test images, for discovery alone.
+            `source`; all of these images are test images, for discovery alone, unless `label_column` is "categories".
         seed: random seed of draws and of the held-out images.
 
     Raises:
@@ -107,13 +108,16 @@ def open_data(
         if split != "train" or any((test_split, annotations, *columns)):
             raise ValueError(f"{source!r} have their own splits, columns and annotations: leave out these options")
         return _open_scenes(source, image_size, (num_train, num_test), options.label_column)
+    options, test = dataclasses.replace(options, allows_label_lists=True), None
     if annotations is not None:
-        if test_split or any(getattr(options, name) for name in COLUMNS.values()):
-            raise ValueError("a file of annotations names its images itself: leave out columns and splits")
-        images = open_images(source, annotations=annotations, options=options)
-        return LabelledData(source, images.select(np.arange(0)), _draw(images, num_test, seed))
-    train, test = _open_part(source, split, options), _open_test(source, test_split, options)
-    train, *others = check_annotations([train] if test is None else [train, test])
+        if test_split:
+            raise ValueError("a file of annotations names its images itself: leave out splits")
+        train, others = open_images(source, annotations=annotations, options=options), []
+        if not options.label_column:
+            return LabelledData(source, train.select(np.arange(0)), _draw(train, num_test, seed))
+    else:
+        train, test = _open_part(source, split, options), _open_test(source, test_split, options)
+        train, *others = check_annotations([train] if test is None else [train, test])
     if test is None:
         kept, held_out = hold_out(len(train), share=TEST_SHARE, seed=seed)
         parts = [train.select(kept.numpy()), train.select(held_out.numpy())]
@@ -127,7 +131,7 @@ def _open_scenes(
     preset: str, image_size: int | tuple[int, int], counts: tuple, label_column: str | None
 ) -> LabelledData:
     settings, parts = SceneSettings(image_size=image_size, **PRESETS[preset]), []
-    options = DataOptions(label_column=label_column or "label", **SCENE_COLUMNS)
+    options = DataOptions(label_column=label_column or "label", allows_label_lists=True, **SCENE_COLUMNS)
     for number, default, start in zip(counts, NUM_SCENES, (0, FIRST_TEST_SCENE)):
         dataset = make_scenes_dataset(default if number is None else number, settings=settings, start=start)
         parts.append(ImageSource(dataset, options=options).select(np.arange(len(dataset))))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import unicodedata
 from collections.abc import Iterable
@@ -30,19 +31,34 @@ class Labels:
         names: class names; None: classes are numbers, as stored.
         codes: class number of each stored value; None: stored values are class numbers.
         origin: how they were found, or why there are none, for people.
+        are_lists: an image has any number of classes.
     """
 
     column: str | None
     names: tuple[str, ...] | None
     codes: dict | None
     origin: str
+    are_lists: bool = False
 
-    def encode(self, row: dict) -> int | None:
-        """The class number of a row; None where its label is empty or, as in test sets of the Hub, below 0."""
+    def encode(self, row: dict) -> int | tuple[int, ...] | None:
+        """The class number of a row; None where its label is empty or, as in test sets of the Hub, below 0.
+
+        Of a column of lists: 0 or 1 for each class; -1 for all where the cell is empty, unlike an empty list.
+        """
+        if self.are_lists:
+            return self._encode_list(row[self.column])
         value = _clean(row[self.column]) if self.column else None
         if value is None or self.codes is None:
             return value
         return self.codes.get(value)
+
+    def _encode_list(self, values: list | None) -> tuple[int, ...]:
+        if values is None:
+            return (-1,) * len(self.names)
+        if self.codes == {}:  # 0 or 1 for each class, as stored
+            return tuple(map(int, values))
+        found = {self.codes.get(value, value) if self.codes else value for value in map(_clean, values)}
+        return tuple(int(number in found) for number in range(len(self.names)))
 
 
 def find_labels(opened: OpenedDataset, column: str | None, *, features: datasets.Features) -> Labels:
@@ -62,6 +78,8 @@ def find_labels(opened: OpenedDataset, column: str | None, *, features: datasets
         reason = opened.label_origin or "no column holds classes (name one: --columns label=NAME)"
         return Labels(None, None, None, reason)
     origin = opened.label_origin or f"the column {column!r}"
+    if holds_lists(features[column]):
+        return _find_lists(opened, column, origin, features[column].feature)
     if isinstance(features[column], ClassLabel):
         return Labels(column, tuple(features[column].names), None, origin)
     if opened.is_stream:
@@ -97,6 +115,30 @@ def find_labels(opened: OpenedDataset, column: str | None, *, features: datasets
     return Labels(column, names, codes, f"{origin} ({kind})")
 
 
+def _find_lists(opened: OpenedDataset, column: str, origin: str, kind: object) -> Labels:
+    """Labels of a column of lists: of class numbers or words, or of 0 or 1 for each class."""
+    from datasets import ClassLabel
+
+    if isinstance(kind, ClassLabel):
+        return Labels(column, tuple(kind.names), None, f"{origin} (lists)", are_lists=True)
+    if opened.is_stream:
+        raise ValueError(
+            f"open_images: the column {column!r} holds lists of {kind.dtype}, and the classes of a stream are not "
+            "known in advance: give lists of type ClassLabel, or do not stream"
+        )
+    splits = [part for part in (opened.splits or {"": opened.dataset}).values() if column in part.column_names]
+    rows = [row for part in splits for row in part[column][:] if row is not None]
+    values, lengths = set(itertools.chain.from_iterable(rows)), {len(row) for row in rows}
+    if values <= {0, 1} and len(lengths) == 1 and min(lengths) >= 2:
+        names = tuple(map(str, range(min(lengths))))
+        return Labels(column, names, {}, f"{origin} (0 or 1 for each class)", are_lists=True)
+    ordered = sorted({_clean(value) for value in values} - {None})
+    if not ordered:
+        raise ValueError(f"open_images: the column {column!r} holds no class: all of its {len(rows)} lists are empty")
+    codes = {value: number for number, value in enumerate(ordered)}
+    return Labels(column, tuple(map(str, ordered)), codes, f"{origin} (lists)", are_lists=True)
+
+
 def describe_labels(labels: Labels, numbers: Iterable[int | None] | None, notes: Iterable[str]) -> str:
     """Lines for the terminal, before work starts: the number of classes, how they were found, what was left out."""
     if labels.column is None:
@@ -106,7 +148,11 @@ def describe_labels(labels: Labels, numbers: Iterable[int | None] | None, notes:
         lines = [f"labels: {count} from {labels.origin}"]
     else:
         numbers = list(numbers)
-        used, num_missing = set(numbers) - {None}, numbers.count(None)
+        if labels.are_lists:
+            num_missing = sum(-1 in row for row in numbers)
+            used = {number for row in numbers for number, is_there in enumerate(row) if is_there == 1}
+        else:
+            used, num_missing = set(numbers) - {None}, numbers.count(None)
         names = labels.names or [*labels.codes] if labels.codes else labels.names
         count = f"{len(names)} classes" if names else f"{len(used)} classes"
         if names and len(used) < len(names):
@@ -141,6 +187,11 @@ def holds_classes(kind: object) -> bool:
 
     is_value = isinstance(kind, Value) and ("int" in kind.dtype or kind.dtype.startswith(_WORDS))
     return is_value or isinstance(kind, ClassLabel)
+
+
+def holds_lists(kind: object) -> bool:
+    """Whether a column of this type may hold lists of classes."""
+    return holds_classes(getattr(kind, "feature", None))
 
 
 def _clean(value: object) -> int | str | None:

@@ -70,8 +70,11 @@ def open_images(
 
 
 def _open_annotated(folder: str, annotations: str | os.PathLike, options: DataOptions) -> ImageSource:
-    if is_scenes(folder) or any(getattr(options, name) for name in COLUMNS.values()):
-        raise ValueError("a file of annotations names the images of a folder itself: leave out columns")
+    columns = [name for name in COLUMNS.values() if getattr(options, name) and name != "label_column"]
+    if is_scenes(folder) or columns or options.label_column not in (None, "categories"):
+        raise ValueError(
+            "a file of annotations names the images of a folder itself: leave out columns, except label=categories"
+        )
     dataset, notes = open_annotation_files(annotations, folder, keep_difficult=options.keep_difficult)
     return ImageSource(dataset, options=dataclasses.replace(options, box_column="boxes"), notes=notes)
 

@@ -38,6 +38,7 @@ class DataOptions:
         box_units: "pixels", or fractions of width and height: "relative" from 0 to 1, "percent" from 0 to 100; "auto":
             found from the data.
         keep_difficult: keep objects that a Pascal VOC file marks as difficult or truncated.
+        allows_label_lists: `label_column` may hold lists of classes, or of 0 or 1 for each class.
         annotation_frame: whether annotations were made after ("upright") or before ("stored") the EXIF rotation of an
             image; "auto": found from sizes.
 
@@ -60,6 +61,7 @@ class DataOptions:
     box_units: str = "auto"
     keep_difficult: bool = True
     annotation_frame: str = "auto"
+    allows_label_lists: bool = False
 
     def __post_init__(self):
         expect(self, "data", depth_scale="(0, inf)", max_depth="(0, inf)", **_CHOICES)

@@ -43,6 +43,11 @@ class _Images:
         return self._columns.labels.names
 
     @property
+    def has_label_lists(self) -> bool:
+        """Whether an image has any number of classes: labels are 0 or 1 for each of them."""
+        return self._columns.labels.are_lists
+
+    @property
     def options(self) -> DataOptions:
         """Columns and the meaning of their values."""
         return self._columns.options

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import top_k_accuracy_score
+from sklearn.metrics import average_precision_score, top_k_accuracy_score
 from torch import nn
 
 from modeling_vitreg.evaluation.linear import (
@@ -18,6 +18,7 @@ from modeling_vitreg.evaluation.top_k import rank_classes
 from modeling_vitreg.evaluation.zero_shot import ZeroShotSettings
 from modeling_vitreg.hf_metrics import Accuracy
 from modeling_vitreg.images.splits import hold_out
+from modeling_vitreg.metrics import average_precisions
 
 
 RATES = (0.01, 0.1, 0.5)
@@ -139,3 +140,51 @@ def test_settings_out_of_range_are_refused():
         ZeroShotSettings(templates=("a photo",))
     with pytest.raises(ValueError, match="share between 0 and 1"):
         hold_out(10, share=1.0, seed=0)
+
+
+# Lists of labels --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("digits", [1, 8])  # with and without equal scores
+def test_average_precision_is_that_of_scikit_learn_for_weighted_images_too(digits):
+    scores, truth = torch.randn(60, 7).mul(10**digits).round() / 10**digits, (torch.rand(60, 7) < 0.3).long()
+    truth[:, 3], weights = 0, torch.randint(4, (5, 60))
+    found = average_precisions(scores, truth, weights)
+    assert found.isnan().all(dim=0).tolist() == [number == 3 for number in range(7)]
+    for number in (0, 1, 2, 4, 5, 6):
+        for draw in range(5):
+            expected = average_precision_score(truth[:, number], scores[:, number], sample_weight=weights[draw])
+            assert found[draw, number].item() == pytest.approx(expected, rel=1e-12)
+    plain = average_precisions(scores, truth)
+    assert plain.nanmean().item() == pytest.approx(
+        average_precision_score(truth[:, [0, 1, 2, 4, 5, 6]], scores[:, [0, 1, 2, 4, 5, 6]], average="macro")
+    )
+
+
+def test_heads_of_lists_of_labels_equal_a_layer_trained_by_torch_and_are_chosen_by_their_map():
+    inputs, labels = {"all": torch.randn(80, 6).double()}, (torch.rand(80, 3) < 0.4).long()
+    settings = LinearSettings(learning_rates=RATES, num_steps=25, batch_size=16)
+    head = fit_linear(inputs, labels, settings=settings, seed=2)
+    kept, held_out = hold_out(80, share=settings.validation_share, seed=2)
+    initial, found = initial_heads({"all": 6}, num_heads=3, num_classes=3, seed=2)["all"], []
+    for number, rate in enumerate(RATES):
+        layer = nn.Linear(6, 3).double()
+        with torch.no_grad():
+            layer.weight.copy_(initial[number].T)
+            layer.bias.zero_()
+        optimizer = torch.optim.SGD(layer.parameters(), lr=rate * 16 / 256, momentum=0.9)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 25, eta_min=0)
+        for batch in draw_batches(len(kept), settings=settings, seed=2):
+            rows = kept[batch]
+            optimizer.zero_grad()
+            loss = nn.functional.binary_cross_entropy_with_logits(
+                layer(inputs["all"][rows]), labels[rows].double(), reduction="sum"
+            )
+            (loss / len(rows)).backward()
+            optimizer.step()
+            schedule.step()
+        scores = layer(inputs["all"][held_out]).detach()
+        found.append((average_precision_score(labels[held_out], scores, average="macro"), layer))
+    best, layer = max(found, key=lambda pair: pair[0])
+    assert head.validation_accuracy == pytest.approx(best)
+    torch.testing.assert_close(head.weight, layer.weight.T, rtol=1e-9, atol=1e-12)

@@ -89,6 +89,22 @@ def test_the_number_of_a_task_is_that_of_its_function(encoder, scenes, tmp_path)
     assert result["interval"] == list(wilson_interval(round(result["value"] * 60), 60))
 
 
+def test_lists_of_labels_are_measured_by_the_linear_probe_alone(encoder, tmp_path):
+    data = open_data(
+        "scenes", options=DataOptions(label_column="categories"), image_size=32, num_train=40, num_test=60
+    )
+    with pytest.raises(ValueError, match="lists of labels: use --tasks linear"):
+        _run(encoder, data, tmp_path / "knn", tasks=("knn", "logistic"))
+    report = _run(encoder, data, tmp_path, tasks=("knn", "linear"))
+    (result,) = report.results
+    assert (result["metric"], result["n"]) == ("mean_average_precision", 60) and list(report.skipped) == ["knn"]
+    low, high = result["interval"]
+    assert 0 < low <= result["value"] <= high <= 1
+    labels = torch.tensor(data.test.labels)
+    missing = [name for name, count in zip(data.test.class_names, labels.sum(dim=0)) if not count]
+    assert result["facts"]["classes_without_positives"] == missing
+
+
 def test_a_reduced_precision_is_measured_beside_and_named(encoder, scenes, tmp_path):
     reduced = dataclasses.replace(SETTINGS.encoding, precision="bfloat16", patch_precision="float32")
     whole = dataclasses.replace(SETTINGS.encoding, patch_precision="float32")

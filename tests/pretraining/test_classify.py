@@ -191,6 +191,7 @@ def test_a_distilled_student_learns_from_labels_and_from_the_teacher(make, tiny)
     [
         ({"class_names": ("one",)}, "two or more class_names, got 1"),
         ({"loss": "hinge"}, "expected loss to be one of softmax, binary"),
+        ({"loss": "multi_label", "mixup": 0.8}, "the multi_label loss takes no mixup: set mixup and cutmix to 0"),
         ({"loss": "binary"}, "smoothing 0 with the binary loss, got 0.1"),
         ({"distillation": "hard"}, "contradict each other: set both or neither"),
         ({"distillation": "hard", "teacher": "x"}, "set has_distillation_token=True"),

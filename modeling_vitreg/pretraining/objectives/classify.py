@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
+from modeling_vitreg.metrics import average_precisions
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersForImageClassification, ViTWithRegistersModel
 from modeling_vitreg.settings import expect
 
@@ -29,7 +30,7 @@ from .objective import DataSummary, Objective, Panel
 from .teachers import check_teacher_channels, load_class_teacher
 
 
-LOSSES, DISTILLATIONS = ("softmax", "binary"), ("none", "hard", "soft")
+LOSSES, DISTILLATIONS = ("softmax", "binary", "multi_label"), ("none", "hard", "soft")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,8 @@ class ClassificationSettings(AdaptationSettings):
 
     Args:
         class_names: names of the labels 0, 1, ...; found in the data where none are given.
-        loss: "softmax", or "binary", one decision for each class (DeiT-III from scratch).
+        loss: "softmax"; "binary", one decision for each class (DeiT-III from scratch); "multi_label", the same where
+            an image has any number of classes, measured by mean average precision.
         smoothing: smoothing of the labels; 0 with the binary loss, which would make every class true.
         mixup, cutmix: parameters of the distributions of shares; 0 for none. With both, either with probability 1/2.
         ema_decay: of an exponential moving average of the weights, which is then evaluated and saved; 0 for none.
@@ -69,6 +71,12 @@ class ClassificationSettings(AdaptationSettings):
                 f"settings: expected smoothing 0 with the binary loss, got {self.smoothing}: with smoothing, every "
                 "class would be a target"
             )
+        wrong = [name for name in ("mixup", "cutmix") if getattr(self, name)] + ["distillation"] * bool(self.teacher)
+        if self.loss == "multi_label" and wrong:
+            raise ValueError(
+                f"settings: the multi_label loss takes no {' and no '.join(wrong)}: set mixup and cutmix to 0, and no "
+                "teacher"
+            )
         if (self.distillation != "none") != bool(self.teacher):
             raise ValueError(
                 f"settings: distillation {self.distillation!r} and teacher {self.teacher!r} contradict each other: "
@@ -92,8 +100,12 @@ class Classification(HeadObjective):
     citation = "deit"
     settings_class = ClassificationSettings
     annotation = "label"
-    metrics = ("accuracy",)
-    panels = (*Objective.panels, Panel("Accuracy on evaluation images", {"accuracy": "classifier"}, unit="%"))
+    metrics = ("accuracy", "mean_average_precision")
+    panels = (
+        *Objective.panels,
+        Panel("Accuracy on evaluation images", {"accuracy": "classifier"}, unit="%"),
+        Panel("mAP on evaluation images", {"mean_average_precision": "classifier"}, unit="%"),
+    )
 
     def __init__(self, backbone: ViTWithRegistersModel, *, teacher: nn.Module | None = None, **options: Any):
         super().__init__(backbone, **options)
@@ -159,12 +171,13 @@ class Classification(HeadObjective):
         """Losses `classes`, with a teacher `teacher`, and their weighted sum `total`.
 
         Args:
-            batch: `global_views` (1, B, 3, h, w) and `labels` (B,).
+            batch: `global_views` (1, B, 3, h, w) and `labels` (B,), or (B, C) where images have any number of classes.
             step: number of the step.
         """
         images, labels = batch["global_views"].flatten(0, 1), batch["labels"]
         classes = torch.arange(len(self.settings.class_names), device=labels.device)
-        targets = (labels[:, None] == classes).float()  # F.one_hot looks at the labels
+        # F.one_hot looks at the labels.
+        targets = (labels[:, None] == classes).float() if labels.ndim == 1 else labels.float()
         if self._mix is not None and self.training:
             images, targets = self._mix(images, labels)  # (B,) -> (B, C)
         output = self.model(images)
@@ -191,13 +204,22 @@ class Classification(HeadObjective):
         return super().to_device(batch, **options)
 
     def evaluate(self, model: nn.Module, images: Tensor, targets: dict[str, Tensor]) -> dict[str, float]:
-        """`accuracy`: share of evaluation images with the right class; see `Objective`."""
+        """`accuracy`: share of evaluation images with the right class; see `Objective`.
+
+        With lists of labels `mean_average_precision`, over the classes that occur in one image or more.
+        """
         if "labels" not in targets:
             return {}
-        return {"accuracy": (self.predict(model, images) == targets["labels"]).float().mean().item()}
+        if targets["labels"].ndim == 2:
+            scores = self.predict(model, images)
+            return {"mean_average_precision": average_precisions(scores, targets["labels"]).nanmean().item()}
+        predicted = self.predict(model, images)
+        predicted = predicted.argmax(dim=1) if predicted.ndim == 2 else predicted
+        return {"accuracy": (predicted == targets["labels"]).float().mean().item()}
 
     def _predict(self, model: nn.Module, images: Tensor) -> Tensor:
-        return model(images).logits.argmax(dim=1)
+        logits = model(images).logits
+        return logits if self.settings.loss == "multi_label" else logits.argmax(dim=1)
 
     def example_targets(self, num_images: int) -> dict[str, Tensor]:
         return {"labels": torch.empty(num_images, dtype=torch.long)}
@@ -208,12 +230,16 @@ def classification_loss(logits: Tensor, targets: Tensor, *, settings: Classifica
 
     softmax:  - mean over images of  sum_c ((1 - s) target[c] + s / C) log softmax(logits)[c]
     binary:   mean over images and classes of the binary cross-entropy with  target[c] > 0
+    multi_label:  the same with  (1 - s) target[c] + s / 2
 
     Args:
         logits: (B, C).
         targets: shares of the classes (B, C).
         settings: `loss` and `smoothing` are read.
     """
+    if settings.loss == "multi_label":
+        targets = (1 - settings.smoothing) * targets + settings.smoothing / 2
+        return F.binary_cross_entropy_with_logits(logits.float(), targets)
     if settings.loss == "binary":
         return F.binary_cross_entropy_with_logits(logits.float(), (targets > 0).float())
     return F.cross_entropy(logits.float(), targets, label_smoothing=settings.smoothing)
@@ -245,6 +271,8 @@ def _make_classifier(
     if is_distilled and not config.has_distillation_token:
         raise ValueError("distillation reads the distillation token: set has_distillation_token=True in the model")
     name_classes(config, settings.class_names)
+    if settings.loss == "multi_label":
+        config.problem_type = "multi_label_classification"
     if is_distilled:
         config.pooling = "cls_distillation"
     model = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[backbone.config_class](config)
