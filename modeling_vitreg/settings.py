@@ -42,6 +42,9 @@ def check_values(kind: type, values: dict[str, Any], *, of: str) -> dict[str, An
             raise ValueError(f"{of}: there is no value {name!r}; {suggest_name(name, fields)}")
         field = fields[name]
         default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        if dataclasses.is_dataclass(default) and isinstance(value, dict):
+            checked[name] = make_settings(type(default), value, of=f"{of}: {name}")
+            continue
         is_text = default is None and isinstance(value, str) and str in typing.get_args(hints[name])
         checked[name] = value if is_text else _fit(value, default, f"{of}: {name}")
     return checked

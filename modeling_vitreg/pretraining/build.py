@@ -99,6 +99,7 @@ def make_objective(
         network.resize_position_embeddings(recipe.crops.global_size)
     if objective.encoder is not objective.trained["backbone"]:
         objective.encoder.requires_grad_(False)  # registers where there were none before are new parameters
+    objective.begin()
     return objective
 
 
@@ -165,6 +166,9 @@ def _config_class(recipe: Recipe) -> type[ViTWithRegistersConfig]:
 def _take_over(objective: Objective, weights: dict[str, torch.Tensor]) -> None:
     """Take what another run learned: heads, student, teacher, means."""
     own = objective.state_dict()
+    # The Gram teacher of a run is its own.
+    kept = {name: value for name, value in own.items() if name.startswith("gram_teacher.")}
+    weights = {name: value for name, value in weights.items() if not name.startswith("gram_teacher.")} | kept
     wrong = sorted(
         name
         for name in own.keys() | weights.keys()

@@ -242,7 +242,7 @@ def _trace(
             kept = tracker.kept()
             tracker.is_backward = True
             losses["total"].backward()
-    images = _bytes([batch[name] for name in ("global_views", "local_views") if name in batch])
+    images = _bytes([batch[name] for name in ("global_views", "local_views", "gram_views") if name in batch])
     flops = tracker.flops | {"heads": sum(of_heads)}
     return _Trace(kept=kept, peak=tracker.peak, images=images, outside=tracker.outside, flops=flops)
 

@@ -209,6 +209,9 @@ class Objective(nn.Module, abc.ABC):
     def trained(self) -> dict[str, nn.Module]:
         """Modules that are trained, by name; `backbone` is one of them. The gradient of each is clipped separately."""
 
+    def begin(self) -> None:
+        """Called once before the first step of a run, when all weights to start from are there."""
+
     def after_step(self, *, step: int) -> None:
         """Called after each step of the optimiser, for example to update an average of the weights."""
 
@@ -251,7 +254,7 @@ class Objective(nn.Module, abc.ABC):
         shift = torch.tensor(mean).view(-1, 1, 1) * 255 * scale
         scale, shift = (values.to(device, non_blocking=True) for values in (scale, shift))
         moved = {}
-        for kind in ("global", "local"):
+        for kind in ("global", "local", "gram"):
             if f"{kind}_views" not in batch:
                 continue
             views = batch[f"{kind}_views"].to(device, non_blocking=True)

@@ -20,19 +20,19 @@ def model_of_run(source: str | pathlib.Path) -> str | pathlib.Path:
     return folder / "model" if (folder / "model" / "config.json").exists() else source
 
 
-def load_teacher(name: str, recipe: Recipe) -> ViTWithRegistersModel:
+def load_teacher(name: str, recipe: Recipe, *, of: str = "teacher") -> ViTWithRegistersModel:
     """A complete model of this package, made for the image statistics of the recipe.
 
     Raises:
         ValueError: no name, no model, another family, missing tensors, or other mean and std.
     """
     if not name:
-        raise ValueError("settings: teacher is the folder or Hub name of the teacher model, got none")
+        raise ValueError(f"settings: {of} is the folder or Hub name of the teacher model, got none")
     source = model_of_run(name)
     try:
         kind = PretrainedConfig.get_config_dict(source)[0].get("model_type")
     except OSError as error:
-        raise ValueError(f"settings: teacher {name} is neither a folder of a model nor on the Hub: {error}") from None
+        raise ValueError(f"settings: {of} {name} is neither a folder of a model nor on the Hub: {error}") from None
     if kind != ViTWithRegistersConfig.model_type:
         raise ValueError(
             f"settings: expected a teacher of model_type {ViTWithRegistersConfig.model_type!r}, got {kind!r}; "
@@ -43,7 +43,7 @@ def load_teacher(name: str, recipe: Recipe) -> ViTWithRegistersModel:
     )
     if report["missing_keys"]:
         raise ValueError(
-            f"settings: teacher {name} lacks {len(report['missing_keys'])} tensors, for example "
+            f"settings: {of} {name} lacks {len(report['missing_keys'])} tensors, for example "
             f"{min(report['missing_keys'])}, which would be random"
         )
     pixels = teacher.image_processor_settings()

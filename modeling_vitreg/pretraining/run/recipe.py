@@ -144,7 +144,9 @@ class Recipe:
             name = _new_name(old, tell=True)
             *path, last = name.split(".")
             inner = values
-            for part in path:
+            for number, part in enumerate(path):
+                if number and isinstance(inner, dict):
+                    inner.setdefault(part, {})
                 inner = inner.get(part) if isinstance(inner, dict) else None
                 if not isinstance(inner, dict):
                     raise ValueError(f"recipe: {name}: {part} is a single value; {suggest_name(part, values)}")
