@@ -202,6 +202,11 @@ def _find_reports(model: ModelFolder, named: list[pathlib.Path]) -> dict[str, li
             places.append(path)
             if not any(list(path.glob(pattern)) for pattern in _KINDS):
                 raise CardError(f"{path}: expected a folder with {', '.join(_KINDS)}, found none of them")
+        elif not path.exists():
+            raise CardError(
+                f"--reports {path}: no such file or folder: give the output folder of vitreg evaluate, analyze or "
+                "retrofit"
+            )
         else:
             kind = read_json(path).get("kind")
             if kind not in found:

@@ -69,12 +69,13 @@ def _describe_artifacts(model: dict) -> list[str]:
 
 def _caption(report: ComparisonReport) -> str:
     settings, made = report.settings, report.made_with
+    threads = f"{made['num_threads']} thread" + "s" * (made["num_threads"] != 1)
     precisions = ", ".join(dict.fromkeys(settings["precisions"]))
     return (
         f"{escape_markdown(report.images['source'])}, {report.images['num_images']} test images. GFLOPs: one image, a "
         "product and its sum are two. Tokens: in the first layer → behind the last, prefix included. Images/s: "
         f"median (range) of {settings['num_rounds']} rounds in which the models take turns, batches of "
-        f"{settings['batch_size']}, {precisions}, {made['device']}, {made['num_threads']} threads. Memory: weights "
+        f"{settings['batch_size']}, {precisions}, {made['device']}, {threads}. Memory: weights "
         "and the most that a batch needs beside them. Surviving outliers: share of the tokens at the end with a norm "
         "above the threshold of the last layer. In brackets: 95 % intervals over test images. Bold: better than every "
         "other model, without overlapping intervals."
@@ -93,7 +94,7 @@ def draw(report: ComparisonReport, path: str | os.PathLike) -> pathlib.Path:
         tokens = model["cost"]["tokens"]
         axes[1].plot(range(1, len(tokens) + 1), tokens, color=colour, marker="o", markersize=3, label=name)
     label_axes(axes[0], "Speed and quality" if head else "Speed", x="images per second", y=head or "GFLOPs per image")
-    label_axes(axes[1], "Tokens", x="layer (last: behind it)", y="tokens that enter")
+    label_axes(axes[1], "Tokens", x="layer (last point: output of the model)", y="tokens that enter")
     axes[1].set_ylim(bottom=0)
     axes[1].xaxis.set_major_locator(MaxNLocator(integer=True))
     add_legend(axes[0], fontsize=7)

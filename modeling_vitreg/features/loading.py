@@ -100,6 +100,11 @@ def _open(source: str, trust_remote_code: bool, parts: dict, reduction: dict | N
         )
     except Exception as error:  # on files of others, transformers raises errors of a dozen classes
         text = " ".join(str(error).split())[:600]
+        if "trust_remote_code=True" in text and not trust_remote_code:
+            raise RuntimeError(
+                f"{source!r} contains its own code: read it, then run it with --trust-remote-code (in Python: "
+                "trust_remote_code=True)"
+            ) from error
         raise RuntimeError(
             f"expected a folder of a model, a name on the Hub or timm/NAME, and could not open {source!r}: "
             f"{type(error).__name__}: {text}"

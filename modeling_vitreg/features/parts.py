@@ -200,8 +200,9 @@ def examine(tower: nn.Module, family: str, parts: dict[str, str], *, name: str) 
         raise ValueError(f"{name}: expected a block that keeps the shape of its tokens, got {inputs[-1]} to {one}")
     if (found := _find_grid(tower, patches, parts, size, _count(one))) is None:
         raise ValueError(
-            f"{name}: {_count(one)} tokens of an image of {size[0]} x {size[1]} pixels are no grid behind "
-            f"{sum(_prefix(tower, parts))} other tokens: name those, such as --parts blocks=...,cls=1,registers=4"
+            f"{name}: an image of {size[0]} x {size[1]} pixels gives {_count(one)} tokens, and they fill no grid if "
+            f"{sum(_prefix(tower, parts))} of them are no patches: name the tokens in front of the patches, such as "
+            "--parts blocks=...,cls=1,registers=4"
         )
     counts, stride = found
     width = one[-1] if len(one) == 3 or one[1] == one[2] else one[1]

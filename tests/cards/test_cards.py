@@ -204,6 +204,11 @@ def test_a_result_that_is_no_number_is_refused(folder, change):
         make_plan(folder, "user/name")
 
 
+def test_reports_that_do_not_exist_are_named(folder):
+    with pytest.raises(CardError, match=r"--reports .*reports: no such file or folder: give the output folder"):
+        make_plan(folder, "user/vit", reports=[folder / "reports"])
+
+
 def test_a_result_without_its_circumstances_is_refused(folder):
     path = evaluation_report(folder)
     content = json.loads(path.read_text())

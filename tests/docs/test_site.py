@@ -27,6 +27,11 @@ def test_every_message_of_the_troubleshooting_is_one_of_the_package():
     assert not [message for message in said if message not in source]
 
 
+def test_the_site_lists_every_page_of_the_docs():
+    listed = set(re.findall(r"docs/\S+\.md", (ROOT / "mkdocs.yml").read_text()))
+    assert {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md")} == listed
+
+
 class _Page(html.parser.HTMLParser):
     """Links, sources and anchors of a page."""
 

@@ -98,6 +98,13 @@ def test_settings_out_of_proportion_are_refused_before_a_model_is_built(changes,
     assert time.perf_counter() - start < 20
 
 
+def test_code_of_a_folder_is_not_run_without_the_option_that_allows_it(folder):
+    change_config(folder, model_type="no_such", auto_map={"AutoConfig": "code.Config", "AutoModel": "code.Model"})
+    (folder / "code.py").write_text("raise SystemExit(3)")
+    with pytest.raises(RuntimeError, match=r"contains its own code: read it, then run it with --trust-remote-code"):
+        load_encoder(folder)
+
+
 @pytest.mark.parametrize(
     "mean", ["x", [math.nan] * 3, [math.inf, 0, 0], [], [True] * 3, [0.5] * 2, {"a": 1}, [0.5, "0.5", 0.5]]
 )
