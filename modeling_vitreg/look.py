@@ -64,9 +64,9 @@ class Look:
         ]
         if "class token" in self.attention:
             share = self.attention["class token"].sum()
-            parts.append(f"the class token puts {share:.0%} of its attention on patches")
+            parts.append(f"the class token puts {format_share(share)} of its attention on patches")
         if self.register_share is not None:
-            parts.append(f"{self.register_share:.0%} of its last update comes through registers")
+            parts.append(f"{format_share(self.register_share)} of its last update comes through registers")
         return ", and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts) + "."
 
 

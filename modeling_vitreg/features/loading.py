@@ -105,10 +105,7 @@ def _open(source: str, trust_remote_code: bool, parts: dict, reduction: dict | N
                 f"{source!r} contains its own code: read it, then run it with --trust-remote-code (in Python: "
                 "trust_remote_code=True)"
             ) from error
-        raise RuntimeError(
-            f"expected a folder of a model, a name on the Hub or timm/NAME, and could not open {source!r}: "
-            f"{type(error).__name__}: {text}"
-        ) from error
+        raise RuntimeError(f"could not open {source!r} as a model: {type(error).__name__}: {text}") from error
     _check_missing(model, report["missing_keys"], source, parts)
     return model
 

@@ -135,7 +135,7 @@ def _open_scenes(
     for number, default, start in zip(counts, NUM_SCENES, (0, FIRST_TEST_SCENE)):
         dataset = make_scenes_dataset(default if number is None else number, settings=settings, start=start)
         parts.append(ImageSource(dataset, options=options).select(np.arange(len(dataset))))
-    name = describe_preset(preset, settings) + (f", {label_column}" if label_column else "")
+    name = describe_preset(preset, settings) + (f", labels: {label_column}" if label_column else "")
     return LabelledData(name, *parts, mask_names=SEMANTIC_NAMES, max_depth=FARTHEST)
 
 

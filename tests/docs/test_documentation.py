@@ -65,6 +65,17 @@ def test_every_documented_command_parses(page):
             assert not [option for option in options if f'"{option}"' not in known], words
 
 
+@pytest.mark.parametrize(
+    "recipe", sorted((ROOT / "examples" / "recipes").glob("*.yaml")), ids=lambda recipe: recipe.stem
+)
+def test_every_option_of_the_commands_of_a_recipe_exists(recipe):
+    known = "".join(path.read_text() for path in (ROOT / "examples").glob("*.py"))
+    commands = re.findall(r"^#.*?(examples/\w+\.py.*)$", recipe.read_text(), re.MULTILINE)
+    assert commands
+    options = [word.split("=")[0] for command in commands for word in command.split() if word.startswith("--")]
+    assert not [option for option in options if f'"{option}"' not in known]
+
+
 def _run_python(programs: list[str], folder: pathlib.Path) -> None:
     run = subprocess.run(
         [sys.executable, "-c", "\n".join(programs)],

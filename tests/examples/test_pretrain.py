@@ -132,7 +132,7 @@ def test_evaluate_measures_what_the_run_measured_on_the_scenes_of_the_same_name(
     data = {"num_train": 160, "num_test": 40, "options": DataOptions(label_column="colours")}
     opened = evaluation.open_data("scenes:single", image_size=settings.image_size, **data)
     report = evaluation.evaluate(encoder, tasks=["knn"], data=opened, output_folder=folder / "evaluated")
-    assert next(iter(report.data.values()))["name"] == "scenes:single of 42 pixels, colours"
+    assert next(iter(report.data.values()))["name"] == "scenes:single of 42 pixels, labels: colours"
     (result,) = report.results
     assert result["metric"] == "top1" and result["value"] == pytest.approx(facts["knn"], abs=1.5 / 40)
 
