@@ -16,6 +16,7 @@ from .parts import tensor_of
 
 
 TOLERANCE = 1e-3  # relative difference between what we add up and what a model itself adds up
+_REMEDY = "read the tokens instead, feature 'token' (vitreg discover: --set discovery.feature=token)"
 _PROJECTIONS = {"query": ("q_proj", "query"), "key": ("k_proj", "key"), "value": ("v_proj", "value")}
 
 
@@ -39,7 +40,7 @@ def record_feature(layers: list[nn.Module], number: int, feature: str, keep: Cal
     elif feature == "mlp":
         mlp = find_part(layer, "mlp")
         if mlp is None:
-            raise ValueError(f"blocks of class {type(layer).__name__} have no known second linear layer: read 'token'")
+            raise ValueError(f"blocks of class {type(layer).__name__} have no known second linear layer: {_REMEDY}")
         yield mlp.register_forward_pre_hook(lambda _, arguments: keep(arguments[0]))
     else:
         yield from record_projection(find_part(layer, "attention"), feature, keep)
@@ -124,7 +125,8 @@ def record_projection(attention: nn.Module, name: str, keep: Callable) -> Iterat
         yield attention.register_forward_pre_hook(lambda _, arguments: keep(F.linear(arguments[0], weight, bias)))
         return
     if not isinstance(getattr(attention, "qkv", None), nn.Module):
-        raise ValueError(f"attention of class {type(attention).__name__} has no known layer of {name}s: read 'token'")
+        what = "blocks without known attention have" if attention is None else f"{type(attention).__name__} has"
+        raise ValueError(f"{what} no known layer of {name}s: {_REMEDY}")
     # A copy, because a view would keep all three.
     sizes = getattr(attention, "sizes", None) or attention.qkv.out_features // 3
     if hasattr(attention, "expand"):  # of a model with fewer tokens inside a layer

@@ -179,3 +179,11 @@ def test_a_named_norm_must_be_one_of_tokens():
     encoder = load_encoder(_Unknown(), parts="blocks=trunk.steps,norm=stem,cls=1,registers=2")
     with pytest.raises(ValueError, match="--parts norm=stem: expected a norm of tokens, got Conv2d"):
         encoder.norm_tokens(torch.zeros(1, 4, 16))
+
+
+def test_keys_of_blocks_without_attention_are_refused_with_a_remedy():
+    encoder = load_encoder(GRIDS["convnext of timm"][0]())
+    with pytest.raises(
+        ValueError, match=r"blocks without known attention have no known layer of keys: .*feature=token"
+    ):
+        extract_features(encoder, torch.zeros(1, 3, 64, 64), feature="key")
