@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from modeling_vitreg.encoding.precision import run_in
 from modeling_vitreg.features import Encoder
 from modeling_vitreg.features.families import find_part
+from modeling_vitreg.features.parts import as_sequence, tensor_of
 from modeling_vitreg.memory import MemoryTracker
 
 
@@ -104,7 +105,8 @@ def count_operations(encoder: Encoder, pixels: Tensor) -> tuple[float, list[floa
         with _frozen(encoder.tower), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             _run(encoder, image)
         flops += counter.get_total_flops()
-        hooks = functools.partial(_count_tokens, encoder)
+        grid = tuple(side // patch for side, patch in zip(image.shape[2:], encoder.patch_shape))
+        hooks = functools.partial(_count_tokens, encoder, grid=grid)
         found = encoder.run(image, hooks, num_expected=encoder.num_layers + 1)
         tokens.append([found[number] for number in range(encoder.num_layers + 1)])
     return flops / len(pixels), [statistics.fmean(layer) for layer in zip(*tokens)]
@@ -123,22 +125,30 @@ def _frozen(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad = True
 
 
-def _count_tokens(encoder: Encoder, keep: Callable) -> Iterator:
-    """Hooks that keep the number of tokens in the attention of each layer, and in the MLP of the last one."""
+def _count_tokens(encoder: Encoder, keep: Callable, grid: tuple[int, int]) -> Iterator:
+    """Hooks that keep the number of tokens that enter each layer, and of those that leave the last one.
 
-    def count(number: int, arguments: tuple, keywords: dict) -> None:
-        keep(number, (arguments[0] if arguments else keywords["hidden_states"]).shape[1])
+    Attention on windows sees a part of them, so it is asked only where a model shortens its sequence inside a layer.
+    """
 
+    def count(number: int, value: Tensor) -> None:
+        keep(number, as_sequence(value, grid=grid).shape[1])
+
+    def enter(number: int, arguments: tuple, keywords: dict) -> None:
+        count(number, tensor_of((*arguments, *keywords.values())))
+
+    is_shortened = getattr(getattr(encoder.tower, "config", None), "token_reduction", None) is not None
     for number, layer in enumerate(encoder.layers):
-        module = find_part(layer, "attention") or layer
+        module = find_part(layer, "attention") if is_shortened else layer
         yield module.register_forward_pre_hook(
-            lambda _, *given, number=number: count(number, *given), with_kwargs=True
+            lambda _, *given, number=number: enter(number, *given), with_kwargs=True
         )
     last = len(encoder.layers)
-    if mlp := find_part(encoder.layers[-1], "mlp"):
-        yield mlp.register_forward_pre_hook(lambda _, *given: count(last, *given), with_kwargs=True)
+    if is_shortened:
+        mlp = find_part(encoder.layers[-1], "mlp")
+        yield mlp.register_forward_pre_hook(lambda _, *given: enter(last, *given), with_kwargs=True)
     else:
-        yield encoder.layers[-1].register_forward_hook(lambda _, __, value: keep(last, value.shape[1]))
+        yield encoder.layers[-1].register_forward_hook(lambda _, __, value: count(last, tensor_of(value)))
 
 
 def _run(encoder: Encoder, pixels: Tensor) -> None:

@@ -5,6 +5,7 @@ import pathlib
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from planted_models import pictures, plain_model, planted_model
 from transformers import Dinov2Config, Dinov2Model
@@ -58,6 +59,20 @@ def test_tokens_and_operations_of_merging_follow_its_schedule(tiny):
     matching = 2 * 16 * (8 * 8 + 5 * 5)  # cosines of even and odd patches, where patches are merged
     layers = _layer_flops(19, behind=13) + _layer_flops(13) + _layer_flops(13, behind=11)
     assert flops == 2 * 16 * 32 * 3 * 64 + layers + matching
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "tokens"),
+    [
+        ("Swin", {"embed_dim": 16, "depths": [1, 2], "num_heads": [2, 2], "window_size": 4}, 64),
+        ("ConvNext", {"hidden_sizes": [8, 16], "depths": [1, 2], "num_stages": 2}, 64),
+    ],
+)
+def test_tokens_of_windows_and_maps_are_those_of_the_whole_grid(name, sizes, tokens):
+    config = getattr(transformers, f"{name}Config")(image_size=64, patch_size=4, **sizes)
+    encoder = load_encoder(getattr(transformers, f"{name}Model")(config))
+    _, counted = cost.count_operations(encoder, torch.randn(1, 3, 64, 64))
+    assert counted == [tokens] * (encoder.num_layers + 1)
 
 
 def test_models_take_turns_and_the_first_round_does_not_count(monkeypatch):
