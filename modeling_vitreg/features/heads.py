@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from .encoder import NO_ATTENTION, Encoder
 from .families import find_part
-from .hooks import TOLERANCE, record_attention, record_projection, split_values
+from .hooks import HALF_TOLERANCE, TOLERANCE, record_attention, record_projection, split_values
 
 
 MAX_ENTRIES = 2**26  # of the attention of one layer, a quarter of a gigabyte; more images are read in parts
-_HALF_TOLERANCE = 0.03
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +130,7 @@ def _assemble(encoder: Encoder, number: int, block: nn.Module, parts: dict) -> L
         raise ValueError(f"expected attention among all tokens, got one of layer {number} on windows or fewer tokens")
     values = split_values(parts["values"], num_heads=encoder.num_heads, width=expected.shape[-1])
     error = ((attention @ values).transpose(1, 2).flatten(2) - expected).norm()
-    tolerance = TOLERANCE if parts["sum"].dtype == torch.float32 else _HALF_TOLERANCE
+    tolerance = TOLERANCE if parts["sum"].dtype == torch.float32 else HALF_TOLERANCE
     module, is_average = find_part(block, "attention"), bool(error <= tolerance * expected.norm())
     is_gated = getattr(module, "gate", None) is not None
     if not is_average and not is_gated:

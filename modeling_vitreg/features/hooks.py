@@ -16,6 +16,7 @@ from .parts import tensor_of
 
 
 TOLERANCE = 1e-3  # relative difference between what we add up and what a model itself adds up
+HALF_TOLERANCE = 0.03  # the same in half precision
 _REMEDY = "read the tokens instead, feature 'token' (vitreg discover: --set discovery.feature=token)"
 _PROJECTIONS = {"query": ("q_proj", "query"), "key": ("k_proj", "key"), "value": ("v_proj", "value")}
 
@@ -88,9 +89,10 @@ def record_checked_attention(layer: nn.Module, keep: Callable, *, num_heads: int
             check(*(found.pop(name) for name in ("probabilities", "value", "sum")))
 
     def check(probabilities: Tensor, value: Tensor, expected: Tensor) -> None:
+        tolerance = TOLERANCE if value.dtype == expected.dtype == torch.float32 else HALF_TOLERANCE
         value, expected = split_values(value, num_heads=num_heads, width=expected.shape[-1]), expected.float()
         made = (probabilities @ value).transpose(1, 2).flatten(2)  # [B, H, Q, d] -> [B, Q, D]
-        if made.shape != expected.shape or (made - expected).norm() > TOLERANCE * expected.norm():
+        if made.shape != expected.shape or (made - expected).norm() > tolerance * expected.norm():
             raise ValueError(f"{what} does more than a softmax of queries and keys, so it is not read: {remedy}")
         keep(probabilities)
 

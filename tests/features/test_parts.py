@@ -100,6 +100,36 @@ def test_attention_on_windows_is_refused_and_not_misread():
         read_heads(load_encoder(_sam()), images, lambda heads: None)
 
 
+class _Plain(nn.Module):
+    """Blocks of timm in a class of an unknown name; `scale` is done to values behind the softmax."""
+
+    def __init__(self, scale=None):
+        super().__init__()
+        self.patch_embed, self.img_size = nn.Conv2d(3, 64, 16, stride=16), 64
+        self.blocks = nn.ModuleList(timm.models.vision_transformer.Block(64, 2) for _ in range(2))
+        self.cls_token, self.norm = nn.Parameter(torch.randn(1, 1, 64)), nn.LayerNorm(64)
+        if scale is not None:
+            self.blocks[0].attn.proj.register_forward_pre_hook(lambda _, inputs: (inputs[0] * scale,))
+
+    def forward(self, pixels):
+        tokens = self.patch_embed(pixels).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.norm(tokens)
+
+
+def test_attention_of_an_unknown_model_is_read_in_half_precision_too():
+    torch.manual_seed(0)
+    model, images = _Plain(), torch.randn(2, 3, 64, 64)
+    whole = load_encoder(model).prefix_attention(images, layers=1)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        half = load_encoder(model).prefix_attention(images, layers=1)[0]
+        with pytest.raises(ValueError, match="does more than a softmax of queries and keys, so it is not read"):
+            load_encoder(_Plain(scale=1.1)).prefix_attention(images, layers=1)
+    torch.testing.assert_close(half.float(), whole, rtol=0.05, atol=0.01)
+
+
 class _Block(nn.Module):
     def __init__(self, width):
         super().__init__()
