@@ -58,7 +58,7 @@ class Encoder:
         parts: where the parts of a model lie that is not known, see `parts.read_parts`.
 
     Attributes:
-        model, name, family: as above; the family is a short word such as "dinov2" or "timm".
+        model, name, parts, family: as above; the family is a short word such as "dinov2" or "timm".
         tower, layers: the module that holds embeddings, layers and final norm, and its layers.
         num_layers, num_heads, hidden_size: L, H and D; H is 0 without attention, and None where it is of an
             unknown kind.
@@ -77,7 +77,7 @@ class Encoder:
     def __init__(self, model: nn.Module, *, name: str, statistics: tuple, parts: dict[str, str] | None = None):
         self.model, self.name, parts = model, name, parts or {}
         self.family, self.tower, self._is_known = open_tower(model, parts)
-        self._parts = parts
+        self.parts = parts
         self._patches = find_patches(self.tower, parts)
         self.takes_any_size, self.is_partial = True, False
         if self._is_known:
@@ -247,7 +247,7 @@ class Encoder:
         """Apply the final norm to tokens (B, N, D), unless the model norms the pooled vector instead."""
         norm = getattr(self.tower, "norm_tokens", None)
         if norm is None:
-            norm = find_part(self.tower, "norm") if self._is_known else find_norm(self.tower, self._parts)
+            norm = find_part(self.tower, "norm") if self._is_known else find_norm(self.tower, self.parts)
         return tokens if norm is None else norm(tokens)
 
     def run(

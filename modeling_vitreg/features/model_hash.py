@@ -27,7 +27,7 @@ _IRRELEVANT = frozenset(
 
 
 def hash_weights(encoder: Encoder) -> str:
-    """16-character hash of modules, configuration, weights, and mean and standard deviation of images.
+    """16-character hash of modules, configuration, weights, mean and standard deviation of images, and named parts.
 
     It reads all weights once, about one second per gigabyte.
     """
@@ -37,7 +37,9 @@ def hash_weights(encoder: Encoder) -> str:
     for name, value in sorted(encoder.model.state_dict().items()):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype} ".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return short_hash([repr(encoder.model), fields, digest.hexdigest(), encoder.image_mean, encoder.image_std])
+    facts = [repr(encoder.model), fields, digest.hexdigest(), encoder.image_mean, encoder.image_std]
+    # Appended only where there are some, so that features stored by older versions are still found.
+    return short_hash([*facts, encoder.parts] if encoder.parts else facts)
 
 
 def _relevant(fields: dict) -> dict:

@@ -8,6 +8,7 @@ from torch import nn
 
 from modeling_vitreg.features import extract_features, load_encoder
 from modeling_vitreg.features.heads import read_heads
+from modeling_vitreg.features.model_hash import hash_weights
 from modeling_vitreg.features.parts import read_parts
 
 
@@ -176,6 +177,15 @@ def test_an_unknown_model_is_read_by_the_names_of_its_parts(parts, randomise):
     torch.testing.assert_close(normed.cls_token, model.final(states[-1])[:, 0])
     with pytest.raises(ValueError, match="blocks of class _Block have no known attention"):
         encoder.prefix_attention(images, layers=-1)
+
+
+def test_features_of_other_parts_are_other_features():
+    model = _Unknown()
+    prints = [
+        hash_weights(load_encoder(model, parts=f"blocks=trunk.steps,norm=final,{tokens}"))
+        for tokens in ("cls=1,registers=2", "cls=1,registers=2", "registers=3")
+    ]
+    assert prints[0] == prints[1] != prints[2]
 
 
 def test_the_message_proposes_parts_that_work():
