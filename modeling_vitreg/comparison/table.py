@@ -106,7 +106,8 @@ def _draw_point(ax: Axes, cost: dict, result: dict | None, **style: object) -> N
     if result is not None:
         scale = 100 if METRICS[result["metric"]].unit == "%" else 1
         height, (low, high) = scale * result["value"], result["interval"]
-        interval = [[height - scale * low], [scale * high - height]]
+        # Quantiles of draws may lie on one side of the value.
+        interval = [[max(height - scale * low, 0.0)], [max(scale * high - height, 0.0)]]
     middle = statistics.median(speeds)
     reach = [[middle - min(speeds)], [max(speeds) - middle]]
     ax.errorbar(middle, height, xerr=reach, yerr=interval, fmt="o", markersize=5, capsize=2, **style)

@@ -16,7 +16,7 @@ from modeling_vitreg.analysis.histograms import next_edge
 from modeling_vitreg.analysis.norms import OUTLIER_MULTIPLE
 from modeling_vitreg.analysis.verdict import format_share
 from modeling_vitreg.cli import app
-from modeling_vitreg.comparison import ComparisonReport, cost
+from modeling_vitreg.comparison import ComparisonReport, cost, table
 from modeling_vitreg.comparison.survivors import FirstImages, Survivors
 from modeling_vitreg.encoding import Crop, PassSettings, run_pass
 from modeling_vitreg.features import load_encoder
@@ -187,6 +187,15 @@ def test_models_with_learned_tokens_and_without_attention_are_compared(models, d
     learned, mamba = read_report("out/comparison.json", kind=ComparisonReport).models
     assert learned["cost"]["tokens"] == [19.0, 6.0, 6.0, 6.0, 6.0] and learned["survivors"]["num_tokens"] == 3
     assert mamba["cost"]["tokens"] == [20.0] * 3
+
+
+def test_a_value_outside_of_its_bootstrap_interval_is_drawn(tmp_path, drawn):
+    measured = {"num_parameters": 1, "flops": 1.0, "tokens": [5.0, 5.0], "images_per_second": [1.0], "peak_bytes": 1}
+    result = {"task": "depth", "metric": "rmse", "value": 0.3, "interval": [0.30000000000000004, 0.4]}
+    model = {"model": "a", "cost": measured, "results": [result]}
+    report = ComparisonReport(models=[model, model], images={}, settings={}, command="")
+    table.draw(report, tmp_path / "plot.png")
+    assert drawn[0].axes[0].get_legend_handles_labels()[1] == ["a (1)", "a (2)"]
 
 
 def test_images_without_labels_have_no_accuracy(models, drawn):
