@@ -43,7 +43,7 @@ def split_reduction(name: str) -> tuple[str, dict | None]:
         ValueError: something else behind the "@".
     """
     folder, mark, text = name.rpartition("@")
-    if not mark or pathlib.Path(name).expanduser().exists():
+    if not mark or "/" in text or pathlib.Path(name).expanduser().exists():
         return name, None
     key, _, number = text.partition("=")
     if key != "merge" or not number.isdecimal():

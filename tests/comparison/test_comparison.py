@@ -229,5 +229,7 @@ def test_a_name_with_a_reduction_is_a_folder_where_one_exists(tmp_path):
     assert check_model_name(f"{tmp_path}/run@merge=3") == f"{tmp_path}/run/model@merge=3"
     (tmp_path / "a@merge=1").mkdir()
     assert split_reduction(f"{tmp_path}/a@merge=1")[1] is None
+    with pytest.raises(ValueError, match="runs@home/model': there is no such model here"):
+        check_model_name(f"{tmp_path}/runs@home/model")
     encoder = load_encoder(f"{tmp_path}/run/model@merge=3")
     assert encoder.name.endswith("@merge=3") and encoder.tower.config.token_reduction["per_layer"] == 3
