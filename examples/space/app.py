@@ -48,7 +48,7 @@ def show(photograph: str | None, names: list[str], is_repaired: bool) -> Iterato
         raise gr.Error("Upload a photograph first.")
     if not 1 <= len(names) <= MOST_MODELS:
         raise gr.Error(f"Choose one or two models, not {len(names)}.")
-    source, folder = pathlib.Path(photograph), pathlib.Path(tempfile.mkdtemp())
+    source = pathlib.Path(photograph)
     try:
         image = decode_image({"bytes": source.read_bytes(), "path": None, "label": None, "name": source.name})
     except UnreadableImage as error:
@@ -63,16 +63,18 @@ def show(photograph: str | None, names: list[str], is_repaired: bool) -> Iterato
                 words.append(sentence)
         looks = [look(encoder, image) for encoder in encoders]
     text = "\n\n".join([*(found.sentence for found in looks), *words])
-    picture = str(draw_looks(looks, folder / "look.png"))
-    yield picture, text, None
     settings = SurveySettings(num_images=1, num_shown=1, has_progress_bar=False)
-    facts = {"output_folder": folder / "page", "settings": settings, "source": source.name}
-    with LOCK:
-        if len(encoders) == 1:
-            analyze(encoders[0], [image], **facts)
-        else:
-            compare(encoders, lambda: [image], **facts)
-    yield picture, text, shutil.make_archive(str(folder / "page"), "zip", folder / "page")
+    with tempfile.TemporaryDirectory() as made:  # gradio copies what is yielded, and deletes its copies after an hour
+        folder = pathlib.Path(made)
+        picture = str(draw_looks(looks, folder / "look.png"))
+        yield picture, text, None
+        facts = {"output_folder": folder / "page", "settings": settings, "source": source.name}
+        with LOCK:
+            if len(encoders) == 1:
+                analyze(encoders[0], [image], **facts)
+            else:
+                compare(encoders, lambda: [image], **facts)
+        yield picture, text, shutil.make_archive(str(folder / "page"), "zip", folder / "page")
 
 
 def build() -> gr.Blocks:
