@@ -11,6 +11,7 @@ from . import options
 from .errors import plain_errors
 from .evaluate import read_counts, read_evaluation, read_splits, read_tasks, scene_size
 from .options import COMPUTE, DATA, OUTPUT, option
+from .processes import refuse_several_processes
 from .tell import tell_unreadable
 
 
@@ -50,6 +51,7 @@ def compare(
     comparison.json. Settings for --set: those of `vitreg evaluate`, and `cost.num_rounds`.
     """
     with plain_errors():
+        refuse_several_processes("compare")
         options.check_output(output)
         names, device = options.check_inputs(models, images, device)
         counts = read_counts(num_images)

@@ -1,4 +1,4 @@
-"""Processes of a command on CPUs, of which `accelerate launch` starts only one."""
+"""Verbs under a launcher of several processes."""
 
 from __future__ import annotations
 
@@ -26,3 +26,17 @@ def start_the_others() -> None:
         program = ["-m", "modeling_vitreg"] if sys.argv[0].endswith("__main__.py") else sys.argv[:1]
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(told.num_processes)]
         os.execv(sys.executable, [sys.executable, *launcher, *program, *sys.argv[1:]])
+
+
+def refuse_several_processes(verb: str) -> None:
+    """Check that a verb that cannot share its work was started once.
+
+    Raises:
+        ValueError: a launcher started several processes, which would write the same files.
+    """
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count != "1":
+        raise ValueError(
+            f"vitreg {verb} runs in one process, got {count}: start it without torchrun and accelerate launch. "
+            "analyze, discover, embed and evaluate share their images among processes"
+        )

@@ -15,6 +15,7 @@ import typer
 from . import options
 from .errors import plain_errors
 from .options import DATA, MODEL, OUTPUT, option
+from .processes import refuse_several_processes
 from .tell import tell_left_out, tell_unreadable
 
 
@@ -67,6 +68,7 @@ def retrofit(
     `num_units`, `image_size`, `batch_size`, `data.NAME`; of a method that trains, all values of its recipe.
     """
     with plain_errors():
+        refuse_several_processes("retrofit")
         options.check_output(output)
         if report is not None:
             options.check_output(report)

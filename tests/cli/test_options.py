@@ -118,6 +118,15 @@ def test_an_old_spelling_works_and_is_told_in_one_line(tmp_path):
     assert "there is no such model here" in done.output
 
 
+@pytest.mark.parametrize("arguments", [["compare", "model"], ["retrofit", "model", "new", "--images", "photos"]])
+def test_verbs_that_share_no_work_are_refused_in_several_processes(tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = run(*arguments)
+    assert done.exit_code == 1 and f"vitreg {arguments[0]} runs in one process, got 2" in done.output
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("verb", ["analyze", "discover", "evaluate"])
 @pytest.mark.parametrize(
     ("arguments", "words"),
