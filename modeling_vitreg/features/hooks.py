@@ -169,7 +169,8 @@ def _probabilities(
     if rotary is not None:
         query, key = _turn(query, *rotary), _turn(key, *rotary)
     query, key = query[:, :, :num_queries], key.repeat_interleave(num_heads // key.shape[1], dim=1)
-    return (query @ key.transpose(-2, -1) * key.shape[-1] ** -0.5).softmax(dim=-1)
+    with torch.autocast(query.device.type, enabled=False):  # which would make the product of floats a half again
+        return (query @ key.transpose(-2, -1) * key.shape[-1] ** -0.5).softmax(dim=-1)
 
 
 def _turn(heads: Tensor, cos: Tensor, sin: Tensor, has_halves: bool) -> Tensor:

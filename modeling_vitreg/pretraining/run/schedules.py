@@ -30,9 +30,9 @@ def warmup_stable_decay(
 ) -> float:
     """Linear warm-up from `final` to `base` (WSD), then `base`, and `final` at the end of the last `num_decay` steps.
 
-    Before its decay no value depends on `num_steps`. As `transformers.get_wsd_schedule`, whose warm-up is exclusive:
-    step `num_warmup` is the first with the base value. Source: Hu et al. 2024, arXiv 2404.06395; its shapes are those
-    of Haegele et al. 2024, arXiv 2405.18392.
+    Between warm-up and decay no value depends on `num_steps`. As `transformers.get_wsd_schedule`, whose warm-up is
+    exclusive: step `num_warmup` is the first with the base value. Source: Hu et al. 2024, arXiv 2404.06395; its shapes
+    are those of Haegele et al. 2024, arXiv 2405.18392.
     """
     if step >= num_steps:
         return final
