@@ -19,14 +19,13 @@ from modeling_vitreg.names import list_first
 from modeling_vitreg.settings import make_keywords
 
 from .objectives.objective import Objective
-from .objectives.registry import objective_class
+from .objectives.registry import OBJECTIVES, objective_class
 from .objectives.teachers import model_of_run
 from .run.recipe import Recipe
 from .state import last_state, load_objective, read_metadata
 
 
 _MODELS = {model.config_class.model_type: model for model in (ViTWithRegistersModel, MambaRModel)}
-OF_CLASSES = "classify"  # the objective that trains every backbone
 
 
 def backbone_class(model_type: str) -> type[ViTWithRegistersModel]:
@@ -185,10 +184,11 @@ def _take_over(objective: Objective, weights: dict[str, torch.Tensor]) -> None:
 
 def _wrap(backbone: ViTWithRegistersModel, recipe: Recipe, processes: DistributedContext) -> Objective:
     kind, plain = objective_class(recipe.objective), ViTWithRegistersConfig.model_type
-    if backbone.config.model_type != plain and recipe.objective != OF_CLASSES:
+    if backbone.config.model_type != plain and not kind.takes_any_backbone:
+        others = [name for name in OBJECTIVES if objective_class(name).takes_any_backbone]
         raise ValueError(
             f"objective {recipe.objective} trains models of type {plain}, got {backbone.config.model_type}: choose "
-            f"the objective {OF_CLASSES}"
+            f"the objective {' or '.join(others)}"
         )
     if kind.needs_all_patches and backbone.config.token_reduction is not None:
         raise ValueError(

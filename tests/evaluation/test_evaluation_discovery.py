@@ -250,7 +250,7 @@ def test_what_lacks_its_truth_names_the_option_to_type(encoder, tmp_path):
     folder = _write_files(tmp_path / "files", _painted(4))
     with pytest.raises(ValueError, match="knn: there are no images to train on"):
         _run(encoder, open_data(str(folder / "images"), annotations=folder / "voc"), tmp_path / "c", tasks=("knn",))
-    with pytest.raises(ValueError, match="a file of annotations names its images itself"):
+    with pytest.raises(ValueError, match="a file of annotations names the images of a folder itself"):
         open_data(str(folder / "images"), annotations=folder / "voc", options=DataOptions(label_column="label"))
 
 

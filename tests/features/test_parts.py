@@ -193,7 +193,10 @@ def test_the_message_proposes_parts_that_work():
         load_encoder(_Unknown())
     proposed = str(caught.value).split("--parts ")[1]
     assert proposed == "blocks=trunk.steps,patches=stem"
-    with pytest.raises(ValueError, match=r"224 x 224 pixels gives 787 tokens, and they fill no grid if 0 of them are no patches: name the tokens"):
+    with pytest.raises(
+        ValueError,
+        match=r"224 x 224 pixels gives 787 tokens, and they fill no grid if 0 of them are no patches: name the tokens",
+    ):
         load_encoder(_Unknown(), parts=proposed)
     assert load_encoder(_Unknown(), parts=f"{proposed},cls=1,registers=extra").num_register_tokens == 2
 

@@ -106,11 +106,13 @@ def test_figures_are_drawn_without_pyplot_and_no_setting_is_touched(drawn, tmp_p
 
 @pytest.mark.parametrize("objective", ["classify", "clip", "segment", "depth"])
 def test_what_a_head_reaches_has_a_panel(drawn, tmp_path, objective):
-    _, panel = PANELS[objective]
-    records = [{"step": step, "total": 1.0, **dict.fromkeys(panel.curves, 0.5)} for step in range(3)]
+    _, *panels = PANELS[objective]
+    reached = dict.fromkeys((name for panel in panels for name in panel.curves), 0.5)
+    records = [{"step": step, "total": 1.0, **reached} for step in range(3)]
     draw_curves(records, tmp_path / "heads.png", objective=objective)
-    assert [ax.get_title(loc="left") for ax in drawn[0].axes] == ["Loss", panel.title]
-    assert {line.get_label() for line in drawn[0].axes[1].lines} == set(panel.curves.values())
+    _, *axes = drawn[0].axes
+    assert [ax.get_title(loc="left") for ax in axes] == [panel.title for panel in panels]
+    assert [{line.get_label() for line in ax.lines} for ax in axes] == [set(panel.curves.values()) for panel in panels]
 
 
 def test_panels_show_what_the_log_has(drawn, tmp_path):

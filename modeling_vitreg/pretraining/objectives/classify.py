@@ -101,6 +101,7 @@ class Classification(HeadObjective):
     settings_class = ClassificationSettings
     annotation = "label"
     metrics = ("accuracy", "mean_average_precision")
+    takes_any_backbone = True
     panels = (
         *Objective.panels,
         Panel("Accuracy on evaluation images", {"accuracy": "classifier"}, unit="%"),

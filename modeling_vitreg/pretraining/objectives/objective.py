@@ -80,6 +80,7 @@ class Objective(nn.Module, abc.ABC):
         has_masks: `masks` of the recipe are used.
         has_single_view: it takes one global view and no local ones.
         needs_all_patches: it cannot train a model with `config.token_reduction`.
+        takes_any_backbone: it trains models of other types than `ViTWithRegistersModel` too.
         has_head: it adds a head to any pretrained backbone.
         has_external_teacher: it needs the weights of another model.
 
@@ -95,7 +96,7 @@ class Objective(nn.Module, abc.ABC):
     panels: tuple[Panel, ...] = (Panel("Loss", {"total": "total"}),)
     needs_cls_token = needs_mask_token = needs_normed_tokens = False
     needs_all_patches = True
-    has_masks = has_single_view = has_head = has_external_teacher = False
+    takes_any_backbone = has_masks = has_single_view = has_head = has_external_teacher = False
 
     make_text: Callable[[str], Tensor] | None = None  # caption of an image to tokens
     num_prototypes: int | None = None
