@@ -35,7 +35,9 @@ def pair(request, tiny, randomise):
     weights = plain.state_dict()
     old, slices = weights.pop("embeddings.register_tokens.weight"), gated.config.token_slices["registers"]
     own = 1 - gated.config.num_test_time_registers
-    gated.load_state_dict(weights, strict=False)
+    left = gated.load_state_dict(weights, strict=False)
+    assert not left.unexpected_keys
+    assert all(name.endswith(("register_gates", "register_tokens.weight")) for name in left.missing_keys)
     with torch.no_grad():
         registers = gated.embeddings.register_tokens.weight
         registers.normal_()
