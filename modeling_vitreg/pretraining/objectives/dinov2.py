@@ -159,7 +159,7 @@ class DINOv2(Objective):
     def make_views(self) -> Callable[..., dict[str, Tensor]]:
         gram_size = None
         if self.gram_teacher is not None:
-            gram_size = round(self.crops.global_size * self.settings.gram.resolution)
+            gram_size = self.settings.gram.view_size(self.crops.global_size)
         return MultiCrop(self.crops, num_channels=self.encoder.config.num_channels, gram_size=gram_size)
 
     @property
@@ -196,7 +196,7 @@ class DINOv2(Objective):
         """Views of the Gram teacher."""
         if self.gram_teacher is None:
             return {}
-        side = round(self.crops.global_size * self.settings.gram.resolution)
+        side = self.settings.gram.view_size(self.crops.global_size)
         channels = self.encoder.config.num_channels
         return {"gram_views": torch.empty(self.crops.num_global, num_images, channels, side, side)}
 

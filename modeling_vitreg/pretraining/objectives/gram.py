@@ -81,6 +81,10 @@ class GramSettings:
             if is_so:
                 raise ValueError(f"settings: gram has {what}: {remedy}")
 
+    def view_size(self, global_size: int) -> int:
+        """Side of the teacher's views in pixels, for the student's."""
+        return round(global_size * self.resolution)
+
     def weight_at(self, step: int) -> float:
         """Weight of the term at a step."""
         if not self.weight or step < self.begin:
@@ -154,7 +158,7 @@ def check_gram(settings: GramSettings, teacher: ViTWithRegistersModel, *, studen
     Raises:
         ValueError: it does not; the message names both values and what to change.
     """
-    size = round(crops.global_size * settings.resolution)
+    size = settings.view_size(crops.global_size)
     has_other_shape = settings.refresh and {name: part.shape for name, part in teacher.state_dict().items()} != {
         name: part.shape for name, part in student.state_dict().items()
     }
