@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from small_training import gradients_without_and_with_checkpointing
 from test_remote_code import run_without_the_package
 
 from modeling_vitreg import (
@@ -204,16 +205,9 @@ def test_back_ends_attentions_maps_and_features_agree(family, tiny, randomise):
 def test_all_parameters_learn_and_gradients_under_checkpointing_are_those_without(family, tiny, randomise):
     fields = {"drop_path_rate": 0.3, "drop_path_mode": "batch_subset", "num_labels": 3, **FAMILIES[family]}
     model = make(tiny, randomise, kind=ViTWithRegistersForImageClassification, **fields).train()
-    found = []
-    for is_checkpointed in (False, True):
-        model.zero_grad()
-        if is_checkpointed:
-            model.gradient_checkpointing_enable()
-        torch.manual_seed(3)
-        model(IMAGES, labels=torch.tensor([0, 2])).loss.backward()
-        found.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
-    for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+    plain, checkpointed = gradients_without_and_with_checkpointing(model, IMAGES, torch.tensor([0, 2]))
+    for name, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
         # The classifier reads the class token, and the last fuser gives to patches only.
         assert gradient.any() or name.startswith("vitreg.layers.3.token_fuser"), name
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from small_training import gradients_without_and_with_checkpointing
 from test_remote_code import run_without_the_package
 from transformers import AutoModel, AutoModelForImageClassification, MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaMixer
@@ -207,17 +208,11 @@ def test_initial_values_are_those_of_the_official_code():
 
 
 def test_gradients_are_the_same_with_checkpointing_and_reach_every_parameter():
-    images, labels, gradients = torch.randn(2, 3, 16, 16), torch.tensor([0, 1]), []
-    for is_checkpointed in (False, True):
-        model = make_model(drop_path_rate=0.2).train()
-        if is_checkpointed:
-            model.gradient_checkpointing_enable()
-        torch.manual_seed(1)
-        model(images, labels=labels).loss.backward()
-        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
-    assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients[0].values())
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradient, gradients[1][name])
+    model, images = make_model(drop_path_rate=0.2).train(), torch.randn(2, 3, 16, 16)
+    plain, checkpointed = gradients_without_and_with_checkpointing(model, images, torch.tensor([0, 1]))
+    assert all(gradient.abs().max() > 0 for gradient in plain.values())
+    for name, gradient in plain.items():
+        torch.testing.assert_close(gradient, checkpointed[name])
 
 
 def test_half_precision_keeps_the_sum_over_layers_in_float32():

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from small_training import gradients_without_and_with_checkpointing
 from test_remote_code import run_without_the_package
 
 from modeling_vitreg import (
@@ -200,17 +201,10 @@ def test_back_ends_attentions_maps_and_features_agree(family, tiny, randomise):
 def test_gradients_under_checkpointing_are_those_without(tiny, randomise):
     fields = {"drop_path_rate": 0.3, "drop_path_mode": "batch_subset", "num_labels": 3, **FAMILIES["rope"]}
     model = pair(tiny, randomise, kind=ViTWithRegistersForImageClassification, **fields)[1].train()
-    found = []
-    for is_checkpointed in (False, True):
-        model.zero_grad()
-        if is_checkpointed:
-            model.gradient_checkpointing_enable()
-        torch.manual_seed(3)
-        model(IMAGES, labels=torch.tensor([0, 2])).loss.backward()
-        found.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
-    for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-7, msg=name)
-    assert all(gradient.any() for gradient in found[0].values())
+    plain, checkpointed = gradients_without_and_with_checkpointing(model, IMAGES, torch.tensor([0, 2]))
+    for name, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+    assert all(gradient.any() for gradient in plain.values())
 
 
 @torch.no_grad()

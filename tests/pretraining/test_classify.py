@@ -15,6 +15,7 @@ import training_program
 import yaml
 from colored_views import ColoredCrop
 from PIL import Image, ImageFilter, ImageOps
+from small_training import fit
 from test_remote_code import run_without_the_package
 from torchvision.transforms import v2
 from training_program import losses_of
@@ -320,13 +321,7 @@ def test_a_classifier_learns_with_learned_tokens(make, has_fuser):
     objective, batch = make(model={"token_reduction": reduction}, smoothing=0.0), make_batch()
     before = {name: parameter.detach().clone() for name, parameter in objective.named_parameters()}
     optimizer = torch.optim.Adam(objective.parameters(), lr=3e-3)
-    losses = []
-    for step in range(30):
-        loss = objective(batch, step=step)["total"]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = fit(objective, batch, optimizer, num_steps=30)
     assert losses[-1] < losses[0] / 3
     changed = [name for name, parameter in objective.named_parameters() if not torch.equal(parameter, before[name])]
     assert sum("token_learner" in name for name in changed) == (12 if has_fuser else 6)

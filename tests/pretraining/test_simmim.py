@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from reference_models import LIMIT, concatenate, randomise, relative_error, rename
+from small_training import fit
 from transformers import ViTConfig, ViTForMaskedImageModeling
 
 from modeling_vitreg import ViTWithRegistersForMaskedImageModeling, ViTWithRegistersModel
@@ -153,13 +154,7 @@ def test_a_few_steps_lower_the_loss_of_a_fixed_batch(make):
     objective, batch = make(), make_batch()
     batch["global_views"] = torch.linspace(-2, 2, 32).expand(1, 3, 3, 32, 32)
     optimizer = torch.optim.AdamW(objective.parameters(), lr=3e-3)
-    losses = []
-    for step in range(30):
-        loss = objective(batch, step=step)["total"]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = fit(objective, batch, optimizer, num_steps=30)
     assert losses[0] == pytest.approx(1, abs=0.3)  # the mean of |x| over the masked pixels
     assert losses[-1] < 0.5 * losses[0]
 
