@@ -46,11 +46,6 @@ class Cost:
     images_per_second: list[float]
     peak_bytes: int
 
-    @property
-    def median_speed(self) -> float:
-        """Images per second, the median of the rounds."""
-        return statistics.median(self.images_per_second)
-
 
 @torch.no_grad()
 def measure_costs(

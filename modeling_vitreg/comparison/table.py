@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from modeling_vitreg.analysis.verdict import format_share
 from modeling_vitreg.evaluation.table import find_best, format_result, name_metric, name_models
 from modeling_vitreg.metrics import METRICS
+from modeling_vitreg.names import count_of
 from modeling_vitreg.reports import escape_markdown
 from modeling_vitreg.style import COLOURS, add_legend, label_axes, make_panels, plain_text, save_figure
 
@@ -69,7 +70,7 @@ def _describe_artifacts(model: dict) -> list[str]:
 
 def _caption(report: ComparisonReport) -> str:
     settings, made = report.settings, report.made_with
-    threads = f"{made['num_threads']} thread" + "s" * (made["num_threads"] != 1)
+    threads = count_of(made["num_threads"], "thread")
     precisions = ", ".join(dict.fromkeys(settings["precisions"]))
     return (
         f"{escape_markdown(report.images['source'])}, {report.images['num_images']} test images. GFLOPs: one image, a "

@@ -88,7 +88,7 @@ def test_models_take_turns_and_the_first_round_does_not_count(monkeypatch):
     found = cost.measure_costs(encoders, pixels, num_rounds=2, precisions=["float32"] * 2, has_progress_bar=False)
     assert order == ["a", "b"] * 3
     assert [each.images_per_second for each in found] == [[12.0, 4.0], [2.0, 1.0]]
-    assert found[0].median_speed == 8.0 and found[1].num_parameters == sum(p.numel() for p in _theirs().parameters())
+    assert found[1].num_parameters == sum(p.numel() for p in _theirs().parameters())
 
 
 def test_memory_is_weights_and_the_most_that_is_alive_beside_them():
