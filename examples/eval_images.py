@@ -11,10 +11,11 @@ from modeling_vitreg.encoding.images import Group
 from modeling_vitreg.encoding.transforms import Cut
 from modeling_vitreg.features.pixels import normalise
 from modeling_vitreg.image_processing_vitreg import MODES
-from modeling_vitreg.images import ImageSource, MissingSplit
+from modeling_vitreg.images import DataOptions, ImageSource, MissingSplit, open_images
 from modeling_vitreg.images.messages import list_names
+from modeling_vitreg.pretraining.monitoring.patches import choose_patches, classes_of_patches
 from modeling_vitreg.pretraining.objectives.objective import TARGETS
-from modeling_vitreg.scenes import is_scenes
+from modeling_vitreg.scenes import FIRST_TEST_SCENE, SEMANTIC_NAMES, is_scenes, preset_settings
 
 
 CHUNK = 64  # images that are read together
@@ -137,6 +138,39 @@ class EvalImages:
         if lost:
             self._run.say(f"{len(lost)} of {len(lost) + len(labels)} evaluation images cannot be read: {reasons}")
         return group, labels
+
+
+class ProbeScenes:
+    """Held-out scenes with masks, on which patches are probed, whatever images a run is trained on.
+
+    Attributes:
+        classes: (N, P) of the patches that `encode` returns.
+        num_classes: of scenes.
+    """
+
+    num_classes = len(SEMANTIC_NAMES)
+
+    def __init__(self, run: Run, num_channels: int, patch_shape: tuple[int, int]):
+        side, number = run.recipe.crops.global_size, max(2, run.options.num_eval_images // 10)
+        source = open_images(
+            "scenes",
+            options=DataOptions(image_column="image", mask_column="semantic_mask"),
+            scenes=range(FIRST_TEST_SCENE, FIRST_TEST_SCENE + number),
+            scene_settings=preset_settings("scenes", side=side),
+        )
+        settings = PassSettings(batch_size=CHUNK, workers=run.options.workers, title="scenes for the probe of patches")
+        group, _ = read_all(source, Cut(MODES[num_channels], (1, 1), (side, side)), settings, annotations=["mask"])
+        classes = classes_of_patches(group.maps["mask"], patch_shape)
+        self._chosen = choose_patches(classes.shape[1])
+        self._pixels, self.classes = group.pixels, classes[:, self._chosen]
+        self._statistics = run.recipe.statistics(num_channels)
+
+    @torch.no_grad()
+    def encode(self, encoder: nn.Module) -> Tensor:
+        """Normed patches (N, P, D) on the CPU."""
+        device = next(encoder.parameters()).device
+        parts = (normalise(part.to(device), **self._statistics) for part in self._pixels.split(CHUNK))
+        return torch.cat([encoder(part).patch_tokens[:, self._chosen.to(device)].float().cpu() for part in parts])
 
 
 @torch.no_grad()

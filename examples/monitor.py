@@ -7,7 +7,7 @@ import time
 import psutil
 import torch
 from arguments import MAPS, Run, name_data, versions
-from eval_images import EvalImages, encode
+from eval_images import EvalImages, ProbeScenes, encode
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -23,9 +23,13 @@ from modeling_vitreg.pretraining.monitoring.diagnosis import diagnose
 from modeling_vitreg.pretraining.monitoring.instruments import collapse_line, effective_rank, register_similarity
 from modeling_vitreg.pretraining.monitoring.jsonl import JsonlLogger, read_jsonl
 from modeling_vitreg.pretraining.monitoring.non_finite import NonFiniteDetector
+from modeling_vitreg.pretraining.monitoring.patches import BestPatches
 from modeling_vitreg.pretraining.monitoring.pictures import draw_attention, draw_maps
 from modeling_vitreg.pretraining.objectives.objective import TARGETS, Objective
 from modeling_vitreg.pretraining.run.sharding import gather_model
+
+
+PATCH_METRICS = ("segmentation", "patch_consistency", "patch_best_step")
 
 
 class Monitor:
@@ -44,6 +48,12 @@ class Monitor:
         self.norms = JsonlLogger(run.folder / "norms.jsonl", keeps=keeps, is_writer=run.is_main)
         self.eval_images = EvalImages(run, source, objective.encoder.config.num_channels)
         self._metrics = ("knn", *objective.metrics)
+        self._probe = None
+        if objective.annotation is None and run.is_main:  # what has labels or maps measures what they ask for
+            config = objective.encoder.config
+            self._probe = ProbeScenes(run, config.num_channels, config.patch_shape)
+            path = run.folder / "similarities.safetensors"
+            self._best = BestPatches(path, counts_start=metadata["init"] is not None)
         self._first_step, self._non_finite, self._named = last_step + 1, NonFiniteDetector(), set()
         self._headline, self._value, self._init = None, None, metadata["init"]
         self._unreadable = next((r["unreadable"] for r in reversed(self.logger.records) if "unreadable" in r), 0)
@@ -192,6 +202,12 @@ class Monitor:
             )
             chance = f" (chance {summary['chance']:.1%})" if name == "knn" else ""
             print(f"{describe(name).label} on {shown}: {before}{write(name, summary[name])} trained{chance}")
+        if "patch_best_step" in summary:
+            print(
+                f"probe of patches on scenes: mean IoU {summary['segmentation']:.1%}, best at step "
+                f"{summary['patch_best_step']}; similarities of patches correlate by "
+                f"{summary['patch_consistency']:.2f} with those of that step"
+            )
         kind = getattr(self.objective.saved, "_auto_class", None) or type(self.objective.saved).__name__
         print(f"{step + 1} steps in {self.seconds:.0f} seconds")
         print(f"pictures: {', '.join(str(path) for path in sorted(folder.glob('*.png')))}")
@@ -205,7 +221,8 @@ class Monitor:
         """Metrics of the first or the last evaluation."""
         evaluations = [record for record in self.logger.records if "rank" in record]
         chosen = evaluations[0 if first else -1] if evaluations else {}
-        return {name: chosen[name] for name in (*self._metrics, "chance") if name in chosen}
+        names = (*self._metrics, "chance", *PATCH_METRICS[: 1 if first else None])
+        return {name: chosen[name] for name in names if name in chosen}
 
     def _evaluate(self, model: PreTrainedModel, features: Tensor, step: int) -> None:
         encoder = self.objective.encoder_of(model)
@@ -224,6 +241,11 @@ class Monitor:
                 record |= self.objective.evaluate(model, data.images, data.targets)
             except ValueError as error:  # the annotations are not what the recipe says
                 raise SystemExit(str(error)) from None
+        if self._probe is not None:
+            with run.accelerator.autocast():
+                patches = self._probe.encode(encoder)
+            words = {"classes": self._probe.classes, "num_classes": self._probe.num_classes}
+            record |= self._best.compare(self.logger.records, step=step, patches=patches, **words)
         self._headline = next((name for name in reversed(self._metrics) if name in record), None)
         self._value = record.get(self._headline)
         device = run.accelerator.device

@@ -48,6 +48,7 @@ METRICS = {
     "accuracy": MetricDescription("accuracy", hub_id="accuracy"),
     "mean_average_precision": MetricDescription("mean average precision"),
     "knn": MetricDescription("k-NN accuracy"),
+    "segmentation": MetricDescription("mean IoU of a probe on scenes"),
     "zero_shot": MetricDescription("zero-shot accuracy"),
     "mean_iou": MetricDescription("mean IoU", hub_id="mean_iou"),
     "mean_accuracy": MetricDescription("mean accuracy of classes"),

@@ -57,7 +57,11 @@ _PAPERS = {
     "phreg": ["chen2025phreg"],
     "unirefiner": ["qiu2026unirefiner"],
 }
-_WORDS = {"unreadable": "images that could not be read"}
+_WORDS = {
+    "unreadable": "images that could not be read",
+    "patch_consistency": "correlation of the similarities of patches with those of the best step",
+    "patch_best_step": "best step of the probe",
+}
 _NOT_ROWS = ("recipe", "data", "init", "versions", "untrained_chance")
 _TITLES = {
     "reports/norms.png": "Norms of the patch tokens after each layer",

@@ -269,6 +269,7 @@ def _left_over(output: pathlib.Path) -> list[pathlib.Path]:
 
 
 _fail = training_program.fail_at_rename
+_BEST = "similarities.safetensors"
 SHORT = (*USUAL, "--set", "num_steps=2", "--save-every", "1")
 
 
@@ -288,14 +289,22 @@ def _content(output: pathlib.Path) -> dict:
     for record in (*records, training):
         for name in timed:
             record.pop(name, None)
-    files = ("model/model.safetensors", "model/config.json", "model.json", "recipe.yaml", "state/LAST")
+    files = ("model/model.safetensors", "model/config.json", "model.json", "recipe.yaml", "state/LAST", _BEST)
     return {"log": records, "training": training} | {name: (output / name).read_bytes() for name in files}
 
 
 def test_killed_at_any_rename_a_run_ends_with_the_same_files(folder, short):
     whole, renames = short
     assert renames.count("model") == 2 and renames[-1] == "training.json"
-    written = ("state/step-00000000", "state/LAST", "state/step-00000001", "model", "model.json", "training.json")
+    written = (
+        "state/step-00000000",
+        "state/LAST",
+        "state/step-00000001",
+        "model",
+        "model.json",
+        "training.json",
+        _BEST,
+    )
     for target, count in itertools.product(written, (0, 1)):
         if count >= renames.count(target):
             continue

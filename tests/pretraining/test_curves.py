@@ -33,7 +33,9 @@ def _log(num_records=30) -> list:
         losses = {"total": 12 - step / 50, "dino": 7 - step / 100, "ibot": 6 - step / 100, "koleo": 0.5}
         records.append({"step": step, **losses, "teacher_entropy": 5.0, "mean_entropy": 6.0, "learning_rate": 1e-3})
         if step % 10 == 0:
-            records.append({"step": step, "knn": 0.2 + step / 200, "chance": 0.1, "rank": 5 + step})
+            records.append(
+                {"step": step, "knn": 0.2 + step / 200, "chance": 0.1, "rank": 5 + step, "segmentation": 0.1}
+            )
     return records
 
 

@@ -293,6 +293,50 @@ def test_a_falling_accuracy_is_named_with_the_step_of_its_best():
     assert diagnose(_run(noise=0, knn=lambda t: 0.5 - 0.03 * abs(t - 0.5) / 0.5), num_prototypes=K) == []
 
 
+def _looks(*, probe=(0.4, 0.5, 0.4, 0.4), moved=(0.9, 1.0, 0.9, 0.9), knn=(0.2, 0.3, 0.4, 0.4), **terms) -> list:
+    looks = zip(probe, moved, knn or [None] * len(probe))
+    names = ("segmentation", "patch_consistency", "knn")
+    records = [{name: value for name, value in zip(names, look) if value is not None} for look in looks]
+    best_steps = [10 * max(range(number + 1), key=lambda each: probe[each]) for number in range(len(probe))]
+    return [
+        {"step": 10 * number, "patch_best_step": best, **record, **terms}
+        for number, (record, best) in enumerate(zip(records, best_steps))
+    ]
+
+
+def test_dense_features_that_fall_while_knn_rises_are_named():
+    alarm = _only(diagnose(_looks(ibot=1.0), num_prototypes=None))
+    assert alarm.startswith("Dense features fall since step 10 while k-NN rises: switch on gram.weight. ")
+    assert "fell from 50.0% to 40.0% mean IoU, k-NN rose from 30.0% to 40.0%, and the similarities" in alarm
+    assert "correlate by 0.90 with those of that step; train again" in alarm
+    assert "raise gram.weight" in _only(diagnose(_looks(gram=0.1, ibot=1.0), num_prototypes=None))
+    assert "train with dinov2 and gram.weight" in _only(diagnose(_looks(), num_prototypes=None))
+    without = _only(diagnose(_looks(knn=None, ibot=1.0), num_prototypes=None))
+    assert without.startswith("Dense features fall since step 10: switch on gram.weight. ") and "k-NN" not in without
+
+
+@pytest.mark.parametrize(
+    ("healthy", "falling"),
+    [
+        ({"probe": (0.4, 0.5, 0.4, 0.45)}, {"probe": (0.4, 0.5, 0.4, 0.449)}),  # a tenth of the best
+        ({"probe": (0.04, 0.1, 0.04, 0.081)}, {"probe": (0.04, 0.1, 0.04, 0.079)}),  # and 0.02
+        ({"probe": (0.4, 0.5, 0.5, 0.1)}, {"probe": (0.4, 0.5, 0.1, 0.1)}),  # one look is no fall
+        ({"probe": (0.4, 0.5, 0.1, 0.5)}, {"probe": (0.4, 0.5, 0.1, 0.1)}),
+        ({"moved": (0.9, 1.0, 0.9, 0.95)}, {"moved": (0.9, 1.0, 0.9, 0.949)}),
+        ({"moved": (0.9, 1.0, 0.96, 0.9)}, {"moved": (0.9, 1.0, 0.94, 0.9)}),
+        ({"knn": (0.2, 0.3, 0.4, 0.31)}, {"knn": (0.2, 0.3, 0.4, 0.311)}),
+        ({"knn": (0.2, 0.3, 0.31, 0.4)}, {"knn": (0.2, 0.3, 0.311, 0.4)}),
+        (
+            {"probe": (0.5, 0.4, 0.4), "moved": (1, 0.9, 0.9)},
+            {"probe": (0.5, 0.4, 0.4, 0.4), "moved": (1, 0.9, 0.9, 0.9)},
+        ),
+    ],
+)
+def test_the_borders_of_falling_dense_features(healthy, falling):
+    assert diagnose(_looks(**healthy), num_prototypes=None) == []
+    assert "Dense features fall" in _only(diagnose(_looks(**falling), num_prototypes=None))
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_the_first_value_that_is_not_finite_is_named_with_its_step_and_term(value):
     records = _run()

@@ -36,6 +36,7 @@ KNN = Panel("k-NN accuracy", {"knn": "k-NN"}, unit="%")
 # Panels of all objectives, after their own panels.
 COMMON_PANELS = (
     KNN,
+    Panel("Patches", {"segmentation": "mean IoU of a probe", "patch_consistency": "correlation with best"}),
     Panel("Effective rank of the features", {"rank": "rank"}),
     Panel("Learning rate", {"learning_rate": "learning rate"}),
 )

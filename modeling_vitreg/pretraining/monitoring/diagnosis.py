@@ -75,6 +75,8 @@ def diagnose(records: list[dict], *, num_prototypes: int | None) -> list[str]:
             which explains it, nor while k-NN rises, nor where the loss fell and the learning rate has since ended
         `rank` below half of its best, in two evaluations running
         `knn` below its best by more than a tenth of it and 0.02, in two evaluations running
+        `segmentation` below its best by as much and `patch_consistency` below 0.95, in two evaluations running, and
+            `knn`, where it is known, above that of the best step by more than 0.01 in both
 
     Args:
         records: as for `read_series`.
@@ -95,6 +97,7 @@ def diagnose(records: list[dict], *, num_prototypes: int | None) -> list[str]:
         None if is_collapsed else _stuck(records),
         _falling_rank(records),
         _falling_accuracy(records),
+        _falling_patches(records),
     ]
     return [alarm for alarm in alarms if alarm]
 
@@ -230,6 +233,31 @@ def _falling_accuracy(records: list[dict]) -> str | None:
     return (
         f"The k-NN accuracy fell from {best:.1%} at step {best_step} to {now:.1%}: the features get worse. Keep "
         f"the checkpoint of step {best_step}, and lower the learning rate{cure}."
+    )
+
+
+def _falling_patches(records: list[dict]) -> str | None:
+    looks = [record for record in _kept(records) if "patch_best_step" in record]
+    if len(looks) < MIN_EVALUATIONS:
+        return None
+    best_step = looks[-1]["patch_best_step"]
+    best = next((look for look in looks if look["step"] == best_step), looks[-1])
+    now = max(look["segmentation"] for look in looks[-2:])
+    moved = max(look["patch_consistency"] for look in looks[-2:])
+    if best["segmentation"] - now <= max(0.02, 0.1 * best["segmentation"]) or moved >= 0.95:
+        return None
+    rises = risen = ""
+    if "knn" in best:
+        knn = min(look.get("knn", 0.0) for look in looks[-2:])
+        if knn <= best["knn"] + 0.01:
+            return None
+        rises, risen = " while k-NN rises", f", k-NN rose from {best['knn']:.1%} to {knn:.1%}"
+    cure = "raise" if _has(records, "gram") else "switch on" if _has(records, "ibot") else "train with dinov2 and"
+    return (
+        f"Dense features fall since step {best_step}{rises}: {cure} gram.weight. A segmentation probe fell from "
+        f"{best['segmentation']:.1%} to {now:.1%} mean IoU{risen}, and the similarities of patches correlate by "
+        f"{moved:.2f} with those of that step; train again from a model that is no later, with --init MODEL --set "
+        "settings.gram.weight=2."
     )
 
 
