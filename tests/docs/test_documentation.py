@@ -88,10 +88,10 @@ def _run_python(programs: list[str], folder: pathlib.Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory, photograph):
-    """A folder with a photograph and a small untrained model where the first command leaves its own."""
+def demo(tmp_path_factory):
+    """A clone's docs, and a small untrained model where the first command leaves its own."""
     folder = tmp_path_factory.mktemp("demo")
-    photograph.save(folder / "photograph.png")
+    (folder / "docs").symlink_to(ROOT / "docs")
     config = ViTWithRegistersConfig.from_preset("tiny/16", num_hidden_layers=2, image_size=64)
     ViTWithRegistersModel(config).save_pretrained(folder / "outputs" / "demo-cpu" / "model")
     return folder

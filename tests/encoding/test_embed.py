@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -155,10 +156,10 @@ def test_a_value_that_float16_cannot_hold_is_refused_in_words(folder, tmp_path):
     _embed(folder, tmp_path / "out", model=model, has_patches=True, patch_precision="float32")
 
 
-def test_the_neighbours_in_the_docs_are_those_of_the_features(tmp_path, photograph, randomise, monkeypatch, capsys):
+def test_the_neighbours_in_the_docs_are_those_of_the_features(tmp_path, randomise, monkeypatch, capsys):
     folder, model = _write_images(tmp_path / "images", 8), randomise(plain_model())
-    photograph.save(tmp_path / "photograph.png")
-    photograph.save(tmp_path / "images" / "cat" / "copy.png")
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    shutil.copy(ROOT / "docs" / "use" / "scene.jpg", tmp_path / "images" / "cat" / "copy.jpg")
     model.save_pretrained(tmp_path / "outputs" / "demo-cpu" / "model")
     _embed(folder, tmp_path / "features", model=model)
     monkeypatch.chdir(tmp_path)
@@ -167,7 +168,7 @@ def test_the_neighbours_in_the_docs_are_those_of_the_features(tmp_path, photogra
     for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
         exec(block, {})
     first, *others = capsys.readouterr().out.splitlines()
-    assert first.startswith("1.000 ") and first.endswith("copy.png") and len(others) == 4
+    assert first.startswith("1.000 ") and first.endswith("copy.jpg") and len(others) == 4
 
 
 # Kills ---------------------------------------------------------------------------------------------------------------
