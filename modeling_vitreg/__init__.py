@@ -32,6 +32,11 @@ if TYPE_CHECKING:
         ViTWithRegistersPreTrainedModel,
         ViTWithRegistersTokens,
     )
+    from modeling_vitreg.vision_language_vitreg import (
+        ViTWithRegistersForConditionalGeneration,
+        ViTWithRegistersVisionLanguageConfig,
+        ViTWithRegistersVisionLanguageOutput,
+    )
 
 
 def __getattr__(name: str) -> object:
@@ -71,6 +76,7 @@ __all__ = [
     "ViTWithRegistersDualEncoderConfig",
     "ViTWithRegistersDualEncoderModel",
     "ViTWithRegistersDualEncoderOutput",
+    "ViTWithRegistersForConditionalGeneration",
     "ViTWithRegistersForDepthEstimation",
     "ViTWithRegistersForImageClassification",
     "ViTWithRegistersForMaskedImageModeling",
@@ -79,4 +85,6 @@ __all__ = [
     "ViTWithRegistersModelOutput",
     "ViTWithRegistersPreTrainedModel",
     "ViTWithRegistersTokens",
+    "ViTWithRegistersVisionLanguageConfig",
+    "ViTWithRegistersVisionLanguageOutput",
 ]

@@ -8,9 +8,10 @@ distillation token, registers, patches.
 This file travels next to the weights and runs without the package.
 """
 
+import copy
 import math
 
-from transformers import PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 
 # Shim: `transformers.utils.backbone_utils` is announced for removal, `transformers.backbone_utils` exists from 5.1 on.
@@ -36,6 +37,8 @@ TOKEN_REDUCTIONS = {
     "merge": {"per_layer": None, "inflection": 0.0, "is_proportional": True},
     "learn": {"layer": None, "num_tokens": 8, "version": "1.1", "has_fuser": False},
 }
+# Fields of a tower that are not its architecture: they differ between versions and may hold a local path.
+_NOT_OF_A_TOWER = ("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")
 MOST_LAYERS = 1000  # more than any published model has by far: a damaged file must not fill the memory
 
 # width, depth, heads; the giant is DINOv2's, with its SwiGLU.
@@ -760,6 +763,55 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
 
     def _expect(self, name, is_valid, wanted):
         _require(is_valid, f"expected {name} {wanted}, got {getattr(self, name)!r}")
+
+
+class TwoTowersConfig(PretrainedConfig):
+    """Base of the configurations that hold one of an image tower and one of a text tower of transformers."""
+
+    sub_configs = {"vision_config": ViTWithRegistersConfig, "text_config": AutoConfig}
+
+    def make_towers(self, vision_config, text_config, *, default):
+        """Copy the configurations, or make them from their fields; to call before the constructor of the library,
+        which hands the attention back end on to both.
+
+        Args:
+            default: `model_type` of the text tower if its fields name none.
+
+        Raises:
+            ValueError: neither a configuration nor fields, or a text tower that transformers does not know.
+        """
+        for name, value in (("vision_config", vision_config), ("text_config", text_config)):
+            if not isinstance(value, (PretrainedConfig, dict, type(None))):
+                raise ValueError(f"expected {name} to be a configuration or a dictionary of its fields, got {value!r}")
+        self.vision_config = _make_tower(vision_config, default=ViTWithRegistersConfig.model_type)
+        self.text_config = _make_tower(text_config, default=default)
+
+    def adopt_towers(self, vision_config, text_config):
+        """Hold the very configurations of two towers, so that what is changed in them is saved."""
+        self.vision_config, self.text_config = vision_config, text_config
+        if self._name_or_path:  # where the image processor lies
+            vision_config._name_or_path = self._name_or_path
+            vision_config._commit_hash = getattr(self, "_commit_hash", None)
+
+    def to_diff_dict(self) -> dict:
+        """The saved fields; of each tower the architecture only."""
+        fields = super().to_diff_dict()
+        for tower in self.sub_configs:
+            fields[tower] = getattr(self, tower).to_diff_dict()
+            for name in _NOT_OF_A_TOWER:
+                fields[tower].pop(name, None)
+        return fields
+
+
+def _make_tower(fields, *, default):
+    # There is no check for our own class: remote code may have loaded a second copy of it.
+    if isinstance(fields, PretrainedConfig):
+        return copy.deepcopy(fields)
+    fields = dict(fields or {"model_type": default})
+    kind = fields.pop("model_type", default)
+    if kind == ViTWithRegistersConfig.model_type:
+        return ViTWithRegistersConfig(**fields)
+    return AutoConfig.for_model(kind, **fields)
 
 
 def _pair(value):

@@ -9,7 +9,6 @@ Letters for shapes: B images, T texts, N tokens of a text, E width of the common
 This file travels next to the weights, with the two files of the image tower, and runs without the package.
 """
 
-import copy
 import math
 import os
 from dataclasses import dataclass
@@ -17,20 +16,19 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig
+from transformers import AutoModel
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .configuration_vitreg import ViTWithRegistersConfig
+from .configuration_vitreg import TwoTowersConfig
 from .modeling_vitreg import ViTWithRegistersMixin, ViTWithRegistersModel, classification_loss, set_initial
 
 
 # The names under which transformers finds the model; its pipeline looks for the second.
 DUAL_ENCODER_AUTO_CLASSES = ("AutoModel", "AutoModelForZeroShotImageClassification")
-_NOT_OF_A_TOWER = ("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")
 
 
-class ViTWithRegistersDualEncoderConfig(PretrainedConfig):
+class ViTWithRegistersDualEncoderConfig(TwoTowersConfig):
     """Architecture of a dual encoder. The defaults are those of CLIP ViT-B/16.
 
     Args:
@@ -54,7 +52,6 @@ class ViTWithRegistersDualEncoderConfig(PretrainedConfig):
 
     model_type = "vitreg_dual_encoder"
     _auto_class = "AutoConfig"
-    sub_configs = {"vision_config": ViTWithRegistersConfig, "text_config": AutoConfig}
 
     def __init__(
         self,
@@ -64,29 +61,14 @@ class ViTWithRegistersDualEncoderConfig(PretrainedConfig):
         logit_scale_init_value=2.6592,
         **kwargs,
     ):
-        for name, value in (("vision_config", vision_config), ("text_config", text_config)):
-            if not isinstance(value, (PretrainedConfig, dict, type(None))):
-                raise ValueError(f"expected {name} to be a configuration or a dictionary of its fields, got {value!r}")
         if not isinstance(projection_dim, int) or isinstance(projection_dim, bool) or projection_dim < 1:
             raise ValueError(f"expected projection_dim to be a positive integer, got {projection_dim!r}")
         if not isinstance(logit_scale_init_value, (int, float)) or not math.isfinite(logit_scale_init_value):
             raise ValueError(f"expected logit_scale_init_value to be a finite number, got {logit_scale_init_value!r}")
-        # Before the constructor of the library, which hands the attention back end on to both, and therefore copies.
-        self.vision_config = _make_config(vision_config, default=ViTWithRegistersConfig.model_type)
-        self.text_config = _make_config(text_config, default="clip_text_model")
+        self.make_towers(vision_config, text_config, default="clip_text_model")
         self.projection_dim = projection_dim
         self.logit_scale_init_value = logit_scale_init_value
         super().__init__(**kwargs)
-
-    def to_diff_dict(self) -> dict:
-        """The saved fields. Each tower has its architecture only: other fields differ between versions of transformers
-        and may hold a local path."""
-        fields = super().to_diff_dict()
-        for tower in self.sub_configs:
-            fields[tower] = getattr(self, tower).to_diff_dict()
-            for name in _NOT_OF_A_TOWER:
-                fields[tower].pop(name, None)
-        return fields
 
 
 @dataclass
@@ -149,11 +131,7 @@ class ViTWithRegistersDualEncoderModel(ViTWithRegistersMixin, PreTrainedModel):
             text_model = AutoModel.from_config(config.text_config)
         self.vision_model, self.text_model = vision_model, unwrap_text_model(text_model)
         self._init_text_weights = text_model._init_weights
-        # One configuration for each tower, so that what is changed in it is saved.
-        config.vision_config, config.text_config = self.vision_model.config, self.text_model.config
-        if config._name_or_path:  # where the image processor lies
-            config.vision_config._name_or_path = config._name_or_path
-            config.vision_config._commit_hash = getattr(config, "_commit_hash", None)
+        config.adopt_towers(self.vision_model.config, self.text_model.config)
         self.visual_projection = nn.Linear(config.vision_config.pooled_size, config.projection_dim, bias=False)
         self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
@@ -293,20 +271,6 @@ def unwrap_text_model(text_model: nn.Module) -> nn.Module:
     """The innermost network of a text tower. Shim: up to 5.0, CLIP and SigLIP hold it as `text_model`, which adds a
     prefix to the names of its tensors; without it the names are the same in every version."""
     return getattr(text_model, "text_model", text_model)
-
-
-def _make_config(fields: PretrainedConfig | dict | None, *, default: str) -> PretrainedConfig:
-    """Copy a configuration, or make one from its fields or from the defaults.
-
-    There is no check for our own class: remote code may have loaded a second copy of it.
-    """
-    if isinstance(fields, PretrainedConfig):
-        return copy.deepcopy(fields)
-    fields = dict(fields or {"model_type": default})
-    kind = fields.pop("model_type", default)
-    if kind == ViTWithRegistersConfig.model_type:
-        return ViTWithRegistersConfig(**fields)
-    return AutoConfig.for_model(kind, **fields)
 
 
 __all__ = [

@@ -18,7 +18,16 @@ import modeling_vitreg
 
 ROOT = pathlib.Path(__file__).parents[2]
 PACKAGE = ROOT / "modeling_vitreg"
-_HUB_NAMES = ("configuration", "image_processing", "positions", "token_reduction", "modeling", "dual_encoder", "mamba")
+_HUB_NAMES = (
+    "configuration",
+    "image_processing",
+    "positions",
+    "token_reduction",
+    "modeling",
+    "dual_encoder",
+    "mamba",
+    "vision_language",
+)
 HUB_FILES = [PACKAGE / f"{name}_vitreg.py" for name in _HUB_NAMES]
 
 # Layer of each module or subpackage; a module imports from lower layers and from its own subpackage only.
@@ -30,6 +39,7 @@ LAYERS = {
     "token_reduction_vitreg": 0,
     "dual_encoder_vitreg": 0,
     "mamba_vitreg": 0,
+    "vision_language_vitreg": 0,
     "__init__": 0,
     "registration": 0,
     "files": 1,
@@ -180,7 +190,9 @@ def test_importing_the_package_loads_neither_torch_nor_transformers():
 
 def test_using_a_class_loads_only_layer_0_and_what_transformers_loads_itself():
     # transformers' own modeling base imports accelerate, scikit-learn and others where they are installed.
-    program = "import sys, torch; from transformers import AutoBackbone, BitImageProcessor, ViTModel\n"
+    program = (
+        "import sys, torch; from transformers import AutoBackbone, BitImageProcessor, GenerationMixin, ViTModel\n"
+    )
     program += "known = set(sys.modules); from modeling_vitreg import ViTWithRegistersModel\n"
     num_known, *added = _words_of(program + "print(len(known), *set(sys.modules) - known)")
     assert {name for name in added if name.startswith("modeling_vitreg")} == {
@@ -218,9 +230,11 @@ def test_public_names_are_a_list_that_changes_on_purpose():
         MambaRConfig MambaRForImageClassification MambaRModel
         ViTWithRegistersAttentionMaps ViTWithRegistersBackbone ViTWithRegistersClassifierOutput ViTWithRegistersConfig
         ViTWithRegistersDualEncoderConfig ViTWithRegistersDualEncoderModel ViTWithRegistersDualEncoderOutput
+        ViTWithRegistersForConditionalGeneration
         ViTWithRegistersForDepthEstimation ViTWithRegistersForImageClassification
         ViTWithRegistersForMaskedImageModeling ViTWithRegistersForSemanticSegmentation ViTWithRegistersModel
         ViTWithRegistersModelOutput ViTWithRegistersPreTrainedModel ViTWithRegistersTokens
+        ViTWithRegistersVisionLanguageConfig ViTWithRegistersVisionLanguageOutput
     """
     assert sorted(modeling_vitreg.__all__) == names.split()
     for name in names.split():

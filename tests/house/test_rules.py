@@ -14,7 +14,15 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 PROGRAMS = sorted((ROOT / "examples").glob("*.py"))
 HUB_FILES = {
     PACKAGE / f"{name}_vitreg.py"
-    for name in ("configuration", "positions", "token_reduction", "modeling", "dual_encoder", "mamba")
+    for name in (
+        "configuration",
+        "positions",
+        "token_reduction",
+        "modeling",
+        "dual_encoder",
+        "mamba",
+        "vision_language",
+    )
 }
 
 MODULE_LINES, FUNCTION_LINES, NUM_PARAMETERS = 400, 60, 10
