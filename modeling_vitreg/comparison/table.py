@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from .run import ComparisonReport
 
 
-_HEADS = ("model", "parameters, M", "GFLOPs", "tokens", "images/s", "memory, MiB", "artifacts", "surviving outliers")
+COST_HEADS = ("parameters, M", "GFLOPs", "tokens", "images/s", "memory, MiB")  # of `describe_cost`
+_HEADS = ("model", *COST_HEADS, "artifacts", "surviving outliers")
 
 
 def make_table(report: ComparisonReport) -> str:
@@ -34,7 +35,7 @@ def make_table(report: ComparisonReport) -> str:
         results = [
             format_result(results.get(number), is_best=number == find_best(results)) for results in columns.values()
         ]
-        lines.append([escape_markdown(name), *_describe_cost(model["cost"]), *_describe_artifacts(model), *results])
+        lines.append([escape_markdown(name), *describe_cost(model["cost"]), *_describe_artifacts(model), *results])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{_caption(report)}\n"
 
 
@@ -47,7 +48,8 @@ def _collect(report: ComparisonReport) -> dict[str, dict[int, dict]]:
     return columns
 
 
-def _describe_cost(cost: dict) -> list[str]:
+def describe_cost(cost: dict) -> list[str]:
+    """The cost of a model in words, one for each of `COST_HEADS`."""
     speeds, (first, *_, last) = cost["images_per_second"], cost["tokens"]
     return [
         _short(cost["num_parameters"] / 1e6),
