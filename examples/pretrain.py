@@ -219,10 +219,11 @@ def make_loader(run: Run, source, objective: Objective, metadata: dict) -> ViewL
                     f"a stream is divided among the processes: continue with {len(metadata['loaders'])} of them, or "
                     f"start with --init {run.folder} and another --output"
                 )
-    grid = tuple(run.recipe.crops.global_size // side for side in objective.encoder.config.patch_shape)
     make_masks = None
     if objective.masks is not None:
-        make_masks = MaskMaker(num_views=run.recipe.crops.num_global, grid=grid, settings=objective.masks)
+        words = {"settings": objective.masks, "patch_shape": tuple(objective.encoder.config.patch_shape)}
+        masks = MaskMaker(num_views=run.recipe.crops.num_global, grid=(0, 0), **words)
+        make_masks = masks.of_size((run.recipe.crops.global_size,) * 2)
     try:
         return ViewLoader(
             source,

@@ -21,7 +21,7 @@ from modeling_vitreg.settings import expect
 from ..monitoring.instruments import entropy, entropy_of_mean
 from ..run.recipe import Recipe
 from ..run.schedules import cosine, linear
-from ..views.crops import MultiCrop
+from ..views.crops import CropSettings, MultiCrop, SizedCrops
 from ..views.packing import encode_views
 from .ema import make_ema_model, update_ema
 from .gram import EMA, START, GramSettings, check_gram, gram_loss, gram_targets
@@ -101,7 +101,7 @@ class DINOv2(Objective):
         ),
         Panel("Entropy of the targets (nats)", {"teacher_entropy": "single targets", "mean_entropy": "their mean"}),
     )
-    needs_cls_token = needs_mask_token = needs_normed_tokens = has_masks = True
+    needs_cls_token = needs_mask_token = needs_normed_tokens = has_masks = takes_sizes = True
 
     def __init__(
         self, backbone: ViTWithRegistersModel, *, gram_teacher: ViTWithRegistersModel | None = None, **options: Any
@@ -109,6 +109,7 @@ class DINOv2(Objective):
         super().__init__(backbone, **options)
         settings = self.settings
         self.num_prototypes = settings.num_prototypes
+        check_sizes(self.crops, backbone.config.patch_shape)
         width = backbone.config.hidden_size
         heads = {
             "class_head": PrototypeHead(
@@ -156,11 +157,12 @@ class DINOv2(Objective):
         return self.teacher["backbone"]
 
     @property
-    def make_views(self) -> Callable[..., dict[str, Tensor]]:
-        gram_size = None
-        if self.gram_teacher is not None:
-            gram_size = self.settings.gram.view_size(self.crops.global_size)
-        return MultiCrop(self.crops, num_channels=self.encoder.config.num_channels, gram_size=gram_size)
+    def make_views(self) -> Callable[..., dict[str, Tensor]] | SizedCrops:
+        channels, has_gram = self.encoder.config.num_channels, self.gram_teacher is not None
+        if self.crops.sizes:
+            return SizedCrops(self.crops, channels, has_gram)
+        gram_size = max(self.settings.gram.view_sizes(self.crops)) if has_gram else None
+        return MultiCrop(self.crops, num_channels=channels, gram_size=gram_size)
 
     @property
     def trained(self) -> dict[str, nn.Module]:
@@ -196,7 +198,7 @@ class DINOv2(Objective):
         """Views of the Gram teacher."""
         if self.gram_teacher is None:
             return {}
-        side = self.settings.gram.view_size(self.crops.global_size)
+        side = max(self.settings.gram.view_sizes(self.crops))
         channels = self.encoder.config.num_channels
         return {"gram_views": torch.empty(self.crops.num_global, num_images, channels, side, side)}
 
@@ -284,6 +286,21 @@ class DINOv2(Objective):
             return network["class_head"](cls_tokens), network["patch_head"](patches)
         logits = network["class_head"](torch.cat([cls_tokens, patches]))
         return logits[: len(cls_tokens)], logits[len(cls_tokens) :]
+
+
+def check_sizes(crops: CropSettings, patch_shape: tuple[int, int]) -> None:
+    """Check that the sizes of views that are drawn for each step are multiples of the patch.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for row in crops.sizes or ():
+        for side in row[:2]:
+            if any(side % patch for patch in patch_shape):
+                raise ValueError(
+                    f"crops: sizes has views of {side} pixels, no multiple of the patch of {max(patch_shape)}: "
+                    f"take {side - side % max(patch_shape)}, or another model"
+                )
 
 
 def _patch_weights(masks: Tensor, masked_patches: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from modeling_vitreg.modeling_vitreg import ViTWithRegistersModel
 from modeling_vitreg.settings import expect
 
 from ..run.schedules import cosine
+from ..views.crops import CropSettings
 
 
 START, EMA = "init", "ema"
@@ -81,9 +82,11 @@ class GramSettings:
             if is_so:
                 raise ValueError(f"settings: gram has {what}: {remedy}")
 
-    def view_size(self, global_size: int) -> int:
-        """Side of the teacher's views in pixels, for the student's."""
-        return round(global_size * self.resolution)
+    def view_sizes(self, crops: CropSettings) -> list[int]:
+        """Sides of the teacher's views in pixels."""
+        if crops.sizes:
+            return [row[2] for row in crops.sizes]
+        return [round(crops.global_size * self.resolution)]
 
     def weight_at(self, step: int) -> float:
         """Weight of the term at a step."""
@@ -158,11 +161,12 @@ def check_gram(settings: GramSettings, teacher: ViTWithRegistersModel, *, studen
     Raises:
         ValueError: it does not; the message names both values and what to change.
     """
-    size = settings.view_size(crops.global_size)
     has_other_shape = settings.refresh and {name: part.shape for name, part in teacher.state_dict().items()} != {
         name: part.shape for name, part in student.state_dict().items()
     }
-    patch = math.lcm(*teacher.config.patch_shape)
+    patch, sides = math.lcm(*teacher.config.patch_shape), settings.view_sizes(crops)
+    size = next((side for side in sides if side % patch), sides[0])
+    source = f"gram.resolution {settings.resolution:g} and crops.global_size {crops.global_size}"
     contradictions = {
         f"gram.begin {settings.begin} and num_steps {num_steps}": (
             settings.begin >= num_steps,
@@ -172,7 +176,11 @@ def check_gram(settings: GramSettings, teacher: ViTWithRegistersModel, *, studen
             crops.cut != "resized",
             "set crops.cut=resized, whose views the teacher sees without changes of colour",
         ),
-        f"gram.resolution {settings.resolution:g} and crops.global_size {crops.global_size}": (
+        f"gram.resolution {settings.resolution:g} and crops.sizes": (
+            bool(crops.sizes) and settings.resolution != 1,
+            "the third value of each row is the side of the teacher's views: leave out gram.resolution",
+        ),
+        f"crops.sizes {size} and the teacher's patch of {patch}" if crops.sizes else source: (
             size % patch > 0,
             f"views of {size} pixels are no multiple of the teacher's patch of {patch}: change one of them",
         ),

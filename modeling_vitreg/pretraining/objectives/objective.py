@@ -80,6 +80,7 @@ class Objective(nn.Module, abc.ABC):
         has_masks: `masks` of the recipe are used.
         has_single_view: it takes one global view and no local ones.
         needs_all_patches: it cannot train a model with `config.token_reduction`.
+        takes_sizes: it reads views whose sizes change from step to step, `crops.sizes`.
         takes_any_backbone: it trains models of other types than `ViTWithRegistersModel` too.
         has_head: it adds a head to any pretrained backbone.
         has_external_teacher: it needs the weights of another model.
@@ -96,7 +97,7 @@ class Objective(nn.Module, abc.ABC):
     panels: tuple[Panel, ...] = (Panel("Loss", {"total": "total"}),)
     needs_cls_token = needs_mask_token = needs_normed_tokens = False
     needs_all_patches = True
-    takes_any_backbone = has_masks = has_single_view = has_head = has_external_teacher = False
+    takes_sizes = takes_any_backbone = has_masks = has_single_view = has_head = has_external_teacher = False
 
     make_text: Callable[[str], Tensor] | None = None  # caption of an image to tokens
     num_prototypes: int | None = None
@@ -124,6 +125,8 @@ class Objective(nn.Module, abc.ABC):
                 "crops: color_augmentation=random also moves pixels, which alpha would not follow: for a model of 4 "
                 "channels expected dino, three or none"
             )
+        if crops.sizes and not self.takes_sizes:
+            raise ValueError(f"crops: sizes are read by the objective dinov2, not by {name}: leave out crops.sizes")
         if self.has_single_view and (crops.num_global, crops.num_local) != (1, 0):
             raise ValueError(
                 f"the {name} objective takes one view of an image: expected num_global=1 and num_local=0 in crops, "

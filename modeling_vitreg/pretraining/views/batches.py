@@ -15,10 +15,11 @@ from torch import Tensor
 from modeling_vitreg.images import AnnotatedImage, ImageSource, UnreadableImage, derive_seed, read_annotated
 
 from .colors import change_batch
+from .crops import SizedCrops
 
 
-# First words of seeds, so that order, views and masks are independent of each other.
-SEED_OF_ORDER, _SEED_OF_VIEWS, _SEED_OF_MASKS = range(3)
+# First words of seeds, so that order, views, masks and sizes are independent of each other.
+SEED_OF_ORDER, _SEED_OF_VIEWS, _SEED_OF_MASKS, SEED_OF_SIZES = range(4)
 _NUM_TRIES = 100  # images tried in place of an unreadable one
 
 
@@ -48,9 +49,12 @@ class BatchBuilder:
 
     def __getitem__(self, spec: BatchSpec) -> dict:
         batch, labels, texts, unreadable, notes = {}, [], [], [], []
+        make_views, make_masks = self.make_views, self.make_masks
+        if isinstance(make_views, SizedCrops):  # of all processes and micro-batches of a step the same
+            make_views = make_views.of_step(derive_seed(SEED_OF_SIZES, self.seed, spec.step))
         for place, number in enumerate(spec.numbers):
             raw, found, problems = self._read(spec.keys, place)
-            views = self._cut(found, number)
+            views = self._cut(make_views, found, number)
             if not batch:
                 shapes = {
                     name: (view.shape[0], self.micro_batch_size, *view.shape[1:]) for name, view in views.items()
@@ -69,7 +73,9 @@ class BatchBuilder:
         if self.changes_colors:
             change_batch(batch)
         captions = {"texts": torch.stack(texts)} if texts else {}
-        masks = {} if self.make_masks is None else {"masks": self._mask(spec)}
+        if make_masks is not None and make_views is not self.make_views:
+            make_masks = make_masks.of_size(tuple(batch["global_views"].shape[-2:]))
+        masks = {} if make_masks is None else {"masks": self._mask(make_masks, spec)}
         counts = {"labels": torch.tensor(labels), "numbers": torch.tensor(spec.numbers)}
         return {**batch, **masks, **captions, **counts, "unreadable": unreadable, "notes": notes}
 
@@ -92,22 +98,22 @@ class BatchBuilder:
         num_tries = min(_NUM_TRIES, len(self.source))
         return ((keys[place] + step) % len(self.source) for step in range(num_tries))
 
-    def _cut(self, found: AnnotatedImage, number: int) -> dict[str, Tensor]:
+    def _cut(self, make_views: Callable, found: AnnotatedImage, number: int) -> dict[str, Tensor]:
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed, which would also reset the generators of the accelerators, on which models run.
             torch.default_generator.manual_seed(derive_seed(_SEED_OF_VIEWS, self.seed, number))
             try:
-                return self.make_views(found.image, **found.maps)
+                return make_views(found.image, **found.maps)
             except Exception as error:
                 raise RuntimeError(
                     f"ViewLoader: make_views failed on image number {number}, {found.name}, {found.image.width} x "
                     f"{found.image.height} pixels: {type(error).__name__}: {error}"
                 ) from error
 
-    def _mask(self, spec: BatchSpec) -> Tensor:
+    def _mask(self, make_masks: Callable[..., Tensor], spec: BatchSpec) -> Tensor:
         num_images = self.num_processes * self.micro_batch_size
         generator = torch.Generator().manual_seed(derive_seed(_SEED_OF_MASKS, self.seed, spec.step, spec.micro))
-        masks = self.make_masks(num_images, generator=generator)
+        masks = make_masks(num_images, generator=generator)
         require(
             masks.ndim == 3 and masks.shape[1] == num_images and masks.dtype == torch.bool,
             f"make_masks returned {masks.dtype} {tuple(masks.shape)}; expected bool (views, {num_images}, patches)",

@@ -50,6 +50,9 @@ class CropSettings:
             pixels, and a square of it (DeiT-III's simple random crop); "zoomed": the short side to the size of the
             view times a random factor, and a square of it, padded where it is smaller (segmentation). Of global views.
         zoom: smallest and largest factor.
+        sizes: rows of (global_size, local_size, side of the Gram teacher's views, probability) in place of
+            `global_size` and `local_size`, which are the largest of them; a row is drawn for each step (DINOv3's
+            high-resolution stage). Of the objective "dinov2".
         color_augmentation: "dino", as the values above say; "three", DeiT-III's 3-Augment: one of gray, solarised and
             blurred, then jitter; "random", two operations of RandAugment at magnitude 9; "none".
     """
@@ -69,8 +72,11 @@ class CropSettings:
     cut: str = "resized"
     zoom: tuple[float, float] = (0.5, 2.0)
     color_augmentation: str = "dino"
+    sizes: tuple[tuple[float, ...], ...] | None = None
 
     def __post_init__(self):
+        if self.sizes is not None:
+            self._check_sizes()
         for name in ("global_scale", "local_scale"):
             low, high = getattr(self, name)
             if not 0 < low <= high <= 1:
@@ -87,6 +93,31 @@ class CropSettings:
             )
         probabilities = ("flip", "color_jitter_probability", "gray", "solarize", "blur")
         expect(self, "crops", **dict.fromkeys(probabilities, "[0, 1]"))
+
+    def _check_sizes(self) -> None:
+        wanted = "crops: expected sizes to be rows of [global_size, local_size, gram_size, probability]"
+        rows = self.sizes if isinstance(self.sizes, (list, tuple)) else ()
+        rows = tuple(tuple(row) if isinstance(row, (list, tuple)) else () for row in rows)
+        if not rows or any(len(row) != 4 or any(type(part) not in (int, float) for part in row) for row in rows):
+            raise ValueError(f"{wanted} such as [[512, 112, 768, 0.5], [768, 112, 1152, 0.5]], got {self.sizes!r}")
+        if any(part != int(part) or part < 1 for row in rows for part in row[:3]) or min(row[3] for row in rows) <= 0:
+            raise ValueError(f"{wanted}, sides of 1 or more pixels and a probability above 0, got {self.sizes!r}")
+        if abs(sum(row[3] for row in rows) - 1) > 1e-6:
+            raise ValueError(f"{wanted} whose probabilities sum to 1, got {sum(row[3] for row in rows):g}")
+        for name, sides in zip(("global_size", "local_size"), zip(*rows)):
+            if getattr(self, name) != max(sides):
+                raise ValueError(
+                    f"crops: {name} {getattr(self, name)} and sizes up to {max(sides)} contradict each other: set "
+                    f"crops.{name}={max(sides)}, the size of evaluation and estimates"
+                )
+        object.__setattr__(self, "sizes", tuple((*map(int, row[:3]), float(row[3])) for row in rows))
+
+    def draw_sizes(self, seed: int) -> tuple[CropSettings, int]:
+        """Settings with one row of `sizes`, and its side of the Gram teacher's views."""
+        weights = torch.tensor([row[3] for row in self.sizes], dtype=torch.float64)
+        place = torch.multinomial(weights, 1, generator=torch.Generator().manual_seed(seed)).item()
+        global_size, local_size, gram_size, _ = self.sizes[place]
+        return dataclasses.replace(self, global_size=global_size, local_size=local_size, sizes=None), gram_size
 
 
 class _Mask(tv_tensors.Mask):
@@ -152,6 +183,26 @@ class MultiCrop:
                 colors[f"{kind}_colors"].append(draw())
         stacked = {name: torch.stack(parts).as_subclass(Tensor) for name, parts in views.items()}
         return stacked | {name: torch.tensor(rows) for name, rows in colors.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class SizedCrops:
+    """Makes the `MultiCrop` of a step, whose sizes are drawn.
+
+    Args:
+        settings: with `sizes`.
+        num_channels: see `MultiCrop`.
+        has_gram: whether there are `gram_views`.
+    """
+
+    settings: CropSettings
+    num_channels: int
+    has_gram: bool
+
+    def of_step(self, seed: int) -> MultiCrop:
+        """With the sizes that a seed draws."""
+        settings, gram_size = self.settings.draw_sizes(seed)
+        return MultiCrop(settings, num_channels=self.num_channels, gram_size=gram_size if self.has_gram else None)
 
 
 class _ResizedCrop:

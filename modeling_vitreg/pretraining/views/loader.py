@@ -54,7 +54,8 @@ class ViewLoader:
     Args:
         source: what `open_images` returns.
         num_channels: of the decoded images, 1 (grey), 3 (RGB) or 4 (RGBA).
-        make_views: cuts an image into tensors (V, ...), by name, of the same shapes for all images; the maps of a
+        make_views: cuts an image into tensors (V, ...), by name, of the same shapes for all images; or a `SizedCrops`,
+            which makes the function of a step, with seed (seed, step), the same in all processes. The maps of a
             source that has some, arrays (height, width), come as keywords. It draws from torch's global generator
             only. With workers that are not forked it has to be picklable.
         make_text: makes a tensor (N,) of the caption of an image, whose source was opened with a text column; or None.

@@ -55,6 +55,11 @@ class MaskMaker:
     num_views: int
     grid: tuple[int, int]
     settings: MaskSettings
+    patch_shape: tuple[int, int] = (1, 1)
+
+    def of_size(self, size: tuple[int, int]) -> MaskMaker:
+        """The same for views of (height, width) pixels."""
+        return dataclasses.replace(self, grid=tuple(side // patch for side, patch in zip(size, self.patch_shape)))
 
     def __call__(self, num_images: int, *, generator: torch.Generator) -> Tensor:
         return draw_masks(
