@@ -282,7 +282,7 @@ def numbers_of(entry: dict) -> dict[tuple[str, bool], float | None]:
     found = {}
     for metric, description in METRICS.items():
         if metric != "knn" and metric in entry.get("training", {}):
-            found[f"trained head, {description.label}", description.unit == "%"] = entry["training"][metric]
+            found[f"end of training, {description.label}", description.unit == "%"] = entry["training"][metric]
     for result in entry["results"]:
         description = METRICS[result["metric"]]
         found[f"{result['task']}, {description.label}", description.unit == "%"] = result["value"]
