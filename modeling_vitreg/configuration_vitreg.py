@@ -9,6 +9,7 @@ This file travels next to the weights and runs without the package.
 """
 
 import copy
+import inspect
 import math
 
 from transformers import AutoConfig, PretrainedConfig
@@ -173,6 +174,7 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
 
     model_type = "vitreg"
     _auto_class = "AutoConfig"
+    _presets = SIZES
 
     def __init__(
         self,
@@ -354,17 +356,20 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
     def from_preset(cls, name, **overrides):
         """Configuration of a standard size: "tiny", "small", "base", "large", "huge" or "giant", as in "base/14".
 
+        Other backbones have the sizes of their papers.
+
         Args:
-            name: a size, with the patch size after a slash; without one the patch has 16 pixels.
+            name: a size, with the patch size after a slash; without one the patch has its default.
             overrides: any argument of the configuration.
 
         Raises:
             ValueError: there is no such size, or the patch size is not a number.
         """
         size, _, patch = name.partition("/")
-        if size not in SIZES or not (patch or "16").isdigit():
-            raise ValueError(f"expected a preset such as 'base/14' with a size of {', '.join(SIZES)}, got {name!r}")
-        return cls(**{**SIZES[size], "patch_size": int(patch or 16), **overrides})
+        if size not in cls._presets or not (patch or "16").isdigit():
+            example, sizes = "base/14" if "base" in cls._presets else "small", ", ".join(cls._presets)
+            raise ValueError(f"expected a preset such as {example!r} with a size of {sizes}, got {name!r}")
+        return cls(**{**cls._presets[size], **({"patch_size": int(patch)} if patch else {}), **overrides})
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -573,7 +578,7 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
             *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_channels", "num_cls_tokens"),
             *("num_depth_bins", "masked_target_size"),
         ):
-            self._expect(name, _is_positive(getattr(self, name)), "to be a positive integer")
+            self._expect(name, is_positive(getattr(self, name)), "to be a positive integer")
         self._expect("num_hidden_layers", self.num_hidden_layers <= MOST_LAYERS, f"to be at most {MOST_LAYERS}")
         for name in (
             *("layer_norm_eps", "interpolate_offset", "rope_theta", "hidden_dropout_prob", "drop_path_rate"),
@@ -590,7 +595,7 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
             self._expect(name, not is_truth or isinstance(value, (bool, int)), "to be true or false")
 
     def _validate_sizes(self):
-        self._expect("intermediate_size", _is_positive(self.intermediate_size), "to be a positive integer")
+        self._expect("intermediate_size", is_positive(self.intermediate_size), "to be a positive integer")
         _require(
             self.hidden_size % self.num_attention_heads == 0,
             f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}",
@@ -610,7 +615,7 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
         wanted = f"to be a number or a list of num_hidden_layers ({layers}) numbers"
         self._expect("num_key_value_heads", not is_list or len(value) == layers, wanted)
         for count in value if is_list else [heads if value is None else value]:
-            is_divisor = _is_positive(count) and heads % count == 0
+            is_divisor = is_positive(count) and heads % count == 0
             self._expect("num_key_value_heads", is_divisor, f"to divide num_attention_heads ({heads})")
         _require(
             not self.has_mlp_norm or not self.register_neurons,
@@ -624,7 +629,7 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
     def _validate_pooling(self):
         is_attention = self.pooling == "attention"
         heads = self.num_attention_heads if self.pooling_num_heads is None else self.pooling_num_heads
-        is_divisor = _is_positive(heads) and self.hidden_size % heads == 0
+        is_divisor = is_positive(heads) and self.hidden_size % heads == 0
         self._expect("pooling_num_heads", is_divisor, f"to divide hidden_size ({self.hidden_size})")
         width = self.pooling_intermediate_size
         is_width = width is None or (_is_count(width) and width >= 0)
@@ -668,7 +673,7 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
             "pooling='cls_distillation' needs has_distillation_token=True",
         )
         size = self.projection_size
-        self._expect("projection_size", size is None or _is_positive(size), "to be None or a positive integer")
+        self._expect("projection_size", size is None or is_positive(size), "to be None or a positive integer")
         _require(
             not self.has_pooled_norm or self.pooling == "mean",
             f"has_pooled_norm=True needs pooling='mean', got {self.pooling!r}",
@@ -814,6 +819,42 @@ def _make_tower(fields, *, default):
     return AutoConfig.for_model(kind, **fields)
 
 
+class OtherBackboneConfig(ViTWithRegistersConfig):
+    """Base of the configurations of backbones that are no Vision Transformers.
+
+    Of the fields of `ViTWithRegistersConfig` each knows those that its constructor has. The others have fixed values,
+    which users can neither set nor find in `config.json`.
+    """
+
+    _title = "this backbone"
+
+    def __init__(self, **kwargs):  # transformers 5 makes one for a class without, which sets what it gets and no more
+        super().__init__(**kwargs)
+
+    @classmethod
+    def _lacking(cls):
+        vit, own = (set(inspect.signature(kind.__init__).parameters) for kind in (ViTWithRegistersConfig, cls))
+        return vit - own
+
+    def _check_names(self, given):
+        """Refuse fields that the architecture lacks."""
+        given = {name for name, value in given.items() if name != "has_mask_token" or value}
+        lacking = ", ".join(sorted(self._lacking() & given))
+        self._require(
+            not lacking,
+            f"expected fields of {self._title}, got {lacking}, which only the Vision Transformer has: remove them, or "
+            "use ViTWithRegistersConfig",
+        )
+
+    def _require(self, is_true, message):
+        if not is_true:
+            raise ValueError(f"{type(self).__name__}: {message}.")
+
+    def to_dict(self):
+        """The fields of this architecture."""
+        return {name: value for name, value in super().to_dict().items() if name not in self._lacking()}
+
+
 def _pair(value):
     return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
 
@@ -822,12 +863,12 @@ def _is_count(value):
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_positive(value):
+def is_positive(value):
     return _is_count(value) and value > 0
 
 
 def _are_sides(value):
-    return len(_pair(value)) == 2 and all(map(_is_positive, _pair(value)))
+    return len(_pair(value)) == 2 and all(map(is_positive, _pair(value)))
 
 
 def _is_number(value):
@@ -839,4 +880,4 @@ def _require(is_true, message):
         raise ValueError(f"ViTWithRegistersConfig: {message}.")
 
 
-__all__ = ["ViTWithRegistersConfig"]
+__all__ = ["OtherBackboneConfig", "ViTWithRegistersConfig"]

@@ -13,7 +13,6 @@ This file travels next to the weights, with the files of the Vision Transformer,
 import functools
 import importlib
 import importlib.util
-import inspect
 import math
 import os
 
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .configuration_vitreg import ViTWithRegistersConfig
+from .configuration_vitreg import OtherBackboneConfig, is_positive
 from .modeling_vitreg import (
     ViTWithRegistersDropPath,
     ViTWithRegistersEmbeddings,
@@ -59,7 +58,7 @@ _FIXED = {
 _STEP_RANGE, _STEP_FLOOR = (1e-3, 1e-1), 1e-4  # of the initial step sizes
 
 
-class MambaRConfig(ViTWithRegistersConfig):
+class MambaRConfig(OtherBackboneConfig):
     """Architecture of Mamba-R. The defaults are those of Mamba-R-B/16.
 
     Args:
@@ -85,6 +84,8 @@ class MambaRConfig(ViTWithRegistersConfig):
     """
 
     model_type = "vitreg_mamba"
+    _title = "Mamba-R"
+    _presets = MAMBAR_SIZES
 
     def __init__(
         self,
@@ -108,12 +109,7 @@ class MambaRConfig(ViTWithRegistersConfig):
         initializer_range=0.02,
         **kwargs,
     ):
-        lacking = sorted(_LACKING & kwargs.keys() - {"has_mask_token"})
-        if lacking or kwargs.get("has_mask_token"):
-            raise ValueError(
-                f"MambaRConfig: expected fields of Mamba-R, got {', '.join(lacking) or 'has_mask_token'}, which only "
-                "the Vision Transformer has: remove them, or use ViTWithRegistersConfig."
-            )
+        self._check_names(kwargs)
         self.register_reduction, self.time_step_rank = register_reduction, time_step_rank
         self.state_size, self.conv_kernel, self.expand = state_size, conv_kernel, expand
         super().__init__(
@@ -136,27 +132,11 @@ class MambaRConfig(ViTWithRegistersConfig):
         if self.time_step_rank is None:
             self.time_step_rank = math.ceil(hidden_size / 16)
         for name in ("register_reduction", "state_size", "conv_kernel", "expand", "time_step_rank"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"MambaRConfig: {name} is a positive integer, got {value!r}.")
-        if hidden_size % register_reduction:
-            raise ValueError(
-                f"MambaRConfig: register_reduction divides hidden_size ({hidden_size}), got {register_reduction}."
+            self._require(
+                is_positive(getattr(self, name)), f"{name} is a positive integer, got {getattr(self, name)!r}"
             )
-
-    @classmethod
-    def from_preset(cls, name, **overrides):
-        """Configuration of a size of the paper: "tiny", "small", "base" or "large", as in "base/16".
-
-        Raises:
-            ValueError: there is no such size, or the patch size is not a number.
-        """
-        size, _, patch = name.partition("/")
-        if size not in MAMBAR_SIZES or not (patch or "16").isdigit():
-            raise ValueError(
-                f"expected a preset such as 'base/16' with a size of {', '.join(MAMBAR_SIZES)}, got {name!r}"
-            )
-        return cls(**{**MAMBAR_SIZES[size], "patch_size": int(patch or 16), **overrides})
+        fits = hidden_size % register_reduction == 0
+        self._require(fits, f"register_reduction divides hidden_size ({hidden_size}), got {register_reduction}")
 
     @property
     def inner_size(self) -> int:
@@ -174,15 +154,6 @@ class MambaRConfig(ViTWithRegistersConfig):
         if not self.num_register_tokens:
             return self.hidden_size
         return self.num_register_tokens * (self.hidden_size // self.register_reduction)
-
-    def to_dict(self) -> dict:
-        """The fields of this architecture."""
-        return {name: value for name, value in super().to_dict().items() if name not in _LACKING}
-
-
-_OF_VIT = set(inspect.signature(ViTWithRegistersConfig.__init__).parameters)
-_OF_MAMBA = set(inspect.signature(MambaRConfig.__init__).parameters)
-_LACKING = _OF_VIT - _OF_MAMBA
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -212,6 +212,24 @@ def check_image_size(size: Iterable[int], patch_shape: Iterable[int]) -> None:
             )
 
 
+def check_images(pixel_values: Tensor, *, num_channels: int) -> None:
+    """Refuse what is no batch of normalised images.
+
+    Raises:
+        ValueError: another shape, another number of channels, or integers.
+    """
+    if pixel_values.ndim != 4 or pixel_values.shape[1] != num_channels:
+        raise ValueError(
+            f"expected images (batch, {num_channels}, height, width), got a tensor of shape "
+            f"{tuple(pixel_values.shape)}; the number of channels is `config.num_channels`"
+        )
+    if not pixel_values.is_floating_point():
+        raise ValueError(
+            f"expected images normalised to floating-point numbers, got {pixel_values.dtype}: prepare them with "
+            "AutoImageProcessor.from_pretrained(FOLDER)(images, return_tensors='pt')"
+        )
+
+
 class ViTWithRegistersRegisterTokens(nn.Module):
     """The registers. They are a module so that PEFT can train them through `modules_to_save`."""
 
@@ -259,7 +277,8 @@ class ViTWithRegistersEmbeddings(nn.Module):
 
     def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None) -> Tensor:
         """Embed images (B, C, height, width) as tokens (B, N, D)."""
-        self._check_images(pixel_values)
+        check_images(pixel_values, num_channels=self.config.num_channels)
+        check_image_size(pixel_values.shape[2:], self.config.patch_shape)
         patches = self.patch_embeddings(pixel_values.to(self.patch_embeddings.weight.dtype))
         patches = self.patch_norm(patches.flatten(2).transpose(1, 2))  # [B, D, rows, columns] -> [B, P, D]
         if bool_masked_pos is not None:
@@ -280,19 +299,6 @@ class ViTWithRegistersEmbeddings(nn.Module):
     def grid_of(self, pixel_values: Tensor) -> tuple:
         """Rows and columns of the patches of these images."""
         return tuple(side // patch for side, patch in zip(pixel_values.shape[2:], self.config.patch_shape))
-
-    def _check_images(self, pixel_values: Tensor) -> None:
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels:
-            raise ValueError(
-                f"expected images (batch, {self.config.num_channels}, height, width), got a tensor of shape "
-                f"{tuple(pixel_values.shape)}; the number of channels is `config.num_channels`"
-            )
-        if not pixel_values.is_floating_point():
-            raise ValueError(
-                f"expected images normalised to floating-point numbers, got {pixel_values.dtype}: prepare them with "
-                "AutoImageProcessor.from_pretrained(FOLDER)(images, return_tensors='pt')"
-            )
-        check_image_size(pixel_values.shape[2:], self.config.patch_shape)
 
     def _mask(self, patches: Tensor, bool_masked_pos: Tensor) -> Tensor:
         if self.mask_token is None:
@@ -591,7 +597,7 @@ class ViTWithRegistersDropPath(nn.Module):
     """Stochastic depth: while training, leave a branch out for some images and scale it up for the others.
 
     A choice is None for all images, or a pair: indices of the rows that the branch runs on, or None for all of them,
-    and a factor for each of these rows. A row is an image of (B, N, D), or a token of (T, D).
+    and a factor for each of these rows. A row is an image of (B, ...), or a token of (T, D).
     """
 
     def __init__(self, config: ViTWithRegistersConfig, rate: float):
@@ -603,12 +609,12 @@ class ViTWithRegistersDropPath(nn.Module):
         """Draw which of the images of `like` (B, ...) run a branch; `needs_all` runs it on all of them."""
         if not self.training or self.rate == 0.0:
             return None
-        num_images = like.shape[0]
+        num_images, axes = like.shape[0], (1,) * (like.ndim - 1)
         if self.mode == "batch_subset" and not needs_all:
             num_kept = max(int(num_images * (1 - self.rate)), 1)
             kept = torch.randperm(num_images, device=like.device)[:num_kept]
-            return kept, like.new_full((num_kept, 1, 1), num_images / num_kept)
-        return None, like.new_empty(num_images, 1, 1).bernoulli_(1 - self.rate) / (1 - self.rate)
+            return kept, like.new_full((num_kept, *axes), num_images / num_kept)
+        return None, like.new_empty(num_images, *axes).bernoulli_(1 - self.rate) / (1 - self.rate)
 
     def choose_tokens(
         self, hidden_states: Tensor, groups: tuple, *, needs_all: bool = False
@@ -941,28 +947,24 @@ class ViTWithRegistersPreTrainedModel(ViTWithRegistersMixin, PreTrainedModel):
         The configuration takes over the number of channels and whether there is a bias.
 
         Raises:
-            ValueError: the layer is no `nn.Conv2d` that maps each patch to one token of `config.hidden_size`, or the
-                model predicts pixels, whose number of channels would change.
+            ValueError: the layer is no `nn.Conv2d` of the same form as the present one, it lacks a bias that the
+                architecture has, or the model predicts pixels, whose number of channels would change.
         """
-        patch = self.config.patch_shape
-        expected = {
-            "out_channels": self.config.hidden_size,
-            "kernel_size": patch,
-            "stride": patch,
-            "padding": (0, 0),
-            "dilation": (1, 1),
-            "groups": 1,
-        }
+        names = ("out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+        expected = {name: getattr(self.get_input_embeddings(), name) for name in names}
         wrong = {name: getattr(value, name, None) for name in expected if getattr(value, name, None) != expected[name]}
         if not isinstance(value, nn.Conv2d) or wrong:
             raise ValueError(
                 f"expected an nn.Conv2d with {_join(expected)}, got {type(value).__name__}"
                 + (f" with {_join(wrong)}" if isinstance(value, nn.Conv2d) else "")
             )
-        fitting = self._change_config(num_channels=value.in_channels, has_patch_bias=value.bias is not None)
-        self._check_channels(fitting.num_channels)
-        self._has_new_channels = fitting.num_channels != self.config.num_channels
-        self.config.num_channels, self.config.has_patch_bias = fitting.num_channels, fitting.has_patch_bias
+        fields, has_bias = {"num_channels": value.in_channels}, value.bias is not None
+        if has_bias != self.config.has_patch_bias:
+            fields["has_patch_bias"] = has_bias
+        self._change_config(**fields)
+        self._check_channels(value.in_channels)
+        self._has_new_channels = value.in_channels != self.config.num_channels
+        self.config.num_channels, self.config.has_patch_bias = value.in_channels, has_bias
         self.base_model.embeddings.patch_embeddings = value
 
     def _check_channels(self, num_channels: int) -> None:
@@ -1574,10 +1576,10 @@ class ViTWithRegistersForImageClassification(ViTWithRegistersPreTrainedModel):
             distillation_logits=distillation_logits,
         )
 
-    def _make_classifier(self, size: int) -> nn.Module:
+    def _make_classifier(self, size: int, kind: type[nn.Linear] = nn.Linear) -> nn.Module:
         if self.config.num_labels == 0:
             return nn.Identity()
-        classifier = nn.Linear(size, self.config.num_labels)
+        classifier = kind(size, self.config.num_labels)
         classifier.is_zero_initialized = self.config.has_zero_init_classifier
         return classifier
 
