@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         ViTWithRegistersDualEncoderModel,
         ViTWithRegistersDualEncoderOutput,
     )
+    from modeling_vitreg.hat_vitreg import HATNetConfig, HATNetForImageClassification, HATNetModel
     from modeling_vitreg.mamba_vitreg import MambaRConfig, MambaRForImageClassification, MambaRModel
     from modeling_vitreg.modeling_vitreg import (
         ViTWithRegistersAttentionMaps,
@@ -66,6 +67,9 @@ def __dir__() -> list[str]:
 register_when_imported(sys.modules)
 
 __all__ = [
+    "HATNetConfig",
+    "HATNetForImageClassification",
+    "HATNetModel",
     "MambaRConfig",
     "MambaRForImageClassification",
     "MambaRModel",

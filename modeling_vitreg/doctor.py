@@ -180,7 +180,7 @@ def _check_files(folder: pathlib.Path, settings: dict) -> Iterator[Finding]:
     from modeling_vitreg.features import folders
     from modeling_vitreg.modeling_vitreg import read_image_processor
 
-    is_ours = settings.get("model_type") in ("vitreg", "vitreg_mamba", "vitreg_dual_encoder")
+    is_ours = settings.get("model_type") in ("vitreg", "vitreg_mamba", "vitreg_hat", "vitreg_dual_encoder")
     again = _write_command(folder, settings, "", target=folder)
     references = settings.get("auto_map") or {}
     values = references.values() if isinstance(references, dict) else ()

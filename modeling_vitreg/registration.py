@@ -15,7 +15,7 @@ from collections.abc import Callable
 from types import ModuleType
 
 
-_NAMES = ("configuration", "modeling", "dual_encoder", "mamba", "vision_language")
+_NAMES = ("configuration", "modeling", "dual_encoder", "mamba", "hat", "vision_language")
 HUB_MODULES = tuple(f"modeling_vitreg.{name}_vitreg" for name in _NAMES)
 
 
@@ -23,11 +23,13 @@ def register_auto_classes() -> None:
     """Make the Auto classes of transformers know every class of this family."""
     import transformers
 
-    configuration, modeling, dual_encoder, mamba, language = map(importlib.import_module, HUB_MODULES)
+    configuration, modeling, dual_encoder, mamba, hat, language = map(importlib.import_module, HUB_MODULES)
     config, dual_config = configuration.ViTWithRegistersConfig, dual_encoder.ViTWithRegistersDualEncoderConfig
-    for kind in (config, dual_config, mamba.MambaRConfig, language.ViTWithRegistersVisionLanguageConfig):
+    others = (mamba.MambaRConfig, hat.HATNetConfig, language.ViTWithRegistersVisionLanguageConfig)
+    for kind in (config, dual_config, *others):
         transformers.AutoConfig.register(kind.model_type, kind, exist_ok=True)
-    for model in (*modeling.AUTO_MODELS, *mamba.MAMBAR_AUTO_MODELS, language.ViTWithRegistersForConditionalGeneration):
+    backbones = (*modeling.AUTO_MODELS, *mamba.MAMBAR_AUTO_MODELS, *hat.HATNET_AUTO_MODELS)
+    for model in (*backbones, language.ViTWithRegistersForConditionalGeneration):
         getattr(transformers, model._auto_class).register(model.config_class, model, exist_ok=True)
     for name in dual_encoder.DUAL_ENCODER_AUTO_CLASSES:
         model = dual_encoder.ViTWithRegistersDualEncoderModel

@@ -27,7 +27,7 @@ def convert(
         ),
     ],
     output: Annotated[
-        pathlib.Path, typer.Argument(help="Folder to write. With --to dinov2 or mamba-reg, a .pth file.")
+        pathlib.Path, typer.Argument(help="Folder to write. With --to dinov2, mamba-reg or hat-net, a .pth file.")
     ],
     family: Annotated[str | None, option(DATA, "Source format, if auto-detection is wrong.")] = None,
     checkpoint_key: Annotated[str | None, option(DATA, _KEY)] = None,
@@ -41,7 +41,7 @@ def convert(
     tolerance: Annotated[float, option(COMPUTE, "Maximum relative error of a token.", min=0.0, max=1.0)] = 1e-5,
     no_verify: Annotated[bool, option(COMPUTE, "Do not compare with the original model.", "--no-verify")] = False,
     to: Annotated[
-        str | None, option(OUTPUT, "Export to another format: dinov2, timm, transformers or mamba-reg.")
+        str | None, option(OUTPUT, "Export to another format: dinov2, timm, transformers, mamba-reg or hat-net.")
     ] = None,
 ) -> None:
     """Convert a checkpoint to this model family, or back, and verify that both models give the same tokens.
@@ -55,12 +55,12 @@ def convert(
     * `vitreg convert outputs/demo-cpu/model demo-timm --to timm`
 
     The format and the sizes are read from the file: official checkpoints of dinov2, dino, deit, mae, dinov3, capi,
-    Mamba-Reg, OpenCLIP and CLIP, and ViTs of timm and transformers; convert/README.md lists all of them. Nothing is
-    written if a tensor has no rule or the outputs differ.
+    Mamba-Reg, HAT-Net, OpenCLIP and CLIP, and ViTs of timm and transformers; convert/README.md lists all of them.
+    Nothing is written if a tensor has no rule or the outputs differ.
     """
     with plain_errors():
         check_source_name(source)
-        options.check_output(output, is_file=to in ("dinov2", "mamba-reg"))
+        options.check_output(output, is_file=to in ("dinov2", "mamba-reg", "hat-net"))
         from modeling_vitreg.cards import record_expected_outputs
         from modeling_vitreg.conversion import ConversionSettings
         from modeling_vitreg.conversion import convert as run_convert

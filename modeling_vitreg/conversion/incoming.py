@@ -42,6 +42,7 @@ _HEADS = {
 # Tensors that a class with a head does not have.
 _NOT_IN_HEADS = ("embeddings.mask_token", "projection.weight")
 _ASSUMED = ("num_attention_heads", "layer_norm_eps", "hidden_act", "interpolate_antialias", "interpolate_offset")
+_ASSUMED += ("head_size", "window_sizes", "pool_sizes")
 _OF_PROCESSORS = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor")
 
 

@@ -97,7 +97,7 @@ def plan_export(source: str | pathlib.Path, to: str, file_name: str, settings: C
     """
     opened = open_source(source)
     if layout := OF_BACKBONES.get((opened.settings or {}).get("model_type")):
-        return _plan_backbone(source, opened, layout, to, file_name)
+        return _plan_backbone(source, opened, layout, to, file_name, settings.code)
     if to not in TARGETS[:3]:
         raise ConversionError(f"{source}: {to} takes its own backbone only: choose one of {', '.join(TARGETS[:3])}")
     if (opened.settings or {}).get("model_type") != "vitreg":
@@ -139,7 +139,7 @@ def plan_export(source: str | pathlib.Path, to: str, file_name: str, settings: C
     )
 
 
-def _plan_backbone(source, opened: Source, layout: Layout, to: str, file_name: str) -> ConversionPlan:
+def _plan_backbone(source, opened: Source, layout: Layout, to: str, file_name: str, code) -> ConversionPlan:
     """A backbone that is no Vision Transformer, for its own project; the tensors show all of its architecture."""
     if to != layout.name:
         raise ConversionError(f"{source}: {to} has no such backbone: export it with --to {layout.name}")
@@ -148,7 +148,8 @@ def _plan_backbone(source, opened: Source, layout: Layout, to: str, file_name: s
     tensors, title = opened.renamed({name: short(name) for name in opened.shapes}), f"vitreg to {to}"
     ledger, check = balance_to_source(layout.rules(config), tensors.shapes, title=title)
     check(tensors.read)
-    shapes = {entry.name: tuple(make(entry, tensors.read).shape) for entry in ledger.entries}
+    entries = [*ledger.entries, *_extra(to, layout, tensors, config)]
+    shapes = {entry.name: tuple(make(entry, tensors.read).shape) for entry in entries}
     info = CheckpointInfo(shapes=shapes, read=tensors.read, file_name=title, config_overrides={"image_size": 0})
     with stage(f"{title}: the layout cannot represent this architecture", remedy="it is read from all tensors"):
         fields = layout.configure(info)
@@ -160,9 +161,17 @@ def _plan_backbone(source, opened: Source, layout: Layout, to: str, file_name: s
                 f"{title}: the layout cannot represent {name}={here!r}: it would be read as {there!r}"
             )
 
-    def write(folder: pathlib.Path) -> None:
-        state = {entry.name: make(entry, tensors.read).clone() for entry in ledger.entries}
+    def write(folder: pathlib.Path) -> Source:
+        state = {entry.name: make(entry, tensors.read).clone() for entry in entries}
         torch.save({"model": state}, folder / file_name)
+        return open_source(folder / file_name)
+
+    def compare(target: Source) -> tuple:
+        if code is None:
+            return None, find_reference(layout.name, target, config)
+        kind = next(kind for kind in layout.models if kind.__name__ in (config.architectures or [kind.__name__]))
+        with quietly():
+            return kind.from_pretrained(source), repository_reference(layout.name, code, target, config)
 
     return ConversionPlan(
         title=title,
@@ -174,7 +183,7 @@ def _plan_backbone(source, opened: Source, layout: Layout, to: str, file_name: s
         hashes={},
         left={},
         write=write,
-        compare=lambda written: (None, find_reference(layout.name, tensors, config)),
+        compare=compare,
     )
 
 

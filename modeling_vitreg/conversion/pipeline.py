@@ -94,7 +94,7 @@ def export(
 
     Args:
         source: folder of a model of this family.
-        output: a file ending in `.pth` for "dinov2" and "mamba-reg", else a folder to make.
+        output: a file ending in `.pth` for "dinov2", "mamba-reg" and "hat-net", else a folder to make.
         to: one of `TARGETS`.
         settings: `code`, `tolerance`, `skip_verification` and `is_quiet` count.
         command: for the record; default that of the process.

@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import math
 import os
 import pathlib
 import sys
@@ -21,11 +22,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from modeling_vitreg import ViTWithRegistersConfig
+from modeling_vitreg import HATNetConfig, ViTWithRegistersConfig
 from modeling_vitreg.names import list_first
 from modeling_vitreg.reports import versions
 
-from .layouts import OF_BACKBONES
 from .layouts.transformers import CLIP_TOWERS, CLIP_WHOLE
 from .layouts.transformers_files import transformers_class
 from .rules import ConversionError
@@ -53,10 +53,10 @@ def find_reference(layout: str, source: Source, config: ViTWithRegistersConfig, 
         return transformers_reference(source, config)
     if layout == "timm" and module is not None:
         return Reference(title_of("timm"), functools.partial(run_timm, module), module, sizes=sizes_of(module))
-    if layout in (other.name for other in OF_BACKBONES.values()):
+    if layout == "mamba-reg":
         return "its project runs on a GPU only: the tests compare the layers of the model with other libraries"
     wanted = {"clip": "open_clip"}.get(layout, "timm")
-    if layout == "capi":
+    if layout in ("capi", "hat-net"):
         return "no library has this family: give its repository with --code CLONE"
     if not _is_installed(wanted):
         package = {"open_clip": "open_clip_torch"}.get(wanted, wanted)
@@ -206,7 +206,7 @@ def _run_open_clip(make, images: Tensor) -> dict[str, Tensor]:
 def repository_reference(
     layout: str, code: str | os.PathLike, source: Source, config: ViTWithRegistersConfig
 ) -> Reference:
-    """The class of a facebookresearch repository with the weights of the source.
+    """The class of a repository with the weights of the source.
 
     Args:
         layout: its name.
@@ -217,7 +217,7 @@ def repository_reference(
     Raises:
         ConversionError: the family has no such repository, or the clone lacks a file or a package.
     """
-    makers = {"dinov2": _dinov2, "dino": _dino, "dinov3": _dinov3, "deit": _deit, "capi": _capi}
+    makers = {"dinov2": _dinov2, "dino": _dino, "dinov3": _dinov3, "deit": _deit, "capi": _capi, "hat-net": _hat_net}
     if layout not in makers:
         raise ConversionError(f"--code runs {', '.join(makers)}; {layout} is compared with an installed library")
     try:
@@ -329,6 +329,25 @@ def _capi(config: ViTWithRegistersConfig) -> Made:
         return {"register_tokens": tokens[:, :num_registers], "patch_tokens": tokens[:, num_registers:]}
 
     return module, run, ("decoder.", "outside.", "mask_token"), None
+
+
+def _hat_net(config: HATNetConfig) -> Made:
+    theirs = {"dims": "hidden_sizes", "head_dim": "head_size", "grid_sizes": "window_sizes", "ds_ratios": "pool_sizes"}
+    theirs |= {name: name for name in ("depths", "expansions", "kernel_sizes")} | {"num_classes": "num_labels"}
+    arguments = {name: getattr(config, field) for name, field in theirs.items()}
+    module = importlib.import_module("HAT_Net").HAT_Net(**arguments)
+
+    def run(images: Tensor) -> dict[str, Tensor]:
+        held = []
+        with module.blocks[-1][-1].register_forward_hook(lambda _, __, maps: held.append(maps)):
+            logits = module(images)
+        return {"patch_tokens": held[0].flatten(2).transpose(1, 2), "logits": logits}
+
+    strides = [4, 8, 16, 32]
+    side = math.lcm(
+        *(s * size for sizes in (config.window_sizes, config.pool_sizes) for s, size in zip(strides, sizes))
+    )
+    return module, run, (), [(side, side), (side, 2 * side)]
 
 
 def _sizes(config: ViTWithRegistersConfig) -> dict:

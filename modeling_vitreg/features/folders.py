@@ -157,7 +157,7 @@ def conversion_command(source: str | os.PathLike) -> str | None:
     if settings is None:
         return f"{text} has no config.json: convert its checkpoint first, with: vitreg convert {text} {folder}"
     kind = settings.get("model_type", "timm" if "architecture" in settings else None)
-    if kind in ("vitreg", "vitreg_mamba"):
+    if kind in ("vitreg", "vitreg_mamba", "vitreg_hat"):
         return None
     if kind in (*_CONVERTIBLE, *(f"{name}_vision_model" for name in _WITH_TEXT), "timm"):
         return f"{text} is a model of type {kind}: convert it first, with: vitreg convert {text} {folder}"

@@ -91,8 +91,10 @@ def read_heads(encoder: Encoder, pixel_values: Tensor, use: Callable[[LayerHeads
         raise ValueError(
             "expected attention among all tokens, got a model with token_reduction: load it with token_reduction=None"
         )
-    if encoder.num_heads is None or find_part(encoder.layers[0], "projection") is None:
-        raise ValueError(f"{encoder.name}: blocks of class {type(encoder.layers[0]).__name__} have no known heads")
+    projection = find_part(encoder.layers[0], "projection")
+    if encoder.num_heads is None or projection is None or isinstance(projection, nn.Conv2d):
+        what = "no known heads" if projection is None else "heads of maps, which are not read"
+        raise ValueError(f"{encoder.name}: blocks of class {type(encoder.layers[0]).__name__} have {what}")
 
     def hooks(keep: Callable) -> Iterator:
         for number, block in enumerate(encoder.layers, start=1):

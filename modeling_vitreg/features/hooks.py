@@ -130,13 +130,14 @@ def record_projection(attention: nn.Module, name: str, keep: Callable) -> Iterat
         what = "blocks without known attention have" if attention is None else f"{type(attention).__name__} has"
         raise ValueError(f"{what} no known layer of {name}s: {_REMEDY}")
     # A copy, because a view would keep all three.
-    sizes = getattr(attention, "sizes", None) or attention.qkv.out_features // 3
+    sizes = getattr(attention, "sizes", None) or len(attention.qkv.weight) // 3
     if hasattr(attention, "expand"):  # of a model with fewer tokens inside a layer
         yield from _record_own(
             attention, lambda packed, merges: keep(attention.expand(packed.split(sizes, dim=-1)[place], merges))
         )
         return
-    yield attention.qkv.register_forward_hook(lambda _, __, value: keep(value.split(sizes, dim=-1)[place].clone()))
+    axis = 1 if isinstance(attention.qkv, nn.Conv2d) else -1
+    yield attention.qkv.register_forward_hook(lambda _, __, value: keep(value.split(sizes, dim=axis)[place].clone()))
 
 
 def split_values(values: Tensor, *, num_heads: int, width: int) -> Tensor:

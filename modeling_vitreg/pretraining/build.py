@@ -12,6 +12,7 @@ from modeling_vitreg.configuration_vitreg import ViTWithRegistersConfig
 from modeling_vitreg.distributed import SINGLE_PROCESS, DistributedContext
 from modeling_vitreg.dual_encoder_vitreg import ViTWithRegistersDualEncoderConfig, ViTWithRegistersDualEncoderModel
 from modeling_vitreg.features.folders import conversion_command, is_hub_name
+from modeling_vitreg.hat_vitreg import HATNetModel
 from modeling_vitreg.images import check_channels
 from modeling_vitreg.mamba_vitreg import MambaRModel
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersModel
@@ -25,7 +26,7 @@ from .run.recipe import Recipe
 from .state import last_state, load_objective, read_metadata
 
 
-_MODELS = {model.config_class.model_type: model for model in (ViTWithRegistersModel, MambaRModel)}
+_MODELS = {model.config_class.model_type: model for model in (ViTWithRegistersModel, MambaRModel, HATNetModel)}
 
 
 def backbone_class(model_type: str) -> type[ViTWithRegistersModel]:

@@ -26,6 +26,7 @@ _HUB_NAMES = (
     "modeling",
     "dual_encoder",
     "mamba",
+    "hat",
     "vision_language",
 )
 HUB_FILES = [PACKAGE / f"{name}_vitreg.py" for name in _HUB_NAMES]
@@ -40,6 +41,7 @@ LAYERS = {
     "dual_encoder_vitreg": 0,
     "mamba_vitreg": 0,
     "vision_language_vitreg": 0,
+    "hat_vitreg": 0,
     "__init__": 0,
     "registration": 0,
     "files": 1,
@@ -227,7 +229,7 @@ def test_the_auto_classes_know_the_family_in_whatever_order_both_are_imported():
 
 def test_public_names_are_a_list_that_changes_on_purpose():
     names = """
-        MambaRConfig MambaRForImageClassification MambaRModel
+        HATNetConfig HATNetForImageClassification HATNetModel MambaRConfig MambaRForImageClassification MambaRModel
         ViTWithRegistersAttentionMaps ViTWithRegistersBackbone ViTWithRegistersClassifierOutput ViTWithRegistersConfig
         ViTWithRegistersDualEncoderConfig ViTWithRegistersDualEncoderModel ViTWithRegistersDualEncoderOutput
         ViTWithRegistersForConditionalGeneration

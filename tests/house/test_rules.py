@@ -21,6 +21,7 @@ HUB_FILES = {
         "modeling",
         "dual_encoder",
         "mamba",
+        "hat",
         "vision_language",
     )
 }

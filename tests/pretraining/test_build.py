@@ -59,7 +59,9 @@ def test_a_mamba_is_trained_with_labels_only_and_goes_on_from_a_smaller_size(tmp
         make_objective(make_recipe({**fields, "num_register_tokens": 4}), init=tmp_path / "first")
     with pytest.raises(ValueError, match="objective mae trains models of type vitreg, got vitreg_mamba: choose"):
         make_objective(make_recipe({**RECIPE, "model": model, "num_register_tokens": 3}))
-    with pytest.raises(ValueError, match="expected a model_type out of vitreg, vitreg_mamba, got 'resnet'"):
+    with pytest.raises(
+        ValueError, match="expected a model_type out of vitreg, vitreg_mamba, vitreg_hat, got 'resnet'"
+    ):
         make_objective(make_recipe({**fields, "model": {"model_type": "resnet"}}))
 
 

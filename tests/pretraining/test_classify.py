@@ -20,7 +20,14 @@ from test_remote_code import run_without_the_package
 from torchvision.transforms import v2
 from training_program import losses_of
 
-from modeling_vitreg import MambaRConfig, MambaRModel, ViTWithRegistersForImageClassification, ViTWithRegistersModel
+from modeling_vitreg import (
+    HATNetConfig,
+    HATNetModel,
+    MambaRConfig,
+    MambaRModel,
+    ViTWithRegistersForImageClassification,
+    ViTWithRegistersModel,
+)
 from modeling_vitreg.pretraining.build import make_objective
 from modeling_vitreg.pretraining.objectives.classify import (
     Classification,
@@ -143,8 +150,20 @@ def make_mamba() -> MambaRModel:
     return MambaRModel(MambaRConfig(**sizes))
 
 
+def make_hat() -> HATNetModel:
+    sizes = {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "head_size": 8, "expansions": [1, 1, 1, 1]}
+    sizes["pool_sizes"] = [2, 2, 1, 1]  # with one square a query has no choice, and no gradient
+    return HATNetModel(HATNetConfig(**sizes, image_size=32, initializer_range=0.3))
+
+
 @pytest.mark.parametrize(
-    "backbone, layers", [(lambda: None, {"qkv", "proj"}), (make_mamba, {"in_proj", "out_proj"})], ids=["vit", "mamba"]
+    "backbone, layers",
+    [
+        (lambda: None, {"qkv", "proj"}),
+        (make_mamba, {"in_proj", "out_proj"}),
+        (make_hat, {"qkv", "query", "key_value", "proj"}),
+    ],
+    ids=["vit", "mamba", "hat"],
 )
 def test_lora_learns_beside_the_weights_and_is_saved_within_them(backbone, layers, make, tmp_path):
     objective = make(backbone=backbone(), lora_rank=2)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from ..rules import ConversionError
 from ..sources import Source
-from . import capi, clip, deit, dino, dinov2, dinov3, mae, mamba_reg, timm
+from . import capi, clip, deit, dino, dinov2, dinov3, hat_net, mae, mamba_reg, timm
 from .layout import CheckpointInfo, Layout
 from .transformers_files import LAYOUTS as BY_MODEL_TYPE
 
@@ -23,9 +23,10 @@ BY_NAMES = (
     timm.LAYOUT,
     dino.LAYOUT,
     mamba_reg.LAYOUT,
+    hat_net.LAYOUT,
 )
 # Backbones that are no Vision Transformers, which only their own project can load.
-OF_BACKBONES = {layout.config_class.model_type: layout for layout in (mamba_reg.LAYOUT,)}
+OF_BACKBONES = {layout.config_class.model_type: layout for layout in (mamba_reg.LAYOUT, hat_net.LAYOUT)}
 LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (*BY_NAMES, *BY_MODEL_TYPE.values())}
 # Settings of models of transformers, and the parts that they stand for, which no plain Vision Transformer has.
 _IN_THE_WAY = {

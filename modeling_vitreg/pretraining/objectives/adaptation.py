@@ -15,7 +15,12 @@ from modeling_vitreg.modeling_vitreg import ViTWithRegistersModel
 from modeling_vitreg.settings import expect
 
 
-_TARGETS = {"vitreg": ["qkv", "proj"], "vitreg_mamba": ["in_proj", "out_proj"]}  # by the type of the backbone
+# By the type of the backbone.
+_TARGETS = {
+    "vitreg": ["qkv", "proj"],
+    "vitreg_mamba": ["in_proj", "out_proj"],
+    "vitreg_hat": ["qkv", "query", "key_value", "proj"],
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,7 +44,7 @@ class Recipe:
     Args:
         objective: a name of `objectives.registry.OBJECTIVES`.
         model: keywords of `ViTWithRegistersConfig`, or `preset` and what differs from it; `model_type: vitreg_mamba`
-            makes them those of `MambaRConfig`.
+            makes them those of `MambaRConfig`, `vitreg_hat` those of `HATNetConfig`.
         num_register_tokens: registers of the model.
         crops: `CropSettings`.
         masks: `MaskSettings`.

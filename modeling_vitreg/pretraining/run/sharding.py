@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
+from modeling_vitreg.hat_vitreg import HATNetLayer
 from modeling_vitreg.mamba_vitreg import MambaRLayer
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersLayer
 
@@ -19,7 +20,7 @@ from ..objectives.objective import Objective
 
 
 KINDS = ("full", "hybrid")
-UNITS = (ViTWithRegistersLayer, MambaRLayer, PrototypeHead)  # what is gathered at a time
+UNITS = (ViTWithRegistersLayer, MambaRLayer, HATNetLayer, PrototypeHead)  # what is gathered at a time
 
 
 def shard(
