@@ -494,6 +494,9 @@ class ViTWithRegistersAttention(AttentionBackend):
         # CODEPATH: models to which `retrofit` appended registers.
         if self.register_gates is not None:
             parts = self.apply_gates(*parts)
+        # Compiled for a CPU, flex attention of torch 2.14 reads what a norm or a rotation made with other strides.
+        if self.config._attn_implementation == "flex_attention" and packed.device.type == "cpu":
+            parts = [part.contiguous() for part in parts]
         output, probabilities = attend(
             self,
             *parts,

@@ -223,17 +223,21 @@ TIMM = {
 }
 
 
-@pytest.mark.parametrize("name", TIMM)
-def test_a_model_of_timm_goes_in_from_memory_and_out_with_its_bytes(name, tmp_path, record_property):
+def make_timm(name: str) -> torch.nn.Module:
     if not timm.is_model(name):
         pytest.skip(f"timm {timm.__version__} has no {name}")
-    is_fixed = name.startswith("beit")
-    options = {} if is_fixed else {"dynamic_img_size": True}
+    options = {} if name.startswith("beit") else {"dynamic_img_size": True}
     if TIMM[name].get("global_pool") == "prr" and not hasattr(timm.layers, "AttentionPoolPrr"):
         pytest.skip(f"timm {timm.__version__} has no pooling prr")
     theirs = randomise(timm.create_model(name, **SMALL, **options, **TIMM[name]))
     if any("relative_position_index" in key for key in theirs.state_dict()):
         pytest.skip("this version of timm saves the numbers of the offsets")
+    return theirs
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_a_model_of_timm_goes_in_from_memory_and_out_with_its_bytes(name, tmp_path, record_property):
+    theirs, is_fixed = make_timm(name), name.startswith("beit")
     report = convert(theirs, tmp_path / "in", settings=QUIET)
     assert report.verification["is_verified"] and len(report.verification["sizes"]) == (1 if is_fixed else 3)
     ours = load(tmp_path / "in")
@@ -249,6 +253,23 @@ def test_a_model_of_timm_goes_in_from_memory_and_out_with_its_bytes(name, tmp_pa
     convert(tmp_path / "out", tmp_path / "back", settings=QUIET)
     first, again = (load_file(tmp_path / name / "model.safetensors") for name in ("in", "back"))
     assert first.keys() == again.keys() and all(torch.equal(first[key], again[key]) for key in first)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*FAMILIES, *TIMM])
+def test_a_converted_model_gives_the_tokens_of_the_original_under_every_attention(name, tmp_path, record_property):
+    theirs = make(FAMILIES[name]) if name in FAMILIES else make_timm(name)
+    convert(theirs, tmp_path / "in", settings=QUIET)
+    ours = load(tmp_path / "in")
+    for implementation in ("eager", "sdpa", "flex_attention"):
+        ours.set_attn_implementation(implementation)
+        if implementation == "flex_attention" and ours.config.relative_position_bias:
+            with pytest.raises(ValueError, match="needs attention 'eager' or 'sdpa', got 'flex_attention'"):
+                ours(torch.zeros(1, 3, 32, 32))
+            continue
+        torch._dynamo.reset()
+        for run in (ours, torch.compile(ours, fullgraph=True)):
+            compare(run, theirs, ((32, 32),), record_property)
 
 
 @pytest.mark.parametrize(

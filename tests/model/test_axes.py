@@ -33,11 +33,23 @@ AXES = {
     },
     "norm of patches": {"has_patch_norm": True, "interpolate_mode": "bilinear"},
 }
+# What other files test, for the comparison of back ends of attention.
+OTHERS = {
+    "plain": {},
+    "DINOv3": {"position_embedding_type": "rope", "layer_scale_init_value": 0.5, "hidden_act": "swiglu"},
+    "CAPI": {"position_embedding_type": "rope", "rope_style": "capi", "has_key_bias": False},
+    "distilled": {"position_embedding_type": "sincos", "has_distillation_token": True, "pooling": "cls_distillation"},
+    "gated registers, fewer keys": {"num_gated_registers": 2, "num_key_value_heads": 2},
+    "test-time registers": {"num_test_time_registers": 1, "register_neurons": {"1": [0, 3]}},
+    "merged patches": {"token_reduction": {"kind": "merge", "per_layer": 3}},
+    "learned tokens": {"token_reduction": {"kind": "learn", "num_tokens": 3}},
+}
+BACK_ENDS = ("eager", "sdpa", "flex_attention")
 
 
 def build(name: str, **fields) -> ViTWithRegistersModel:
     torch.manual_seed(0)
-    return randomise(ViTWithRegistersModel(ViTWithRegistersConfig(**SIZES, **AXES[name], **fields)))
+    return randomise(ViTWithRegistersModel(ViTWithRegistersConfig(**SIZES, **(AXES | OTHERS)[name], **fields)))
 
 
 def images(*size: int) -> torch.Tensor:
@@ -61,6 +73,42 @@ def test_every_path_of_attention_gives_the_same_tokens(name):
         for number, probabilities in enumerate(traced.attentions):
             shown = probabilities[:, :, rows, start:].unflatten(-1, (3, 5)).transpose(1, 2)
             assert relative_error(maps.registers[:, number], shown) < 1e-5
+
+
+def agree(model: ViTWithRegistersModel, pixels: torch.Tensor, implementation: str, run=None) -> None:
+    """Compare all tokens of all layers with those of eager attention, or see that a bias of the scores is refused."""
+    model.set_attn_implementation("eager")
+    expected = model(pixels, output_hidden_states=True)
+    model.set_attn_implementation(implementation)
+    has_bias = model.config.relative_position_bias or (model.config.reduction or {}).get("kind") == "merge"
+    if implementation == "flex_attention" and has_bias:
+        with pytest.raises(ValueError, match="needs attention 'eager' or 'sdpa', got 'flex_attention'"):
+            model(pixels)
+        return
+    found = (model if run is None else run)(pixels, output_hidden_states=True)
+    for name in ("last_hidden_state", "pooler_output"):
+        assert relative_error(found[name], expected[name]) < 1e-5
+    for ours, theirs in zip(found.hidden_states, expected.hidden_states, strict=True):
+        assert relative_error(ours, theirs) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("name", AXES | OTHERS)
+def test_flex_attention_gives_the_tokens_of_eager_attention(name):
+    # Without its compiler, which takes ten seconds for each shape.
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        agree(build(name), images(24, 40), "flex_attention")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", BACK_ENDS)
+@pytest.mark.parametrize("name", AXES | OTHERS)
+def test_compiled_models_give_the_tokens_of_eager_attention(name, implementation):
+    torch._dynamo.reset()
+    model = build(name)
+    with torch.no_grad():
+        agree(model, images(24, 40), implementation)
+        agree(model, images(24, 40), implementation, torch.compile(model, fullgraph=True))
 
 
 @pytest.mark.parametrize("name", [name for name in AXES if "has_cls_token" not in AXES[name]])
@@ -153,13 +201,6 @@ def test_a_relative_bias_is_looked_up_by_the_offset_of_two_patches():
         assert torch.equal(values[:, 0, prefix], bias.weight[-3])
         assert torch.equal(values[:, prefix, 0], bias.weight[-2])
         assert torch.equal(values[:, 1, 0], bias.weight[-1])
-
-
-def test_a_relative_bias_is_refused_by_back_ends_without_one():
-    model = build("bias in layers")
-    model.config._attn_implementation = "flex_attention"
-    with pytest.raises(ValueError, match="needs attention 'eager' or 'sdpa', got 'flex_attention'"):
-        model(images(32, 32))
 
 
 @pytest.mark.parametrize(
