@@ -29,6 +29,7 @@ def compare(
     split: Annotated[str, option(DATA, "Training and test split.", metavar="TRAIN,TEST")] = "train",
     num_images: Annotated[str, option(DATA, "Maximum number of images.", metavar="TRAIN,TEST")] = "2000,500",
     trust_remote_code: options.TrustRemoteCode = False,
+    parts: options.Parts = None,
     tasks: Annotated[str, option(COMPUTE, _TASKS, metavar="TASK,...")] = "knn",
     batch_size: options.BatchSize = 32,
     precision: options.Precision = None,
@@ -66,8 +67,8 @@ def compare(
         chosen, data_options, others = read_evaluation(
             settings, columns, usual, seed, is_scenes=is_scenes(images), cost=CostSettings
         )
-        loading = {"device": device, "dtype": options.weights_dtype(precision), "trust_remote_code": trust_remote_code}
-        encoders = [load_encoder(name, **loading) for name in names]
+        loading = {"device": device, "trust_remote_code": trust_remote_code, "parts": parts}
+        encoders = [load_encoder(name, dtype=options.weights_dtype(precision), **loading) for name in names]
         side = chosen.encoding.image_size or max(max(encoder.image_size) for encoder in encoders)
         opening = {**read_splits(split), **counts, "seed": seed, "options": data_options}
         data = evaluation.open_data(images, image_size=scene_size(images, side), **opening)

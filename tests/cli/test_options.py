@@ -27,7 +27,7 @@ OPTIONS = {
     "--compile --device --set --output",
     "evaluate": "--columns --annotations --split --num-images --compare --trust-remote-code --parts --tasks "
     "--batch-size --precision --workers --compile --seed --device --set --output",
-    "compare": "--images --columns --split --num-images --trust-remote-code --tasks --batch-size --precision "
+    "compare": "--images --columns --split --num-images --trust-remote-code --parts --tasks --batch-size --precision "
     "--workers --seed --device --set --output",
     "embed": "--split --num-images --trust-remote-code --parts --batch-size --precision --workers --compile --device "
     "--set --registers --patches",

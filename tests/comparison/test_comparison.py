@@ -207,6 +207,19 @@ def test_images_without_labels_have_no_accuracy(models, drawn):
     assert drawn[0].axes[0].get_ylabel() == "GFLOPs per image"
 
 
+def test_a_model_is_compared_by_the_parts_that_are_named(models, drawn):
+    blocks = next(name for name, part in _theirs().named_modules() if isinstance(part, torch.nn.ModuleList))
+    quick = ["--workers", "0", "--set", "cost.num_rounds=1", "--output", "out", "--tasks", "none"]
+    arguments = ["compare", "theirs", "--images", "plain", *quick, "--parts"]
+    done = models.invoke(app, [*arguments, f"blocks={blocks},cls=1"])
+    assert done.exit_code == 0, done.output
+    (model,) = read_report("out/comparison.json", kind=ComparisonReport).models
+    assert model["cost"]["tokens"] == [17.0] * 4 and model["architecture"]["has_cls_token"]
+    done = models.invoke(app, [*arguments, "blocks=nowhere"])
+    text = " ".join(done.output.split())
+    assert done.exit_code == 1 and "--parts blocks=nowhere: expected a list of modules" in text
+
+
 def test_what_cannot_be_merged_is_refused_in_words(models):
     def refusal(*names):
         done = models.invoke(app, ["compare", *names, "--images", "plain"])
