@@ -32,6 +32,8 @@ def atomic_write(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """
     path = pathlib.Path(path)
     with _errors_about(path):
+        if path.exists() and not path.is_file():  # a rename would remove /dev/null
+            raise OSError(errno.EINVAL, "Is no regular file, and cannot be replaced", str(path))
         part = _part_of(path)
         try:
             yield part
@@ -45,8 +47,10 @@ def atomic_write(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 def atomic_folder(path: str | os.PathLike, *, files: Sequence[str] | None = None) -> Iterator[pathlib.Path]:
     """Fill the folder of the block; at its end it replaces `path`, which may be a folder with files.
 
+    A mount point and the current folder cannot be replaced: the files move into them one by one.
+
     Args:
-        path: folder to make.
+        path: folder to make; where a link leads to, if it is one.
         files: names of the files of the folder that move beside `path`, in place of the folder.
 
     Raises:
@@ -54,6 +58,9 @@ def atomic_folder(path: str | os.PathLike, *, files: Sequence[str] | None = None
     """
     path = pathlib.Path(path)
     with _errors_about(path):
+        path = pathlib.Path(os.path.realpath(path))
+        if is_kept := path.is_dir() and (path.is_mount() or path.samefile(os.curdir)):
+            path /= "files"
         part = _part_of(path)
         old = part.with_suffix(".old")
         part.mkdir()
@@ -62,8 +69,8 @@ def atomic_folder(path: str | os.PathLike, *, files: Sequence[str] | None = None
             for file in part.rglob("*"):
                 if file.is_file():
                     _flush(file)
-            if files is not None:
-                for name in files:
+            if files is not None or is_kept:
+                for name in files or sorted(os.listdir(part)):
                     os.replace(part / name, path.parent / name)
                 return
             if path.is_dir():
@@ -148,7 +155,7 @@ def checksum(path: str | os.PathLike) -> str:
 def _part_of(path: pathlib.Path) -> pathlib.Path:
     """The hidden name beside `path`, free to be written."""
     make_folder(path.parent)
-    host = re.sub(r"\W", "", socket.gethostname())
+    host = _host()
     for left in path.parent.glob(f".{_escaped(path.name)}.{host}-*"):
         match = re.fullmatch(rf"{host}-(\d+)\.(part|old)", left.name.removeprefix(f".{path.name}."))
         if match is None or (int(match[1]) != os.getpid() and _is_running(int(match[1]))):
@@ -158,6 +165,10 @@ def _part_of(path: pathlib.Path) -> pathlib.Path:
         else:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
     return path.with_name(f".{path.name}.{host}-{os.getpid()}.part")
+
+
+def _host() -> str:
+    return re.sub(r"\W", "", socket.gethostname())
 
 
 def _escaped(name: str) -> str:
@@ -188,7 +199,7 @@ def _errors_about(path: pathlib.Path) -> Iterator[None]:
         yield
     except OSError as error:
         # A copy names its source first.
-        is_about = error.filename is None or f".{path.name}." in f"{error.filename} {error.filename2}"
+        is_about = error.filename is None or f".{_host()}-{os.getpid()}." in f"{error.filename} {error.filename2}"
         if error.errno is None or not is_about:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error

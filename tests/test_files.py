@@ -67,6 +67,29 @@ def test_a_block_that_fails_leaves_the_old_content_and_nothing_else(tmp_path, ma
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_link_to_a_folder_stays_and_its_folder_is_filled(tmp_path):
+    (tmp_path / "large disk").mkdir()
+    (tmp_path / "out").symlink_to("large disk")
+    with atomic_folder(tmp_path / "out") as part:
+        (part / "weights").write_text("")
+    assert _names(tmp_path) == ["large disk", "out"] and (tmp_path / "out").is_symlink()
+    assert _names(tmp_path / "large disk") == ["weights"]
+
+
+def test_the_current_folder_is_filled_and_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with atomic_folder(os.curdir) as part:
+        (part / "weights").write_text("")
+    assert os.listdir(os.curdir) == ["weights"] == _names(tmp_path)
+
+
+def test_pipes_and_devices_are_never_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="no regular file"):
+        write_text(tmp_path / "pipe", "")
+    assert (tmp_path / "pipe").is_fifo() and _names(tmp_path) == ["pipe"]
+
+
 def _write_text(path):
     write_text(path, "x" * 2 * LIMIT)
 
