@@ -16,6 +16,9 @@ from typing import Any
 import yaml
 
 
+_EXAMPLES = {bool: True, int: 1, float: 0.5, str: "text"}  # of optional fields, whose default has no type
+
+
 def make_settings(kind: type, values: dict[str, Any], *, of: str) -> Any:
     """A frozen dataclass from a dictionary, with lists as tuples and numbers as the type of the default.
 
@@ -45,8 +48,9 @@ def check_values(kind: type, values: dict[str, Any], *, of: str) -> dict[str, An
         if dataclasses.is_dataclass(default) and isinstance(value, dict):
             checked[name] = make_settings(type(default), value, of=f"{of}: {name}")
             continue
-        is_text = default is None and isinstance(value, str) and str in typing.get_args(hints[name])
-        checked[name] = value if is_text else _fit(value, default, f"{of}: {name}")
+        kinds = typing.get_args(hints[name]) if default is None else ()
+        checked[name] = _fit(value, next((like for kind, like in _EXAMPLES.items() if kind in kinds), default),
+                             f"{of}: {name}", is_optional=default is None)  # fmt: skip
     return checked
 
 
@@ -140,9 +144,9 @@ def suggest_name(name: str, known: Iterable[str]) -> str:
     return f"did you mean {matches[0]!r}?" if matches else f"expected one of {', '.join(known)}"
 
 
-def _fit(value: Any, default: Any, name: str) -> Any:
-    if default is None:
-        return _number(value, name) if isinstance(value, str) else value
+def _fit(value: Any, default: Any, name: str, *, is_optional: bool = False) -> Any:
+    if default is None or (is_optional and value is None):
+        return value
     if default == ():  # words, as many as there are
         if not isinstance(value, (list, tuple)):
             raise ValueError(f"{name}: expected a list of words, got {value!r}")
