@@ -55,7 +55,7 @@ def analyze(
     keeps what was measured. Settings for --set: `encoding.image_size`, `analysis.NAME`, `data.NAME`.
     """
     with plain_errors():
-        options.check_output(output)
+        options.check_output(output, images=images)
         names, device = options.check_inputs([model, *(compare or [])], images, device)
         from modeling_vitreg.analysis import report_dir
         from modeling_vitreg.analysis.settings import SurveySettings

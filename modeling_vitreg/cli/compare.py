@@ -53,7 +53,7 @@ def compare(
     """
     with plain_errors():
         refuse_several_processes("compare")
-        options.check_output(output)
+        options.check_output(output, images=images)
         names, device = options.check_inputs(models, images, device)
         counts = read_counts(num_images)
         from modeling_vitreg import comparison, evaluation

@@ -42,7 +42,7 @@ def discover(
     Ctrl-C keeps what was measured, and the same command continues. Settings for --set: `discovery.NAME`, `data.NAME`.
     """
     with plain_errors():
-        options.check_output(output)
+        options.check_output(output, images=images)
         (name,), device = options.check_inputs([model], images, device)
         from modeling_vitreg import discovery
         from modeling_vitreg.distributed import first_process_first, joined_processes

@@ -65,7 +65,7 @@ def evaluate(
     `discovery.method=tokencut`).
     """
     with plain_errors():
-        options.check_output(output)
+        options.check_output(output, images=data)
         names, device = options.check_inputs([model, *(compare or [])], data, device)
         counts = read_counts(num_images)
         from modeling_vitreg import evaluation

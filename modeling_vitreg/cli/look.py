@@ -41,8 +41,10 @@ def look(
     """
     with plain_errors():
         options.check_output(output, is_file=True)
+        if output.exists() and photo.exists() and output.samefile(photo):
+            raise ValueError(f"--output {output}: is the photograph, which would be replaced: choose another file")
         if not photo.is_file():
-            remedy = "It is a folder: use vitreg analyze" if photo.exists() else suggest_path(photo)
+            remedy = "It is a folder: use vitreg analyze" if photo.is_dir() else suggest_path(photo)
             raise ValueError(f"{photo}: expected the file of a photograph, and there is none. {remedy}")
         names, device = [check_model_name(name) for name in model or [_DEFAULT]], options.choose_device(device)
         from modeling_vitreg.features import load_encoder

@@ -14,6 +14,7 @@ from modeling_vitreg.names import check_image_source, check_model_name
 
 DATA, MODEL, COMPUTE, OUTPUT = "Data", "Model", "Compute", "Output"  # panels of every --help
 _SEEDS = 2**32 - 1
+_LONGEST = 200  # bytes of the name of a file, to leave room for the names of temporary ones
 
 
 def option(panel: str, text: str, *names: str, **limits: Any) -> Any:
@@ -121,16 +122,33 @@ def scene_settings(source: str, side: int) -> tuple[Any, str]:
     return settings, describe_preset(source, settings)
 
 
-def check_output(path: pathlib.Path, *, is_file: bool = False) -> None:
+def check_output(path: pathlib.Path, *, is_file: bool = False, images: str | None = None) -> None:
     """Check that results can be written, before anything is computed.
 
     Args:
         path: folder of results, or a file.
         is_file: which of them it is.
+        images: source of images, which pictures in the folder of results must not join.
 
     Raises:
-        ValueError: something of the other kind is in the way, or the folder cannot be written to.
+        ValueError: something of the other kind is in the way, the folder cannot be written to, or it lies in that of
+            the images.
     """
+    if any(len(os.fsencode(part)) > _LONGEST for part in path.parts):
+        raise ValueError(f"--output {path}: expected names of at most {_LONGEST} bytes: choose a shorter one")
+    if any(os.path.islink(os.path.realpath(place)) for place in (path, *path.parents)):
+        raise ValueError(f"--output {path}: is a link that leads to itself")
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError(f"--output {path}: expected a file or a folder to write, and it is a device or a pipe")
+    if (
+        images
+        and (home := pathlib.Path(images).expanduser()).is_dir()
+        and path.resolve().is_relative_to(home.resolve())
+    ):
+        raise ValueError(
+            f"--output {path}: lies in the folder of the images, so the next command would take its pictures for "
+            "images: choose a folder outside"
+        )
     if path.exists() and path.is_dir() == is_file:
         found, expected = ("a folder", "a file") if is_file else ("a file", "a folder")
         raise ValueError(f"--output {path}: expected {expected} to write, and {found} of this name exists")

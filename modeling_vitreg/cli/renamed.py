@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -43,6 +45,7 @@ RENAMED = {
     "publish": _LICENSE,
 }
 _VALUES = {"--box-layout": {"corners": "xyxy"}}
+_HOME = re.compile(r"^(--[\w-]+=)?(~.*)", re.DOTALL)
 _PAIRS = ("--num-images", "--split")
 
 
@@ -59,13 +62,14 @@ class RenamingGroup(TyperGroup):
 
 
 def rewrite(arguments: list[str], renamed: dict[str, str]) -> tuple[list[str], list[str]]:
-    """Arguments in today's spelling, and for each old option "OLD is now NEW".
+    """Arguments in today's spelling, and for each old option "OLD is now NEW"; shells leave "~" in --name=~/folder.
 
     Args:
         arguments: of a verb or a program.
         renamed: a table such as those of `RENAMED`.
     """
     table = dict(renamed)
+    arguments = [_HOME.sub(lambda found: (found[1] or "") + os.path.expanduser(found[2]), each) for each in arguments]
     names = {argument.partition("=")[0] for argument in arguments}
     if any(name in names and table[name].startswith(_PAIRS) for name in table):
         table |= {name: f"{name} {{}}" for name in _PAIRS}  # to merge with what the old options say

@@ -71,10 +71,8 @@ def retrofit(
         refuse_several_processes("retrofit")
         options.check_output(output)
         if report is not None:
-            options.check_output(report)
+            options.check_output(report, images=images)
         if method is not Method.test_time:
-            if output.is_dir() and any(output.iterdir()):
-                raise ValueError(f"{output} exists and is not empty: name another folder")
             if columns or annotations:
                 raise ValueError("--columns and --annotations are for --method test-time: see examples/retrofit.py")
             train = {"init": model, "output": output, "method": method.value, "data": images, "split": split}
@@ -92,6 +90,8 @@ def retrofit(
         from modeling_vitreg.settings import make_settings, read_assignments
 
         found = read_assignments(settings or ())
+        if not isinstance(found.get("data", {}), dict):
+            raise ValueError(f"--set: expected data.NAME=VALUE, got data={found['data']!r}")
         usual_columns = {"label_column": "colours", **SCENE_COLUMNS} if is_scenes(images) else {}
         data = usual_columns | found.pop("data", {}) | parse_columns(columns or ())
         usual = {"num_images": num_images, "num_registers": num_registers or 1, "force": force}
@@ -115,7 +115,7 @@ def retrofit(
     typer.echo(made.verdict["sentence"])
     for layer, units in made.register_neurons.items():
         typer.echo(f"  layer {layer}: units {', '.join(map(str, units))}")
-    typer.echo(f"wrote {output}" + (f" and {report / 'index.html'}" if report else ""))
+    typer.echo(f"wrote {output}" + (f" and {report / 'index.html'}" if report and made.comparison else ""))
     typer.echo(f'next: AutoModel.from_pretrained("{output}", trust_remote_code=True)')
 
 

@@ -1,6 +1,8 @@
 """The options of every verb, frozen; old spellings; what is answered before any work."""
 
+import dataclasses
 import inspect
+import math
 import os
 import pathlib
 import subprocess
@@ -12,6 +14,7 @@ from typer.testing import CliRunner
 from modeling_vitreg import cli
 from modeling_vitreg.cli import errors, options
 from modeling_vitreg.cli.renamed import RENAMED, rewrite
+from modeling_vitreg.settings import make_settings
 
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -316,3 +319,60 @@ print([name for name in ("torch", "transformers", "huggingface_hub", "datasets")
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("loop", "a link that leads to itself"),
+        ("loop/below", "a link that leads to itself"),
+        ("n" * 250, "names of at most 200 bytes"),
+        ("pipe", "a device or a pipe"),
+        ("images/report", "lies in the folder of the images"),
+        ("link/report", "lies in the folder of the images"),
+    ],
+)
+def test_an_output_that_would_fail_or_harm_at_the_end_is_refused_at_once(output, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "link").symlink_to("images")
+    os.mkfifo(tmp_path / "pipe")
+    done = run("analyze", "nothing", "images", "--output", output)
+    assert done.exit_code == 1 and message in done.output, done.output
+
+
+def test_a_photograph_is_not_replaced_by_its_picture(tmp_path):
+    (tmp_path / "photo.png").write_bytes(b"mine")
+    done = run("look", tmp_path / "photo.png", "--output", tmp_path / "photo.png")
+    assert done.exit_code == 1 and "is the photograph" in done.output
+    assert (tmp_path / "photo.png").read_bytes() == b"mine"
+
+
+def test_a_home_that_the_shell_left_is_found(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = ["~/model", "--output=~/out", "--set=a=~/b", "a~"]
+    assert rewrite(words, {})[0] == [f"{tmp_path}/model", f"--output={tmp_path}/out", "--set=a=~/b", "a~"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Optional:
+    count: int | None = None
+    ratio: float | None = None
+    word: str | None = None
+    flag: bool | None = None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("count", 1.5), ("count", [1]), ("count", True), ("count", {"a": 1}), ("ratio", "x"), ("ratio", math.nan)]
+    + [("ratio", True), ("word", 3), ("flag", 1)],
+)
+def test_optional_settings_are_checked_as_others_are(name, value):
+    with pytest.raises(ValueError, match=f"--set: {name}: expected "):
+        make_settings(_Optional, {name: value}, of="--set")
+
+
+def test_optional_settings_take_numbers_as_yaml_reads_them():
+    found = make_settings(_Optional, {"count": 2.0, "ratio": "1e-3", "word": None, "flag": True}, of="--set")
+    assert found == _Optional(2, 0.001, None, True) and type(found.count) is int
