@@ -27,21 +27,27 @@ from pretrain import main as train
 from modeling_vitreg.cards import record_expected_outputs
 from modeling_vitreg.files import write_text
 from modeling_vitreg.pretraining.run.recipe import Recipe
-from modeling_vitreg.retrofit import METHODS, NUM_REGISTERS, RetrofitSettings, finish_training, prepare_training
+from modeling_vitreg.retrofit import (
+    METHODS,
+    NUM_REGISTERS,
+    RetrofitSettings,
+    check_places,
+    finish_training,
+    prepare_training,
+)
 
 
 @ends_in_words
 def main() -> None:
     own, others = parse_own()
     run = pathlib.Path(f"{own.output}-training")
-    if own.output.exists() and (not own.output.is_dir() or any(own.output.iterdir())):
-        raise SystemExit(f"{own.output} exists and is not empty: name another --output")
     recipe_options = [f"--recipe={own.recipe or f'retrofit-{own.method}'}", *(f"--set={change}" for change in own.set)]
     options = parse_options(__doc__, "", [*others, *recipe_options, f"--output={run}"])
     if options.registers is not None:
         raise SystemExit("--registers is the number of registers of a new model: use --num-registers")
     recipe = choose_recipe(options)
     try:
+        check_places(own.output, own.report)
         settings = RetrofitSettings(
             num_registers=own.num_registers or NUM_REGISTERS[own.method], num_images=own.num_images, force=own.force
         )
@@ -115,7 +121,7 @@ def finish(
     )
     record_expected_outputs(own.output)
     print(made.verdict["sentence"])
-    print(f"wrote {own.output}" + (f" and {own.report / 'index.html'}" if own.report else ""))
+    print(f"wrote {own.output}" + (f" and {own.report / 'index.html'}" if own.report and made.comparison else ""))
 
 
 if __name__ == "__main__":

@@ -121,6 +121,9 @@ def retrofit(
 
 def _train(chosen: dict, settings: list[str], *, device: str | None, force: bool) -> None:
     """Run the training program, which is part of a clone of the repository."""
+    from modeling_vitreg.retrofit import check_places
+
+    check_places(chosen["output"], chosen["report"])
     program = pathlib.Path(__file__).parents[2] / "examples" / "retrofit.py"
     missing = [name for name in ("accelerate", "psutil") if importlib.util.find_spec(name) is None]
     if not program.exists() or missing:

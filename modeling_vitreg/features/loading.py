@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pathlib
 import re
-from collections.abc import Iterable
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -94,38 +93,54 @@ def _open(source: str, trust_remote_code: bool, parts: dict, reduction: dict | N
         if (config.token_reduction or reduction)["kind"] != "merge":
             raise ValueError(f"{source}: patches cannot be merged in a model with learned tokens: leave out @merge")
         fields = {"token_reduction": reduction}
+    model, missing = _load(AutoModel, source, trust_remote_code=trust_remote_code, **fields)
+    _, tower, _ = open_tower(model, parts)
+    prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is tower)
+    lacking = [name for name in missing if name.startswith(prefix) and not _UNUSED.search(name)]
+    _check_whole(tower, lacking, source, unused=_UNUSED)
+    return model
+
+
+def load_whole(kind: type, folder: str | os.PathLike, **options: object) -> nn.Module:
+    """A folder as a model of a class of transformers, with its head; options are those of `from_pretrained`.
+
+    Raises:
+        ValueError, RuntimeError: see `load_encoder`.
+    """
+    model, missing = _load(kind, os.fspath(folder), **options)
+    _check_whole(model, missing, os.fspath(folder))
+    return model
+
+
+def _load(kind: type, source: str, **options: object) -> tuple[nn.Module, list[str]]:
+    """A model, and the names of tensors that its files lack."""
     try:
-        model, report = AutoModel.from_pretrained(
-            source, trust_remote_code=trust_remote_code, output_loading_info=True, **fields
-        )
+        model, report = kind.from_pretrained(source, output_loading_info=True, **options)
     except Exception as error:  # on files of others, transformers raises errors of a dozen classes
         text = " ".join(str(error).split())[:600]
-        if "trust_remote_code=True" in text and not trust_remote_code:
+        if "trust_remote_code=True" in text and not options.get("trust_remote_code"):
             raise RuntimeError(
                 f"{source!r} contains its own code: read it, then run it with --trust-remote-code (in Python: "
                 "trust_remote_code=True)"
             ) from error
         raise RuntimeError(f"could not open {source!r} as a model: {type(error).__name__}: {text}") from error
-    _check_missing(model, report["missing_keys"], source, parts)
-    return model
+    return model, sorted(report["missing_keys"])
 
 
-def _check_missing(model: nn.Module, missing: Iterable[str], source: str, parts: dict) -> None:
+def _check_whole(model: nn.Module, lacking: list[str], source: str, *, unused: re.Pattern | None = None) -> None:
     """Refuse a model whose weights were partly filled at random, or are not finite.
 
     Raises:
         ValueError: the message lists the tensors.
     """
-    _, tower, _ = open_tower(model, parts)
-    prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is tower)
-    lacking = sorted(name for name in missing if name.startswith(prefix) and not _UNUSED.search(name))
     if lacking:
         raise ValueError(
             f"{source}: {len(lacking)} tensors are missing and would be random: {list_first(lacking, 8)}: download "
             "the model again, or convert its checkpoint with vitreg convert"
         )
-    weights = {name: weight for name, weight in tower.named_parameters() if weight.dtype in _DTYPES}
-    broken = [name for name, weight in weights.items() if not (_UNUSED.search(name) or weight.isfinite().all())]
+    weights = {name: weight for name, weight in model.named_parameters() if weight.dtype in _DTYPES}
+    used = {name: weight for name, weight in weights.items() if not (unused and unused.search(name))}
+    broken = [name for name, weight in used.items() if not weight.isfinite().all()]
     if broken:
         raise ValueError(
             f"{source}: values that are not finite in {len(broken)} tensors: {', '.join(broken[:8])}: the file is "

@@ -1,7 +1,7 @@
 """Registers for a finished model."""
 
 from .register_neurons import NothingToRepair
-from .repair import RetrofitError, RetrofitSettings, retrofit
+from .repair import RetrofitError, RetrofitSettings, check_places, retrofit
 from .training import METHODS, NUM_REGISTERS, finish_training, prepare_training
 
 
@@ -11,6 +11,7 @@ __all__ = [
     "NothingToRepair",
     "RetrofitError",
     "RetrofitSettings",
+    "check_places",
     "finish_training",
     "prepare_training",
     "retrofit",

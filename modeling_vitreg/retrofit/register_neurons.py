@@ -93,6 +93,8 @@ def find_outliers(
     histograms, norms = NormHistograms(num_layers), []
     for images in batches:
         norms.append(_patch_norms(model, images))
+        if not norms[-1].isfinite().all():
+            raise ValueError("expected finite features, got NaN or infinity: the weights are damaged")
         histograms.add(norms[-1])
     layers = [summarise_layer(histograms, number) for number in range(num_layers)]
     shares = [summary["rules"]["automatic"]["share"] for summary in layers]
@@ -333,6 +335,10 @@ def choose_num_units(
     """
     tried = []
     numbers = [number for number in candidates if number <= len(ranking)]
+    if not numbers:
+        raise ValueError(
+            f"expected num_units of {len(ranking)} or less, all units up to layer {outliers.highest_layer}"
+        )
     for number in tqdm(numbers, desc="choose units", unit="candidate"):
         repaired = add_test_time_register(model, group_units(ranking[:number]))
         measured = measure_repair(original, observe(repaired, batches, outliers), outliers)

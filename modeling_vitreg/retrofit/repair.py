@@ -24,12 +24,17 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import AutoTokenizer
 
 import modeling_vitreg
+from modeling_vitreg.analysis.verdict import format_share
+from modeling_vitreg.configuration_vitreg import ViTWithRegistersConfig
 from modeling_vitreg.conversion import convert
+from modeling_vitreg.dual_encoder_vitreg import ViTWithRegistersDualEncoderConfig
 from modeling_vitreg.encoding import Crop, ImageFacts, PassSettings, read_all
 from modeling_vitreg.features import Encoder, load_encoder
+from modeling_vitreg.features.folders import check_weights, read_json
+from modeling_vitreg.features.loading import load_whole
 from modeling_vitreg.files import atomic_folder, check_writable
 from modeling_vitreg.images import ImageSource, LabelledData
 from modeling_vitreg.modeling_vitreg import PROCESSOR_FILE
@@ -60,6 +65,7 @@ from .register_neurons import (
 LEAST_IMAGES = 16
 HELD_OUT = 4  # one image in four is held out
 TRIED = 3  # one held-out image in three, 16 or more, chooses the number of units; all judge the result
+_KINDS = (ViTWithRegistersConfig, ViTWithRegistersDualEncoderConfig)  # others have no layers of this kind
 # Files beside the weights that belong to the result too.
 _KEPT_FILES = (PROCESSOR_FILE, "conversion.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json")
 
@@ -130,8 +136,7 @@ def retrofit(
         ConversionError: the source cannot be represented.
     """
     settings, output = settings or RetrofitSettings(), pathlib.Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise RetrofitError(f"{output} exists and is not empty: name another folder")
+    check_places(output, report_folder)
     page = None if report_folder is None else check_writable(report_folder)
     with as_folder(source) as folder:
         model = load_model(folder).to(device or "cpu")
@@ -152,6 +157,15 @@ def retrofit(
         report = RetrofitReport(register_neurons={str(layer): found[layer] for layer in found}, **facts, **measured)
         data = None if page is None else split.data(images, settings, source_of_images)
         return finish(report, (model, repaired), folder, output, page=page, data=data, is_forced=settings.force)
+
+
+def check_places(output: str | os.PathLike, report: str | os.PathLike | None) -> None:
+    """Raise a `RetrofitError` for an output that is not empty, and for a report that the model would replace."""
+    output = pathlib.Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise RetrofitError(f"{output} exists and is not empty: name another folder")
+    if report is not None and pathlib.Path(report).resolve().is_relative_to(output.resolve()):
+        raise RetrofitError(f"{output} is made at the end, and would replace the report {report}: name another folder")
 
 
 def finish(
@@ -277,7 +291,7 @@ def judge(result: dict, outliers: Outliers, *, change: str) -> dict:
     """Whether a repair worked, in a dictionary of `is_repaired` and `sentence`; `change` says what was done."""
     before, after, cosine = result["share_before"], result["share"], result["cosine"]
     is_gone, is_same = after <= LARGEST_SHARE * before, cosine >= LEAST_COSINE
-    shares = f"{100 * before:.2g} % to {100 * after:.2g} % of the patches of layer {outliers.layer}"
+    shares = f"{format_share(before)} to {format_share(after)} of the patches of layer {outliers.layer}"
     kept = f"the class token keeps a cosine of {cosine:.4f} with the original"
     if before == 0:
         sentence = f"The held-out images have no outliers in layer {outliers.layer}: use more images."
@@ -296,7 +310,7 @@ def as_folder(source: str | os.PathLike) -> Iterator[pathlib.Path]:
     folder = pathlib.Path(source)
     if (folder / "model" / "config.json").exists():  # the output of a training run
         folder = folder / "model"
-    if (folder / "config.json").exists() and str(_settings(folder).get("model_type")).startswith("vitreg"):
+    if str((read_json(folder / "config.json") or {}).get("model_type")).startswith("vitreg"):
         yield folder
         return
     with tempfile.TemporaryDirectory() as temporary:
@@ -305,13 +319,20 @@ def as_folder(source: str | os.PathLike) -> Iterator[pathlib.Path]:
         yield converted
 
 
-def _settings(folder: pathlib.Path) -> dict:
-    return PretrainedConfig.get_config_dict(folder)[0]
-
-
 def load_model(folder: pathlib.Path) -> nn.Module:
-    (name,) = _settings(folder)["architectures"]
-    return getattr(modeling_vitreg, name).from_pretrained(folder, dtype=torch.float32).eval()
+    """A model of this family, whole, in float32.
+
+    Raises:
+        RetrofitError: another kind of model.
+        ValueError, RuntimeError: the folder is damaged, see `features.load_encoder`.
+    """
+    settings = read_json(folder / "config.json")
+    check_weights(folder, settings)
+    name = (settings.get("architectures") or [""])[0]
+    kind = getattr(modeling_vitreg, name, None) if name in modeling_vitreg.__all__ else None
+    if getattr(kind, "config_class", None) not in _KINDS:
+        raise RetrofitError(f"{folder}: expected a plain Vision Transformer or a dual encoder with one, got {name!r}")
+    return load_whole(kind, folder, dtype=torch.float32).eval()
 
 
 @dataclass(frozen=True)

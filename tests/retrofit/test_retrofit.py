@@ -5,11 +5,14 @@ import json
 import pytest
 import torch
 from planted_models import SIDE, pictures, plain_model, planted_model
+from safetensors.torch import load_file, save_file
 from test_dual_encoder import TEXT_TOWERS, write_tokenizer
 from transformers import AutoModel, AutoTokenizer, CLIPTextModel
 from typer.testing import CliRunner
 
 from modeling_vitreg import (
+    MambaRConfig,
+    MambaRModel,
     ViTWithRegistersDualEncoderConfig,
     ViTWithRegistersDualEncoderModel,
     ViTWithRegistersForImageClassification,
@@ -222,6 +225,7 @@ def test_a_second_retrofit_needs_force_and_adds(tmp_path):
         ({"threshold": 1e6}, IMAGES, "no patch of layer 4 has a norm above 1e"),
         ({"layer": 9}, IMAGES, r"expected layer in 1 \.\.\. 4, got 9"),
         ({"threshold": -1.0}, IMAGES, "threshold above 0"),
+        ({"num_units": 10**6}, IMAGES, "expected num_units of 256 or less"),
     ],
 )
 def test_bad_input_is_told_and_nothing_is_written(settings, images, message, tmp_path):
@@ -229,6 +233,55 @@ def test_bad_input_is_told_and_nothing_is_written(settings, images, message, tmp
     with pytest.raises(ValueError, match=message):
         retrofit(tmp_path / "model", tmp_path / "out", images=images, settings=RetrofitSettings(**settings))
     assert not (tmp_path / "out").exists()
+
+
+def _damage(folder, name):
+    weights = load_file(folder / "model.safetensors")
+    if name == "missing":
+        del weights["layers.2.mlp.fc1.weight"]
+    else:
+        weights["layers.2.mlp.fc1.weight"][0, 0] = torch.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"), [("missing", "1 tensors are missing and would be random"), ("nan", "not finite in 1 ten")]
+)
+def test_a_damaged_model_is_never_repaired(damage, message, tmp_path):
+    planted_model(layer=2, magnitude=60.0).save_pretrained(tmp_path / "model")
+    _damage(tmp_path / "model", damage)
+    with pytest.raises(ValueError, match=message):
+        retrofit(tmp_path / "model", tmp_path / "out", images=IMAGES)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_mlps_is_refused_in_words(tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "image_size": SIDE, "patch_size": 8}
+    MambaRModel(MambaRConfig(**sizes)).save_pretrained(tmp_path / "model")
+    with pytest.raises(RetrofitError, match=r"expected a plain Vision Transformer.*'MambaRModel'"):
+        retrofit(tmp_path / "model", tmp_path / "out", images=IMAGES)
+
+
+def test_a_report_that_the_model_would_replace_is_refused(tmp_path):
+    for report in ("out", "out/report", "other/../out"):
+        with pytest.raises(RetrofitError, match="would replace the report"):
+            retrofit(tmp_path / "model", tmp_path / "out", images=IMAGES, report_folder=tmp_path / report)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_page_that_was_not_written_is_not_announced(tmp_path, monkeypatch):
+    plain_model().save_pretrained(tmp_path / "model")
+    for number, image in enumerate(IMAGES[:16]):
+        image.save(tmp_path / f"{number:02}.png")
+    monkeypatch.chdir(tmp_path)
+    words = ["retrofit", "model", "out", "--images", ".", "--num-images", "16", "--force", "--report", "../page"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0 and "wrote out\n" in done.output, done.output
+
+
+def test_a_share_of_all_patches_is_a_plain_number():
+    shares = {"share_before": 1.0, "share": 1.0, "cosine": 1.0}
+    assert "from 100 % to 100 %" in judge(shares, Outliers(1, 1.0, 1, (), ()), change="with 1 unit moved")["sentence"]
 
 
 def test_an_output_that_is_not_empty_is_kept(tmp_path):
