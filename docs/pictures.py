@@ -1,13 +1,18 @@
-"""Make the pictures of README.md and of docs/.
+"""Make the pictures of README.md and of docs/, or those that are named.
 
-accelerate launch examples/pretrain.py
-accelerate launch examples/pretrain.py --registers 0 --output outputs/without
-python docs/pictures.py                  # all, or the names of some
+The demo models come first; most pictures are what the first command of their page writes, in at most 256 colours. The
+start of a page (.html) is drawn by chromium.
+
+    accelerate launch examples/pretrain.py
+    accelerate launch examples/pretrain.py --registers 0 --output outputs/without
+    python docs/pictures.py
 """
 
 import argparse
 import copy
 import pathlib
+import shutil
+import subprocess
 import tempfile
 
 import torch
@@ -24,16 +29,49 @@ from modeling_vitreg.scenes import FIRST_TEST_SCENE, preset_settings
 
 
 DOCS = pathlib.Path(__file__).parent
+BEFORE_AFTER = "before-after.png"
+WRITTEN = {  # picture: command of its page, and what the command writes
+    "use/look.png": ("vitreg look docs/use/scene.jpg --model outputs/demo-cpu/model", "look.png"),
+    "use/analyze.png": ("vitreg analyze outputs/demo-cpu/model", "artifacts/index.html"),
+    "use/discover.png": (
+        "vitreg discover outputs/demo-cpu/model --set discovery.is_centered=true",
+        "discovery/boxes.png",
+    ),
+    "use/compare.png": (
+        "vitreg compare outputs/demo-cpu/model outputs/demo-cpu/model@merge=1",
+        "comparison/comparison.png",
+    ),
+    "train/finetune.png": (
+        "accelerate launch examples/finetune.py --init outputs/demo-cpu",
+        "outputs/finetune-cpu/curves.png",
+    ),
+}
+MOST_COLOURS, WIDTH, HEIGHT = 256, 1250, 800  # of a picture, and of the start of a page in pixels
 SIDE = 112  # pixels of the model with outliers: 14 rows of patches, which `vitreg look` leaves as they are
 SHARE, TIMES = 0.03, 10.0  # of the planted unit: share of patches that it fires on, norm in units of the median
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(PICTURES)}")
-    for name in parser.parse_args().names or PICTURES:
-        PICTURES[name](DOCS / name)
+    parser.add_argument("names", nargs="*", help=f"of {', '.join([BEFORE_AFTER, *WRITTEN])}")
+    for name in parser.parse_args().names or [BEFORE_AFTER, *WRITTEN]:
+        if name == BEFORE_AFTER:
+            draw_before_after(DOCS / name)
+        else:
+            copy_picture(*WRITTEN[name], DOCS / name)
         print(f"wrote {DOCS / name}")
+
+
+def copy_picture(command: str, written: str, path: pathlib.Path) -> None:
+    """Run a command in the root of the repository, and keep the picture or the start of the page that it writes."""
+    subprocess.run(command, shell=True, cwd=DOCS.parent, check=True)
+    source = DOCS.parent / written
+    if source.suffix == ".html":
+        shot = ["--headless", "--no-sandbox", "--hide-scrollbars", f"--window-size={WIDTH},{HEIGHT}"]
+        subprocess.run([shutil.which("chromium"), *shot, f"--screenshot={path}", source.as_uri()], check=True)
+        source = path
+    with Image.open(source) as picture:
+        picture.convert("RGB").quantize(MOST_COLOURS).save(path, optimize=True)
 
 
 def draw_before_after(path: pathlib.Path) -> None:
@@ -100,8 +138,6 @@ def plant_outliers(original: ViTWithRegistersModel, images: Tensor) -> ViTWithRe
     layer.mlp.fc2.weight[:, 0] = TIMES * median / 4 * written
     return model
 
-
-PICTURES = {"before-after.png": draw_before_after}
 
 if __name__ == "__main__":
     main()
