@@ -37,6 +37,16 @@ POSITION_BIASES = ("layer", "shared")
 TOKEN_REDUCTIONS = {
     "merge": {"per_layer": None, "inflection": 0.0, "is_proportional": True},
     "learn": {"layer": None, "num_tokens": 8, "version": "1.1", "has_fuser": False},
+    "halt": {
+        "scale": 10.0,
+        "center": 30.0,
+        "eps": 0.01,
+        "has_halting_cls_token": False,
+        "has_removal": True,
+        "ponder_weight": 5e-4,
+        "distribution_weight": 1e-3,
+        "target_layer": None,
+    },
 }
 # Fields of a tower that are not its architecture: they differ between versions and may hold a local path.
 _NOT_OF_A_TOWER = ("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")
@@ -148,7 +158,13 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
             softmax as often as it has patches, which a model that was not trained with merging needs. "learn"
             (TokenLearner; Ryoo et al. 2021, arXiv 2106.11297) replaces all patches behind layer "layer" (default: the
             middle) by "num_tokens" learned means of them, by the module of "version" "1.1" or "1"; with "has_fuser",
-            each later layer learns tokens anew and gives the result back to all patches. It has to be trained.
+            each later layer learns tokens anew and gives the result back to all patches. It has to be trained. "halt"
+            (A-ViT; Yin et al. 2022, arXiv 2112.07658): a patch whose scores, sigmoid("scale" * its first channel -
+            "center") of each layer, add up to 1 - "eps" halts, and its output is the mean of its states, weighted by
+            the scores. "has_halting_cls_token": class tokens and distillation token may halt too, as in the original;
+            registers never do. Later layers leave halted tokens out, or without "has_removal" mask them. Losses add
+            "ponder_weight" times the layers that a token runs, and "distribution_weight" times the divergence of the
+            scores of the layers from a prior around layer "target_layer" (default: three quarters of the depth).
         out_features, out_indices: stages that a backbone, a segmentation head and a depth head read. Stage 0, "stem",
             is the embedding, stage i the output of layer i. Default: the last.
         reshape_hidden_states: whether a backbone returns maps (B, D, rows, columns) or, for DPT, tokens (B, 1 + P, D)
@@ -467,8 +483,8 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
             "token_reduction needs positions that move with a token: relative_position_bias and rope_style='mixed' "
             "have none",
         )
-        validate = {"merge": self._validate_merging, "learn": self._validate_learning}[kind]
-        validate(reduction)
+        validate = {"merge": self._validate_merging, "learn": self._validate_learning, "halt": self._validate_halting}
+        validate[kind](reduction)
         return reduction
 
     @property
@@ -524,6 +540,38 @@ class ViTWithRegistersConfig(BackboneConfigMixin, PretrainedConfig):
             has_fuser or (self.pooling.startswith("cls") and self.pooling != "cls_mean"),
             "token_reduction of kind 'learn' leaves no patches to pool: expected has_fuser=True or a pooling of class "
             f"tokens, got pooling {self.pooling!r}",
+        )
+
+    def _validate_halting(self, reduction):
+        layers, value = self.num_hidden_layers, reduction.get
+        for name, is_valid, what in (
+            ("scale", lambda x: x > 0, "above 0"),
+            ("center", lambda x: True, "that is finite"),
+            ("eps", lambda x: 0 < x < 1, "between 0 and 1"),
+            ("ponder_weight", lambda x: x >= 0, "of 0 or more"),
+            ("distribution_weight", lambda x: x >= 0, "of 0 or more"),
+        ):
+            _require(
+                _is_number(value(name)) and is_valid(value(name)),
+                f"token_reduction: {name} is a number {what}, got {value(name)!r}",
+            )
+        for name in ("has_halting_cls_token", "has_removal"):
+            is_valid = isinstance(value(name), bool)
+            _require(is_valid, f"token_reduction: {name} is true or false, got {value(name)!r}")
+        default = max(2, round(0.75 * layers))
+        target = reduction["target_layer"] = (
+            default if reduction["target_layer"] is None else reduction["target_layer"]
+        )
+        _require(layers > 1, "token_reduction of kind 'halt' needs two layers or more, got num_hidden_layers 1")
+        _require(
+            _is_count(target) and 2 <= target <= layers,
+            f"token_reduction: target_layer is a layer from 2 to {layers}, got {target!r}",
+        )
+        moved = [name for name in ("num_test_time_registers", "num_gated_registers") if getattr(self, name)]
+        _require(
+            not moved or (moved == ["num_gated_registers"] and not reduction["has_halting_cls_token"]),
+            f"token_reduction of kind 'halt' cannot move registers with rules of their own, got a model with {moved}: "
+            "load it with token_reduction=None",
         )
 
     def _set_stages(self, out_features, out_indices):

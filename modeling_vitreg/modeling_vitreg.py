@@ -38,11 +38,13 @@ from .positions_vitreg import (
     ViTWithRegistersPositionBias,
     ViTWithRegistersPositionEmbeddings,
     ViTWithRegistersRotaryFrequencies,
-    is_traced,
+    has_values,
     make_rotation,
     rotary_angles,
 )
 from .token_reduction_vitreg import (
+    HaltingAttention,
+    HaltingLayer,
     LearningAttention,
     LearningLayer,
     MergingAttention,
@@ -145,8 +147,8 @@ class ViTWithRegistersModelOutput(ModelOutput):
         pre_norm: the same tokens before the final norm, where outlier norms are measured; on request.
         image_embeds: (B, `config.projection_size`), or None for a model without projection.
         cls_tokens: (B, C, D), for a model with several class tokens.
-        reduction: what became of the patches in a model with `config.token_reduction`, a `TokenReduction` or
-            `LearnedTokens`; or None.
+        reduction: what became of the patches in a model with `config.token_reduction`, a `TokenReduction`,
+            `LearnedTokens` or `HaltedTokens`; or None.
     """
 
     last_hidden_state: Tensor | None = None
@@ -186,10 +188,26 @@ class ViTWithRegistersAttentionMaps(ModelOutput):
 
 @dataclass
 class ViTWithRegistersClassifierOutput(ImageClassifierOutput):
-    """Adds the logits (B, C) of the two classifiers of a distilled model; `logits` is their mean."""
+    """Adds the logits (B, C) of the two classifiers of a distilled model, whose mean is `logits`; and `reduction`, see
+    `ViTWithRegistersModelOutput`."""
 
     cls_logits: Tensor | None = None
     distillation_logits: Tensor | None = None
+    reduction: ModelOutput | None = None
+
+
+@dataclass
+class ViTWithRegistersSegmenterOutput(SemanticSegmenterOutput):
+    """Adds `reduction`, see `ViTWithRegistersModelOutput`."""
+
+    reduction: ModelOutput | None = None
+
+
+@dataclass
+class ViTWithRegistersDepthOutput(DepthEstimatorOutput):
+    """Adds `reduction`, see `ViTWithRegistersModelOutput`."""
+
+    reduction: ModelOutput | None = None
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -500,7 +518,7 @@ class ViTWithRegistersAttention(AttentionBackend):
         output, probabilities = attend(
             self,
             *parts,
-            None if self.position_bias is None else self.score_bias(rotary, packed.dtype),
+            self.score_bias(rotary, packed.dtype),
             scaling=self.scaling,
             dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
             is_causal=False,
@@ -509,15 +527,18 @@ class ViTWithRegistersAttention(AttentionBackend):
             output = output[..., :width]
         return output.flatten(2), probabilities if output_attentions else None  # [B, N, H, d] -> [B, N, D]
 
-    def score_bias(self, positions: tuple | Tensor, dtype: torch.dtype) -> Tensor:
-        """What is added to the scores: the relative position bias (1, H, N, N), or what token reduction says."""
+    def score_bias(self, positions: tuple | Tensor, dtype: torch.dtype) -> Tensor | None:
+        """What is added to the scores: the relative position bias (1, H, N, N), what token reduction says, or None."""
+        if self.position_bias is None:
+            return None
         implementation = self.config._attn_implementation
         if implementation not in ("eager", "sdpa"):
             raise ValueError(
                 f"{self.bias_field} needs attention 'eager' or 'sdpa', got {implementation!r}, which takes no "
                 "bias of the scores: choose one with model.set_attn_implementation"
             )
-        return self.position_bias(positions).to(dtype)
+        bias = self.position_bias(positions)
+        return None if bias is None else bias.to(dtype)
 
     def prefix_attention(self, hidden_states: Tensor, rotary: tuple | None, num_queries: int) -> Tensor:
         """Probabilities (B, H, Q, N), in float32, of the first Q tokens over all; nothing of size N x N is built."""
@@ -528,8 +549,9 @@ class ViTWithRegistersAttention(AttentionBackend):
         parts = self.split_heads(packed, rotary)
         query, key, _ = parts if self.register_gates is None else self.apply_gates(*parts)
         scores = query[:, :, :num_queries].float() @ key.float().transpose(-2, -1) * self.scaling
-        if self.position_bias is not None:
-            scores = scores + self.position_bias(rotary)[:, :, :num_queries].float()
+        bias = None if self.position_bias is None else self.position_bias(rotary)
+        if bias is not None:
+            scores = scores + bias[:, :, :num_queries].float()
         return scores.softmax(dim=-1)
 
 
@@ -757,10 +779,21 @@ class ViTWithRegistersLearningLayer(LearningLayer, ViTWithRegistersLayer):
     attention_class = ViTWithRegistersLearningAttention
 
 
+class ViTWithRegistersHaltingAttention(HaltingAttention, ViTWithRegistersAttention):
+    """Attention among the tokens that still run."""
+
+
+class ViTWithRegistersHaltingLayer(HaltingLayer, ViTWithRegistersLayer):
+    """A layer behind which tokens may halt."""
+
+    attention_class = ViTWithRegistersHaltingAttention
+
+
 LAYER_CLASSES = {
     None: ViTWithRegistersLayer,
     "merge": ViTWithRegistersMergingLayer,
     "learn": ViTWithRegistersLearningLayer,
+    "halt": ViTWithRegistersHaltingLayer,
 }
 
 
@@ -1234,8 +1267,14 @@ class ViTWithRegistersPreTrainedModel(ViTWithRegistersMixin, PreTrainedModel):
         return output, tokens
 
     def _answer(self, kind: type, output: ModelOutput, return_dict: bool | None, **fields) -> ModelOutput | tuple:
-        """Output of a head: its own fields, and the hidden states and attentions that the caller requested."""
-        fields |= {name: getattr(output, name) for name in ("hidden_states", "attentions")}
+        """Output of a head: its own fields, and the hidden states and attentions that the caller requested. A loss
+        includes what halting tokens cost."""
+        names = {"hidden_states", "attentions", "reduction"} & set(kind.__dataclass_fields__)
+        fields |= {name: getattr(output, name) for name in names}
+        cost = getattr(output.reduction, "loss", None)
+        # CODEPATH: A-ViT; else all others.
+        if cost is not None and fields.get("loss") is not None:
+            fields["loss"] = fields["loss"] + cost
         return self._as_asked(kind(**fields), return_dict)
 
     def _as_asked(self, output: ModelOutput, return_dict: bool | None) -> ModelOutput | tuple:
@@ -1263,10 +1302,8 @@ class ViTWithRegistersPreTrainedModel(ViTWithRegistersMixin, PreTrainedModel):
 
     def _may_check_values(self, labels: Tensor) -> bool:
         """Whether to check the values of labels: always on a CPU, and once on an accelerator, because the check waits
-        for the device; never while a graph is recorded, or for tensors without values (fake, meta, vmap)."""
-        if is_traced() or type(labels) is not Tensor or labels.is_meta:
-            return False
-        if torch._C._functorch.is_functorch_wrapped_tensor(labels):
+        for the device; never for labels without values."""
+        if not has_values(labels):
             return False
         is_first, self._has_checked_labels = not self._has_checked_labels, True
         return is_first or labels.device.type == "cpu"
@@ -1763,7 +1800,7 @@ class ViTWithRegistersForSemanticSegmentation(ViTWithRegistersPreTrainedModel):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
         interpolate_pos_encoding: bool | None = None,
-    ) -> SemanticSegmenterOutput | tuple:
+    ) -> ViTWithRegistersSegmenterOutput | tuple:
         """Classify every patch.
 
         Args:
@@ -1797,7 +1834,7 @@ class ViTWithRegistersForSemanticSegmentation(ViTWithRegistersPreTrainedModel):
             scores = F.interpolate(logits.float(), size=labels.shape[1:], mode="bilinear", align_corners=False)
             total = F.cross_entropy(scores, labels, ignore_index=ignored, reduction="sum")
             loss = mean_loss(total, (labels != ignored).sum())
-        return self._answer(SemanticSegmenterOutput, output, return_dict, loss=loss, logits=logits)
+        return self._answer(ViTWithRegistersSegmenterOutput, output, return_dict, loss=loss, logits=logits)
 
     def _unread_parts(self) -> list:
         return self._parts_behind(self.config.out_indices, reads_final_norm=True)
@@ -1851,7 +1888,7 @@ class ViTWithRegistersForDepthEstimation(ViTWithRegistersPreTrainedModel):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
         interpolate_pos_encoding: bool | None = None,
-    ) -> DepthEstimatorOutput | tuple:
+    ) -> ViTWithRegistersDepthOutput | tuple:
         """Estimate depth.
 
         Args:
@@ -1887,7 +1924,7 @@ class ViTWithRegistersForDepthEstimation(ViTWithRegistersPreTrainedModel):
             _check_map(labels, pixel_values)
             self._check_unit(labels)
             loss = scale_invariant_loss(depth, labels, max_depth=self.config.max_depth)
-        return self._answer(DepthEstimatorOutput, output, return_dict, loss=loss, predicted_depth=depth)
+        return self._answer(ViTWithRegistersDepthOutput, output, return_dict, loss=loss, predicted_depth=depth)
 
     def _check_unit(self, labels: Tensor) -> None:
         limit = self.config.max_depth

@@ -111,6 +111,17 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
+def has_values(tensor: Tensor) -> bool:
+    """Whether code may branch on the values of a tensor: not while a graph is recorded, and not if it has none (fake,
+    meta, vmap)."""
+    return not (
+        is_traced()
+        or type(tensor) is not Tensor
+        or tensor.is_meta
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
+
+
 class ViTWithRegistersPositionEmbeddings(nn.Module):
     """Position table of the patches, and of class and distillation token if they have slots. A fixed table is saved as
     a learned one is, so that a converted file keeps its bytes."""
@@ -372,6 +383,7 @@ __all__ = [
     "ViTWithRegistersPositionEmbeddings",
     "ViTWithRegistersRotaryFrequencies",
     "capi_frequencies",
+    "has_values",
     "is_traced",
     "make_rotation",
     "resize_position_table",

@@ -1,13 +1,15 @@
-"""Fewer tokens inside the network: layers that join similar patches (ToMe; Bolya et al. 2023, arXiv 2210.09461), and
-layers that work on learned means of the patches (TokenLearner; Ryoo et al. 2021, arXiv 2106.11297).
+"""Fewer tokens inside the network: layers that join similar patches (ToMe; Bolya et al. 2023, arXiv 2210.09461),
+layers that work on learned means of the patches (TokenLearner; Ryoo et al. 2021, arXiv 2106.11297), and layers behind
+which patches halt (A-ViT; Yin et al. 2022, arXiv 2112.07658).
 
 Layers take and return whole sequences (B, N, D); inside a layer the sequence is short. With merging, the patches of
 one token are equal: a token of size s is worth s equal patches. With learned tokens, a patch is the mean of the tokens
-that read it. Hidden states, heads and attention maps therefore have the shapes of a plain model. The prefix (class
-tokens, distillation token, registers) is never merged or pooled.
+that read it. A halted patch keeps its output. Hidden states, heads and attention maps therefore have the shapes of a
+plain model. The prefix (class tokens, distillation token, registers) is never merged or pooled, and only halts if the
+configuration says so.
 
 Letters for shapes: B images, N tokens, P patches, M tokens that the patches went into, S learned tokens, Q tokens of
-the prefix, D width, H heads, d = D / H.
+the prefix, T running tokens of all images, D width, H heads, d = D / H, L layers.
 
 This file travels next to the weights and runs without the package.
 """
@@ -22,11 +24,12 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from .configuration_vitreg import ViTWithRegistersConfig
-from .positions_vitreg import turn
+from .positions_vitreg import has_values, turn
 
 
 LEARNER_WIDTH = 64  # of the hidden layer of TokenLearner 1.1 and of TokenFuser
 LEARNER_EPS = 1e-6  # of their norms
+HIDDEN = -1e30  # added to the score of a key that no token reads; finite, so that a row of them has a softmax
 WHOLE_IMAGES = (
     "a model with token_reduction takes whole images, and this objective reads single patches or several views at "
     "once: load the model with token_reduction=None"
@@ -69,6 +72,25 @@ class LearnedTokens(ModelOutput):
 
     token_maps: Tensor | None = None
     learned_tokens: Tensor | None = None
+
+
+@dataclass
+class HaltedTokens(ModelOutput):
+    """How deep tokens went, and what it costs. Losses need a pass through all layers, else they are None.
+
+    Args:
+        halting_depth: (B, rows, columns), the number of layers that each patch ran, from 1 to L.
+        prefix_depth: (B, Q), the same of the prefix.
+        ponder_loss: mean, over the tokens that may halt, of the layers that a token ran plus its remainder.
+        distribution_loss: divergence of the scores of the layers from `halting_prior`.
+        loss: the two, weighted as the configuration says.
+    """
+
+    halting_depth: Tensor | None = None
+    prefix_depth: Tensor | None = None
+    ponder_loss: Tensor | None = None
+    distribution_loss: Tensor | None = None
+    loss: Tensor | None = None
 
 
 def take(tokens: Tensor, index: Tensor) -> Tensor:
@@ -517,18 +539,317 @@ class LearningLayer(nn.Module):
         return torch.cat([tokens[:, : selection.num_prefix], fused], dim=1)
 
 
-TRACKERS = {"merge": TokenMerges, "learn": TokenSelection}
+# Halting -------------------------------------------------------------------------------------------------------------
+
+
+def halting_prior(num_layers: int, target_layer: int) -> Tensor:
+    """The scores (L,) that layers should have: a Gaussian around one, of deviation 1. As in the original its sum is
+    not 1: the layers in front of `target_layer` have 0.98."""
+    density = torch.exp(-0.5 * (torch.arange(1, num_layers + 1) - target_layer) ** 2)
+    return density * 0.98 / density[: target_layer - 1].sum()
+
+
+@dataclass
+class Running:
+    """The tokens that enter a layer, T in all, and what they have gathered so far.
+
+    Args:
+        size: (B, M), with the longest sequence of running tokens; all N where nothing is removed.
+        sums: (T,), sums of their scores, in float32 or more.
+        output: (T, D), sums of their states, weighted by the scores.
+        depth: (B N,), the last layer that each token of the images ran.
+        rows: (T,), their places among all B N tokens, rising; None: T = B N.
+        numbers: (B, M), the number of the token at each place; None: 0 to N - 1.
+        places: (T,), where they lie in the B M places; None: T = B M.
+        is_running: (B, M), false at places without a token, and where a token is masked; None: all are true.
+        score: mean of the scores in the layer before, over all tokens that may halt.
+        cost: mean of what that layer adds to layers and remainders, over the same.
+    """
+
+    size: tuple
+    sums: Tensor
+    output: Tensor
+    depth: Tensor
+    rows: Tensor | None = None
+    numbers: Tensor | None = None
+    places: Tensor | None = None
+    is_running: Tensor | None = None
+    score: Tensor | None = None
+    cost: Tensor | None = None
+
+
+class TokenHalts:
+    """Which tokens run in one pass. Layer n writes entry n and reads entry n - 1, so that it may run twice.
+
+    for each layer and running token x:
+        score = sigmoid(scale * x[0] - center), or 0 for a token that never halts; 1 in the last layer
+        the token halts if score + sum of its scores before >= 1 - eps
+        output of the token += (score if it runs on, else 1 - sum of its scores before) * x
+
+    Running tokens of all images lie in one sequence (1, T, D) without padding; only attention pads them to (B, M, D).
+    While a graph is recorded, or without `has_removal`, T = B N, and halted tokens are masked.
+    Source: NVlabs/A-ViT, whose halted tokens are all masked.
+    """
+
+    def __init__(self, config: ViTWithRegistersConfig, angles: Tensor | None, grid: tuple):
+        self.grid, self.num_prefix, self.num_layers = grid, config.num_prefix_tokens, config.num_hidden_layers
+        self.settings = config.reduction
+        # Tokens from the first of these numbers to the end of the prefix never halt.
+        self.first_fixed = config.token_slices["registers"].start if self.settings["has_halting_cls_token"] else 0
+        self.tables = None if angles is None else turn(angles)
+        self.entries: dict[int, Running] = {}
+
+    @property
+    def output(self) -> HaltedTokens | None:
+        """Depths and losses; None if no layer ran."""
+        last = max(self.entries, default=0)
+        if not last:
+            return None
+        prefix, patches = self.entries[last].depth.view(-1, self._num_tokens).tensor_split((self.num_prefix,), dim=1)
+        if last < self.num_layers:
+            return HaltedTokens(patches.unflatten(1, self.grid), prefix)
+        layers = [self.entries[number] for number in range(1, last + 1)]
+        ponder, scores = sum(layer.cost for layer in layers), torch.stack([layer.score for layer in layers])
+        shares = (scores / scores.sum().clamp(min=torch.finfo(scores.dtype).tiny)).clamp(0.01, 0.99)
+        prior = halting_prior(last, self.settings["target_layer"]).to(shares.device)
+        divergence = ((torch.xlogy(prior, prior) - prior * shares.log()).sum() / last).clamp(min=0)
+        loss = self.settings["ponder_weight"] * ponder + self.settings["distribution_weight"] * divergence
+        return HaltedTokens(patches.unflatten(1, self.grid), prefix, ponder, divergence, loss)
+
+    @property
+    def _num_tokens(self) -> int:
+        return self.num_prefix + self.grid[0] * self.grid[1]
+
+    def rotary(self, number: int) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines for the tokens in layer `number`."""
+        numbers = self.entries[number - 1].numbers
+        if self.tables is None or numbers is None:
+            return self.tables
+        return tuple(table[numbers].unsqueeze(1) for table in self.tables)  # [N, d] -> [B, 1, M, d]
+
+    def compact(self, hidden_states: Tensor, number: int) -> Tensor:
+        """The tokens that run in layer `number`: (B, N, D) to (1, T, D)."""
+        tokens = hidden_states.flatten(0, 1)
+        if number == 1:
+            sums = torch.zeros_like(tokens[:, 0], dtype=torch.promote_types(tokens.dtype, torch.float32))
+            depth = torch.zeros_like(sums, dtype=torch.long)
+            self.entries[0] = Running(tuple(hidden_states.shape[:2]), sums, torch.zeros_like(tokens), depth)
+        rows = self.entries[number - 1].rows
+        return (tokens if rows is None else tokens.index_select(0, rows)).unsqueeze(0)
+
+    def pad(self, tokens: Tensor, number: int) -> Tensor:
+        """Running tokens by image, with zeros at places without a token: (1, T, C) to (B, M, C)."""
+        running = self.entries[number - 1]
+        if running.places is not None:
+            padded = tokens.new_zeros(running.size[0] * running.size[1], tokens.shape[-1])
+            tokens = padded.index_copy_(0, running.places, tokens[0])
+        return tokens.reshape(*running.size, tokens.shape[-1])
+
+    def pack(self, tokens: Tensor, number: int) -> Tensor:
+        """The reverse of `pad`: (B, M, C) to (1, T, C)."""
+        places, tokens = self.entries[number - 1].places, tokens.flatten(0, 1)
+        return (tokens if places is None else tokens.index_select(0, places)).unsqueeze(0)
+
+    def expand(self, tokens: Tensor, number: int) -> Tensor:
+        """Running tokens where they lie in the image, and zeros for the others: (1, T, C) to (B, N, C)."""
+        running, tokens = self.entries[number - 1], tokens[0]
+        if running.rows is None:
+            is_running = running.is_running
+            tokens = tokens if is_running is None else tokens * is_running.view(-1, 1)
+        else:
+            tokens = tokens.new_zeros(len(running.depth), tokens.shape[-1]).index_copy_(0, running.rows, tokens)
+        return tokens.view(running.size[0], -1, tokens.shape[-1])
+
+    def expand_maps(self, probabilities: Tensor, number: int, *, axis: int) -> Tensor:
+        """Zeros for the tokens that do not run: (B, H, M, n) to (B, H, N, n) for axis 2, the same of keys for 3."""
+        running, shape = self.entries[number - 1], [1, 1, 1, 1]
+        shape[0], shape[axis] = running.size
+        if running.is_running is not None:
+            probabilities = probabilities * running.is_running.view(shape)
+        if running.numbers is None:
+            return probabilities
+        size = [*probabilities.shape[:axis], self._num_tokens, *probabilities.shape[axis + 1 :]]
+        index = running.numbers.view(shape).expand_as(probabilities)
+        return probabilities.new_zeros(size).scatter_add_(axis, index, probabilities)
+
+    def spread(self, choice: tuple | None, number: int) -> tuple | None:
+        """Factors of images (B, 1, 1), for stochastic depth, as factors of their tokens (T, 1)."""
+        if choice is None:
+            return None
+        factors, rows = choice[1].flatten().repeat_interleave(self._num_tokens), self.entries[number - 1].rows
+        return None, (factors if rows is None else factors[rows]).unsqueeze(1)
+
+    def halt(self, hidden_states: Tensor, tokens: Tensor, number: int) -> Tensor:
+        """Let tokens halt behind layer `number`.
+
+        Args:
+            hidden_states: (B, N, D), the input of the layer.
+            tokens: (1, T, D), what the layer made of the running tokens.
+            number: from 1 on.
+
+        Returns:
+            (B, N, D), the states of running tokens and the outputs of halted ones.
+        """
+        before, state, num_tokens = self.entries[number - 1], tokens[0], self._num_tokens
+        whole = hidden_states.flatten(0, 1)
+        rows = torch.arange(len(whole), device=whole.device) if before.rows is None else before.rows
+        may_halt = (rows % num_tokens < self.first_fixed) | (rows % num_tokens >= self.num_prefix)
+        was_running = torch.ones_like(may_halt)
+        if before.rows is None and before.is_running is not None:
+            was_running = before.is_running.flatten()
+        score = (
+            self.settings["scale"] * state[:, 0].to(before.sums.dtype) - self.settings["center"]
+        ).sigmoid() * may_halt
+        sums = before.sums + (score if number < self.num_layers else 1.0)
+        runs_on = was_running & (sums < 1 - self.settings["eps"])
+        remainder = 1 - before.sums
+        weight = torch.where(runs_on, score, remainder).to(state.dtype)
+        output = before.output + weight.unsqueeze(1) * state
+        value = torch.where(runs_on.unsqueeze(1), state, output).to(whole.dtype)
+        if before.rows is not None:
+            after = whole.index_copy(0, rows, value)
+        else:
+            after = value if before.is_running is None else torch.where(was_running.unsqueeze(1), value, whole)
+        count = len(hidden_states) * (num_tokens - self.num_prefix + self.first_fixed)
+        cost = was_running + remainder * ~runs_on
+        entry = Running(
+            size=before.size,
+            sums=sums,
+            output=output,
+            depth=before.depth.index_copy(0, rows, torch.where(was_running, number, before.depth[rows])),
+            rows=before.rows,
+            numbers=before.numbers,
+            places=before.places,
+            is_running=before.is_running,
+            score=(score * was_running).sum() / count,
+            cost=(cost * (was_running & may_halt)).sum() / count,
+        )
+        if not (self.settings["has_removal"] and has_values(hidden_states)):
+            entry.is_running = runs_on.view(before.size)
+        elif len(kept := runs_on.nonzero().squeeze(1)) < len(rows):
+            self._leave_out(entry, kept, rows)
+        self.entries[number] = entry
+        return after.view_as(hidden_states)
+
+    def _leave_out(self, entry: Running, kept: Tensor, rows: Tensor) -> None:
+        """Leave only some of the tokens at `rows` in an entry."""
+        num_tokens, num_images = self._num_tokens, entry.size[0]
+        entry.rows, entry.sums, entry.output = rows[kept], entry.sums[kept], entry.output.index_select(0, kept)
+        images = entry.rows // num_tokens
+        counts = torch.bincount(images, minlength=num_images)
+        longest = int(counts.max())
+        order = torch.arange(len(kept), device=kept.device) - (counts.cumsum(0) - counts)[images]
+        entry.size, entry.places = (num_images, longest), images * longest + order
+        numbers = entry.rows.new_zeros(num_images * longest).index_copy_(0, entry.places, entry.rows % num_tokens)
+        entry.numbers = numbers.view(entry.size)
+        entry.is_running = torch.arange(longest, device=kept.device) < counts[:, None]
+        if len(kept) == num_images * longest:
+            entry.places = entry.is_running = None
+
+
+class KeyMask(nn.Module):
+    """The bias (B, 1, 1, M) of the scores in layer `number`, which hides places without a running token; or None."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
+
+    def forward(self, halts: TokenHalts) -> Tensor | None:
+        """`HIDDEN` for keys that no token reads, else 0."""
+        is_running = halts.entries[self.number - 1].is_running
+        return None if is_running is None else torch.where(is_running, 0.0, HIDDEN)[:, None, None]
+
+
+class HaltingAttention(nn.Module):
+    """What attention does in a model whose tokens halt. It is mixed into the attention of the family."""
+
+    bias_field = "token_reduction"
+
+    def __init__(self, config: ViTWithRegistersConfig, number: int = 1):
+        super().__init__(config, number)
+        self.number, self.position_bias = number, KeyMask(number)
+        self.has_whole_prefix = not config.reduction["has_halting_cls_token"]
+
+    def split_heads(self, packed: Tensor, rotary: TokenHalts) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of (B, M, D + 2 K d)."""
+        return super().split_heads(packed, rotary.rotary(self.number))
+
+    def attend(
+        self, packed: Tensor, rotary: TokenHalts, output_attentions: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Concatenated heads (1, T, D) from queries, keys and values of running tokens (1, T, D + 2 K d)."""
+        attended, probabilities = super().attend(rotary.pad(packed, self.number), rotary, output_attentions)
+        return rotary.pack(attended, self.number), probabilities
+
+    def prefix_probabilities(self, packed: Tensor, rotary: TokenHalts, num_queries: int | None) -> Tensor:
+        """Probabilities (B, H, Q, N) from queries, keys and values of running tokens (1, T, D + 2 K d)."""
+        first = num_queries if self.has_whole_prefix else None
+        probabilities = super().prefix_probabilities(rotary.pad(packed, self.number), rotary, first)
+        probabilities = rotary.expand_maps(probabilities, self.number, axis=3)
+        if first is None:
+            probabilities = rotary.expand_maps(probabilities, self.number, axis=2)
+        return probabilities[:, :, :num_queries]
+
+    def expand(self, tokens: Tensor, halts: TokenHalts) -> Tensor:
+        """Running tokens where they lie in the image, and zeros for the others: (1, T, D) to (B, N, D)."""
+        return halts.expand(tokens, self.number)
+
+
+class HaltingLayer(nn.Module):
+    """A layer behind which tokens may halt. It is mixed into the layer of the family."""
+
+    def __init__(self, config: ViTWithRegistersConfig, drop_path_rate: float, *others, number: int):
+        super().__init__(config, drop_path_rate, *others, number=number)
+        self.number = number
+
+    def forward(self, hidden_states: Tensor, rotary: TokenHalts, groups: tuple | None = None, reads=None) -> Tensor:
+        """Tokens (B, N, D) to tokens. `groups` and `reads` belong to objectives that need all patches: refused."""
+        if groups is not None:
+            raise ValueError(WHOLE_IMAGES)
+        return self._run(hidden_states, rotary)[0]
+
+    def forward_with_attentions(self, hidden_states: Tensor, rotary: TokenHalts) -> tuple[Tensor, Tensor]:
+        """Tokens (B, N, D) to tokens, and the attention probabilities (B, H, N, N), computed eagerly."""
+        hidden_states, probabilities = self._run(hidden_states, rotary, wants_attentions=True)
+        for axis in (3, 2):
+            probabilities = rotary.expand_maps(probabilities, self.number, axis=axis)
+        return hidden_states, probabilities
+
+    def prefix_attention(self, hidden_states: Tensor, rotary: TokenHalts, num_queries: int) -> Tensor:
+        """Attention probabilities (B, H, Q, N) of the first Q tokens (B, N, D)."""
+        return super().prefix_attention(rotary.compact(hidden_states, self.number), rotary, num_queries)
+
+    def _run(self, hidden_states: Tensor, halts: TokenHalts, wants_attentions: bool = False) -> tuple:
+        tokens, probabilities = halts.compact(hidden_states, self.number), None
+        if wants_attentions:
+            branch, probabilities = self.attention_branch_with_probabilities(tokens, halts)
+        else:
+            branch = self.attention_branch(tokens, halts)
+        # Factors in every mode: the tokens of the images lie in one sequence.
+        choices = [self.drop_path.choose(hidden_states, needs_all=True) for _ in range(2)]
+        choices = [halts.spread(choice, self.number) for choice in choices]
+        tokens = self.drop_path.add(tokens, lambda _: branch, choices[0])
+        tokens = self.drop_path.add(tokens, self.mlp_branch, choices[1])
+        return halts.halt(hidden_states, tokens, self.number), probabilities
+
+
+TRACKERS = {"merge": TokenMerges, "learn": TokenSelection, "halt": TokenHalts}
 
 __all__ = [
+    "HaltedTokens",
+    "HaltingAttention",
+    "HaltingLayer",
     "LearnedTokens",
     "LearningAttention",
     "LearningLayer",
     "MergingAttention",
     "MergingLayer",
     "TokenFuser",
+    "TokenHalts",
     "TokenLearner",
     "TokenMerges",
     "TokenReduction",
+    "halting_prior",
     "make_tracker",
     "match",
     "take",

@@ -103,14 +103,26 @@ def record_checked_attention(layer: nn.Module, keep: Callable, *, num_heads: int
     )
 
 
-def _record_own(attention: nn.Module, keep: Callable) -> Iterator:
-    """Hooks that keep queries, keys and values in one tensor, and what the layer knows of positions."""
+def record_projected(attention: nn.Module | None, projection: nn.Module, keep: Callable) -> Iterator:
+    """Hooks that keep what the projection of an attention reads, (B, N, D)."""
+    if hasattr(attention, "expand"):  # of a model with fewer tokens inside a layer
+        yield from _record_own(attention, lambda *found: keep(attention.expand(*found)), reads=projection)
+    else:
+        yield projection.register_forward_pre_hook(lambda _, inputs: keep(inputs[0]))
+
+
+def _record_own(attention: nn.Module, keep: Callable, *, reads: nn.Module | None = None) -> Iterator:
+    """Hooks that keep queries, keys and values in one tensor, or what a part reads; and what the layer knows of
+    positions."""
     packed: list[Tensor] = []
 
     def finish(_, arguments: tuple, keywords: dict, __) -> None:
         keep(packed.pop(), arguments[1] if len(arguments) > 1 else keywords.get("rotary"))
 
-    yield attention.qkv.register_forward_hook(lambda _, __, value: packed.append(value))
+    if reads is None:
+        yield attention.qkv.register_forward_hook(lambda _, __, value: packed.append(value))
+    else:
+        yield reads.register_forward_pre_hook(lambda _, inputs: packed.append(inputs[0]))
     yield attention.register_forward_hook(finish, with_kwargs=True)
 
 

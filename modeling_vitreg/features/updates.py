@@ -19,7 +19,7 @@ from torch import Tensor
 from .encoder import Encoder, layer_numbers
 from .families import find_part
 from .heads import output_weights
-from .hooks import TOLERANCE, record_attention, record_projection, split_values
+from .hooks import TOLERANCE, record_attention, record_projected, record_projection, split_values
 
 
 @torch.no_grad()
@@ -52,10 +52,10 @@ def class_token_updates(encoder: Encoder, pixel_values: Tensor, *, layer: int = 
         sizes = {"num_heads": encoder.num_heads, "num_queries": 1}
         yield from record_attention(block, functools.partial(keep, "attention"), **sizes)
         yield from record_projection(find_part(block, "attention"), "value", functools.partial(keep, "value"))
-        yield projection.register_forward_pre_hook(lambda _, inputs: keep("sum", inputs[0][:, 0]))
+        yield from record_projected(find_part(block, "attention"), projection, functools.partial(keep, "sum"))
 
     found = encoder.run(pixel_values, hooks, num_expected=3)
-    attention, expected = found["attention"][:, :, 0], found["sum"].float()  # [B, H, N], [B, D]
+    attention, expected = found["attention"][:, :, 0], found["sum"][:, 0].float()  # [B, H, N], [B, D]
     try:
         values = split_values(found["value"], num_heads=encoder.num_heads, width=expected.shape[-1])
     except ValueError:
