@@ -109,6 +109,12 @@ def show_image(ax: Axes, values: np.ndarray, *, text: str | None = None, **optio
         ax.text(0.03, 0.97, text, color="white", fontsize=6.5, va="bottom", ha="left", bbox=box)
 
 
+def show_depth(ax: Axes, depth: np.ndarray, *, num_layers: int) -> None:
+    """Draw the layers (rows, columns) that patches ran before they halted; bright patches ran all of them."""
+    text = f"mean {depth.mean():.1f} of {num_layers}"
+    show_image(ax, depth, cmap="inferno", vmin=0, vmax=num_layers, text=text)
+
+
 def paint(values: np.ndarray, colours: str) -> np.ndarray:
     """Values (rows, columns) from 0 to 1 in the named colours, (rows, columns, 3) from 0 to 1."""
     return colormaps[colours](values)[..., :3]

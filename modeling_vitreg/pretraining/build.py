@@ -67,7 +67,8 @@ def make_objective(
 
     Args:
         recipe: of the run. With `init`, the architecture is that of the loaded model; of the recipe's, stochastic
-            depth and the number of registers hold, and positions are resized to the views of the recipe.
+            depth, the number of registers and a `token_reduction` without weights of its own hold, and positions are
+            resized to the views of the recipe.
         init: a folder or a name on the Hub to start from, of a dual encoder its image tower; of the output folder of
             another run, heads and teacher are taken too.
         config: of a new backbone, when a run continues that started from another architecture; None: the recipe's.
@@ -81,7 +82,11 @@ def make_objective(
         config = config or make_config(recipe)
         return _wrap(backbone_class(config.model_type)(config), recipe, processes)
     folder = pathlib.Path(init)
-    kept = {name: value for name, value in _model_keywords(recipe).items() if name.startswith("drop_path")}
+    keywords = _model_keywords(recipe)
+    kept = {name: value for name, value in keywords.items() if name.startswith("drop_path")}
+    reduction = keywords.get("token_reduction")
+    if reduction is not None and not (isinstance(reduction, dict) and reduction.get("kind") == "learn"):
+        kept["token_reduction"] = reduction
     kept["has_mask_token"] = objective_class(recipe.objective).needs_mask_token
     backbone = _load_backbone(model_of_run(init), kept)
     objective = _wrap(backbone, recipe, processes)

@@ -346,6 +346,31 @@ def test_a_classifier_learns_with_learned_tokens(make, has_fuser):
     assert sum("token_learner" in name for name in changed) == (12 if has_fuser else 6)
 
 
+def test_patches_learn_to_halt_and_the_log_has_what_it_costs(make):
+    reduction = {"kind": "halt", "scale": 5.0, "center": 3.0, "ponder_weight": 1.0, "distribution_weight": 0.1}
+    objective, batch = make(model={"token_reduction": reduction}, smoothing=0.0), make_batch()
+    first = objective(batch, step=0)
+    expected = first["classes"] + first["ponder"] + 0.1 * first["distribution"]
+    torch.testing.assert_close(first["total"], expected)
+    fit(objective, batch, torch.optim.Adam(objective.parameters(), lr=3e-3), num_steps=20)
+    last = objective(batch, step=20)
+    assert last["halting_depth"] < first["halting_depth"] - 0.5 and last["ponder"] < first["ponder"]
+    assert last["classes"] < first["classes"]
+    depths = objective.saved(batch["global_views"][0]).reduction.halting_depth
+    assert depths.float().mean() == last["halting_depth"]
+
+
+def test_a_finished_model_starts_to_halt_by_a_line_of_the_recipe(tiny, tmp_path):
+    ViTWithRegistersModel(tiny(initializer_range=0.3)).save_pretrained(tmp_path)
+    recipe = Recipe(
+        objective="classify",
+        model={"preset": "tiny/8", "token_reduction": {"kind": "halt", "center": 5.0}},
+        crops=ONE_VIEW,
+        settings={"class_names": ["a", "b"]},
+    )
+    assert make_objective(recipe, init=tmp_path).saved.config.token_reduction["center"] == 5.0
+
+
 # The program ---------------------------------------------------------------------------------------------------------
 
 RECIPE = {

@@ -228,6 +228,14 @@ def test_a_model_has_a_column_for_every_token_that_it_has(drawn, tmp_path, tiny,
     assert list(_pictures(drawn[0]))[1:-2] == kinds
 
 
+def test_patches_that_halt_have_a_map_of_their_depth(drawn, tmp_path, tiny, randomise):
+    model = randomise(ViTWithRegistersModel(tiny(token_reduction={"kind": "halt", "scale": 2.0, "center": 1.0})))
+    images = torch.randn(2, 3, 32, 32)
+    draw_attention(model, images, tmp_path / "attention.png", **STATISTICS)
+    shown = np.stack(_pictures(drawn[0])["depth"])
+    assert np.array_equal(shown, model(images).reduction.halting_depth) and len(np.unique(shown)) > 1
+
+
 def test_components_are_those_of_the_patches_of_all_images(drawn, tmp_path, tiny, randomise):
     model = randomise(ViTWithRegistersModel(tiny()))
     images = torch.randn(2, 3, 32, 32)

@@ -18,7 +18,7 @@ from torch import Tensor
 from modeling_vitreg import ViTWithRegistersPreTrainedModel
 from modeling_vitreg.features import load_encoder, principal_colours
 from modeling_vitreg.modes import eval_mode
-from modeling_vitreg.style import make_cells, save_figure, show_image, show_titles
+from modeling_vitreg.style import make_cells, save_figure, show_depth, show_image, show_titles
 
 
 @torch.no_grad()
@@ -30,7 +30,7 @@ def draw_attention(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> pathlib.Path:
-    """Draw one row for each image: image, attention of class token and registers, norms, and principal components.
+    """Draw one row for each image: image, attention of class token and registers, norms, components; depth if halted.
 
     Attention is the mean over the heads of the last layer. Each map has its own scale; its text gives the share of the
     attention on patches, and peak over mean (1.0x: uniform). Norms are taken before the final layer norm and share one
@@ -65,18 +65,21 @@ def draw_attention(
     colours = principal_colours(tokens.patch_grid).numpy()
     pictures = _unnormalise(images, mean, std)
 
-    num_columns = len(attention) + 3
-    figure, axes = make_cells(len(images), num_columns, aspect=images.shape[2] / images.shape[3])
+    depth = getattr(getattr(tokens, "reduction", None), "halting_depth", None)
+    place = len(attention) + 1  # of the norms
+    figure, axes = make_cells(len(images), place + 2 + (depth is not None), aspect=images.shape[2] / images.shape[3])
     for row, axs in enumerate(axes):
         show_image(axs[0], pictures[row])
         for ax, values in zip(axs[1:], attention.values()):
             values = values[row].float().cpu().numpy()
-            peak = values.max() / values.mean()
+            peak = values.max() / max(values.mean(), 1e-30)
             show_image(ax, values, cmap="magma", text=f"{values.sum():.0%}, peak {peak:.1f}x")
         text = f"{norms[row].max() / norms[row].median():.1f}x"
-        show_image(axs[-2], norms[row].numpy(), cmap="viridis", vmin=norms.min(), vmax=norms.max(), text=text)
-        show_image(axs[-1], colours[row])
-    titles = ["image", *attention, f"norms {norms.min():.3g} to {norms.max():.3g}", "components"]
+        show_image(axs[place], norms[row].numpy(), cmap="viridis", vmin=norms.min(), vmax=norms.max(), text=text)
+        show_image(axs[place + 1], colours[row])
+        if depth is not None:
+            show_depth(axs[-1], depth[row].cpu().numpy(), num_layers=model.config.num_hidden_layers)
+    titles = ["image", *attention, f"norms {norms.min():.3g} to {norms.max():.3g}", "components", "depth"]
     show_titles(axes[0], titles, size=9)
     return save_figure(figure, path, dpi=130)
 

@@ -25,7 +25,7 @@ from modeling_vitreg.settings import expect
 from ..run.recipe import Recipe
 from .adaptation import AdaptationSettings
 from .ema import make_ema_model, update_ema
-from .head_objective import HeadObjective, name_classes
+from .head_objective import HeadObjective, add_halting, name_classes
 from .objective import DataSummary, Objective, Panel
 from .teachers import check_teacher_channels, load_class_teacher
 
@@ -106,6 +106,8 @@ class Classification(HeadObjective):
         *Objective.panels,
         Panel("Accuracy on evaluation images", {"accuracy": "classifier"}, unit="%"),
         Panel("mAP on evaluation images", {"mean_average_precision": "classifier"}, unit="%"),
+        Panel("Layers that a patch runs", {"halting_depth": "mean"}),
+        Panel("Losses of halting", {"ponder": "ponder", "distribution": "distribution"}),
     )
 
     def __init__(self, backbone: ViTWithRegistersModel, *, teacher: nn.Module | None = None, **options: Any):
@@ -169,7 +171,7 @@ class Classification(HeadObjective):
             update_ema(self.ema_model, self.model, decay=self.settings.ema_decay)
 
     def forward(self, batch: dict[str, Tensor], *, step: int) -> dict[str, Tensor]:
-        """Losses `classes`, with a teacher `teacher`, and their weighted sum `total`.
+        """Losses `classes`, with a teacher `teacher`, and their weighted sum `total`; and what halting tokens cost.
 
         Args:
             batch: `global_views` (1, B, 3, h, w) and `labels` (B,), or (B, C) where images have any number of classes.
@@ -192,6 +194,7 @@ class Classification(HeadObjective):
             losses["teacher"] = distillation_loss(output.distillation_logits, taught, settings=self.settings)
             share = self.settings.distillation_weight
             losses["total"] = (1 - share) * losses["classes"] + share * losses["teacher"]
+        add_halting(losses, getattr(output, "reduction", None))
         return losses
 
     def to_device(self, batch: dict, **options) -> dict[str, Tensor]:

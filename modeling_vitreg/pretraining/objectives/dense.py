@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 from modeling_vitreg.metrics import DEPTH_ERRORS, check_masks, depth_errors, measure_areas
 from modeling_vitreg.modeling_vitreg import (
@@ -29,7 +30,7 @@ from modeling_vitreg.modeling_vitreg import (
 
 from ..views.crops import IGNORED
 from .adaptation import AdaptationSettings
-from .head_objective import HeadObjective, name_classes
+from .head_objective import HeadObjective, add_halting, name_classes
 from .objective import TARGETS, DataSummary, Objective, Panel
 
 
@@ -110,14 +111,17 @@ class DensePrediction(HeadObjective):
         self.adapt_backbone()
 
     def forward(self, batch: dict[str, Tensor], *, step: int) -> dict[str, Tensor]:
-        """The loss of the pixels, as `total`.
+        """The loss of the pixels and what halting tokens cost, as `total`.
 
         Args:
             batch: `global_views` (1, B, 3, h, w), and `semantic_masks` or `depths` (1, B, h, w).
             step: number of the step.
         """
         images, maps = batch["global_views"].flatten(0, 1), batch[TARGETS[self.annotation]].flatten(0, 1)
-        return {"total": self._loss(images, maps)}
+        output = self.model(images)
+        losses = {"total": self._loss(output, maps)}
+        add_halting(losses, output.reduction)
+        return losses
 
     def example_targets(self, num_images: int) -> dict[str, Tensor]:
         size = self.crops.global_size
@@ -132,8 +136,8 @@ class DensePrediction(HeadObjective):
         """A model with a new head, around the backbone."""
 
     @abc.abstractmethod
-    def _loss(self, images: Tensor, maps: Tensor) -> Tensor:
-        """Of images (B, 3, h, w) and maps (B, h, w)."""
+    def _loss(self, output: ModelOutput, maps: Tensor) -> Tensor:
+        """Of the output of the model and maps (B, h, w)."""
 
     @abc.abstractmethod
     def _predict(self, model: nn.Module, images: Tensor) -> Tensor:
@@ -208,18 +212,18 @@ class Segmentation(DensePrediction):
             model.segmentation_norm = _SharedBatchNorm(model.segmentation_norm, self.processes.all_gather)
         return model
 
-    def _loss(self, images: Tensor, maps: Tensor) -> Tensor:
-        total = F.cross_entropy(self._scores(self.model, images), maps.long(), ignore_index=IGNORED, reduction="sum")
+    def _loss(self, output: ModelOutput, maps: Tensor) -> Tensor:
+        scores = self._scores(output, maps.shape[1:])
+        total = F.cross_entropy(scores, maps.long(), ignore_index=IGNORED, reduction="sum")
         # The mean over processes is taken of gradients: each divides by its share of all pixels that count.
         count = self.processes.all_reduce_sum((maps != IGNORED).sum().float()) / self.processes.size
         return total / count.clamp(min=1)
 
     def _predict(self, model: nn.Module, images: Tensor) -> Tensor:
-        return self._scores(model, images).argmax(dim=1)
+        return self._scores(model(images), images.shape[2:]).argmax(dim=1)
 
-    def _scores(self, model: nn.Module, images: Tensor) -> Tensor:
-        logits = model(images).logits.float()
-        return F.interpolate(logits, size=images.shape[2:], mode="bilinear", align_corners=False)
+    def _scores(self, output: ModelOutput, size: tuple[int, int]) -> Tensor:
+        return F.interpolate(output.logits.float(), size=size, mode="bilinear", align_corners=False)
 
 
 class DepthEstimation(DensePrediction):
@@ -261,9 +265,9 @@ class DepthEstimation(DensePrediction):
         model.vitreg = backbone
         return model
 
-    def _loss(self, images: Tensor, maps: Tensor) -> Tensor:
+    def _loss(self, output: ModelOutput, maps: Tensor) -> Tensor:
         # The loss is no mean over pixels: all of them are needed at once.
-        depths, maps = self.processes.all_gather(self._predict(self.model, images)), self.processes.all_gather(maps)
+        depths, maps = self.processes.all_gather(output.predicted_depth), self.processes.all_gather(maps)
         return scale_invariant_loss(depths, maps, max_depth=self.settings.max_depth)
 
     def _predict(self, model: nn.Module, images: Tensor) -> Tensor:

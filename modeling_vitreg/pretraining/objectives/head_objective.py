@@ -8,6 +8,7 @@ import pathlib
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from modeling_vitreg.modeling_vitreg import ViTWithRegistersConfig, ViTWithRegistersModel
 from modeling_vitreg.modes import eval_mode
@@ -56,6 +57,14 @@ class HeadObjective(Objective):
     @abc.abstractmethod
     def _predict(self, model: nn.Module, images: Tensor) -> Tensor:
         """Predictions of a saved model for a batch."""
+
+
+def add_halting(losses: dict[str, Tensor], reduction: ModelOutput | None) -> None:
+    """Add `ponder` and `distribution` of halting tokens, weighted in `total`, and their depth; nothing for others."""
+    if getattr(reduction, "loss", None) is None:
+        return
+    losses |= {"ponder": reduction.ponder_loss, "distribution": reduction.distribution_loss}
+    losses |= {"total": losses["total"] + reduction.loss, "halting_depth": reduction.halting_depth.float().mean()}
 
 
 def name_classes(config: ViTWithRegistersConfig, names: tuple[str, ...]) -> None:
