@@ -19,9 +19,9 @@ from modeling_vitreg.analysis.survey import SurveySettings, survey
 from modeling_vitreg.analysis.verdict import format_share
 from modeling_vitreg.discovery import DiscoverySettings, lost
 from modeling_vitreg.discovery.boxes import seed_components
-from modeling_vitreg.features import Encoder, extract_many, principal_colours, register_share
+from modeling_vitreg.features import Encoder, extract_many, find_reduction, principal_colours, register_share
 from modeling_vitreg.reports import ArtifactReport
-from modeling_vitreg.style import make_cells, plain_text, save_figure, show_image, show_titles
+from modeling_vitreg.style import make_cells, plain_text, save_figure, show_depth, show_image, show_titles
 
 
 NUM_REGISTERS = 4  # whose attention is drawn
@@ -42,6 +42,7 @@ class Look:
         register_share: share of the update of the class token that comes through registers, see
             `features.register_share`; None where there is none.
         report: of the analysis, with the verdict.
+        depth: (rows, columns), layers that each patch runs, in a model whose patches halt; else None.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Look:
     mask: np.ndarray
     register_share: float | None
     report: ArtifactReport
+    depth: np.ndarray | None = None
 
     @property
     def sentence(self) -> str:
@@ -102,6 +104,7 @@ def look(encoder: Encoder, image: Image.Image, *, name: str | None = None) -> Lo
         keys = tokens
     found = lost(keys, is_centered=True)
     share = register_share(encoder, pixels)
+    depth = getattr(find_reduction(encoder, pixels), "halting_depth", None)
     normed = encoder.norm_tokens(tokens.patch_tokens).unflatten(1, tokens.grid)
     return Look(
         name=name or encoder.name,
@@ -116,11 +119,13 @@ def look(encoder: Encoder, image: Image.Image, *, name: str | None = None) -> Lo
         mask=seed_components(found.mask, found.seeds, grid=keys.grid)[0],
         register_share=None if share is None else share.item(),
         report=report,
+        depth=None if depth is None else depth[0].cpu().numpy(),
     )
 
 
 def draw_looks(looks: Sequence[Look], path: str | os.PathLike) -> pathlib.Path:
-    """Draw one row for each look: image, norms, attention of class token and registers, components, and LOST.
+    """Draw one row for each look: image, norms, attention of class token and registers, components, LOST, and depth of
+    patches that halt.
 
     Norms are drawn from 0 to the largest of the row, each attention map on a scale of its own. The text of a map is
     the share of attention on patches, and peak over mean. The map of a class token is labelled with the share of its
@@ -136,8 +141,10 @@ def draw_looks(looks: Sequence[Look], path: str | os.PathLike) -> pathlib.Path:
     if not looks:
         raise ValueError("expected one look or more, got none")
     names = list(dict.fromkeys(query for each in looks for query in list(each.attention)[: NUM_REGISTERS + 1]))
+    has_depth = any(each.depth is not None for each in looks)
+    columns = ["norms", *names, "components", "LOST", *["depth"] * has_depth]
     aspect = looks[0].image.shape[0] / looks[0].image.shape[1]
-    figure, axes = make_cells(len(looks), len(names) + 4, aspect=aspect, side=1.6, top=0.3 + 0.2 * len(looks))
+    figure, axes = make_cells(len(looks), len(columns) + 1, aspect=aspect, side=1.6, top=0.3 + 0.2 * len(looks))
     for row, each in zip(axes, looks):
         show_image(row[0], each.image)
         row[0].set_title(plain_text(each.name, max_length=24), fontsize=7.5, loc="left")
@@ -146,10 +153,12 @@ def draw_looks(looks: Sequence[Look], path: str | os.PathLike) -> pathlib.Path:
         for ax, query in zip(row[2:], names):
             if (values := each.attention.get(query)) is not None:
                 show_image(ax, values, cmap="magma", text=_describe_map(each, query))
-        show_image(row[-2], each.colours)
+        show_image(row[len(names) + 2], each.colours)
         shade = np.kron(each.mask, np.ones([side // cells for side, cells in zip(each.image.shape, each.mask.shape)]))
-        show_image(row[-1], each.image * (0.25 + 0.75 * shade[..., None]))
-    show_titles(axes[0][1:], ["norms", *names, "components", "LOST"], size=7.5)
+        show_image(row[len(names) + 3], each.image * (0.25 + 0.75 * shade[..., None]))
+        if each.depth is not None:
+            show_depth(row[-1], each.depth, num_layers=len(each.report.layers) - 1)
+    show_titles(axes[0][1:], columns, size=7.5)
     return save_figure(figure, path, dpi=110)
 
 

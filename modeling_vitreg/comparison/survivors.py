@@ -5,14 +5,14 @@ Letters for shapes: B images, P patches, M tokens that the patches went into.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from modeling_vitreg.analysis.histograms import NormHistograms
 from modeling_vitreg.encoding import Consumer, Crop, EncodedBatch, Needs
-from modeling_vitreg.features import Encoder
+from modeling_vitreg.features import find_reduction
 
 
 class FirstImages(Consumer):
@@ -60,7 +60,7 @@ class Survivors(Consumer):
         """Add a batch."""
         norms = batch.tokens(-1).patch_tokens.float().norm(dim=-1)  # [B, P, D] -> [B, P]
         with batch.autocast():
-            reduction = _find_reduction(batch.encoder, batch.pixels)
+            reduction = find_reduction(batch.encoder, batch.pixels)
         if "learned_tokens" in (reduction or {}):
             norms = reduction.learned_tokens.float().norm(dim=-1)  # [B, S, D] -> [B, S]
         elif hasattr(reduction, "merge"):
@@ -76,14 +76,3 @@ class Survivors(Consumer):
         """`share` of tokens whose norm is above an edge of a histogram, with `low` and `high`, and `num_tokens`."""
         found = self._norms.share_above(0, threshold)
         return {**found, "threshold": threshold, "num_tokens": self._norms.num_tokens / self._norms.num_images}
-
-
-def _find_reduction(encoder: Encoder, pixels: Tensor) -> object:
-    """What became of the patches; None where a model keeps all of them."""
-    if getattr(getattr(encoder.tower, "config", None), "token_reduction", None) is None:
-        return None
-
-    def hooks(keep: Callable) -> Iterator:
-        yield encoder.tower.register_forward_hook(lambda _, __, output: keep("reduction", output.reduction))
-
-    return encoder.run(pixels, hooks, num_expected=1, is_inside_layers=False)["reduction"]

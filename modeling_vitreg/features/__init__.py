@@ -17,7 +17,7 @@ registers, in this order in all families), D width, H heads, L layers.
 from .components import principal_colours
 from .encoder import Encoder, layer_numbers
 from .loading import load_encoder
-from .tokens import FEATURES, TokenFeatures, extract_features, extract_many
+from .tokens import FEATURES, TokenFeatures, extract_features, extract_many, find_reduction
 from .updates import class_token_updates, register_share
 
 
@@ -28,6 +28,7 @@ __all__ = [
     "class_token_updates",
     "extract_features",
     "extract_many",
+    "find_reduction",
     "layer_numbers",
     "load_encoder",
     "principal_colours",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers.utils import ModelOutput
 
 from .encoder import NO_ATTENTION, Encoder, layer_numbers
 from .hooks import record_feature
@@ -157,3 +158,15 @@ def _name_tokens(encoder: Encoder, tokens: Tensor, grid: tuple, pair: tuple, is_
         is_normed=is_normed,
         cls_tokens=cls if num_cls > 1 else None,
     )
+
+
+@torch.no_grad()
+def find_reduction(encoder: Encoder, pixel_values: Tensor) -> ModelOutput | None:
+    """What became of the patches in a model with `config.token_reduction`; None where a model keeps all of them."""
+    if getattr(getattr(encoder.tower, "config", None), "token_reduction", None) is None:
+        return None
+
+    def hooks(keep: Callable) -> Iterator:
+        yield encoder.tower.register_forward_hook(lambda _, __, output: keep("reduction", output.reduction))
+
+    return encoder.run(pixel_values, hooks, num_expected=1, is_inside_layers=False)["reduction"]

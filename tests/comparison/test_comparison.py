@@ -39,6 +39,24 @@ def _layer_flops(tokens: int, width: int = 32, inner: int = 128, behind: int | N
     return 2 * (attention + 2 * (behind or tokens) * width * inner)
 
 
+def test_tokens_and_operations_of_halting_are_those_that_run(tiny, randomise):
+    reduction = {"kind": "halt", "scale": 2.0, "center": 1.0}
+    model = randomise(ViTWithRegistersModel(tiny(num_register_tokens=2, token_reduction=reduction)))
+    images = torch.randn(3, 3, 32, 32)
+    depth = model(images).reduction.halting_depth.flatten(1)
+    running = [(depth > number).sum(dim=1) + 3 for number in range(3)]
+    assert len({tuple(each.tolist()) for each in running}) == 3
+    flops, tokens = cost.count_operations(load_encoder(model), images)
+    assert tokens == [each.double().mean().item() for each in (*running, running[2])]
+    expected = sum(_layer_flops(number) for each in running for number in each.tolist()) / 3
+    assert flops == 2 * 16 * 32 * 3 * 64 + expected
+    model.config.token_reduction["has_removal"] = False
+    assert cost.count_operations(load_encoder(model), images) == (
+        2 * 16 * 32 * 3 * 64 + 3 * _layer_flops(19),
+        [19] * 4,
+    )
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_operations_are_those_of_the_formula(tiny, attention):
     images = torch.randn(2, 3, 32, 32)

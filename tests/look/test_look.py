@@ -35,6 +35,20 @@ def test_maps_are_those_of_the_model_at_a_multiple_of_its_size():
     assert found.register_share == pytest.approx(register_share(encoder, pixels).item())
 
 
+def test_patches_that_halt_have_a_map_of_their_depth(tmp_path, randomise):
+    reduction = {"kind": "halt", "scale": 2.0, "center": 1.0}
+    model = randomise(plain_model(token_reduction=reduction))
+    encoder = load_encoder(model, name="halting")
+    found = look(encoder, IMAGE)
+    depth = model(encoder.prepare([IMAGE], size=ROWS * PATCH)).reduction.halting_depth[0]
+    assert np.array_equal(found.depth, depth) and len(np.unique(depth)) > 1
+    assert found.register_share is not None
+    plain = look(load_encoder(plain_model(), name="plain"), IMAGE)
+    pairs = {"with": [plain, found], "without": [plain, plain]}
+    sizes = {name: Image.open(draw_looks(pair, tmp_path / f"{name}.png")).size for name, pair in pairs.items()}
+    assert sizes["with"][0] > sizes["without"][0]  # one column more
+
+
 def test_the_sentence_has_the_verdict_and_the_share_of_registers():
     with_registers = look(load_encoder(planted_model(layer=2, magnitude=60.0), name="planted"), IMAGE).sentence
     without = look(load_encoder(plain_model(num_register_tokens=0), name="plain"), IMAGE).sentence
