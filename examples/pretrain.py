@@ -80,6 +80,8 @@ def main(*, description: str = __doc__, default_recipe: str = "demo-cpu", argume
         objective = make_objective(recipe, init=init, config=config, processes=run.processes)
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None
+    if not last and init is None and objective.needs_init:
+        raise SystemExit(objective.needs_init)
     pixels = recipe.statistics(objective.encoder.config.num_channels)
     if options.checkpoint_activations:
         objective.trained["backbone"].gradient_checkpointing_enable()

@@ -195,6 +195,11 @@ def test_the_average_is_kept_as_it_is_at_the_first_step_and_taken_again_as_often
     [
         ({"teacher": "ema"}, "gram has teacher 'ema' and weight 0: set gram.weight"),
         ({"weight": 1.0, "teacher": "ema"}, "teacher 'ema' and begin 0: the average is kept as it is at step"),
+        ({"begin": 5}, "gram has begin 5 and weight 0: set gram.weight, or leave out gram.begin (settings.gram={}"),
+        ({"ramp": 5}, "gram has ramp 5 and weight 0"),
+        ({"refresh": 5}, "gram has refresh 5 and weight 0"),
+        ({"resolution": 2.0}, "gram has resolution 2 and weight 0"),
+        ({"weight": 1.0, "refresh": 5, "max_refreshes": 0}, "refresh 5 and max_refreshes 0: set gram.refresh=0"),
         ({"weight": 1.0, "tokens": "masked"}, "tokens 'masked' and is_per_image true: images have different numbers"),
         ({"weight": 1.0, "resolution": 1.5}, "gram has resolution 1.5: expected 1 or 2"),
         ({"weight": 1.0, "negatives": "drop"}, "settings: gram: expected negatives to be one of keep, clip"),
@@ -252,6 +257,13 @@ GRAM = (
     "--set",
     "settings.gram={weight: 2.0, begin: 2, teacher: ema, refresh: 2, resolution: 2.0}",
 )
+
+
+def test_the_start_is_no_teacher_of_a_run_from_random_weights(folder):
+    found = training_program.refuse(
+        "pretrain.py", folder, "--data", "photos", "--set", "settings.gram.weight=1", output="random"
+    )
+    assert "gram.teacher 'init' and a start from random weights contradict each other: start from a model" in found
 
 
 @pytest.mark.slow

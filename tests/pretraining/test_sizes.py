@@ -34,7 +34,12 @@ RECIPE = {
     },
     "num_register_tokens": 2,
     "crops": CROPS,
-    "settings": {"num_prototypes": 24, "hidden_width": 32, "bottleneck_width": 16, "gram": {"weight": 2.0}},
+    "settings": {
+        "num_prototypes": 24,
+        "hidden_width": 32,
+        "bottleneck_width": 16,
+        "gram": {"weight": 2.0, "teacher": "ema", "begin": 2},
+    },
     "num_steps": 8,
     "batch_size": 4,
 }

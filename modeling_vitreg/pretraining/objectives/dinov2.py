@@ -165,6 +165,15 @@ class DINOv2(Objective):
         return MultiCrop(self.crops, num_channels=channels, gram_size=gram_size)
 
     @property
+    def needs_init(self) -> str | None:
+        if self.gram_teacher is None or self.settings.gram.teacher != START:
+            return None
+        return (
+            "settings: gram.teacher 'init' and a start from random weights contradict each other: start from a model "
+            "with --init, or set gram.teacher=ema and gram.begin"
+        )
+
+    @property
     def trained(self) -> dict[str, nn.Module]:
         return dict(self.student.items())
 

@@ -63,10 +63,23 @@ class GramSettings:
     def __post_init__(self):
         counts = dict.fromkeys(("weight", "begin", "ramp", "refresh", "max_refreshes"), "[0, inf)")
         expect(self, "settings: gram", tokens=TOKENS, negatives=NEGATIVES, **counts)
+        names = ("begin", "ramp", "refresh", "resolution")
+        unused = [] if self.weight else [name for name in names if getattr(self, name) != getattr(type(self), name)]
         contradictions = {
             f"teacher {self.teacher!r} and weight 0": (
                 self.teacher != START and not self.weight,
                 "set gram.weight, or leave out gram.teacher",
+            ),
+            **{
+                f"{name} {getattr(self, name):g} and weight 0": (
+                    True,
+                    f"set gram.weight, or leave out gram.{name} (settings.gram={{}} leaves out all)",
+                )
+                for name in unused
+            },
+            f"refresh {self.refresh} and max_refreshes 0": (
+                self.refresh > 0 and not self.max_refreshes,
+                "set gram.refresh=0, or gram.max_refreshes=1 or more",
             ),
             "teacher 'ema' and begin 0": (
                 self.teacher == EMA and not self.begin,

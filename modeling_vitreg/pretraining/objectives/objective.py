@@ -99,6 +99,7 @@ class Objective(nn.Module, abc.ABC):
     needs_all_patches = True
     takes_sizes = takes_any_backbone = has_masks = has_single_view = has_head = has_external_teacher = False
 
+    needs_init: str | None = None  # why a run cannot start from random weights
     make_text: Callable[[str], Tensor] | None = None  # caption of an image to tokens
     num_prototypes: int | None = None
 
