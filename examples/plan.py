@@ -28,12 +28,12 @@ def main() -> None:
         made = estimate(
             recipe,
             num_processes=options.processes,
-            micro_batch=options.micro_batch or max(recipe.batch_size // options.processes, 1),
+            micro_batch=options.micro_batch or max(recipe.batch_size // max(options.processes, 1), 1),
             precision=options.precision,
             is_sharded=options.shard,
             checkpoints_activations=options.checkpoint_activations,
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise SystemExit(str(error)) from None
     print(json.dumps(dataclasses.asdict(made), indent=2) if options.json else write_table(made))
 

@@ -632,3 +632,9 @@ def test_a_file_that_is_no_recipe_is_refused_by_name(tmp_path):
     path.write_text("num_stepz: 1\n")
     with pytest.raises(ValueError, match=r"recipe.yaml: recipe: .*did you mean 'num_steps'"):
         read_recipe(path)
+    for content in (b"a: [", b"a: \xff"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"recipe.yaml cannot be read"):
+            read_recipe(path)
+    with pytest.raises(ValueError, match=r"cannot be read: .*Is a directory"):
+        read_recipe(tmp_path)

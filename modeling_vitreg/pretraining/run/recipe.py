@@ -176,9 +176,12 @@ def read_recipe(path: str | pathlib.Path) -> Recipe:
     """Read a recipe from a YAML file.
 
     Raises:
-        ValueError: the file is not a mapping, or a name or value in it does not fit.
+        ValueError: the file cannot be read or is not a mapping, or a name or value in it does not fit.
     """
-    values = yaml.safe_load(pathlib.Path(path).read_text())
+    try:
+        values = yaml.safe_load(pathlib.Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"recipe: {path} cannot be read: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"recipe: {path} holds no mapping of names to values")
     try:
