@@ -265,7 +265,8 @@ class ViTWithRegistersForConditionalGeneration(ViTWithRegistersMixin, PreTrained
         self.projector = nn.Sequential(
             nn.Linear(vision_model.config.hidden_size, width), nn.GELU(), nn.Linear(width, width)
         )
-        self.visual_registers = nn.Parameter(torch.empty(config.num_visual_registers, width))
+        num_registers = config.num_visual_registers
+        self.visual_registers = nn.Parameter(torch.empty(num_registers, width)) if num_registers else None
         self._dropping = None
         # CODEPATH: models that drop visual tokens; else the decoder is left alone.
         if config.num_dropped_layers:
@@ -405,7 +406,8 @@ class ViTWithRegistersForConditionalGeneration(ViTWithRegistersMixin, PreTrained
 
     def no_weight_decay(self) -> set:
         """Names of all token and position parameters, to be exempt from weight decay."""
-        return {"visual_registers", *(f"vision_model.{name}" for name in self.vision_model.no_weight_decay())}
+        names = {f"vision_model.{name}" for name in self.vision_model.no_weight_decay()}
+        return names if self.visual_registers is None else names | {"visual_registers"}
 
     def _embed(self, input_ids: Tensor | None, pixel_values: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
         """Words (B, N, D) with visual tokens and registers for placeholders; visual tokens (B, n, D); placeholders."""
@@ -418,16 +420,19 @@ class ViTWithRegistersForConditionalGeneration(ViTWithRegistersMixin, PreTrained
                 raise ValueError("expected `pixel_values`, one image for each text with placeholders, got None")
             return words, None, is_image
         visual = self.get_image_features(pixel_values).to(words.dtype)
-        registers = self.visual_registers.to(words.dtype).expand(len(visual), -1, -1)
-        expected, found = visual.shape[1] + registers.shape[1], is_image.sum(dim=1)
+        expected, found = visual.shape[1] + self.config.num_visual_registers, is_image.sum(dim=1)
         if len(visual) != len(words) or (found != expected).any():
             raise ValueError(
                 f"expected one image for each text, and in it {expected} times the token {self.config.image_token_id} "
-                f"({visual.shape[1]} visual tokens, {registers.shape[1]} registers), got {len(visual)} images and "
-                f"texts with {found.tolist()}"
+                f"({visual.shape[1]} visual tokens, {self.config.num_visual_registers} registers), got {len(visual)} "
+                f"images and texts with {found.tolist()}"
             )
-        words = words.masked_scatter(is_image.unsqueeze(-1), torch.cat([visual, registers], dim=1))
-        return words, visual, is_image
+        placed = visual
+        # CODEPATH: models with visual registers.
+        if self.visual_registers is not None:
+            registers = self.visual_registers.to(words.dtype).expand(len(visual), -1, -1)
+            placed = torch.cat([visual, registers], dim=1)
+        return words.masked_scatter(is_image.unsqueeze(-1), placed), visual, is_image
 
     def _name_cache(self, cache: object) -> dict:
         # Shim: the argument of a decoder has another name from 5.24 on.

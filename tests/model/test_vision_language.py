@@ -8,8 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_remote_code import run_without_the_package
 from transformers import (
+    AutoImageProcessor,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoProcessor,
     BloomConfig,
     DynamicCache,
     GPT2Config,
@@ -27,6 +29,7 @@ from modeling_vitreg import (
     ViTWithRegistersModel,
     ViTWithRegistersVisionLanguageConfig,
 )
+from modeling_vitreg.pretraining.objectives.clip import CLIPSettings, make_tokenizer, save_tokenizer
 
 
 WORDS, IMAGE, PAD = 24, 30, 0  # the placeholder lies outside the vocabulary
@@ -278,6 +281,26 @@ def test_other_visual_tokens(make, settings, count):
     torch.testing.assert_close(model.get_image_features(PIXELS), model.projector(expected))
     output = model(pixel_values=PIXELS, **texts(count))
     assert output.logits.shape == (2, count + 5, WORDS) and output.image_hidden_states.shape == (2, count, 32)
+
+
+@pytest.mark.parametrize("settings", [{}, {"visual_tokens": "registers", "num_visual_registers": 0}])
+def test_the_processor_of_transformers_writes_the_placeholders(make, tmp_path, photograph, settings):
+    tokenizer = make_tokenizer(CLIPSettings(words=("a", "picture"), num_tokens=64))
+    model = make(drop_layer=1, **settings)
+    with pytest.raises(ValueError, match=r'expected "<image>" to be token 30, .* call tokenizer.add_tokens'):
+        model.make_processor(None, tokenizer)
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    model.config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    model.save_pretrained(tmp_path)
+    model.make_processor(AutoImageProcessor.from_pretrained(tmp_path), tokenizer).save_pretrained(tmp_path)
+    save_tokenizer(tokenizer, tmp_path)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    texts = ["<image>a picture", "a <image>"]
+    inputs = processor(images=[photograph] * 2, text=texts, padding=True, return_tensors="pt")
+    assert inputs["pixel_values"].shape == (2, 3, 16, 24)
+    count = (inputs["input_ids"] == model.config.image_token_id).sum(dim=1)
+    assert count.tolist() == [model.config.num_image_tokens] * 2 == [4 if settings else NUM_VISUAL + 2] * 2
+    assert model.generate(**inputs, max_new_tokens=2).shape == (2, inputs["input_ids"].shape[1] + 2)
 
 
 def test_towers_that_are_given_are_used_and_a_copy_drops_in_its_own_layers(make, tiny, randomise):
