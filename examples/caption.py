@@ -51,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="what to compare")
     parser.add_argument("--tokens", nargs="+", type=int, default=[4], help="numbers of tokens of all ways but patches")
-    parser.add_argument("--steps", type=int, default=600, help=f"steps of {BATCH} scenes, for each row")
+    parser.add_argument("--steps", type=int, default=400, help=f"steps of {BATCH} scenes, for each row")
     parser.add_argument("--scenes", type=int, default=4096, help="scenes to train on")
     parser.add_argument("--held-out", type=int, default=500, help="scenes to measure on")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="each a run of its own")
