@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from modeling_vitreg import ViTWithRegistersPreTrainedModel
+from modeling_vitreg.features.parts import as_sequence
 from modeling_vitreg.modes import eval_mode
 
 
@@ -32,18 +33,21 @@ class TokenNorms:
         patches: (L, B, P), row by row.
         registers: (L, B, R), or None for a model without registers.
         cls: (L, B), or None for a model without a class token.
+        first_layer: number of the first of these layers; above 1 in hierarchical models.
     """
 
     patches: Tensor
     registers: Tensor | None = None
     cls: Tensor | None = None
+    first_layer: int = 1
 
 
 @torch.no_grad()
 def token_norms(model: ViTWithRegistersPreTrainedModel, pixel_values: Tensor) -> TokenNorms:
     """Norms of the tokens of each layer, computed in evaluation mode; the modes of all modules are restored.
 
-    All layers are in memory at once, (L + 1) x B x N x D numbers, so use small batches.
+    All layers are in memory at once, (L + 1) x B x N x D numbers, so use small batches. Of a hierarchical model these
+    are the layers on its last grid.
 
     Args:
         model: with or without a head.
@@ -56,12 +60,15 @@ def token_norms(model: ViTWithRegistersPreTrainedModel, pixel_values: Tensor) ->
     with eval_mode(model):
         output = encoder(pixel_values, output_hidden_states=True, return_dict=True)
     grid = output.patch_grid.shape[1:3]
-    layers = [encoder.split_tokens(state, grid) for state in output.hidden_states[1:]]
+    *states, last = output.hidden_states[1:]
+    states = [state for state in states if state.shape == last.shape] + [last]
+    layers = [encoder.split_tokens(as_sequence(state, grid=grid), grid) for state in states]
     has_registers, has_cls = model.config.num_register_tokens > 0, model.config.has_cls_token
     return TokenNorms(
         patches=_norms([layer.patch_tokens for layer in layers]),
         registers=_norms([layer.register_tokens for layer in layers]) if has_registers else None,
         cls=_norms([layer.cls_token for layer in layers]) if has_cls else None,
+        first_layer=len(output.hidden_states) - len(states),
     )
 
 
@@ -133,9 +140,9 @@ def _summarise_layer(norms: TokenNorms, number: int) -> dict:
     try:
         quantiles = _quantiles(patches)
     except ValueError as error:
-        raise ValueError(f"layer {number + 1}: {error}") from error
+        raise ValueError(f"layer {norms.first_layer + number}: {error}") from error
     return {
-        "layer": number + 1,
+        "layer": norms.first_layer + number,
         **quantiles,
         "max_over_median": quantiles["max"] / quantiles["median"],
         "outlier_share": outlier_share(patches, threshold=OUTLIER_MULTIPLE * quantiles["median"]),

@@ -11,8 +11,10 @@ from test_remote_code import run_without_the_package
 from transformers import AutoModel, AutoModelForImageClassification
 
 from modeling_vitreg import HATNetConfig, HATNetForImageClassification, HATNetModel
+from modeling_vitreg.analysis import summarise_norms, token_norms
 from modeling_vitreg.analysis.survey import SurveySettings, survey
 from modeling_vitreg.features import extract_features, load_encoder
+from modeling_vitreg.pretraining.monitoring.pictures import draw_attention
 
 
 TINY = {"hidden_sizes": [8, 16, 16, 32], "depths": [1, 2, 1, 1], "head_size": 8, "window_sizes": [4, 3, 2, 1]}
@@ -335,3 +337,12 @@ def test_a_survey_measures_the_last_grid_and_says_what_it_leaves_out():
     assert report.architecture["layers"] == "the 3 blocks of the last of several grids" and len(report.layers) == 3
     assert report.attention["skipped"] == "the model has no class token and no registers"
     assert "blocks of class HATNetLayer have heads of maps, which are not read" in report.sinks["skipped"]
+
+
+def test_a_training_run_reads_norms_on_the_last_grid_and_draws_no_attention(tmp_path):
+    model, images = make_model(), torch.rand(2, 3, 64, 96)
+    norms = token_norms(model, images)
+    last = model.base_model(images, output_hidden_states=True).hidden_states[-1]  # [B, D, rows, columns]
+    torch.testing.assert_close(norms.patches, last.norm(dim=1).flatten(1)[None])
+    assert [layer["layer"] for layer in summarise_norms(norms)["layers"]] == [4]
+    assert draw_attention(model, images, tmp_path / "attention.png", mean=[0.5] * 3, std=[0.5] * 3).stat().st_size

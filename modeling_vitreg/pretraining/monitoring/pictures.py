@@ -59,7 +59,7 @@ def draw_attention(
         )
     images = images.to(model.device)
     with eval_mode(model):
-        attention = _attention_of_last_layer(model, images) if load_encoder(model).num_heads else {}
+        attention = _attention_of_last_layer(model, images)
         tokens = model.base_model(images, output_pre_norm=True, return_dict=True)
     norms = tokens.pre_norm.patch_grid.float().norm(dim=-1).cpu()  # [B, rows, columns, D] -> [B, rows, columns]
     colours = principal_colours(tokens.patch_grid).numpy()
@@ -85,7 +85,10 @@ def draw_attention(
 
 
 def _attention_of_last_layer(model: ViTWithRegistersPreTrainedModel, images: Tensor) -> dict[str, Tensor]:
-    """Maps (B, rows, columns) of class token and registers, by title."""
+    """Maps (B, rows, columns) of class token and registers, by title; none without them or without attention."""
+    encoder = load_encoder(model)
+    if not encoder.num_heads or not encoder.num_prefix_tokens:
+        return {}
     maps = model.attention_maps(images, layers=-1, average_heads=True)
     attention = {} if maps.cls is None else {"class token": maps.cls[:, 0]}
     for number in range(maps.registers.shape[2]):
