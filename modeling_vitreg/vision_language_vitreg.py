@@ -352,7 +352,7 @@ class ViTWithRegistersForConditionalGeneration(ViTWithRegistersMixin, PreTrained
 
         Args:
             image_processor: that of the image tower.
-            tokenizer: with the placeholder "<image>" as the token `config.image_token_id`.
+            tokenizer: with the placeholder `<image>` as the token `config.image_token_id`.
             options: of `LlavaProcessor`, such as a chat template.
 
         Raises:
