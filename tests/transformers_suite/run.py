@@ -41,6 +41,7 @@ EXPLANATIONS = {
     "needs hardware or a library that is not here": "^test requires",
     "for pipelines of other tasks": "pipeline_model_mapping|run_pipeline_test",
     "for models of text": "inputs_embeds|language modeling head|sliding window|take a cache",
+    "for models with attention": "support attentions|output.attentions|support sdpa",
     "for mixtures of experts": "grouped_mm|experts|router",
     "for models made of several models; for plain ones there is another test": "composite|subconfig|SDPA",
     "for the library's own rotary embeddings and tables resized in place": "RoPE|position embeddings",
@@ -125,7 +126,7 @@ class SkipReasons:
         """Count a skipped test, leaving out the names that differ from one to the next."""
         if report.skipped:
             reason = re.sub(r"^Skipped: |\w+::\w+ is skipped: ", "", report.longrepr[2])
-            reason = re.sub(r"(<class ')?[\w.]*\bViTWithRegisters\w+('>)?|`[a-z\d-]+`", "...", reason)
+            reason = re.sub(r"(<class ')?[\w.]*\b(?:ViTWithRegisters|MambaR)\w+('>)?|`[a-z\d-]+`", "...", reason)
             why = next((why for why, pattern in EXPLANATIONS.items() if re.search(pattern, reason)), None)
             self.reasons.setdefault(why, Counter())[reason] += 1
 

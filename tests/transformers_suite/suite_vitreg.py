@@ -20,17 +20,17 @@ from .test_backbone_common import BackboneTesterMixin
 from .test_configuration_common import ConfigTester
 from .test_modeling_common import ModelTesterMixin
 from .test_pipeline_mixin import PipelineTesterMixin
-from .tiny_models import ARCHITECTURES, MODELS, SIZES
+from .tiny_models import ARCHITECTURES, BACKBONES, MODELS, SIZES
 
 
-def load_class(name: str) -> type:
+def load_class(name: str, file: str = "modeling") -> type:
     """A model class, from the package or from the folder of a saved model."""
     if os.environ["VITREG_REMOTE_CODE"] == "0":
         import modeling_vitreg
 
         return getattr(modeling_vitreg, name)
     folder = pathlib.Path(os.environ["TRANSFORMERS_TINY_MODEL_PATH"], "vitreg", name)
-    return get_class_from_dynamic_module(f"modeling_vitreg.{name}", folder)
+    return get_class_from_dynamic_module(f"{file}_vitreg.{name}", folder)
 
 
 MODEL_CLASSES = {name: load_class(name) for name in MODELS}
@@ -45,6 +45,11 @@ modeling_auto.MODEL_FOR_MASKED_IMAGE_MODELING_MAPPING_NAMES["vitreg"] = MaskedIm
 modeling_auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES["vitreg"] = SemanticSegmentation.__name__
 modeling_auto.MODEL_FOR_BACKBONE_MAPPING_NAMES["vitreg"] = Backbone.__name__
 transformers.AutoModel.register(Model.config_class, Model, exist_ok=True)  # remote code is not registered
+OTHERS = {file: [load_class(name, file) for name in names] for file, (_, names, _) in BACKBONES.items()}
+for base, classifier in OTHERS.values():
+    modeling_auto.MODEL_MAPPING_NAMES[base.config_class.model_type] = base.__name__
+    modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES[base.config_class.model_type] = classifier.__name__
+    transformers.AutoModel.register(base.config_class, base, exist_ok=True)
 
 
 def _zero_init(config, change=test_modeling_common._config_zero_init):
@@ -81,6 +86,21 @@ class ViTWithRegistersModelTester:
         """The configuration and a batch of images."""
         shape = (self.batch_size, self.num_channels, self.image_size, self.image_size)
         return self.get_config(), {"pixel_values": torch.rand(shape, device=torch_device)}
+
+
+class BackboneModelTester(ViTWithRegistersModelTester):
+    """The same of a backbone that is no Vision Transformer."""
+
+    def __init__(self, file: str):
+        self.config_class, self.settings = OTHERS[file][0].config_class, BACKBONES[file][2]
+        config = self.get_config()
+        for name in ("image_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_channels"):
+            setattr(self, name, getattr(config, name))
+        self.seq_length = config.num_prefix_tokens + config.grid_shape[0] * config.grid_shape[1]
+
+    def get_config(self):
+        """A configuration of its own for each test."""
+        return self.config_class(**self.settings)
 
 
 class ArchitectureTest(ModelTesterMixin):
@@ -134,6 +154,14 @@ class DinoV3Test(ArchitectureTest, unittest.TestCase):
 
 class MergingTest(ArchitectureTest, unittest.TestCase):
     architecture = "merging"
+
+
+class MambaRTest(ArchitectureTest, unittest.TestCase):
+    all_model_classes, norm_free_classes = tuple(OTHERS["mamba"]), ()
+    has_attentions = False
+
+    def setUp(self):
+        self.model_tester = BackboneModelTester("mamba")
 
 
 class DeiTTest(ArchitectureTest, unittest.TestCase):

@@ -41,6 +41,14 @@ MODELS = (
     "ViTWithRegistersForDepthEstimation",
     "ViTWithRegistersBackbone",
 )
+# Backbones that are no Vision Transformers: configuration, models, sizes.
+BACKBONES = {
+    "mamba": (
+        "MambaRConfig",
+        ("MambaRModel", "MambaRForImageClassification"),
+        {"image_size": 16, "patch_size": 4, "hidden_size": 32, "num_hidden_layers": 2, "num_register_tokens": 3},
+    ),
+}
 
 
 def save_all(folder: pathlib.Path) -> None:
@@ -58,6 +66,10 @@ def save_all(folder: pathlib.Path) -> None:
         # Some versions have a class for each of two libraries: every one of them must read the file.
         processors = [f"{processor}{suffix}" for suffix in ("", "Pil") if hasattr(transformers, processor + suffix)]
         contents[name] = {"tokenizer_classes": [], "processor_classes": processors, "model_classes": [name]}
+    for config, names, sizes in BACKBONES.values():
+        for name in names:
+            config_class = getattr(modeling_vitreg, config)
+            getattr(modeling_vitreg, name)(config_class(**sizes)).save_pretrained(folder / "vitreg" / name)
     (folder / "reports").mkdir()
     (folder / "reports" / "tiny_model_summary.json").write_text(json.dumps(contents, indent=2))
 
