@@ -23,6 +23,8 @@ def main() -> None:
     path = pathlib.Path(options.recipe)
     path = path if path.suffix == ".yaml" else RECIPES / f"{options.recipe}.yaml"
     try:
+        if wrong := [text for text in options.set if "=" not in text]:
+            raise ValueError(f"--set expects NAME=VALUE, got {wrong[0]!r}")
         changes = {name: yaml.safe_load(value) for name, _, value in (text.partition("=") for text in options.set)}
         recipe = read_recipe(path).with_changes(changes)
         made = estimate(

@@ -59,7 +59,7 @@ from modeling_vitreg.pretraining.views.masking import MaskMaker
 def main(*, description: str = __doc__, default_recipe: str = "demo-cpu", arguments: list[str] | None = None) -> None:
     options = parse_options(description, default_recipe, arguments)
     recipe = choose_recipe(options)
-    check_output(options.output)
+    check_output(options.output, images=options.data)
     source = open_source(options, recipe)
     recipe = name_classes(recipe, source, data=options.data)
     transformers.utils.logging.disable_progress_bar()  # of saving, which takes less time than drawing it
@@ -154,8 +154,13 @@ def main(*, description: str = __doc__, default_recipe: str = "demo-cpu", argume
 # Setting up --------------------------------------------------------------------------------------------------------
 
 
-def check_output(folder: pathlib.Path) -> None:
+def check_output(folder: pathlib.Path, *, images: str) -> None:
     """Make the folder and write something into it, before any work that could be lost."""
+    if (home := pathlib.Path(images)).is_dir() and folder.resolve().is_relative_to(home.resolve()):
+        raise SystemExit(
+            f"the output folder {folder} cannot be used: it lies in {images}, so a run would take its own pictures "
+            "for images: choose a folder outside"
+        )
     try:
         with tempfile.TemporaryFile(dir=make_folder(folder)) as file:
             file.write(b"writable")

@@ -349,6 +349,11 @@ def test_a_photograph_is_not_replaced_by_its_picture(tmp_path):
     assert (tmp_path / "photo.png").read_bytes() == b"mine"
 
 
+def test_a_picture_of_an_unknown_kind_is_refused_before_the_work(tmp_path):
+    done = run("look", tmp_path / "photo.png", "--output", tmp_path / "look.jpgg")
+    assert done.exit_code == 1 and "did you mean 'jpg'" in done.output
+
+
 def test_a_home_that_the_shell_left_is_found(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     words = ["~/model", "--output=~/out", "--set=a=~/b", "a~"]

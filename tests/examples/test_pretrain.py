@@ -373,6 +373,12 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(fol
     assert "a file, but a folder is needed: 'file'" in message
 
 
+def test_an_output_among_the_images_is_refused(folder):
+    message = _refuse(folder, *USUAL, output="photos/run")
+    assert "the output folder photos/run cannot be used: it lies in photos" in message
+    assert not (folder / "photos" / "run").exists()
+
+
 # The commands of the pages, without any variable of the environment.
 PAGE = (ROOT / "docs" / "train" / "scale.md").read_text()
 ON_CPUS = {
