@@ -13,12 +13,14 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.cm import ScalarMappable
 from matplotlib.colorbar import Colorbar
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from modeling_vitreg.files import atomic_write
+from modeling_vitreg.settings import suggest_name
 
 
 INK, FAINT = "#333333", "#b8b8b8"
@@ -132,6 +134,17 @@ def plain_text(text: str, *, max_length: int = 40) -> str:
     line = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
     line = line if len(line) <= max_length else f"…{line[1 - max_length :]}"
     return line.replace("$", r"\$")
+
+
+def check_suffix(path: pathlib.Path) -> None:
+    """Check before the work that a figure of this name can be saved.
+
+    Raises:
+        ValueError: matplotlib does not write this kind of file.
+    """
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix and path.suffix.lower().removeprefix(".") not in known:
+        raise ValueError(f"{path}: expected the name of a picture; {suggest_name(path.suffix[1:], known)}")
 
 
 def save_figure(figure: Figure, path: str | os.PathLike, *, dpi: int = 120) -> pathlib.Path:

@@ -41,13 +41,9 @@ def look(
     """
     with plain_errors():
         options.check_output(output, is_file=True)
-        from matplotlib.backend_bases import FigureCanvasBase
+        from modeling_vitreg.style import check_suffix
 
-        from modeling_vitreg.settings import suggest_name
-
-        known = FigureCanvasBase.get_supported_filetypes()
-        if output.suffix and output.suffix.lower().removeprefix(".") not in known:
-            raise ValueError(f"--output {output}: expected a picture; {suggest_name(output.suffix[1:], known)}")
+        check_suffix(output)
         if output.exists() and photo.exists() and output.samefile(photo):
             raise ValueError(f"--output {output}: is the photograph, which would be replaced: choose another file")
         if not photo.is_file():

@@ -52,7 +52,7 @@ class CropSettings:
         zoom: smallest and largest factor.
         sizes: rows of (global_size, local_size, side of the Gram teacher's views, probability) in place of
             `global_size` and `local_size`, which are the largest of them; a row is drawn for each step (DINOv3's
-            high-resolution stage). Of the objective "dinov2".
+            high-resolution stage). Of objectives that take sizes.
         color_augmentation: "dino", as the values above say; "three", DeiT-III's 3-Augment: one of gray, solarised and
             blurred, then jitter; "random", two operations of RandAugment at magnitude 9; "none".
     """
