@@ -103,5 +103,5 @@ def test_the_site_builds_and_no_link_is_dead_and_a_browser_shows_it(tmp_path, op
             page.context.close()
     page = open_page(f"{address}/index.html")
     page.locator("input.md-search__input").fill("massive activation")
-    page.locator(".md-search-result__link").first.wait_for()
+    page.locator(".md-search-result__link").first.wait_for(timeout=120_000)  # the index is read by a worker
     assert not page.problems
