@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from shorter_sequences import assert_compiled_and_exported_agree, assert_features_and_back_ends_agree
 from small_training import gradients_without_and_with_checkpointing
 from test_remote_code import run_without_the_package
 
@@ -13,8 +14,6 @@ from modeling_vitreg import (
     ViTWithRegistersForSemanticSegmentation,
     ViTWithRegistersModel,
 )
-from modeling_vitreg.features import class_token_updates, extract_features, load_encoder
-from modeling_vitreg.features.heads import read_heads
 from modeling_vitreg.positions_vitreg import rotary_angles
 from modeling_vitreg.pretraining.views.packing import encode_views
 
@@ -168,25 +167,8 @@ def test_back_ends_attentions_maps_and_features_agree(family, has_removal, tiny,
         torch.testing.assert_close(probabilities.sum(dim=-1), runs[:, None].float().expand(-1, 2, -1))
         assert not probabilities.permute(0, 3, 1, 2)[~runs].any()
         torch.testing.assert_close(maps.cls[:, number], probabilities[:, :, 0, prefix:].unflatten(-1, GRID))
-    encoder = load_encoder(halting)
-    (tokens,) = extract_features(encoder, IMAGES, layers=3)
-    states = halting(IMAGES, output_hidden_states=True).hidden_states
-    assert torch.equal(tokens.patch_tokens, states[3][:, prefix:])
-    (values,) = extract_features(encoder, IMAGES, layers=4, feature="value")
-    layer, runs = halting.layers[3], (depth > 3)[:, prefix:]
-    own = layer.attention.qkv(layer.norm1(states[3])).split(layer.attention.sizes, dim=-1)[2][:, prefix:]
-    torch.testing.assert_close(values.patch_tokens, own * runs[..., None], rtol=1e-5, atol=1e-5)
-    updates = class_token_updates(encoder, IMAGES, layer=4)
-    assert updates["patches"].abs().max() > 0
-    with pytest.raises(ValueError, match="among all tokens, got a model with token_reduction"):
-        read_heads(encoder, IMAGES, lambda heads: None)
-    recorded = encoder.prefix_attention(IMAGES, layers=[4])[0]
-    torch.testing.assert_close(recorded, shown.attentions[3][:, :, :prefix])
-    halting.set_attn_implementation("eager")
-    torch.testing.assert_close(halting(IMAGES).last_hidden_state, expected.last_hidden_state, rtol=1e-5, atol=1e-5)
-    halting.set_attn_implementation("flex_attention")
-    with pytest.raises(ValueError, match="token_reduction needs attention 'eager' or 'sdpa', got 'flex_attention'"):
-        halting(IMAGES)
+    runs = (depth > 3)[:, prefix:, None]
+    assert_features_and_back_ends_agree(halting, IMAGES, shown=shown, runs=runs)
 
 
 @pytest.mark.parametrize("family", ["rope", "nothing is fixed"])
@@ -202,12 +184,8 @@ def test_gradients_under_checkpointing_are_those_without(family, tiny, randomise
 @pytest.mark.slow
 def test_compiled_and_exported_models_mask_and_give_the_same_tokens(tiny, randomise):
     halting = pair(tiny, randomise, **FAMILIES["rope"])[1]
-    expected = halting(IMAGES)
-    compiled = torch.compile(halting, fullgraph=True, backend="eager")(IMAGES)
-    torch.testing.assert_close(compiled.last_hidden_state, expected.last_hidden_state)
+    expected, compiled = assert_compiled_and_exported_agree(halting, IMAGES)
     assert torch.equal(compiled.reduction.halting_depth, expected.reduction.halting_depth)
-    exported = torch.export.export(halting, (IMAGES,), strict=False).module()(IMAGES)
-    torch.testing.assert_close(exported.last_hidden_state, expected.last_hidden_state)
 
 
 def test_half_precision_halts_and_learns(tiny, randomise):

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from shorter_sequences import assert_compiled_and_exported_agree
 from small_training import gradients_without_and_with_checkpointing
 from test_remote_code import run_without_the_package
 
@@ -216,12 +217,7 @@ def test_all_parameters_learn_and_gradients_under_checkpointing_are_those_withou
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["rope", "fuser, 1, rope, mean"])
 def test_compiled_and_exported_models_give_the_same_tokens(family, tiny, randomise):
-    model = make(tiny, randomise, **FAMILIES[family])
-    expected = model(IMAGES)
-    compiled = torch.compile(model, fullgraph=True, backend="eager")(IMAGES)
-    torch.testing.assert_close(compiled.last_hidden_state, expected.last_hidden_state)
-    exported = torch.export.export(model, (IMAGES,), strict=False).module()(IMAGES)
-    torch.testing.assert_close(exported.last_hidden_state, expected.last_hidden_state)
+    assert_compiled_and_exported_agree(make(tiny, randomise, **FAMILIES[family]), IMAGES)
 
 
 @torch.no_grad()

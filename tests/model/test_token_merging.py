@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from shorter_sequences import assert_compiled_and_exported_agree, assert_features_and_back_ends_agree
 from small_training import gradients_without_and_with_checkpointing
 from test_remote_code import run_without_the_package
 
@@ -14,8 +15,6 @@ from modeling_vitreg import (
     ViTWithRegistersForSemanticSegmentation,
     ViTWithRegistersModel,
 )
-from modeling_vitreg.features import class_token_updates, extract_features, load_encoder
-from modeling_vitreg.features.heads import read_heads
 from modeling_vitreg.positions_vitreg import rotary_angles
 from modeling_vitreg.pretraining.views.packing import encode_views
 from modeling_vitreg.token_reduction_vitreg import match
@@ -177,25 +176,7 @@ def test_back_ends_attentions_maps_and_features_agree(family, tiny, randomise):
         assert probabilities.shape == (2, 2, prefix + 21, prefix + 21)
         torch.testing.assert_close(probabilities.sum(dim=-1), torch.ones(2, 2, prefix + 21))
         torch.testing.assert_close(maps.cls[:, number], probabilities[:, :, 0, prefix:].unflatten(-1, (3, 7)))
-    encoder = load_encoder(merging)
-    (tokens,) = extract_features(encoder, IMAGES, layers=3)
-    states = merging(IMAGES, output_hidden_states=True).hidden_states
-    assert torch.equal(tokens.patch_tokens, states[3][:, prefix:])
-    (values,) = extract_features(encoder, IMAGES, layers=4, feature="value")
-    layer = merging.layers[3]
-    expected_values = layer.attention.qkv(layer.norm1(states[3])).split(layer.attention.sizes, dim=-1)[2]
-    torch.testing.assert_close(values.patch_tokens, expected_values[:, prefix:], rtol=1e-5, atol=1e-5)
-    updates = class_token_updates(encoder, IMAGES, layer=4)
-    assert updates["patches"].abs().max() > 0
-    with pytest.raises(ValueError, match="among all tokens, got a model with token_reduction"):
-        read_heads(encoder, IMAGES, lambda heads: None)
-    recorded = encoder.prefix_attention(IMAGES, layers=[4])[0]
-    torch.testing.assert_close(recorded, shown.attentions[3][:, :, :prefix])
-    merging.set_attn_implementation("eager")
-    torch.testing.assert_close(merging(IMAGES).last_hidden_state, expected.last_hidden_state, rtol=1e-5, atol=1e-5)
-    merging.set_attn_implementation("flex_attention")
-    with pytest.raises(ValueError, match="token_reduction needs attention 'eager' or 'sdpa', got 'flex_attention'"):
-        merging(IMAGES)
+    assert_features_and_back_ends_agree(merging, IMAGES, shown=shown)
 
 
 def test_gradients_under_checkpointing_are_those_without(tiny, randomise):
@@ -210,12 +191,7 @@ def test_gradients_under_checkpointing_are_those_without(tiny, randomise):
 @torch.no_grad()
 @pytest.mark.slow
 def test_compiled_and_exported_models_give_the_same_tokens(tiny, randomise):
-    merging = pair(tiny, randomise, **FAMILIES["rope"])[1]
-    expected = merging(IMAGES)
-    compiled = torch.compile(merging, fullgraph=True, backend="eager")(IMAGES)
-    torch.testing.assert_close(compiled.last_hidden_state, expected.last_hidden_state)
-    exported = torch.export.export(merging, (IMAGES,), strict=False).module()(IMAGES)
-    torch.testing.assert_close(exported.last_hidden_state, expected.last_hidden_state)
+    assert_compiled_and_exported_agree(pair(tiny, randomise, **FAMILIES["rope"])[1], IMAGES)
 
 
 @torch.no_grad()
