@@ -5,10 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from other_backbones import assert_loads_through_the_auto_classes, assert_runs_and_learns_without_the_package
 from small_training import gradients_without_and_with_checkpointing
-from test_remote_code import run_without_the_package
-from transformers import AutoModel, AutoModelForImageClassification
 
 from modeling_vitreg import HATNetConfig, HATNetForImageClassification, HATNetModel
 from modeling_vitreg.analysis import summarise_norms, token_norms
@@ -230,41 +228,14 @@ def test_initial_values_are_those_of_the_official_code():
 
 
 def test_a_saved_folder_loads_through_the_auto_classes(tmp_path):
-    model, images = make_model(), torch.randn(1, 3, 64, 80)
-    model.save_pretrained(tmp_path)
-    assert (tmp_path / "hat_vitreg.py").is_file() and (tmp_path / "preprocessor_config.json").is_file()
-    loaded = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
-    assert torch.equal(loaded(images).logits, model(images).logits)
-    base = AutoModel.from_pretrained(tmp_path).eval()
-    assert type(base) is HATNetModel and torch.equal(base(images).pooler_output, model.vitreg(images).pooler_output)
-    assert HATNetConfig.from_pretrained(tmp_path).to_dict() == model.config.to_dict()
+    assert_loads_through_the_auto_classes(
+        make_model(), torch.randn(1, 3, 64, 80), file="hat_vitreg.py", folder=tmp_path
+    )
 
 
 def test_a_bare_folder_loads_runs_and_learns_without_the_package(photograph, tmp_path):
     model, images = make_model(num_labels=3), torch.randn(2, 3, 64, 80)
-    model.save_pretrained(tmp_path / "model")
-    photograph.save(tmp_path / "photograph.png")
-    save_file({"images": images, "logits": model(images).logits}, tmp_path / "expected.safetensors")
-    run = run_without_the_package(
-        """
-        from safetensors.torch import load_file
-
-        expected = load_file("expected.safetensors")
-        model = transformers.AutoModelForImageClassification.from_pretrained("model", trust_remote_code=True)
-        assert type(model).__module__.startswith("transformers_modules."), type(model)
-        output = model(expected["images"], labels=torch.tensor([0, 2]))
-        assert torch.equal(output.logits, expected["logits"])
-        output.loss.backward()
-        assert all(parameter.grad is not None for parameter in model.parameters())
-        model.save_pretrained("again")
-        base = transformers.AutoModel.from_pretrained("again", trust_remote_code=True)
-        assert torch.equal(base(expected["images"]).pooler_output, model.vitreg(expected["images"]).pooler_output)
-        found = transformers.pipeline("image-classification", model="again", trust_remote_code=True)("photograph.png")
-        assert abs(sum(entry["score"] for entry in found) - 1) < 1e-3
-        """,
-        folder=tmp_path,
-    )
-    assert run.returncode == 0, run.stderr
+    assert_runs_and_learns_without_the_package(model, images, photograph=photograph, folder=tmp_path)
 
 
 @pytest.mark.parametrize(
