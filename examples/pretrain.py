@@ -33,6 +33,7 @@ from monitor import Monitor
 from torch import Tensor
 
 from modeling_vitreg.cards import CardError, PublishError, publish
+from modeling_vitreg.cli.options import check_outside
 from modeling_vitreg.distributed import distributed_context, new_control_group
 from modeling_vitreg.files import atomic_folder, make_folder, write_text
 from modeling_vitreg.images import ImageSource, derive_seed
@@ -156,15 +157,11 @@ def main(*, description: str = __doc__, default_recipe: str = "demo-cpu", argume
 
 def check_output(folder: pathlib.Path, *, images: str) -> None:
     """Make the folder and write something into it, before any work that could be lost."""
-    if (home := pathlib.Path(images)).is_dir() and folder.resolve().is_relative_to(home.resolve()):
-        raise SystemExit(
-            f"the output folder {folder} cannot be used: it lies in {images}, so a run would take its own pictures "
-            "for images: choose a folder outside"
-        )
     try:
+        check_outside(folder, images)
         with tempfile.TemporaryFile(dir=make_folder(folder)) as file:
             file.write(b"writable")
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise SystemExit(f"the output folder {folder} cannot be used: {error}") from None
 
 

@@ -122,6 +122,20 @@ def scene_settings(source: str, side: int) -> tuple[Any, str]:
     return settings, describe_preset(source, settings)
 
 
+def check_outside(path: pathlib.Path, images: str | None) -> None:
+    """Check that results do not join the images that they come from.
+
+    Raises:
+        ValueError: the output lies in the folder of the images.
+    """
+    home = pathlib.Path(images).expanduser() if images else None
+    if home and home.is_dir() and path.resolve().is_relative_to(home.resolve()):
+        raise ValueError(
+            f"--output {path}: lies in the folder of the images, so the next command would take its pictures for "
+            "images: choose a folder outside"
+        )
+
+
 def check_output(path: pathlib.Path, *, is_file: bool = False, images: str | None = None) -> None:
     """Check that results can be written, before anything is computed.
 
@@ -140,15 +154,7 @@ def check_output(path: pathlib.Path, *, is_file: bool = False, images: str | Non
         raise ValueError(f"--output {path}: is a link that leads to itself")
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise ValueError(f"--output {path}: expected a file or a folder to write, and it is a device or a pipe")
-    if (
-        images
-        and (home := pathlib.Path(images).expanduser()).is_dir()
-        and path.resolve().is_relative_to(home.resolve())
-    ):
-        raise ValueError(
-            f"--output {path}: lies in the folder of the images, so the next command would take its pictures for "
-            "images: choose a folder outside"
-        )
+    check_outside(path, images)
     if path.exists() and path.is_dir() == is_file:
         found, expected = ("a folder", "a file") if is_file else ("a file", "a folder")
         raise ValueError(f"--output {path}: expected {expected} to write, and {found} of this name exists")

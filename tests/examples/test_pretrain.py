@@ -32,14 +32,7 @@ from modeling_vitreg.scenes import SceneSettings, preset_settings, render_scene
 ROOT = pathlib.Path(__file__).parents[2]
 RECIPE = {
     "objective": "dinov2",
-    "model": {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-        "patch_size": 8,
-        "drop_path_rate": 0.2,
-    },
+    "model": {**training_program.MODEL, "drop_path_rate": 0.2},
     "crops": {"global_size": 32, "local_size": 16, "num_local": 2},
     "settings": {"num_prototypes": 32, "hidden_width": 32, "bottleneck_width": 16},
     "num_steps": 10,
@@ -375,7 +368,9 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(fol
 
 def test_an_output_among_the_images_is_refused(folder):
     message = _refuse(folder, *USUAL, output="photos/run")
-    assert "the output folder photos/run cannot be used: it lies in photos" in message
+    assert (
+        "the output folder photos/run cannot be used: --output photos/run: lies in the folder of the images" in message
+    )
     assert not (folder / "photos" / "run").exists()
 
 
