@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--data", default="scenes:single", help="images to train and to measure on, see pretrain.py")
     parser.add_argument("--seeds", type=int, nargs="+", help="seeds (default: those of the study)")
     parser.add_argument("--variants", nargs="+", help="some of the variants (default: all)")
-    usual = f"{sys.executable} -m accelerate.commands.launch"
+    usual = shlex.join([sys.executable, "-m", "accelerate.commands.launch"])
     parser.add_argument("--launch", default=usual, help="how a run is started (default: accelerate launch)")
     parser.add_argument("--output", type=pathlib.Path, help="output folder (default: outputs/STUDY)")
     options, rest = parser.parse_known_args()
