@@ -18,6 +18,7 @@ output folder holds results.json, table.md, and a model with code and processor 
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import time
@@ -39,7 +40,7 @@ from modeling_vitreg import (
 )
 from modeling_vitreg.files import atomic_folder, write_text
 from modeling_vitreg.pretraining.objectives.clip import CLIPSettings, find_words, make_tokenizer, save_tokenizer
-from modeling_vitreg.scenes import COLOUR_NAMES, FIRST_TEST_SCENE, SHAPE_NAMES, SceneSettings, make_scenes_dataset
+from modeling_vitreg.scenes import COLOUR_NAMES, FIRST_TEST_SCENE, SHAPE_NAMES, make_scenes_dataset, preset_settings
 
 
 WAYS = ("patches", "visual registers", "tower registers", "average pooling", "TokenLearner")
@@ -91,7 +92,8 @@ def main() -> None:
 
 def make_scenes(count: int, *, start: int = 0):
     """Scenes of one object that fills the image, of as many pixels as the tower reads."""
-    return make_scenes_dataset(count, settings=SceneSettings(image_size=SIDE, max_objects=1, zoom=1.6), start=start)
+    settings = dataclasses.replace(preset_settings("scenes:single", side=SIDE), image_size=SIDE)
+    return make_scenes_dataset(count, settings=settings, start=start)
 
 
 def make_config(way: str, count: int, tokenizer: PreTrainedTokenizerFast) -> ViTWithRegistersVisionLanguageConfig:
