@@ -22,11 +22,17 @@ from multiprocessing import forkserver
 from unittest import mock
 
 import torch
+import yaml
+from PIL import Image
 from safetensors.torch import load_file
+
+from modeling_vitreg.scenes import SceneSettings, render_scene
 
 
 ROOT = pathlib.Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
+# A backbone that learns within seconds.
+MODEL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "patch_size": 8}
 _IMPORTED = ["torch._dynamo", "torch.distributed.fsdp", "matplotlib.backends.backend_agg", "datasets", "monitor"]
 _ENVIRONMENT = {
     "PYTHONPATH": os.pathsep.join(map(str, [ROOT, EXAMPLES, ROOT / "tests"])),
@@ -77,6 +83,16 @@ class Program:
         for process in self.processes:
             if process.exitcode is None:
                 (os.kill if number == signal.SIGTERM else os.killpg)(process.pid, number)
+
+
+def make_run_folder(folder: pathlib.Path, recipe: dict, *, num_photos: int = 24, side: int = 64) -> pathlib.Path:
+    """Write the recipe tiny.yaml and rendered photographs for `start`."""
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    (folder / "photos").mkdir()
+    for index in range(num_photos):
+        scene = render_scene(index, settings=SceneSettings(image_size=side))
+        Image.fromarray(scene.image).save(folder / "photos" / f"{index}.png")
+    return folder
 
 
 def start(

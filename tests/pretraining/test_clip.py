@@ -210,13 +210,7 @@ def test_settings_out_of_range_are_refused(make, settings, message):
 
 RECIPE = {
     "objective": "clip",
-    "model": {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-        "patch_size": 8,
-    },
+    "model": training_program.MODEL,
     "crops": {"global_size": 32, "num_global": 1, "num_local": 0, "color_augmentation": "none"},
     "settings": {**SMALL, "num_tokens": 40},
     "num_steps": 8,

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import training_program
-import yaml
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
@@ -25,14 +24,7 @@ from modeling_vitreg.scenes import SceneSettings, render_scene
 SETTINGS = {"num_prototypes": 24, "hidden_width": 32, "bottleneck_width": 16}
 RECIPE = {
     "objective": "dinov2",
-    "model": {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-        "patch_size": 8,
-        "initializer_range": 0.2,
-    },
+    "model": {**training_program.MODEL, "initializer_range": 0.2},
     "num_register_tokens": 2,
     "crops": {"global_size": 32, "local_size": 16, "num_local": 1},
     "settings": SETTINGS,
@@ -241,14 +233,7 @@ def test_the_start_is_the_teacher_of_a_run_that_goes_on_from_a_model_with_other_
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("gram")
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(RECIPE))
-    (folder / "photos").mkdir()
-    for index in range(24):
-        Image.fromarray(render_scene(index, settings=SceneSettings(image_size=64)).image).save(
-            folder / "photos" / f"{index}.png"
-        )
-    return folder
+    return training_program.make_run_folder(tmp_path_factory.mktemp("gram"), RECIPE)
 
 
 GRAM = (

@@ -6,8 +6,6 @@ import re
 import pytest
 import torch
 import training_program
-import yaml
-from PIL import Image
 
 from modeling_vitreg import ViTWithRegistersModel
 from modeling_vitreg.images import open_images
@@ -17,21 +15,13 @@ from modeling_vitreg.pretraining.views.batches import SEED_OF_SIZES
 from modeling_vitreg.pretraining.views.crops import CropSettings, SizedCrops
 from modeling_vitreg.pretraining.views.loader import ViewLoader
 from modeling_vitreg.pretraining.views.masking import MaskMaker, MaskSettings
-from modeling_vitreg.scenes import SceneSettings, render_scene
 
 
 ROWS = ((16, 8, 32, 0.5), (32, 8, 48, 0.25), (32, 16, 48, 0.25))
 CROPS = {"num_local": 1, "global_size": 32, "local_size": 16, "sizes": [list(row) for row in ROWS]}
 RECIPE = {
     "objective": "dinov2",
-    "model": {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-        "patch_size": 8,
-        "initializer_range": 0.2,
-    },
+    "model": {**training_program.MODEL, "initializer_range": 0.2},
     "num_register_tokens": 2,
     "crops": CROPS,
     "settings": {
@@ -47,14 +37,7 @@ RECIPE = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sizes")
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(RECIPE))
-    (folder / "photos").mkdir()
-    for index in range(24):
-        Image.fromarray(render_scene(index, settings=SceneSettings(image_size=64)).image).save(
-            folder / "photos" / f"{index}.png"
-        )
-    return folder
+    return training_program.make_run_folder(tmp_path_factory.mktemp("sizes"), RECIPE)
 
 
 def _loader(folder, *, rank=0, num_processes=1, num_workers=0, first_step=0):
